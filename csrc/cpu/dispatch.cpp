@@ -1,0 +1,65 @@
+// csrc/cpu/dispatch.cpp: which instruction set the kernels run with.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace stacked_lstm::cpu {
+namespace {
+
+enum class Isa { standard, avx2, avx512 };
+
+bool runs_here(Isa isa) {
+  if (isa == Isa::standard) return true;
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::avx2) return avx2;
+  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+const char* name_of(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "default"; }
+
+Isa choose() {
+  const char* wanted = std::getenv("STACKED_LSTM_EXT_ISA");
+  if (!wanted || !*wanted) {
+    return runs_here(Isa::avx512) ? Isa::avx512 : runs_here(Isa::avx2) ? Isa::avx2 : Isa::standard;
+  }
+  for (const Isa isa : {Isa::standard, Isa::avx2, Isa::avx512}) {
+    if (std::string(wanted) != name_of(isa)) continue;
+    if (!runs_here(isa)) {
+      throw std::runtime_error(std::string("STACKED_LSTM_EXT_ISA=") + wanted + ": this processor does not have it");
+    }
+    return isa;
+  }
+  throw std::runtime_error(std::string("STACKED_LSTM_EXT_ISA should be one of default, avx2, avx512, got: ") + wanted);
+}
+
+Isa chosen() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+}  // namespace
+
+const char* isa() { return name_of(chosen()); }
+
+template <typename T>
+const Kernels<T>& kernels() {
+  switch (chosen()) {
+    case Isa::avx512:
+      return *kernels_avx512<T>();
+    case Isa::avx2:
+      return *kernels_avx2<T>();
+    default:
+      return *kernels_default<T>();
+  }
+}
+template const Kernels<float>& kernels();
+template const Kernels<double>& kernels();
+
+}  // namespace stacked_lstm::cpu

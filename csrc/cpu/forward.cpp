@@ -1,0 +1,210 @@
+// csrc/cpu/forward.cpp: the forward wavefront on the CPU.
+//
+// A worker takes its positions in turn (wavefront.h) and, of each, chunk after chunk:
+//   1. wait for the chunk of the layer below;
+//   2. the input projection of the whole chunk, one product;
+//   3. step after step: h·W_hh and the cell, h handed to the other unit slices (and, with a projection, o·tanh(c)
+//      handed over first, then W_hr times it);
+//   4. publish the chunk.
+//
+// Hazards.
+//   h has two buffers a lane. A worker writes h(s) over h(s-2) only after every slice has handed over h(s-1), and a
+//   slice does that only after it has read h(s-2).
+//   In inference the layers share two buffers of y. Lane k+2 writes chunk c over lane k's only after lane k+1 has
+//   published chunk c, and lane k+1 does that after it has staged lane k's chunk c.
+#include "wave.h"
+
+namespace stacked_lstm::cpu {
+namespace {
+
+template <typename T>
+class ForwardWave : Wave<T> {
+  using Base = Wave<T>;
+  using Base::shape_, Base::kernels_, Base::team_, Base::schedule_;
+
+ public:
+  ForwardWave(const ForwardCall<T>& call, int64_t threads)
+      : Base(call.shape, threads, false),
+        call_(call),
+        reserve_(call.reserve, reserve_size(call.shape, call.saving, call.keep_top)),
+        width_(recurrent_width(call.shape.batch)) {
+    // Nothing is written to the caller's memory before all of this is there.
+    for (int64_t lane = 0; lane < this->lane_count_; ++lane) lanes_.push_back(make_lane(lane));
+    if (call.saving == Saving::none && shape_.depth() > 1) {
+      const int64_t elements = shape_.rows() * shape_.directions * this->widest_output_;
+      for (int64_t n = 0; n < std::min<int64_t>(shape_.depth() - 1, 2); ++n) passing_[n] = memory_->take<T>(elements);
+    }
+    for (int64_t worker = 0; worker < this->workers_; ++worker) {
+      scratch_.push_back({memory_->take<T>(this->chunk_rows_ * (this->widest_input_ + kRowPadding)),
+                          memory_->take<T>(this->chunk_rows_ * 4 * this->widest_hidden_)});
+    }
+  }
+
+  Schedule run(Platform& platform) {
+    Base::run(platform, [&](int64_t worker) {
+      schedule_.for_each_position(shape_.directions, worker, [&](int64_t position, const Place& place) {
+        run_lane(position, place, scratch_[static_cast<size_t>(worker)]);
+      });
+    });
+    return schedule_;
+  }
+
+ private:
+  struct Lane {
+    T *weight_ih, *weight_hh, *weight_hr, *bias;  // packed
+    T* h[2];                                      // [sequence][ldh]
+    int64_t ldh;
+    T* c;       // [sequence][padded_hidden]
+    T* hidden;  // o·tanh(c), [sequence][ldm]; with a projection
+    int64_t ldm;
+  };
+  struct Scratch {
+    T* staged;     // a chunk's input
+    T* projected;  // a chunk's W_ih·x + b
+  };
+
+  Lane make_lane(int64_t index) {
+    const LayerShape& layer = shape_.of_lane(index);
+    const int64_t units = panels_of(layer.hidden, 1, kernels_.lanes) * kernels_.lanes;
+    const int64_t columns = round_up(layer.output(), kWidth * kernels_.lanes);
+    Lane lane{};
+    lane.weight_ih = memory_->take<T>(4 * units * layer.input);
+    lane.weight_hh = memory_->take<T>(4 * units * layer.output());
+    lane.bias = memory_->take<T>(4 * units);
+    lane.ldh = columns + kRowPadding;
+    for (T*& h : lane.h) h = memory_->take<T>(shape_.batch * lane.ldh);
+    lane.c = memory_->take<T>(shape_.batch * layer.padded_hidden());
+    if (layer.projection > 0) {
+      lane.weight_hr = memory_->take<T>(this->panel_elements(layer.projection, layer.hidden, kWidth));
+      lane.ldm = layer.padded_hidden() + kRowPadding;
+      lane.hidden = memory_->take<T>(shape_.batch * lane.ldm);
+    }
+    return lane;
+  }
+
+  // h of a layer, all directions: the caller's output, the reserve, or a buffer that is used again two layers on.
+  T* output_of(int64_t layer) const {
+    if (layer + 1 == shape_.depth()) return call_.output;
+    if (call_.saving == Saving::none) return passing_[layer % 2];
+    T* h = reserve_.h;
+    for (int64_t n = 0; n < layer; ++n) h += shape_.rows() * shape_.directions * shape_.layers[n].output();
+    return h;
+  }
+
+  void pack(int64_t position, const Place& place, const LayerShape& layer, const Range& blocks) {
+    Lane& lane = lanes_[static_cast<size_t>(position)];
+    const LaneWeights<T>& w = call_.weights[static_cast<size_t>(position)];
+    const Range own = this->share_packing(blocks, place);
+    const auto panels = [&](int64_t width) { return Range{own.first * 4 / width, own.last * 4 / width}; };
+    kernels_.pack_gates(w.weight_ih, layer.hidden, layer.input, kWidth, panels(kWidth).first, panels(kWidth).last,
+                        lane.weight_ih);
+    kernels_.pack_gates(w.weight_hh, layer.hidden, layer.output(), width_, panels(width_).first, panels(width_).last,
+                        lane.weight_hh);
+    kernels_.pack_bias(w.bias_ih, w.bias_hh, layer.hidden, own.first, own.last, lane.bias);
+    if (layer.projection > 0) {
+      const Range columns = this->share_packing(this->own_panels(position, place, layer.projection, kWidth), place);
+      kernels_.pack_rows(w.weight_hr, layer.projection, layer.hidden, kWidth, columns.first, columns.last,
+                         lane.weight_hr);
+    }
+    this->packing_done(position, place);
+  }
+
+  void run_lane(int64_t position, const Place& place, const Scratch& scratch) {
+    const int64_t index = position, layer_index = index / shape_.directions, direction = index % shape_.directions;
+    const LayerShape& layer = shape_.layers[layer_index];
+    const Lane& lane = lanes_[static_cast<size_t>(index)];
+    const Range sequences = this->sequences(place);
+    const int64_t count = sequences.size(), first = sequences.first;
+    const int64_t hidden = layer.hidden, padded = layer.padded_hidden(), out = layer.output();
+    const int64_t ldy = shape_.directions * out;
+    const Range blocks = this->own_blocks(position, place, hidden);
+    const Range units{std::min(blocks.first * kernels_.lanes, hidden), std::min(blocks.last * kernels_.lanes, hidden)};
+    const bool projects = layer.projection > 0;
+    const Range columns =
+        projects ? this->columns_of(this->own_panels(position, place, out, kWidth), kWidth, out) : units;
+    const int64_t hand_overs = projects ? 2 : 1;  // a step; the first one of a lane is its initial state
+    Count& steps_done = this->own(position, place).steps;
+
+    pack(position, place, layer, blocks);
+
+    T* h[2] = {lane.h[0] + first * lane.ldh, lane.h[1] + first * lane.ldh};
+    T* c = lane.c + first * padded;
+    T* y = output_of(layer_index) + direction * out;
+    const T* h_0 = call_.h_0 + (index * shape_.batch + first) * out;
+    const T* c_0 = call_.c_0 + (index * shape_.batch + first) * hidden;
+    T* h_n = call_.h_n + (index * shape_.batch + first) * out;
+    T* c_n = call_.c_n + (index * shape_.batch + first) * hidden;
+    T* saved_c = reserve_.c ? reserve_.c + index * shape_.rows() * padded : nullptr;
+    T* saved_gates = reserve_.gates ? reserve_.gates + index * shape_.rows() * padded * 4 : nullptr;
+
+    // Sequences [from, to) start with the step that reads buffer h[parity].
+    const auto start = [&](int64_t from, int64_t to, int64_t parity) {
+      for (int64_t b = from; b < to; ++b) Base::copy_columns(h_0 + b * out, h[parity] + b * lane.ldh, columns);
+    };
+    for (int64_t b = 0; b < count; ++b) {
+      std::fill(c + b * padded + units.first, c + b * padded + blocks.last * kernels_.lanes, T(0));
+      Base::copy_columns(c_0 + b * hidden, c + b * padded, units);
+    }
+    start(0, this->rows_at(index, sequences, 0), 0);
+    publish(steps_done, 1);
+
+    for (int64_t chunk = 0; chunk < this->chunks(); ++chunk) {
+      const Range steps = this->steps_of(chunk);
+      this->wait_for_input(position, place, chunk);
+      const int64_t lda = layer.input + kRowPadding;
+      const int64_t rows = this->stage_input(call_.input, call_.dropout,
+                                             layer_index ? output_of(layer_index - 1) : nullptr, index, sequences, steps,
+                                             scratch.staged, lda);
+      kernels_.product({lane.weight_ih, kWidth, blocks.first * 4 / kWidth, blocks.last * 4 / kWidth, scratch.staged, lda,
+                        rows, shape_.rows(), layer.input, lane.bias, 0, scratch.projected, 4 * padded});
+      const T* projected = scratch.projected;
+      for (int64_t s = steps.first; s < steps.last; ++s) {
+        const int64_t t = shape_.time(index, s), n = this->local_rows(sequences, t), row = shape_.first_row[t] + first;
+        T *from = h[s & 1], *to = h[(s + 1) & 1];
+        this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 1);
+        StepForward<T> step{lane.weight_hh, width_, blocks.first, blocks.last, from, lane.ldh, n, shape_.active(t), out,
+                            projected, hidden, padded, c, to, lane.ldh, y + row * ldy, ldy,
+                            saved_c ? saved_c + row * padded : nullptr,
+                            saved_gates ? saved_gates + row * padded * 4 : nullptr};
+        if (projects) step.h_next = lane.hidden + first * lane.ldm, step.ldh_next = lane.ldm, step.y = nullptr;
+        kernels_.step_forward(step);
+        if (projects) {
+          publish(steps_done, s * hand_overs + 2);
+          this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 2);
+          const Range panels = this->own_panels(position, place, out, kWidth);
+          kernels_.product({lane.weight_hr, kWidth, panels.first, panels.last, step.h_next, lane.ldm, n,
+                            shape_.active(t), hidden, nullptr, 0, to, lane.ldh});
+          for (int64_t b = 0; b < n; ++b) Base::copy_columns(to + b * lane.ldh, y + (row + b) * ldy, columns);
+        }
+        projected += n * 4 * padded;
+        const int64_t next = this->rows_at(index, sequences, s + 1);
+        for (int64_t b = next; b < n; ++b) {  // sequences that end here
+          Base::copy_columns(to + b * lane.ldh, h_n + b * out, columns);
+          Base::copy_columns(c + b * padded, c_n + b * hidden, units);
+        }
+        start(n, next, (s + 1) & 1);
+        publish(steps_done, (s + 1) * hand_overs + 1);
+      }
+      publish(this->own(position, place).chunks, chunk + 1);
+    }
+  }
+
+  const ForwardCall<T>& call_;
+  Workspace::Lease memory_;
+  const Reserve<T> reserve_;
+  const int64_t width_;
+  std::vector<Lane> lanes_;
+  std::vector<Scratch> scratch_;
+  T* passing_[2] = {};
+};
+
+}  // namespace
+
+template <typename T>
+Schedule forward(const ForwardCall<T>& call, int64_t threads, Platform& platform) {
+  return ForwardWave<T>(call, threads).run(platform);
+}
+template Schedule forward(const ForwardCall<float>&, int64_t, Platform&);
+template Schedule forward(const ForwardCall<double>&, int64_t, Platform&);
+
+}  // namespace stacked_lstm::cpu

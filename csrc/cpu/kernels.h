@@ -1,0 +1,119 @@
+// csrc/cpu/kernels.h: what the drivers ask of an instruction set: packing, products and cells, as a table of functions.
+//
+// kernels_default.cpp, kernels_avx2.cpp and kernels_avx512.cpp each compile kernels.inc.h for their instructions and
+// fill such a table; dispatch.cpp picks one at run time.
+//
+// Panels. A packed matrix with N columns and inner dimension K is stored as panels of `width · lanes` columns, each
+// [K][width · lanes]: the order in which a product reads it. Two column orders:
+//   gates:  the 4H gate rows of W, `lanes` units at a time: [unit block][gate i, f, g, o][lane]
+//   plain:  as they stand
+// Activations (`gates` buffers, saved or not) have the gate order too: [row][unit block][gate][lane], 4·padded_hidden a row.
+// Gradients of pre-activations have torch's: [row][gate][unit], `gate_stride` from gate to gate, which is H rounded up to
+// whole vectors.
+//
+// Bits. The order of every sum depends on sizes of the whole call alone, never on how rows or columns were shared out:
+// `unroll_rows` tells a product how many rows the call has at this point, and that picks the number of partial sums.
+#pragma once
+
+#include <cstdint>
+
+namespace stacked_lstm::cpu {
+
+// c[rows][columns of panels first … last-1] = init + a · panels.
+template <typename T>
+struct Product {
+  const T* panels;
+  int64_t width;  // vectors a panel: 2 or 4
+  int64_t first_panel, last_panel;
+  const T* a;
+  int64_t lda;
+  int64_t rows;
+  int64_t unroll_rows;
+  int64_t inner;      // K
+  const T* init;      // null: zero
+  int64_t init_step;  // from row to row; 0 adds the same row (a bias) to all
+  T* c;
+  int64_t ldc;
+};
+
+// One step of a lane for unit blocks first … last-1: gates = init + h·W_hh, then the cell.
+template <typename T>
+struct StepForward {
+  const T* panels;  // W_hh, gate order
+  int64_t width;
+  int64_t first_block, last_block;
+  const T* h;  // h of the step before
+  int64_t ldh;
+  int64_t rows;
+  int64_t unroll_rows;
+  int64_t inner;
+  const T* projected;  // W_ih·x + b, gate order
+  int64_t hidden, padded_hidden;
+  T* c;         // [row][padded_hidden], updated
+  T* h_next;    // [row][ldh_next], whole vectors
+  int64_t ldh_next;
+  T* y;         // [row][ldy], exactly `hidden` columns; or null
+  int64_t ldy;
+  T* saved_c;      // [row][padded_hidden], or null
+  T* saved_gates;  // [row][4·padded_hidden], or null
+};
+
+// The cell's backward for unit blocks first … last-1 of `rows` rows.
+template <typename T>
+struct StepBackward {
+  int64_t first_block, last_block;
+  int64_t rows;
+  int64_t padded_hidden;
+  const T* gates;
+  const T* dh;  // [row][lddh]
+  int64_t lddh;
+  const T* dy;  // added to dh; or null
+  int64_t lddy;
+  const T* c_next;  // [row][padded_hidden]
+  const T* c;       // likewise: the state before the step
+  T* dc;            // [row][padded_hidden], updated
+  T* dgates;        // [row][lddg], torch's order
+  int64_t lddg;
+  int64_t gate_stride;
+  T* hidden;  // o·tanh(c_next), [row][ldm]: what a projection was given; or null
+  int64_t ldm;
+};
+
+template <typename T>
+struct Kernels {
+  int64_t lanes;
+  // Panels first … last-1 of W (4H, K), row-major, columns in gate order, `width` vectors a panel.
+  void (*pack_gates)(const T* w, int64_t hidden, int64_t inner, int64_t width, int64_t first, int64_t last, T* panels);
+  // Panels of the transpose of W (columns, K): column n is row n of W.
+  void (*pack_rows)(const T* w, int64_t columns, int64_t inner, int64_t width, int64_t first, int64_t last, T* panels);
+  // Panels of W (blocks·rows_per_block, columns) as it stands; every block of rows is padded with zeros to `padded_rows`.
+  void (*pack_columns)(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_block, int64_t padded_rows,
+                       int64_t width, int64_t first, int64_t last, T* panels);
+  // Sum of two biases (either may be null), in gate order, unit blocks first … last-1.
+  void (*pack_bias)(const T* b_ih, const T* b_hh, int64_t hidden, int64_t first, int64_t last, T* bias);
+  void (*product)(const Product<T>&);
+  void (*step_forward)(const StepForward<T>&);
+  void (*step_backward)(const StepBackward<T>&);
+  // Pre-activations to activations, in place, for unit blocks first … last-1.
+  void (*activate)(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_block, int64_t last_block);
+  // sum[n] = Σ over rows of a[row][n], n < columns.
+  void (*sum_rows)(const T* a, int64_t lda, int64_t rows, int64_t columns, T* sum);
+  // sigmoid and tanh of n numbers, for tests.
+  void (*maths)(const T* x, int64_t n, T* sigmoid, T* tanh);
+};
+
+// One table for each instruction set that was built; null where it was not.
+template <typename T>
+const Kernels<T>* kernels_default();
+template <typename T>
+const Kernels<T>* kernels_avx2();
+template <typename T>
+const Kernels<T>* kernels_avx512();
+
+// The instruction set in use: the best that the processor has, or the one that STACKED_LSTM_EXT_ISA names.
+// Throws std::runtime_error when that one is unknown, was not built, or cannot run here.
+const char* isa();
+template <typename T>
+const Kernels<T>& kernels();
+
+}  // namespace stacked_lstm::cpu

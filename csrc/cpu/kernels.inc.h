@@ -1,0 +1,316 @@
+// csrc/cpu/kernels.inc.h: the CPU kernels, once, for whatever vectors the including file has chosen (see kernels.h).
+
+// ---- The one product ----------------------------------------------------------------------------------------------
+//
+//              width vectors                A tile keeps rows × width accumulators in registers for the whole of K and
+//            ┌───────────────┐              reads each weight once: K·width loads for K·width·rows multiply-adds.
+//       K    │ panel  (L1/L2)│              Few rows leave the multiply-add units waiting for each other, so a tile may
+//            └───────────────┘              keep `Sums` partial sums of every output, over k ≡ 0, 1, … mod Sums.
+//   rows ▒▒▒▒ → broadcast a[row][k]
+
+template <int Width>
+inline constexpr int kTileRows = kRegisters >= 32 ? (Width == 4 ? 6 : 14) : (Width == 4 ? 3 : 6);
+// Multiply-adds in flight that hide their latency (4 to 5 cycles, 2 a cycle).
+inline constexpr int kInFlight = kRegisters >= 32 ? 16 : 8;
+// How far ahead, in steps of k, to ask for weights. One row streams best by the hardware's own prefetcher.
+inline constexpr int kPrefetchSteps = 16;
+
+template <typename T, int Rows, int Width, int Sums>
+void tile(const T* __restrict panel, const T* __restrict a, int64_t lda, int64_t inner, const T* init,
+          int64_t init_step, T* c, int64_t ldc) {
+  constexpr int V = kLanes<T>;
+  Vec<T> sum[Sums * Rows * Width];
+  unroll<Sums * Rows * Width>([&](auto n) INLINE_LAMBDA {
+    constexpr int part = n / (Rows * Width), row = n / Width % Rows, v = n % Width;
+    sum[n] = part == 0 && init ? load(init + row * init_step + v * V) : Vec<T>{};
+  });
+  const auto multiply_add = [&](auto part, int64_t k) INLINE_LAMBDA {
+    const T* w = panel + k * Width * V;
+    Vec<T> weight[Width];
+    unroll<Width>([&](auto v) INLINE_LAMBDA { weight[v] = load(w + v * V); });
+    if constexpr (Rows > 1) {
+      unroll<Width>([&](auto v) INLINE_LAMBDA { __builtin_prefetch(w + (kPrefetchSteps * Width + v) * V); });
+    }
+    unroll<Rows>([&](auto row) INLINE_LAMBDA {
+      const Vec<T> x = broadcast(a[row * lda + k]);
+      unroll<Width>([&](auto v) INLINE_LAMBDA {
+        constexpr int n = (part * Rows + row) * Width + v;
+        sum[n] = weight[v] * x + sum[n];
+      });
+    });
+  };
+  int64_t k = 0;
+  for (; k + Sums <= inner; k += Sums) unroll<Sums>([&](auto part) INLINE_LAMBDA { multiply_add(part, k + part); });
+  for (; k < inner; ++k) multiply_add(std::integral_constant<int, 0>{}, k);
+  unroll<Rows * Width>([&](auto n) INLINE_LAMBDA {
+    constexpr int row = n / Width, v = n % Width;
+    Vec<T> total = sum[n];
+    unroll<Sums - 1>([&](auto part) INLINE_LAMBDA { total = total + sum[(part + 1) * Rows * Width + n]; });
+    store(c + row * ldc + v * V, total);
+  });
+}
+
+template <typename T>
+using Tile = void (*)(const T*, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
+
+// Partial sums for a product of `rows` rows: as many as are in flight anyway.
+template <int Width>
+constexpr int sums_for(int64_t rows) {
+  int sums = 1;
+  while (rows * Width * sums * 2 <= kInFlight) sums *= 2;
+  return sums;
+}
+
+template <typename T, int Width, int Sums, int Rows>
+constexpr Tile<T> tile_or_null() {
+  if constexpr (Sums == 1 || Rows * Width * Sums <= kInFlight)
+    return tile<T, Rows, Width, Sums>;
+  else
+    return nullptr;  // sums_for never asks for it
+}
+
+// The tiles of one number of partial sums, by rows.
+template <typename T, int Width>
+struct Tiles {
+  Tile<T> of[kTileRows<Width> + 1];
+};
+template <typename T, int Width, int Sums, int... row>
+constexpr Tiles<T, Width> tiles_of(std::integer_sequence<int, row...>) {
+  return {{nullptr, tile_or_null<T, Width, Sums, row + 1>()...}};
+}
+template <typename T, int Width, int Sums>
+constexpr Tiles<T, Width> kTiles = tiles_of<T, Width, Sums>(std::make_integer_sequence<int, kTileRows<Width>>{});
+
+// Calls f(first, count) for even shares of `rows`, each at most `most`.
+template <typename F>
+INLINE void share_rows(int64_t rows, int64_t most, F&& f) {
+  const int64_t parts = (rows + most - 1) / most;
+  for (int64_t part = 0, first = 0; part < parts; ++part) {
+    const int64_t end = rows * (part + 1) / parts;
+    f(first, end - first);
+    first = end;
+  }
+}
+
+template <typename T, int Width>
+INLINE const Tile<T>* tiles_for(int64_t unroll_rows) {
+  switch (sums_for<Width>(unroll_rows)) {
+    case 8:
+      return kTiles<T, Width, 8>.of;
+    case 4:
+      return kTiles<T, Width, 4>.of;
+    case 2:
+      return kTiles<T, Width, 2>.of;
+    default:
+      return kTiles<T, Width, 1>.of;
+  }
+}
+
+template <typename T, int Width>
+void product_of_width(const Product<T>& p) {
+  constexpr int64_t columns = Width * kLanes<T>;
+  const Tile<T>* tiles = tiles_for<T, Width>(p.unroll_rows);
+  for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel) {
+    share_rows(p.rows, kTileRows<Width>, [&](int64_t row, int64_t count) INLINE_LAMBDA {
+      tiles[count](p.panels + panel * p.inner * columns, p.a + row * p.lda, p.lda, p.inner,
+                   p.init ? p.init + row * p.init_step + panel * columns : nullptr, p.init_step,
+                   p.c + row * p.ldc + panel * columns, p.ldc);
+    });
+  }
+}
+
+template <typename T>
+void product(const Product<T>& p) {
+  p.width == 4 ? product_of_width<T, 4>(p) : product_of_width<T, 2>(p);
+}
+
+// ---- Forward --------------------------------------------------------------------------------------------------------
+
+template <typename T>
+INLINE Gates<Vec<T>> load_gates(const T* p) {
+  constexpr int V = kLanes<T>;
+  return {load(p), load(p + V), load(p + 2 * V), load(p + 3 * V)};
+}
+template <typename T>
+INLINE void store_gates(T* p, const Gates<Vec<T>>& y) {
+  constexpr int V = kLanes<T>;
+  store(p, y.i), store(p + V, y.f), store(p + 2 * V, y.g), store(p + 3 * V, y.o);
+}
+
+// The cell for one unit block of `rows` rows, `pre` holding their pre-activations. Not inlined, so that every caller
+// runs the same instructions and gets the same bits.
+template <typename T>
+__attribute__((noinline)) void cells_forward(const StepForward<T>& s, const T* pre, int64_t block, int64_t row,
+                                             int64_t rows) {
+  constexpr int V = kLanes<T>;
+  const int64_t unit = block * V;
+  for (int64_t end = row + rows; row < end; ++row, pre += 4 * V) {
+    const Gates<Vec<T>> y = activate<Math<T>>(load_gates(pre));
+    Vec<T> c = load(s.c + row * s.padded_hidden + unit);
+    const Vec<T> h = cell_forward<Math<T>>(y, c);
+    store(s.c + row * s.padded_hidden + unit, c);
+    store(s.h_next + row * s.ldh_next + unit, h);
+    if (s.y) store_first(s.y + row * s.ldy + unit, h, s.hidden - unit);
+    if (s.saved_c) store(s.saved_c + row * s.padded_hidden + unit, c);
+    if (s.saved_gates) store_gates(s.saved_gates + (row * s.padded_hidden + unit) * 4, y);
+  }
+}
+
+template <typename T, int Width>
+void step_forward_of_width(const StepForward<T>& s) {
+  constexpr int V = kLanes<T>;
+  constexpr int64_t columns = Width * V;
+  const Tile<T>* tiles = tiles_for<T, Width>(s.unroll_rows);
+  alignas(STACKED_LSTM_VECTOR_BYTES) T pre[kTileRows<Width> * 4 * V];
+  for (int64_t block = s.first_block; block < s.last_block; ++block) {
+    share_rows(s.rows, kTileRows<Width>, [&](int64_t row, int64_t count) INLINE_LAMBDA {
+      for (int64_t part = 0; part < 4 / Width; ++part) {
+        const int64_t panel = block * (4 / Width) + part;
+        tiles[count](s.panels + panel * s.inner * columns, s.h + row * s.ldh, s.ldh, s.inner,
+                     s.projected + row * 4 * s.padded_hidden + panel * columns, 4 * s.padded_hidden,
+                     pre + part * columns, 4 * V);
+      }
+      cells_forward(s, pre, block, row, count);
+    });
+  }
+}
+
+template <typename T>
+void step_forward(const StepForward<T>& s) {
+  s.width == 4 ? step_forward_of_width<T, 4>(s) : step_forward_of_width<T, 2>(s);
+}
+
+// ---- Backward -------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void step_backward(const StepBackward<T>& s) {
+  constexpr int V = kLanes<T>;
+  for (int64_t row = 0; row < s.rows; ++row) {
+    for (int64_t block = s.first_block; block < s.last_block; ++block) {
+      const int64_t unit = block * V, at = row * s.padded_hidden + unit;
+      Vec<T> dh = load(s.dh + row * s.lddh + unit);
+      if (s.dy) dh = dh + load(s.dy + row * s.lddy + unit);
+      Vec<T> dc = load(s.dc + at);
+      const Gates<Vec<T>> y = load_gates(s.gates + at * 4);
+      const Vec<T> c_next = load(s.c_next + at);
+      const Gates<Vec<T>> d = cell_backward<Math<T>>(y, load(s.c + at), c_next, dh, dc);
+      if (s.hidden) store(s.hidden + row * s.ldm + unit, y.o * Math<T>::tanh(c_next));
+      store(s.dc + at, dc);
+      T* out = s.dgates + row * s.lddg + unit;
+      store(out, d.i), store(out + s.gate_stride, d.f), store(out + 2 * s.gate_stride, d.g),
+          store(out + 3 * s.gate_stride, d.o);
+    }
+  }
+}
+
+template <typename T>
+void activate_rows(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_block, int64_t last_block) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t block = first_block; block < last_block; ++block) {
+      T* p = gates + (row * padded_hidden + block * kLanes<T>)*4;
+      store_gates(p, activate<Math<T>>(load_gates(p)));
+    }
+  }
+}
+
+template <typename T>
+void sum_rows(const T* a, int64_t lda, int64_t rows, int64_t columns, T* sum) {
+  constexpr int V = kLanes<T>;
+  for (int64_t n = 0; n < columns; n += V) {  // rows are padded to whole vectors
+    Vec<T> total{};
+    for (int64_t row = 0; row < rows; ++row) total = total + load(a + row * lda + n);
+    store_first(sum + n, total, columns - n);
+  }
+}
+
+// ---- Packing --------------------------------------------------------------------------------------------------------
+
+// `lanes` rows of W, of which `count` exist, to `lanes` columns of a panel.
+template <typename T>
+void pack_lanes(const T* w, int64_t ldw, int64_t count, int64_t inner, T* out, int64_t ldo) {
+  constexpr int V = kLanes<T>;
+  for (int64_t k = 0; k < inner; k += V) {
+    const int64_t steps = inner - k < V ? inner - k : V;
+    Vec<T> v[V];
+    for (int64_t n = 0; n < V; ++n) {
+      const T* p = w + n * ldw + k;
+      v[n] = n >= count ? Vec<T>{} : steps == V ? load(p) : load_first(p, steps);
+    }
+    transpose<T>(v);
+    for (int64_t step = 0; step < steps; ++step) store(out + (k + step) * ldo, v[step]);
+  }
+}
+
+template <typename T>
+void pack_gates(const T* w, int64_t hidden, int64_t inner, int64_t width, int64_t first, int64_t last, T* panels) {
+  constexpr int V = kLanes<T>;
+  const int64_t ldo = width * V;
+  for (int64_t panel = first; panel < last; ++panel) {
+    for (int64_t v = 0; v < width; ++v) {
+      const int64_t column = panel * width + v, unit = column / 4 * V, gate = column % 4;
+      pack_lanes(w + (gate * hidden + unit) * inner, inner, hidden - unit, inner, panels + panel * inner * ldo + v * V,
+                 ldo);
+    }
+  }
+}
+
+template <typename T>
+void pack_rows(const T* w, int64_t columns, int64_t inner, int64_t width, int64_t first, int64_t last, T* panels) {
+  constexpr int V = kLanes<T>;
+  const int64_t ldo = width * V;
+  for (int64_t panel = first; panel < last; ++panel) {
+    for (int64_t v = 0; v < width; ++v) {
+      const int64_t column = (panel * width + v) * V;
+      pack_lanes(w + column * inner, inner, columns - column, inner, panels + panel * inner * ldo + v * V, ldo);
+    }
+  }
+}
+
+template <typename T>
+void pack_columns(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_block, int64_t padded_rows,
+                  int64_t width, int64_t first, int64_t last, T* panels) {
+  constexpr int V = kLanes<T>;
+  const int64_t ldo = width * V;
+  for (int64_t panel = first; panel < last; ++panel) {
+    T* out = panels + panel * blocks * padded_rows * ldo;
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t row = 0; row < padded_rows; ++row, out += ldo) {
+        for (int64_t v = 0; v < width; ++v) {
+          const int64_t column = (panel * width + v) * V, left = columns - column;
+          const T* p = w + (block * rows_per_block + row) * columns + column;
+          store(out + v * V, row >= rows_per_block || left <= 0 ? Vec<T>{} : left >= V ? load(p) : load_first(p, left));
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void pack_bias(const T* b_ih, const T* b_hh, int64_t hidden, int64_t first, int64_t last, T* bias) {
+  constexpr int V = kLanes<T>;
+  for (int64_t unit = first * V; unit < last * V; ++unit) {
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      T sum = 0;
+      if (unit < hidden && b_ih) sum += b_ih[gate * hidden + unit];
+      if (unit < hidden && b_hh) sum += b_hh[gate * hidden + unit];
+      bias[(unit / V * 4 + gate) * V + unit % V] = sum;
+    }
+  }
+}
+
+template <typename T>
+void maths(const T* x, int64_t n, T* sigmoid, T* tanh) {
+  for (int64_t at = 0; at < n; at += kLanes<T>) {
+    const int64_t left = n - at;
+    const Vec<T> v = left < kLanes<T> ? load_first(x + at, left) : load(x + at);
+    store_first(sigmoid + at, Math<T>::sigmoid(v), left);
+    store_first(tanh + at, Math<T>::tanh(v), left);
+  }
+}
+
+template <typename T>
+constexpr Kernels<T> kTable = {
+    kLanes<T>,  pack_gates<T>,   pack_rows<T>,     pack_columns<T>,  pack_bias<T>,
+    product<T>, step_forward<T>, step_backward<T>, activate_rows<T>, sum_rows<T>,
+    maths<T>,
+};

@@ -1,0 +1,52 @@
+// csrc/cpu/stack_cpu.h: a stack of LSTM layers on the CPU. The entry points, and what they ask of their surroundings.
+//
+// Free of torch, so that the sanitizers can watch every thread and every access (tests/sanitize); csrc/ops.cpp brings
+// torch's thread pool and its BLAS as a Platform.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "../stack.h"
+#include "../wavefront.h"
+
+namespace stacked_lstm::cpu {
+
+// c[m][n] = Σ over rows of a[row][m]·b[row][n], added to c with `accumulate`: a weight gradient.
+template <typename T>
+struct GradientProduct {
+  T* c;
+  int64_t ldc;
+  const T* a;
+  int64_t lda;
+  const T* b;
+  int64_t ldb;
+  int64_t rows, m, n;
+  bool accumulate;
+};
+
+class Platform {
+ public:
+  virtual ~Platform() = default;
+  // Calls member(share) on some threads, the shares adding up to `workers`; every call may run on its own thread, and
+  // all may run on one.
+  virtual void parallel(int64_t workers, const std::function<void(int64_t share)>& member) = 0;
+  // Called by workers, at the same time, on different outputs.
+  virtual void multiply(const GradientProduct<float>& product) = 0;
+  virtual void multiply(const GradientProduct<double>& product) = 0;
+};
+
+// Sizes of this machine's caches, for the cost model.
+const CpuMachine& machine(int64_t element);
+
+// The schedule that a call of these sizes takes when `threads` are free.
+Schedule plan(const StackShape& shape, int64_t threads, int64_t element, bool backward);
+
+// Fill what the call points to; return the schedule that was run. `threads` is the most that may be used.
+// Throw std::runtime_error when there is no memory for the workspace, before anything is written.
+template <typename T>
+Schedule forward(const ForwardCall<T>& call, int64_t threads, Platform& platform);
+template <typename T>
+Schedule backward(const BackwardCall<T>& call, int64_t threads, Platform& platform);
+
+}  // namespace stacked_lstm::cpu

@@ -1,0 +1,155 @@
+// csrc/cpu/vector.h: the vectors of one instruction set, and tanh and sigmoid on them.
+//
+// Included once by each kernels_<isa>.cpp, inside its own namespace and under its own target, after that file has
+// defined STACKED_LSTM_VECTOR_BYTES and STACKED_LSTM_VECTOR_REGISTERS. Nothing here is visible to another file.
+//
+// The vectors are the compiler's own (GCC and Clang vector extensions): one source for SSE2, AVX2, AVX-512 and NEON.
+
+inline constexpr int kRegisters = STACKED_LSTM_VECTOR_REGISTERS;
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float V __attribute__((vector_size(STACKED_LSTM_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(STACKED_LSTM_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double V __attribute__((vector_size(STACKED_LSTM_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(STACKED_LSTM_VECTOR_BYTES)));
+};
+template <typename T>
+using Vec = typename VectorOf<T>::V;
+template <typename T>
+using IntVec = typename VectorOf<T>::I;
+template <typename T>
+inline constexpr int kLanes = STACKED_LSTM_VECTOR_BYTES / int{sizeof(T)};
+
+template <typename T>
+INLINE Vec<T> load(const T* p) {  // no alignment asked for
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename T>
+INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+template <typename T>
+INLINE Vec<T> load_first(const T* p, int64_t count) {  // the rest is zero
+  alignas(STACKED_LSTM_VECTOR_BYTES) T buffer[kLanes<T>] = {};
+  for (int64_t n = 0; n < count; ++n) buffer[n] = p[n];
+  return load(buffer);
+}
+template <typename T>
+INLINE void store_first(T* p, Vec<T> v, int64_t count) {
+  if (count >= kLanes<T>) return store(p, v);
+  for (int64_t n = 0; n < count; ++n) p[n] = v[n];
+}
+template <typename T>
+INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+// Calls f with the constants 0 … N-1: an unrolled loop whose index may pick a register.
+template <int N, typename F>
+INLINE void unroll(F&& f) {
+  [&]<int... n>(std::integer_sequence<int, n...>) INLINE_LAMBDA { (f(std::integral_constant<int, n>{}), ...); }
+  (std::make_integer_sequence<int, N>{});
+}
+
+// One half of an exchange of two rows: blocks of `distance` lanes of a and b in turn, either the lower (of each pair of
+// blocks) of both rows or the upper.
+template <typename T, int distance, bool upper, int... lane>
+INLINE Vec<T> exchange(Vec<T> a, Vec<T> b, std::integer_sequence<int, lane...>) {
+  constexpr int N = sizeof...(lane);
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, ((lane & distance) == 0 ? lane + upper * distance : N + lane - !upper * distance)...);
+#else
+  return __builtin_shuffle(a, b, IntVec<T>{((lane & distance) == 0 ? lane + upper * distance : N + lane - !upper * distance)...});
+#endif
+}
+
+// Rows of `v`, one vector each, to columns: log2(lanes) rounds of exchanges between rows 1, 2, 4, … apart.
+template <typename T, int distance = 1>
+INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
+  if constexpr (distance < kLanes<T>) {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes<T>>{};
+    unroll<kLanes<T>>([&](auto row) INLINE_LAMBDA {
+      if constexpr ((row & distance) == 0) {
+        const Vec<T> a = v[row], b = v[row + distance];
+        v[row] = exchange<T, distance, false>(a, b, lanes);
+        v[row + distance] = exchange<T, distance, true>(a, b, lanes);
+      }
+    });
+    transpose<T, 2 * distance>(v);
+  }
+}
+
+// 1/x for x in [1, 2^126]. A full division costs an AVX-512 core 16 cycles or more a vector, more than all else in a
+// gate: an estimate of 14 bits and one Newton step give 23.
+template <typename T>
+INLINE Vec<T> reciprocal(Vec<T> x) {
+#if defined(STACKED_LSTM_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> r = (Vec<T>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+    return r * (T(2) - x * r);
+  }
+#endif
+  return T(1) / x;
+}
+
+// Coefficients of 2^r - 1 = r·(p[0] + p[1]·r + …) for |r| <= 1/2: Taylor's, (ln 2)^n / n!, up to where the next term
+// is below a tenth of a rounding error.
+template <typename T>
+struct Exp2 {
+  static constexpr int kTerms = sizeof(T) == 4 ? 7 : 13;
+  static constexpr double kCoefficient[13] = {
+      6.931471805599453094e-1, 2.402265069591007123e-1, 5.550410866482157995e-2, 9.618129107628477161e-3, 1.333355814642844342e-3, 1.540353039338160995e-4, 1.525273380405984028e-5, 1.321548679014430949e-6, 1.017808600923969973e-7, 7.054911620801123330e-9, 4.445538271870811498e-10, 2.567843599348820514e-11, 1.369148885390412888e-12,
+  };
+  // Adding it rounds to an integer (at the ulp of 1.5·2^23 or 1.5·2^52) and leaves that integer in the low mantissa bits.
+  static constexpr T kRound = sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0);
+  static constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
+  static constexpr int64_t kBias = sizeof(T) == 4 ? 127 : 1023;
+};
+
+// y = n + r; returns 2^n in `power` and 2^n·(2^r - 1) in `rest`, so that 2^y = power + rest and 2^y - 1 loses nothing
+// where y is small. |y| must be at most 126 (1022 in double). A NaN comes out of `rest` as a NaN.
+template <typename T>
+INLINE void exp2_parts(Vec<T> y, Vec<T>& power, Vec<T>& rest) {
+  using E = Exp2<T>;
+  const Vec<T> shifted = y + E::kRound;
+  const Vec<T> r = y - (shifted - E::kRound);
+  power = (Vec<T>)(((IntVec<T>)shifted + E::kBias) << E::kMantissaBits);
+  Vec<T> p = broadcast<T>(static_cast<T>(E::kCoefficient[E::kTerms - 1]));
+  unroll<E::kTerms - 1>(
+      [&](auto n) INLINE_LAMBDA { p = p * r + static_cast<T>(E::kCoefficient[E::kTerms - 2 - n]); });
+  rest = power * (p * r);
+}
+
+template <typename T>
+INLINE Vec<T> clamp(Vec<T> x, T bound) {  // a NaN stays one: both comparisons are false
+  x = x > bound ? broadcast(bound) : x;
+  return x < -bound ? broadcast(-bound) : x;
+}
+
+// The Math of csrc/cell.h. Errors against float64 over all floats: tests/test_kernels.py has the bound.
+template <typename T>
+struct Math {
+  static constexpr T kLog2E = T(1.44269504088896340736);
+
+  // 1 / (1 + 2^y), y = -x·log2(e)
+  static INLINE Vec<T> sigmoid(Vec<T> x) {
+    Vec<T> power, rest;
+    exp2_parts<T>(clamp<T>(x * -kLog2E, sizeof(T) == 4 ? T(125) : T(1020)), power, rest);
+    return reciprocal<T>(T(1) + (power + rest));
+  }
+
+  // (e - 1) / (e + 1), e = 2^y, y = 2x·log2(e). From |y| = bound on the quotient rounds to 1.
+  static INLINE Vec<T> tanh(Vec<T> x) {
+    Vec<T> power, rest;
+    exp2_parts<T>(clamp<T>(x * (2 * kLog2E), sizeof(T) == 4 ? T(30) : T(60)), power, rest);
+    return ((power - T(1)) + rest) * reciprocal<T>((power + T(1)) + rest);
+  }
+};

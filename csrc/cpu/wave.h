@@ -1,0 +1,224 @@
+// csrc/cpu/wave.h: what the forward and the backward wavefront share: ranges, progress, packing, staging.
+//
+// Names. A worker has one place in the box of the schedule (wavefront.h). "Own" units, columns and panels are those of
+// its unit slice; "local" rows are those of its batch slice.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "stack_cpu.h"
+#include "team.h"
+#include "workspace.h"
+
+namespace stacked_lstm::cpu {
+
+struct Range {
+  int64_t first, last;
+  int64_t size() const { return last - first; }
+};
+
+inline Range share_of(int64_t total, int64_t part, int64_t parts) {
+  return {total * part / parts, total * (part + 1) / parts};
+}
+
+// Rows of a buffer a power of two apart share one set of a cache: every buffer that a product broadcasts from is padded.
+inline constexpr int64_t kRowPadding = 16;
+
+// How far each worker is with each position. Every count only rises.
+struct Progress {
+  Count packed;  // 1: own panels are ready for the other batch slices
+  Count steps;   // hand-overs inside a lane, see the drivers
+  Count chunks;  // chunks done: output of the lane's layer may be read
+  Count done;    // 1: nothing of the lane is read any more
+};
+
+// The recurrent product has four vectors a panel while few rows share each weight, and then its tile is as large as
+// the registers allow for those few rows; else two. A function of the batch alone: see "Bits" in kernels.h.
+inline int64_t recurrent_width(int64_t batch) { return batch <= 6 ? 4 : 2; }
+// All other products.
+inline constexpr int64_t kWidth = 2;
+
+inline int64_t panels_of(int64_t columns, int64_t width, int64_t lanes) {
+  return (columns + width * lanes - 1) / (width * lanes);
+}
+
+// The state that all workers of a call share, and the arithmetic of who owns what.
+template <typename T>
+class Wave {
+ public:
+  Wave(const StackShape& shape, int64_t threads, bool backward)
+      : shape_(shape),
+        kernels_(kernels<T>()),
+        lane_count_(shape.lanes()),
+        backward_(backward),
+        schedule_(plan(shape, threads, sizeof(T), backward)),
+        chunk_limit_(schedule_.chunk_steps),
+        workers_(schedule_.workers()),
+        team_(workers_),
+        progress_(static_cast<size_t>(lane_count_ * workers_)),
+        chunk_rows_(chunk_limit_ * shape.batch) {
+    for (const LayerShape& layer : shape.layers) widest_input_ = std::max(widest_input_, layer.input);
+    for (const LayerShape& layer : shape.layers) widest_output_ = std::max(widest_output_, layer.output());
+    for (const LayerShape& layer : shape.layers) widest_hidden_ = std::max(widest_hidden_, layer.padded_hidden());
+  }
+
+ protected:
+  // Fewer workers came than were asked for: the schedule for those. Buffers were sized for the first one's chunks.
+  void reschedule(int64_t size) {
+    if (size == workers_) return;
+    schedule_ = plan(shape_, size, sizeof(T), backward_);
+    schedule_.chunk_steps = std::min(schedule_.chunk_steps, chunk_limit_);
+    for (Progress& p : progress_) p.packed.value = p.steps.value = p.chunks.value = p.done.value = 0;
+  }
+
+  // Runs worker(rank) for every worker of the schedule.
+  template <typename F>
+  void run(Platform& platform, F&& worker) {
+    Count scheduled;
+    const auto member = [&](int64_t share) {
+      team_.work(share, [&](int64_t rank, int64_t size) {
+        if (rank == 0) reschedule(size), publish(scheduled, 1);
+        team_.wait(scheduled, 1);
+        if (rank < schedule_.workers()) worker(rank);
+      });
+    };
+    if (workers_ == 1) {
+      member(1);
+    } else {
+      platform.parallel(workers_, member);
+    }
+    team_.rethrow();
+  }
+
+  int64_t slices(int64_t position) const { return schedule_.phase_of(position, shape_.directions).unit_slices; }
+  Progress& progress(int64_t position, int64_t batch_slice, int64_t slice) {
+    return progress_[static_cast<size_t>((position * schedule_.batch_slices + batch_slice) * slices_limit() + slice)];
+  }
+  int64_t slices_limit() const {
+    return std::max(schedule_.phase[0].unit_slices, schedule_.phases == 2 ? schedule_.phase[1].unit_slices : 1);
+  }
+  Progress& own(int64_t position, const Place& place) { return progress(position, place.batch_slice, place.slice); }
+
+  // Waits for all unit slices of a position, in one batch slice.
+  void wait_slices(int64_t position, int64_t batch_slice, Count Progress::*count, int64_t value) {
+    for (int64_t slice = 0; slice < slices(position); ++slice) {
+      team_.wait(progress(position, batch_slice, slice).*count, value);
+    }
+  }
+  // … and in all batch slices.
+  void wait_everybody(int64_t position, Count Progress::*count, int64_t value) {
+    for (int64_t b = 0; b < schedule_.batch_slices; ++b) wait_slices(position, b, count, value);
+  }
+  void wait_for_input(int64_t position, const Place& place, int64_t chunk) {
+    const Needs n = needs(schedule_, shape_.steps, shape_.directions, position, chunk);
+    for (int64_t p = n.first_position; p < n.first_position + n.positions; ++p) {
+      wait_slices(p, place.batch_slice, &Progress::chunks, n.chunks);
+    }
+  }
+
+  Range sequences(const Place& place) const {
+    return {schedule_.first_sequence(shape_.batch, place.batch_slice),
+            schedule_.first_sequence(shape_.batch, place.batch_slice + 1)};
+  }
+  // Local rows of time t.
+  int64_t local_rows(const Range& sequences, int64_t t) const {
+    return std::max<int64_t>(std::min(shape_.active(t), sequences.last) - sequences.first, 0);
+  }
+  // Likewise at a lane's step s; none before the first step and after the last.
+  int64_t rows_at(int64_t lane, const Range& sequences, int64_t s) const {
+    return s < 0 || s >= shape_.steps ? 0 : local_rows(sequences, shape_.time(lane, s));
+  }
+  Range steps_of(int64_t chunk) const {
+    return {chunk * schedule_.chunk_steps, std::min((chunk + 1) * schedule_.chunk_steps, shape_.steps)};
+  }
+  int64_t chunks() const { return schedule_.chunks(shape_.steps); }
+
+  // Own panels of a product with `columns` columns.
+  Range own_panels(int64_t position, const Place& place, int64_t columns, int64_t width) const {
+    return share_of(panels_of(columns, width, kernels_.lanes), place.slice, slices(position));
+  }
+  // Own unit blocks. Whole panels of the widest kind, so that forward and backward products can follow them.
+  Range own_blocks(int64_t position, const Place& place, int64_t hidden) const {
+    const Range panels = own_panels(position, place, hidden, 4);
+    const int64_t blocks = panels_of(hidden, 1, kernels_.lanes);
+    return {std::min(panels.first * 4, blocks), std::min(panels.last * 4, blocks)};
+  }
+  Range columns_of(const Range& panels, int64_t width, int64_t columns) const {
+    const int64_t w = width * kernels_.lanes;
+    return {std::min(panels.first * w, columns), std::min(panels.last * w, columns)};
+  }
+  int64_t panel_elements(int64_t columns, int64_t inner, int64_t width) const {
+    return panels_of(columns, width, kernels_.lanes) * width * kernels_.lanes * inner;
+  }
+
+  // This batch slice's share of a packing job; all of them need all of it.
+  Range share_packing(const Range& panels, const Place& place) const {
+    const Range part = share_of(panels.size(), place.batch_slice, schedule_.batch_slices);
+    return {panels.first + part.first, panels.first + part.last};
+  }
+  void packing_done(int64_t position, const Place& place) {
+    publish(own(position, place).packed, 1);
+    for (int64_t b = 0; b < schedule_.batch_slices; ++b) team_.wait(progress(position, b, place.slice).packed, 1);
+  }
+
+  // Copies the local rows of a lane's steps to `out`, in the lane's order: row_of(t, b) says where a row is.
+  // Returns the number of rows.
+  template <typename RowOf>
+  int64_t stage(int64_t lane, const Range& sequences, const Range& steps, int64_t columns, RowOf&& row_of, T* out,
+                int64_t ldo) const {
+    int64_t row = 0;
+    for (int64_t s = steps.first; s < steps.last; ++s) {
+      const int64_t t = shape_.time(lane, s), rows = local_rows(sequences, t);
+      for (int64_t b = 0; b < rows; ++b, ++row) {
+        std::memcpy(out + row * ldo, row_of(t, sequences.first + b), static_cast<size_t>(columns) * sizeof(T));
+      }
+    }
+    return row;
+  }
+  // The input of a lane's layer, dropout included: the caller's for layer 0, else `below`, the layer below's h.
+  int64_t stage_input(const Input<T>& input, const Dropout& dropout, const T* below, int64_t lane,
+                      const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
+    const int64_t layer = lane / shape_.directions, width = shape_.layers[layer].input;
+    if (layer == 0) {
+      return stage(lane, sequences, steps, width, [&](int64_t t, int64_t b) { return input.row(shape_, t, b); }, out,
+                   ldo);
+    }
+    const int64_t rows = stage(
+        lane, sequences, steps, width, [&](int64_t t, int64_t b) { return below + (shape_.first_row[t] + b) * width; },
+        out, ldo);
+    if (dropout.active()) apply_dropout(dropout, layer - 1, lane, sequences, steps, width, out, ldo);
+    return rows;
+  }
+  void apply_dropout(const Dropout& dropout, int64_t layer, int64_t lane, const Range& sequences, const Range& steps,
+                     int64_t width, T* out, int64_t ldo) const {
+    for (int64_t s = steps.first; s < steps.last; ++s) {
+      const int64_t t = shape_.time(lane, s), rows = local_rows(sequences, t);
+      for (int64_t b = 0; b < rows; ++b, out += ldo) {
+        dropout.apply(out, width, t * shape_.batch + sequences.first + b, layer);
+      }
+    }
+  }
+
+  static void copy_columns(const T* from, T* to, const Range& columns) {
+    if (columns.size() > 0) {
+      std::memcpy(to + columns.first, from + columns.first, static_cast<size_t>(columns.size()) * sizeof(T));
+    }
+  }
+
+  const StackShape& shape_;
+  const Kernels<T>& kernels_;
+  const int64_t lane_count_;
+  const bool backward_;
+  Schedule schedule_;
+  const int64_t chunk_limit_;
+  const int64_t workers_;
+  Team team_;
+  std::vector<Progress> progress_;
+  const int64_t chunk_rows_;
+  int64_t widest_input_ = 0, widest_output_ = 0, widest_hidden_ = 0;
+};
+
+}  // namespace stacked_lstm::cpu

@@ -1,0 +1,75 @@
+// csrc/cpu/workspace.cpp: see workspace.h.
+#include "workspace.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace stacked_lstm::cpu {
+namespace {
+
+constexpr int64_t kAlignment = 128;
+constexpr int64_t kPage = int64_t{2} << 20;  // a huge page: weights are read end to end, and TLB misses show
+constexpr int64_t kSlack = 8192;             // products prefetch past the end of their last panel
+
+thread_local std::unique_ptr<Workspace> kept;
+
+}  // namespace
+
+void* Workspace::take_bytes(int64_t count, int64_t element) {
+  int64_t bytes;
+  if (count < 0 || __builtin_mul_overflow(count, element, &bytes) ||
+      __builtin_add_overflow(bytes, kAlignment + kSlack + kPage, &bytes)) {
+    throw std::runtime_error("stacked_lstm_ext: a workspace of " + std::to_string(count) + " elements is too large");
+  }
+  bytes = (count * element + kAlignment - 1) / kAlignment * kAlignment;
+  if (blocks_.empty() || blocks_.back().size - blocks_.back().used < bytes) {
+    const int64_t size = (bytes + kSlack + kPage - 1) / kPage * kPage;
+    void* data = std::aligned_alloc(kPage, static_cast<size_t>(size));
+    if (!data) throw std::runtime_error("stacked_lstm_ext: out of memory: a workspace of " + std::to_string(bytes) + " bytes");
+#if defined(__linux__)
+    madvise(data, static_cast<size_t>(size), MADV_HUGEPAGE);
+#endif
+    blocks_.push_back({static_cast<char*>(data), size - kSlack, 0});
+  }
+  Block& block = blocks_.back();
+  void* p = block.data + block.used;
+  block.used += bytes;
+  return p;
+}
+
+// Leaves one block, as large as all of them were, so that the next call of this size finds one piece.
+void Workspace::reset() {
+  int64_t total = 0;
+  for (const Block& block : blocks_) total += block.size + kSlack;
+  if (blocks_.size() == 1 && total <= kKept) {
+    blocks_[0].used = 0;
+    return;
+  }
+  for (const Block& block : blocks_) std::free(block.data);
+  blocks_.clear();
+  if (total > kKept) return;
+  try {
+    take_bytes(total - kSlack, 1);
+    blocks_[0].used = 0;
+  } catch (const std::exception&) {  // then the next call asks again
+  }
+}
+
+Workspace::~Workspace() {
+  for (const Block& block : blocks_) std::free(block.data);
+}
+
+Workspace::Lease::Lease() : workspace_(kept ? std::move(kept) : std::make_unique<Workspace>()) {}
+
+Workspace::Lease::~Lease() {
+  workspace_->reset();
+  kept = std::move(workspace_);
+}
+
+}  // namespace stacked_lstm::cpu

@@ -1,0 +1,55 @@
+// csrc/cpu/workspace.h: memory that a call needs and its caller does not: packed weights, chunks, states.
+//
+// Fresh pages cost more than the arithmetic of a small call, so a thread keeps its workspace from call to call, up to
+// kKept bytes.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace stacked_lstm::cpu {
+
+class Workspace {
+ public:
+  // The calling thread's. One call at a time: a nested one gets its own.
+  class Lease;
+
+  // `count` elements, aligned to a pair of cache lines, holding anything. Valid until the lease ends.
+  // Throws std::runtime_error when there is no memory; what was taken before stays valid.
+  template <typename T>
+  T* take(int64_t count) {
+    return static_cast<T*>(take_bytes(count, sizeof(T)));
+  }
+
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace();
+
+ private:
+  static constexpr int64_t kKept = int64_t{256} << 20;
+  struct Block {
+    char* data;
+    int64_t size, used;
+  };
+
+  void* take_bytes(int64_t count, int64_t element);
+  void reset();
+
+  std::vector<Block> blocks_;
+};
+
+class Workspace::Lease {
+ public:
+  Lease();
+  ~Lease();
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  Workspace* operator->() { return workspace_.get(); }
+
+ private:
+  std::unique_ptr<Workspace> workspace_;
+};
+
+}  // namespace stacked_lstm::cpu

@@ -1,0 +1,487 @@
+// csrc/ops.cpp: the operators stacked_lstm_ext::forward and ::backward: schemas, checks, allocation, dispatch; and the
+// Python module _C, for what is not a tensor operator (the schedule, facts about the build).
+//
+// The schemas are part of the interface: stacked_lstm_ext/ops.py has their fakes and their autograd.
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/stack_cpu.h"
+#include "stack.h"
+#include "wavefront.h"
+
+namespace stacked_lstm {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- What a call says of itself -------------------------------------------------------------------------------------
+
+struct Options {
+  bool bias;
+  int64_t layers;
+  bool bidirectional;
+  int64_t proj_size;
+  double dropout;
+  Saving saving;
+
+  int64_t directions() const { return bidirectional ? 2 : 1; }
+  int64_t weights_a_lane() const { return 2 + (bias ? 2 : 0) + (proj_size > 0 ? 1 : 0); }
+};
+
+Saving saving_of(const std::string& name) {
+  if (name == "none") return Saving::none;
+  if (name == "full") return Saving::full;
+  TORCH_CHECK_VALUE(name == "recompute", "saving should be one of none, full, recompute, got: ", name);
+  return Saving::recompute;
+}
+
+// The last call of this thread, for `last_run`.
+struct Run {
+  Schedule schedule;
+  bool backward;
+  std::string saving;
+  int64_t layers, steps, batch, directions;
+};
+thread_local std::optional<Run> last_run;
+
+// ---- torch's threads and BLAS for the CPU kernels -------------------------------------------------------------------
+
+class TorchPlatform : public cpu::Platform {
+ public:
+  void parallel(int64_t workers, const std::function<void(int64_t)>& member) override {
+    at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) { member(end - begin); });
+  }
+  void multiply(const cpu::GradientProduct<float>& product) override { multiply(product, at::kFloat); }
+  void multiply(const cpu::GradientProduct<double>& product) override { multiply(product, at::kDouble); }
+
+ private:
+  template <typename T>
+  static void multiply(const cpu::GradientProduct<T>& p, at::ScalarType type) {
+    // A pool's thread has no dispatch state of its own, and the caller's may ask for autocast.
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const auto options = at::TensorOptions().dtype(type);
+    const Tensor a = at::from_blob(const_cast<T*>(p.a), {p.m, p.rows}, {1, p.lda}, options);
+    const Tensor b = at::from_blob(const_cast<T*>(p.b), {p.rows, p.n}, {p.ldb, 1}, options);
+    Tensor c = at::from_blob(p.c, {p.m, p.n}, {p.ldc, 1}, options);
+    if (p.accumulate) {
+      at::addmm_out(c, c, a, b);
+    } else {
+      at::mm_out(c, a, b);
+    }
+  }
+};
+
+// ---- Checks: everything that a kernel relies on, before anything is allocated ---------------------------------------
+
+void check_same(const Tensor& tensor, const Tensor& input, const char* name) {
+  TORCH_CHECK_VALUE(tensor.device() == input.device(), name, " should be on the device of input, ", input.device(),
+                    ", got: ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.scalar_type() == input.scalar_type(), name, " should have the dtype of input, ",
+                    input.scalar_type(), ", got: ", tensor.scalar_type());
+}
+
+void check_shape(const Tensor& tensor, at::IntArrayRef shape, const std::string& name) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " should have shape ", shape, ", got: ", tensor.sizes());
+}
+
+StackShape shape_of(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0,
+                    TensorList weights, const Options& options) {
+  const int64_t directions = options.directions();
+  TORCH_CHECK_VALUE(options.layers > 0, "num_layers should be greater than zero, got: ", options.layers);
+  TORCH_CHECK_VALUE(options.dropout >= 0 && options.dropout <= 1, "dropout should be in [0, 1], got: ", options.dropout);
+  TORCH_CHECK_VALUE(options.proj_size >= 0, "proj_size should not be negative, got: ", options.proj_size);
+  const auto type = input.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+                   "input should be float32, float64, bfloat16 or float16, got: ", type);
+  TORCH_CHECK_VALUE(input.dim() == (batch_sizes ? 2 : 3), "input should have ", batch_sizes ? 2 : 3,
+                    " dimensions, got: ", input.dim());
+  const int64_t lanes = options.layers * directions, a_lane = options.weights_a_lane();
+  TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == lanes * a_lane, "weights should be ", lanes * a_lane,
+                    " tensors, got: ", weights.size());
+  TORCH_CHECK_VALUE(weights[1].dim() == 2 && weights[1].size(0) > 0 && weights[1].size(0) % 4 == 0,
+                    "weight_hh should have shape (4*hidden_size, ...), got: ", weights[1].sizes());
+  const int64_t hidden = weights[1].size(0) / 4;
+  TORCH_CHECK_VALUE(options.proj_size < hidden, "proj_size should be smaller than hidden_size, ", hidden,
+                    ", got: ", options.proj_size);
+
+  StackShape shape;
+  shape.directions = directions;
+  const int64_t output = options.proj_size > 0 ? options.proj_size : hidden;
+  for (int64_t k = 0; k < options.layers; ++k) {
+    shape.layers.push_back({k == 0 ? input.size(-1) : directions * output, hidden, options.proj_size});
+  }
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const LayerShape& layer = shape.of_lane(lane);
+    const Tensor* w = &weights[lane * a_lane];
+    const std::string suffix = "_l" + std::to_string(lane / directions) + (lane % directions ? "_reverse" : "");
+    for (int64_t n = 0; n < a_lane; ++n) check_same(w[n], input, "every weight");
+    check_shape(w[0], {4 * hidden, layer.input}, "weight_ih" + suffix);
+    check_shape(w[1], {4 * hidden, output}, "weight_hh" + suffix);
+    if (options.bias) check_shape(w[2], {4 * hidden}, "bias_ih" + suffix);
+    if (options.bias) check_shape(w[3], {4 * hidden}, "bias_hh" + suffix);
+    if (options.proj_size > 0) check_shape(w[a_lane - 1], {output, hidden}, "weight_hr" + suffix);
+  }
+
+  check_same(h_0, input, "h_0");
+  check_same(c_0, input, "c_0");
+  if (batch_sizes) {
+    const Tensor& sizes = *batch_sizes;
+    TORCH_CHECK_VALUE(sizes.device().is_cpu() && sizes.scalar_type() == at::kLong && sizes.dim() == 1,
+                      "batch_sizes should be a one-dimensional int64 tensor on the CPU, got: ", sizes.dim(),
+                      " dimensions of ", sizes.scalar_type(), " on ", sizes.device());
+    const Tensor contiguous = sizes.contiguous();
+    const int64_t* size = contiguous.const_data_ptr<int64_t>();
+    shape.steps = sizes.numel();
+    TORCH_CHECK_VALUE(shape.steps > 0, "batch_sizes should have at least one element");
+    shape.batch = size[0];
+    shape.first_row.assign(1, 0);
+    for (int64_t t = 0; t < shape.steps; ++t) {
+      TORCH_CHECK_VALUE(size[t] >= 1 && size[t] <= (t == 0 ? size[0] : size[t - 1]),
+                        "batch_sizes should be at least 1 and never grow, got: ", size[t], " at step ", t);
+      shape.first_row.push_back(shape.first_row.back() + size[t]);
+    }
+    TORCH_CHECK_VALUE(input.size(0) == shape.rows(), "input should have as many rows as batch_sizes add up to, ",
+                      shape.rows(), ", got: ", input.size(0));
+  } else {
+    shape.steps = input.size(0);
+    shape.batch = input.size(1);
+    TORCH_CHECK_VALUE(shape.steps > 0, "input should have at least one step");
+    for (int64_t t = 0; t <= shape.steps; ++t) shape.first_row.push_back(t * shape.batch);
+  }
+  check_shape(h_0, {lanes, shape.batch, output}, "h_0");
+  check_shape(c_0, {lanes, shape.batch, hidden}, "c_0");
+  return shape;
+}
+
+Dropout dropout_of(const OptionalTensor& seed, const Tensor& input, const Options& options) {
+  if (options.dropout == 0 || options.layers == 1) return {};
+  TORCH_CHECK_VALUE(seed.has_value(), "seed is needed with dropout ", options.dropout, " and ", options.layers,
+                    " layers");
+  TORCH_CHECK_VALUE(seed->numel() == 1 && seed->scalar_type() == at::kLong,
+                    "seed should be an int64 tensor of one element, got: ", seed->numel(), " of ", seed->scalar_type());
+  TORCH_CHECK_VALUE(seed->device() == input.device(), "seed should be on the device of input, ", input.device(),
+                    ", got: ", seed->device());
+  return {options.dropout, static_cast<uint64_t>(*seed->const_data_ptr<int64_t>())};
+}
+
+// ---- The CPU ------------------------------------------------------------------------------------------------------
+
+// The kernels compute in float32 or float64; 16-bit tensors are converted on their way in and out.
+at::ScalarType arithmetic_type(const Tensor& input) {
+  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+int64_t free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// Tensors in the arithmetic's dtype, contiguous, kept alive as long as a call points into them.
+template <typename T>
+class Operands {
+ public:
+  explicit Operands(at::ScalarType type) : type_(type) {}
+
+  const T* take(const Tensor& tensor) {
+    kept_.push_back(tensor.to(type_).contiguous());
+    return kept_.back().const_data_ptr<T>();
+  }
+  const T* take(const OptionalTensor& tensor) { return tensor ? take(*tensor) : nullptr; }
+
+  // Rows of the input stand where they are as long as each is contiguous.
+  Input<T> input(const Tensor& tensor, const StackShape& shape, bool packed) {
+    Tensor x = tensor.to(type_);
+    if (packed || x.stride(-1) != 1) x = x.contiguous();
+    kept_.push_back(x);
+    if (packed) return {x.const_data_ptr<T>(), 0, shape.layers[0].input, true};
+    return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), false};
+  }
+
+  std::vector<LaneWeights<T>> weights(TensorList tensors, const Options& options) {
+    std::vector<LaneWeights<T>> lanes;
+    const int64_t a_lane = options.weights_a_lane();
+    for (int64_t n = 0; n < static_cast<int64_t>(tensors.size()); n += a_lane) {
+      const Tensor* w = &tensors[n];
+      lanes.push_back({take(w[0]), take(w[1]), options.bias ? take(w[2]) : nullptr, options.bias ? take(w[3]) : nullptr,
+                       options.proj_size > 0 ? take(w[a_lane - 1]) : nullptr});
+    }
+    return lanes;
+  }
+
+ private:
+  at::ScalarType type_;
+  std::vector<Tensor> kept_;
+};
+
+void remember(const Schedule& schedule, const StackShape& shape, const std::string& saving, bool backward) {
+  last_run = Run{schedule, backward, saving, shape.depth(), shape.steps, shape.batch, shape.directions};
+}
+
+std::vector<int64_t> output_sizes(const StackShape& shape, bool packed, int64_t width) {
+  return packed ? std::vector<int64_t>{shape.rows(), width} : std::vector<int64_t>{shape.steps, shape.batch, width};
+}
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+ForwardResult run_forward(const Tensor& input, bool packed, const Tensor& h_0, const Tensor& c_0, TensorList weights,
+                          const StackShape& shape, const Dropout& dropout, const Options& options,
+                          const std::string& saving) {
+  const auto type = arithmetic_type(input);
+  const auto floats = input.options().dtype(type);
+  const bool keep_top = type != input.scalar_type();
+  const LayerShape& top = shape.layers.back();
+  const Tensor output = at::empty(output_sizes(shape, packed, shape.directions * top.output()), floats);
+  const Tensor h_n = at::empty(h_0.sizes(), floats), c_n = at::empty(c_0.sizes(), floats);
+  const Tensor reserve = at::empty({reserve_size(shape, options.saving, keep_top).total()}, floats);
+
+  Operands<T> operands(type);
+  ForwardCall<T> call;
+  call.shape = shape;
+  call.input = operands.input(input, shape, packed);
+  call.weights = operands.weights(weights, options);
+  call.h_0 = operands.take(h_0);
+  call.c_0 = operands.take(c_0);
+  call.dropout = dropout;
+  call.saving = options.saving;
+  call.keep_top = keep_top;
+  call.output = output.mutable_data_ptr<T>();
+  call.h_n = h_n.mutable_data_ptr<T>();
+  call.c_n = c_n.mutable_data_ptr<T>();
+  call.reserve = reserve.mutable_data_ptr<T>();
+  TorchPlatform platform;
+  remember(cpu::forward(call, free_threads(), platform), shape, saving, false);
+  if (keep_top && options.saving != Saving::none) {  // the last part of the reserve; see stack.h
+    reserve.narrow(0, reserve.numel() - output.numel(), output.numel()).copy_(output.flatten());
+  }
+  const auto out = input.scalar_type();
+  return {output.to(out), h_n.to(out), c_n.to(out), reserve};
+}
+
+ForwardResult forward_cpu(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0,
+                          TensorList weights, const OptionalTensor& seed, bool bias, int64_t num_layers,
+                          bool bidirectional, int64_t proj_size, double dropout, const std::string& saving) {
+  const Options options{bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
+  const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
+  const Dropout mask = dropout_of(seed, input, options);
+  const bool packed = batch_sizes.has_value();
+  return arithmetic_type(input) == at::kDouble
+             ? run_forward<double>(input, packed, h_0, c_0, weights, shape, mask, options, saving)
+             : run_forward<float>(input, packed, h_0, c_0, weights, shape, mask, options, saving);
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
+struct IncomingGradients {
+  const OptionalTensor &output, &h_n, &c_n;
+};
+
+template <typename T>
+BackwardResult run_backward(const IncomingGradients& incoming, const Tensor& input, bool packed, const Tensor& h_0,
+                            const Tensor& c_0, TensorList weights, const Tensor& output, const Tensor& reserve,
+                            const StackShape& shape, const Dropout& dropout, const Options& options,
+                            const std::string& saving, bool input_grad, bool weight_grad) {
+  const auto type = arithmetic_type(input);
+  const auto floats = input.options().dtype(type);
+  Operands<T> operands(type);
+  BackwardCall<T> call;
+  call.shape = shape;
+  call.input = operands.input(input, shape, packed);
+  call.weights = operands.weights(weights, options);
+  call.h_0 = operands.take(h_0);
+  call.c_0 = operands.take(c_0);
+  call.dropout = dropout;
+  call.saving = options.saving;
+  call.keep_top = type != input.scalar_type();
+  call.output = call.keep_top ? nullptr : operands.take(output);
+  call.reserve = operands.take(reserve);
+  call.grad_output = operands.take(incoming.output);
+  call.grad_h_n = operands.take(incoming.h_n);
+  call.grad_c_n = operands.take(incoming.c_n);
+
+  Tensor grad_input[2];
+  for (int64_t d = 0; d < 2; ++d) {
+    const bool wanted = input_grad && d < shape.directions;
+    if (wanted) grad_input[d] = at::empty(input.sizes(), floats);
+    call.grad_input[d] = wanted ? grad_input[d].mutable_data_ptr<T>() : nullptr;
+  }
+  const Tensor grad_h_0 = at::empty(h_0.sizes(), floats), grad_c_0 = at::empty(c_0.sizes(), floats);
+  call.grad_h_0 = grad_h_0.mutable_data_ptr<T>();
+  call.grad_c_0 = grad_c_0.mutable_data_ptr<T>();
+  std::vector<Tensor> grad_weights;
+  if (weight_grad) {
+    for (const Tensor& w : weights) grad_weights.push_back(at::empty(w.sizes(), floats));
+    const int64_t a_lane = options.weights_a_lane();
+    for (int64_t lane = 0; lane < shape.lanes(); ++lane) {
+      const auto at = [&](int64_t n) {
+        return grad_weights[static_cast<size_t>(lane * a_lane + n)].template mutable_data_ptr<T>();
+      };
+      call.gradients.push_back({at(0), at(1), options.bias ? at(2) : nullptr, options.bias ? at(3) : nullptr,
+                                options.proj_size > 0 ? at(a_lane - 1) : nullptr});
+    }
+  }
+
+  TorchPlatform platform;
+  remember(cpu::backward(call, free_threads(), platform), shape, saving, true);
+  const auto out = input.scalar_type();
+  if (!input_grad) grad_input[0] = at::empty({0}, floats);
+  if (input_grad && shape.directions == 2) grad_input[0].add_(grad_input[1]);
+  for (Tensor& g : grad_weights) g = g.to(out);
+  return {grad_input[0].to(out), grad_h_0.to(out), grad_c_0.to(out), std::move(grad_weights)};
+}
+
+BackwardResult backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                            const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& batch_sizes,
+                            const Tensor& h_0, const Tensor& c_0, TensorList weights, const OptionalTensor& seed,
+                            const Tensor& output, const Tensor& reserve, bool bias, int64_t num_layers,
+                            bool bidirectional, int64_t proj_size, double dropout, const std::string& saving,
+                            bool input_grad, bool weight_grad) {
+  const Options options{bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
+  TORCH_CHECK_VALUE(options.saving != Saving::none,
+                    "backward needs a forward with saving \"full\" or \"recompute\", got: ", saving);
+  const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
+  const Dropout mask = dropout_of(seed, input, options);
+  const bool packed = batch_sizes.has_value();
+  const auto type = arithmetic_type(input);
+  const LayerShape& top = shape.layers.back();
+  const auto sizes = output_sizes(shape, packed, shape.directions * top.output());
+  check_same(output, input, "output");
+  check_shape(output, sizes, "output");
+  TORCH_CHECK_VALUE(reserve.scalar_type() == type && reserve.device() == input.device(), "reserve should be ", type,
+                    " on ", input.device(), ", got: ", reserve.scalar_type(), " on ", reserve.device());
+  check_shape(reserve, {reserve_size(shape, options.saving, type != input.scalar_type()).total()}, "reserve");
+  const IncomingGradients incoming{grad_output, grad_h_n, grad_c_n};
+  if (grad_output) check_same(*grad_output, input, "grad_output"), check_shape(*grad_output, sizes, "grad_output");
+  if (grad_h_n) check_same(*grad_h_n, input, "grad_h_n"), check_shape(*grad_h_n, h_0.sizes(), "grad_h_n");
+  if (grad_c_n) check_same(*grad_c_n, input, "grad_c_n"), check_shape(*grad_c_n, c_0.sizes(), "grad_c_n");
+  return type == at::kDouble ? run_backward<double>(incoming, input, packed, h_0, c_0, weights, output, reserve, shape,
+                                                    mask, options, saving, input_grad, weight_grad)
+                             : run_backward<float>(incoming, input, packed, h_0, c_0, weights, output, reserve, shape,
+                                                   mask, options, saving, input_grad, weight_grad);
+}
+
+// ---- The Python module ----------------------------------------------------------------------------------------------
+
+namespace py = pybind11;
+
+py::dict describe(const Schedule& schedule, int64_t directions) {
+  py::list phases;
+  for (int64_t p = 0; p < schedule.phases; ++p) {
+    const Phase& phase = schedule.phase[p];
+    phases.append(py::dict(py::arg("first_layer") = phase.first_layer, py::arg("last_layer") = phase.last_layer,
+                           py::arg("layer_groups") = phase.layer_groups, py::arg("unit_slices") = phase.unit_slices));
+  }
+  std::string why = "one worker: more would cost more than they save";
+  if (schedule.batch_slices > 1) {
+    why = "the batch is shared out: the slices need nothing of each other";
+  } else if (schedule.phase[0].layer_groups > 1) {
+    why = directions == 2 ? "the two directions of a layer run side by side" : "layers run side by side, a chunk apart";
+  } else if (schedule.phase[0].unit_slices > 1) {
+    why = "the units of each layer are shared out";
+  }
+  return py::dict(py::arg("backend") = "cpu", py::arg("isa") = cpu::isa(), py::arg("threads") = schedule.workers(),
+                  py::arg("batch_slices") = schedule.batch_slices, py::arg("chunk_steps") = schedule.chunk_steps,
+                  py::arg("fill_steps") = schedule.fill_steps(directions), py::arg("phases") = phases,
+                  py::arg("predicted_us") = schedule.predicted_us, py::arg("binds") = schedule.binds,
+                  py::arg("why") = why);
+}
+
+StackShape padded_shape(int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
+                        bool bidirectional, int64_t seq_len, int64_t batch_size) {
+  StackShape shape;
+  shape.steps = seq_len;
+  shape.batch = batch_size;
+  shape.directions = bidirectional ? 2 : 1;
+  const int64_t output = proj_size > 0 ? proj_size : hidden_size;
+  for (int64_t k = 0; k < num_layers; ++k) {
+    shape.layers.push_back({k == 0 ? input_size : shape.directions * output, hidden_size, proj_size});
+  }
+  for (int64_t t = 0; t <= seq_len; ++t) shape.first_row.push_back(t * batch_size);
+  return shape;
+}
+
+py::dict build_info() {
+  py::list isas;
+  isas.append("default");
+  if (cpu::kernels_avx2<float>()) isas.append("avx2");
+  if (cpu::kernels_avx512<float>()) isas.append("avx512");
+#if defined(__clang__)
+  const std::string compiler = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  const std::string compiler = "gcc " __VERSION__;
+#else
+  const std::string compiler = "unknown";
+#endif
+  return py::dict(py::arg("version") = STACKED_LSTM_EXT_VERSION, py::arg("torch") = TORCH_VERSION,
+                  py::arg("compiler") = compiler, py::arg("cpp_standard") = static_cast<int64_t>(__cplusplus),
+                  py::arg("isas") = isas, py::arg("cuda") = py::none(), py::arg("cuda_archs") = py::list());
+}
+
+}  // namespace
+}  // namespace stacked_lstm
+
+TORCH_LIBRARY(stacked_lstm_ext, m) {
+  m.def(
+      "forward(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, bool bias, "
+      "int num_layers, bool bidirectional, int proj_size, float dropout, str saving) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, Tensor h_0, "
+      "Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, Tensor reserve, bool bias, int num_layers, "
+      "bool bidirectional, int proj_size, float dropout, str saving, bool input_grad, bool weight_grad) "
+      "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(stacked_lstm_ext, CPU, m) {
+  m.impl("forward", &stacked_lstm::forward_cpu);
+  m.impl("backward", &stacked_lstm::backward_cpu);
+}
+
+PYBIND11_MODULE(_C, m) {
+  using namespace stacked_lstm;
+  m.def("build_info", &build_info);
+  m.def("isa", &cpu::isa);
+  m.def("cpu_plan", [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
+                       bool bidirectional, int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision,
+                       bool training) {
+    const StackShape shape =
+        padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+    return describe(cpu::plan(shape, threads, double_precision ? 8 : 4, training), shape.directions);
+  });
+  m.def("last_run", []() -> py::object {
+    if (!last_run) return py::none();
+    py::dict run = describe(last_run->schedule, last_run->directions);
+    run["pass"] = last_run->backward ? "backward" : "forward";
+    run["saving"] = last_run->saving;
+    run["layers"] = last_run->layers;
+    run["seq_len"] = last_run->steps;
+    run["batch_size"] = last_run->batch;
+    return run;
+  });
+  m.def("clear_last_run", [] { last_run.reset(); });
+  m.def("cpu_maths", [](uintptr_t x, int64_t n, uintptr_t sigmoid, uintptr_t tanh, bool double_precision) {
+    if (double_precision) {
+      cpu::kernels<double>().maths(reinterpret_cast<const double*>(x), n, reinterpret_cast<double*>(sigmoid), reinterpret_cast<double*>(tanh));
+    } else {
+      cpu::kernels<float>().maths(reinterpret_cast<const float*>(x), n, reinterpret_cast<float*>(sigmoid), reinterpret_cast<float*>(tanh));
+    }
+  });
+}

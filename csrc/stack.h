@@ -1,0 +1,158 @@
+// csrc/stack.h: what a call is about: sizes, options and pointers of a stack of LSTM layers. Plain data, no torch.
+//
+// Rows. Time-major: the B (or, for a packed batch, fewer) sequences of step t are consecutive rows, and `first_row[t]`
+// says where they start. A packed batch is sorted by length, so step t holds the sequences 0 … active(t) - 1, and
+// active(t) never grows with t. Every kernel runs on this form, with or without lengths: no padding is ever computed.
+//
+// Lanes. A lane is one direction of one layer; lane = layer·D + direction. A reverse lane takes the steps from T-1 down.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "philox.h"
+
+namespace stacked_lstm {
+
+// What a training step keeps for its backward.
+enum class Saving {
+  none,       // nothing: inference
+  full,       // h, c and the four gate activations of every cell
+  recompute,  // h and c; backward computes the gates again, as large products
+};
+
+// Units are padded to a multiple of this inside reserves and workspaces, so that every vector is a whole one.
+inline constexpr int64_t kUnitPadding = 16;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct LayerShape {
+  int64_t input;       // K of the input projection: I, or D·(P or H) of the layer below
+  int64_t hidden;      // H
+  int64_t projection;  // P, 0 for none
+
+  int64_t output() const { return projection > 0 ? projection : hidden; }  // of one direction
+  int64_t padded_hidden() const { return round_up(hidden, kUnitPadding); }
+};
+
+struct StackShape {
+  int64_t steps = 0;  // T
+  int64_t batch = 0;  // B
+  int64_t directions = 1;
+  std::vector<LayerShape> layers;
+  std::vector<int64_t> first_row;  // T + 1 entries
+
+  int64_t depth() const { return static_cast<int64_t>(layers.size()); }
+  int64_t lanes() const { return depth() * directions; }
+  int64_t rows() const { return first_row.back(); }
+  int64_t active(int64_t t) const { return first_row[t + 1] - first_row[t]; }
+  const LayerShape& of_lane(int64_t lane) const { return layers[lane / directions]; }
+  // Step number s of a lane, in the order in which the lane takes them, as a time.
+  int64_t time(int64_t lane, int64_t s) const { return lane % directions ? steps - 1 - s : s; }
+};
+
+// Elements of a call's reserve: [lane][row][hidden] c, then the gates, then the outputs of layers (see Reserve).
+struct ReserveSize {
+  int64_t c = 0, gates = 0, h = 0;
+  int64_t total() const { return c + gates + h; }
+};
+
+// `keep_top`: the top layer's h is kept too, because the caller's output holds it in fewer bits.
+inline ReserveSize reserve_size(const StackShape& shape, Saving saving, bool keep_top) {
+  ReserveSize size;
+  if (saving == Saving::none) return size;
+  const int64_t rows = shape.rows();
+  for (int64_t k = 0; k < shape.depth(); ++k) {
+    const LayerShape& layer = shape.layers[k];
+    const int64_t cells = rows * shape.directions * layer.padded_hidden();
+    size.c += cells;
+    if (saving == Saving::full) size.gates += 4 * cells;
+    if (k + 1 < shape.depth() || keep_top) size.h += rows * shape.directions * layer.output();
+  }
+  return size;
+}
+
+template <typename T>
+struct LaneWeights {
+  const T* weight_ih;  // (4H, input)
+  const T* weight_hh;  // (4H, output)
+  const T* bias_ih;    // (4H), or null
+  const T* bias_hh;    // (4H), or null
+  const T* weight_hr;  // (P, H), or null
+};
+
+template <typename T>
+struct LaneGradients {
+  T* weight_ih;
+  T* weight_hh;
+  T* bias_ih;
+  T* bias_hh;
+  T* weight_hr;
+};
+
+// The caller's input: row (t, b) starts at data + t·step_stride + b·row_stride, or, packed, at data + row·row_stride.
+template <typename T>
+struct Input {
+  const T* data;
+  int64_t step_stride;
+  int64_t row_stride;
+  bool packed;
+
+  const T* row(const StackShape& shape, int64_t t, int64_t b) const {
+    return packed ? data + (shape.first_row[t] + b) * row_stride : data + t * step_stride + b * row_stride;
+  }
+};
+
+template <typename T>
+struct ForwardCall {
+  StackShape shape;
+  Input<T> input;
+  std::vector<LaneWeights<T>> weights;  // a lane each
+  const T* h_0;                         // (lanes, B, output)
+  const T* c_0;                         // (lanes, B, hidden)
+  Dropout dropout;
+  Saving saving;
+  bool keep_top;  // see reserve_size
+  T* output;      // (rows, D·output)
+  T* h_n;
+  T* c_n;
+  T* reserve;
+};
+
+template <typename T>
+struct BackwardCall {
+  StackShape shape;
+  Input<T> input;
+  std::vector<LaneWeights<T>> weights;
+  const T* h_0;
+  const T* c_0;
+  Dropout dropout;
+  Saving saving;
+  bool keep_top;
+  const T* output;
+  const T* reserve;
+  const T* grad_output;  // (rows, D·output), or null
+  const T* grad_h_n;     // (lanes, B, output), or null
+  const T* grad_c_n;     // (lanes, B, hidden), or null
+  T* grad_input[2];      // (rows, input) of each direction, or null: their sum is the gradient
+  T* grad_h_0;
+  T* grad_c_0;
+  std::vector<LaneGradients<T>> gradients;  // a lane each, or empty
+};
+
+// The parts of a reserve. Layout: c of every lane, gates of every lane, h of every layer that is kept.
+template <typename T>
+struct Reserve {
+  T* c = nullptr;
+  T* gates = nullptr;
+  T* h = nullptr;
+
+  Reserve(T* data, const ReserveSize& size) {
+    if (size.total() == 0) return;
+    c = data;
+    if (size.gates > 0) gates = data + size.c;
+    h = data + size.c + size.gates;
+  }
+};
+
+}  // namespace stacked_lstm

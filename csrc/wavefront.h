@@ -1,0 +1,227 @@
+// csrc/wavefront.h: the schedule: who computes which (layer, chunk) when and after what, and what it is predicted to cost.
+//
+//            t →  chunk 0  chunk 1  chunk 2  chunk 3        Layer k's chunk c needs layer k-1's chunk c and its own
+//   layer 0      ■■■■■■■■ ■■■■■■■■ ■■■■■■■■ ■■■■■■■■       chunk c-1, so that L layers side by side take
+//   layer 1               ■■■■■■■■ ■■■■■■■■ ■■■■■■■■ …     T + (L-1)·chunk_steps steps instead of T·L. The input
+//   layer 2                        ■■■■■■■■ ■■■■■■■■ …     projection of a chunk is one product.
+//
+// The workers of a call form a box: batch_slices × layer_groups × unit_slices.
+//   batch slices   share nothing but weights;
+//   layer groups   are the wavefront: group g takes lanes g, g + G, … from their first chunk to their last (bands, not
+//                  diagonals, so that a worker reads the same recurrent weights for the whole sequence);
+//   unit slices    split one lane's hidden units and hand h over once a step.
+// A schedule has up to two phases, each a run of layers with its own groups × slices: layers that are left over when L
+// is no multiple of the groups are split by units instead.
+//
+// Positions. Lanes in the order in which they are taken: forward from layer 0 up, backward from the top layer down. A
+// position waits only for lower ones, and every worker takes its own in rising order. So the least unfinished position
+// can always go on, and no set of workers can wait for each other in a circle.
+//
+// A bidirectional layer needs the whole layer below it: its two directions run side by side, and the layers in turn.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "stack.h"
+
+namespace stacked_lstm {
+
+struct Phase {
+  int64_t first_layer = 0, last_layer = 0;  // in the order in which they are taken
+  int64_t layer_groups = 1;
+  int64_t unit_slices = 1;
+
+  int64_t workers() const { return layer_groups * unit_slices; }
+};
+
+// Where a worker stands in a phase.
+struct Place {
+  int64_t batch_slice, group, slice;
+};
+
+struct Schedule {
+  int64_t batch_slices = 1;
+  int64_t chunk_steps = 1;
+  int64_t phases = 1;
+  Phase phase[2];
+  double predicted_us = 0;
+  const char* binds = "arithmetic";  // the largest term of the prediction
+
+  int64_t workers_per_batch_slice() const {
+    return phases == 2 ? std::max(phase[0].workers(), phase[1].workers()) : phase[0].workers();
+  }
+  int64_t workers() const { return batch_slices * workers_per_batch_slice(); }
+  int64_t chunks(int64_t steps) const { return (steps + chunk_steps - 1) / chunk_steps; }
+
+  const Phase& phase_of(int64_t position, int64_t directions) const {
+    return phases == 2 && position >= phase[1].first_layer * directions ? phase[1] : phase[0];
+  }
+  // Steps that pass before the last layer starts.
+  int64_t fill_steps(int64_t directions) const {
+    int64_t groups = 1;
+    for (int64_t p = 0; p < phases; ++p) groups = std::max(groups, phase[p].layer_groups);
+    return directions == 1 ? (groups - 1) * chunk_steps : 0;
+  }
+  // Sequences of a batch slice: first, and one past the last.
+  int64_t first_sequence(int64_t batch, int64_t batch_slice) const { return batch * batch_slice / batch_slices; }
+
+  // Calls visit(position, place) for every position that `worker` has a part in, in the order in which to take them.
+  template <typename Visit>
+  void for_each_position(int64_t directions, int64_t worker, Visit&& visit) const {
+    const int64_t batch_slice = worker / workers_per_batch_slice(), index = worker % workers_per_batch_slice();
+    for (int64_t p = 0; p < phases; ++p) {
+      if (index >= phase[p].workers()) continue;
+      const Place place{batch_slice, index / phase[p].unit_slices, index % phase[p].unit_slices};
+      const int64_t first = phase[p].first_layer * directions, last = phase[p].last_layer * directions;
+      for (int64_t position = first + place.group; position < last; position += phase[p].layer_groups) {
+        visit(position, place);
+      }
+    }
+  }
+};
+
+// What a chunk of a position needs of the layer before it (below it in forward, above it in backward).
+struct Needs {
+  int64_t first_position, positions;  // none when positions is 0
+  int64_t chunks;                     // how many chunks each of them must have finished
+};
+
+inline Needs needs(const Schedule& schedule, int64_t steps, int64_t directions, int64_t position, int64_t chunk) {
+  const int64_t layer = position / directions;
+  if (layer == 0) return {0, 0, 0};
+  return {(layer - 1) * directions, directions, directions == 1 ? chunk + 1 : schedule.chunks(steps)};
+}
+
+constexpr int64_t lane_at(int64_t position, int64_t lanes, bool backward) {
+  return backward ? lanes - 1 - position : position;
+}
+
+// ---- The cost model -------------------------------------------------------------------------------------------------
+
+// A core, in multiply-adds and bytes a nanosecond. Defaults: an AVX-512 server core at about 2.8 GHz.
+struct CpuMachine {
+  double multiply_adds = 80;     // of one element type
+  double l2_bytes = 1 << 20;     // what stays close from step to step
+  double near_rate = 60;         // bytes a nanosecond from there
+  double far_rate = 14;          // from the shared cache
+  double cell = 0.9;             // nanoseconds a cell, beside its products
+  double hand_over = 350;        // nanoseconds from one core's store to another's use of it
+  double start = 4000;           // nanoseconds to wake a second worker
+  int64_t unit_grain = 64;       // units are split no finer than this
+};
+
+namespace detail {
+
+struct StepCost {
+  double arithmetic, weights, hand_over;
+  double total() const { return std::max(arithmetic, weights) + hand_over; }
+};
+
+inline StepCost step_cost(const LayerShape& layer, const CpuMachine& machine, int64_t element, double rows,
+                          int64_t slices) {
+  const double units = static_cast<double>(round_up((layer.hidden + slices - 1) / slices, machine.unit_grain / 4));
+  double recurrent = 4 * units * static_cast<double>(layer.output());
+  if (layer.projection > 0) recurrent += units * static_cast<double>(layer.projection);
+  const double bytes = recurrent * static_cast<double>(element);
+  const double rate = bytes < 1.1 * machine.l2_bytes ? machine.near_rate : machine.far_rate;
+  const double input = 4 * units * static_cast<double>(layer.input) * rows / machine.multiply_adds;
+  const double cells = rows * units * machine.cell;
+  return {recurrent * rows / machine.multiply_adds + input + cells, bytes / rate + input + cells,
+          slices > 1 ? machine.hand_over * (layer.projection > 0 ? 2 : 1) : 0};
+}
+
+inline int64_t chunk_for(const StackShape& shape, const Phase& phase, int64_t batch_slices, int64_t element) {
+  const int64_t steps = shape.steps, rows = (shape.batch + batch_slices - 1) / batch_slices;
+  int64_t chunk;
+  if (phase.layer_groups > 1 && shape.directions == 1) {  // the fill costs a chunk a group
+    const int64_t most = rows >= 32 ? 4 : rows >= 4 ? 16 : 32;
+    chunk = std::min(std::max<int64_t>(steps * shape.depth() / (50 * phase.layer_groups), 8), most);
+    chunk = std::min(chunk, std::max<int64_t>(steps / 6, 1));
+  } else {  // enough rows for a product at full rate, few enough to stay close
+    int64_t widest = 1;
+    for (const LayerShape& layer : shape.layers) widest = std::max(widest, layer.padded_hidden());
+    chunk = std::min<int64_t>(192, std::max<int64_t>((1 << 20) / (4 * widest * element), 16)) / std::max<int64_t>(rows, 1);
+  }
+  return std::min(std::max<int64_t>(chunk, 1), std::max<int64_t>(steps, 1));
+}
+
+inline void predict(Schedule& schedule, const StackShape& shape, const CpuMachine& machine, int64_t element,
+                    bool backward) {
+  const int64_t depth = shape.depth(), directions = shape.directions;
+  const double steps = static_cast<double>(shape.steps);
+  const double rows = static_cast<double>((shape.batch + schedule.batch_slices - 1) / schedule.batch_slices) *
+                      (shape.batch > 0 && shape.steps > 0
+                           ? static_cast<double>(shape.rows()) / static_cast<double>(shape.batch * shape.steps)
+                           : 1);  // packed batches have fewer rows
+  double total = 0, arithmetic = 0, weights = 0, hand_over = 0, fill = 0;
+  for (int64_t p = 0; p < schedule.phases; ++p) {
+    const Phase& phase = schedule.phase[p];
+    double sum = 0, most = 0;
+    for (int64_t n = phase.first_layer; n < phase.last_layer; ++n) {
+      const StepCost cost =
+          step_cost(shape.layers[backward ? depth - 1 - n : n], machine, element, rows, phase.unit_slices);
+      sum += cost.total(), most = std::max(most, cost.total());
+      arithmetic += cost.arithmetic, weights += cost.weights, hand_over += cost.hand_over;
+    }
+    const double layers = static_cast<double>(phase.last_layer - phase.first_layer);
+    if (directions == 2) {
+      total += steps * sum * (phase.layer_groups >= 2 ? 1 : 2);
+    } else {
+      const int64_t bands = (phase.last_layer - phase.first_layer + phase.layer_groups - 1) / phase.layer_groups;
+      total += steps * sum / layers * static_cast<double>(bands);
+      fill += static_cast<double>((phase.layer_groups - 1) * schedule.chunk_steps) * most;
+    }
+  }
+  total += fill;
+  if (schedule.workers() > 1) total += machine.start;
+  schedule.predicted_us = total * (backward ? 2 : 1) / 1000;
+  schedule.binds = hand_over > std::max(arithmetic, weights)                      ? "hand-over of h"
+                   : weights > arithmetic                                         ? "reading the weights"
+                   : fill > total / 2                                             ? "filling the wavefront"
+                                                                                  : "arithmetic";
+}
+
+}  // namespace detail
+
+// The cheapest schedule for at most `threads` workers, by the model above.
+inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMachine& machine, int64_t element,
+                         bool backward) {
+  const int64_t depth = shape.depth(), directions = shape.directions;
+  int64_t narrowest = shape.layers[0].output();
+  for (const LayerShape& layer : shape.layers) narrowest = std::min(narrowest, layer.output());
+  const int64_t most_slices = std::max<int64_t>(narrowest / machine.unit_grain, 1);
+
+  Schedule best;
+  bool first = true;
+  const auto consider = [&](Schedule candidate) {
+    candidate.chunk_steps = detail::chunk_for(shape, candidate.phase[0], candidate.batch_slices, element);
+    detail::predict(candidate, shape, machine, element, backward);
+    if (first || candidate.predicted_us < best.predicted_us) best = candidate;
+    first = false;
+  };
+  for (int64_t batch_slices = 1; batch_slices <= std::min(threads, std::max<int64_t>(shape.batch, 1)); ++batch_slices) {
+    const int64_t share = threads / batch_slices;
+    for (int64_t groups = 1; groups <= std::min(share, directions == 2 ? 2 : depth); ++groups) {
+      const int64_t slices = std::min(share / groups, most_slices);
+      Schedule candidate;
+      candidate.batch_slices = batch_slices;
+      candidate.phase[0] = {0, depth, groups, slices};
+      consider(candidate);
+      if (slices > 1) {
+        candidate.phase[0].unit_slices = 1;
+        consider(candidate);
+      }
+      const int64_t rest = directions == 1 ? depth % groups : 0;
+      if (rest > 0 && depth > groups) {  // whole bands, then the layers left over, split by units
+        candidate.phases = 2;
+        candidate.phase[0] = {0, depth - rest, groups, 1};
+        candidate.phase[1] = {depth - rest, depth, rest, std::min(share / rest, most_slices)};
+        consider(candidate);
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace stacked_lstm
