@@ -15,6 +15,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -153,11 +154,13 @@ StackShape shape_of(const Tensor& input, const OptionalTensor& batch_sizes, cons
     shape.steps = sizes.numel();
     TORCH_CHECK_VALUE(shape.steps > 0, "batch_sizes should have at least one element");
     shape.batch = size[0];
-    shape.first_row.assign(1, 0);
+    TORCH_CHECK_VALUE(h_0.dim() == 3 && shape.batch == h_0.size(1), "batch_sizes should start with the batch of h_0, ",
+                      h_0.sizes(), ", got: ", shape.batch);
+    shape.packed_rows.assign(1, 0);
     for (int64_t t = 0; t < shape.steps; ++t) {
       TORCH_CHECK_VALUE(size[t] >= 1 && size[t] <= (t == 0 ? size[0] : size[t - 1]),
                         "batch_sizes should be at least 1 and never grow, got: ", size[t], " at step ", t);
-      shape.first_row.push_back(shape.first_row.back() + size[t]);
+      shape.packed_rows.push_back(shape.packed_rows.back() + size[t]);
     }
     TORCH_CHECK_VALUE(input.size(0) == shape.rows(), "input should have as many rows as batch_sizes add up to, ",
                       shape.rows(), ", got: ", input.size(0));
@@ -165,8 +168,12 @@ StackShape shape_of(const Tensor& input, const OptionalTensor& batch_sizes, cons
     shape.steps = input.size(0);
     shape.batch = input.size(1);
     TORCH_CHECK_VALUE(shape.steps > 0, "input should have at least one step");
-    for (int64_t t = 0; t <= shape.steps; ++t) shape.first_row.push_back(t * shape.batch);
   }
+  // No buffer is larger than all rows of a whole reserve; with this, none of the arithmetic on sizes can overflow.
+  const double elements = static_cast<double>(shape.steps) * static_cast<double>(std::max<int64_t>(shape.batch, 1)) *
+                          static_cast<double>(lanes) * 6 * static_cast<double>(round_up(hidden, kUnitPadding));
+  TORCH_CHECK_VALUE(elements < 1e17, "the sizes are too large: ", shape.steps, " steps, batch ", shape.batch, ", ",
+                    lanes, " layers and directions, hidden_size ", hidden);
   check_shape(h_0, {lanes, shape.batch, output}, "h_0");
   check_shape(c_0, {lanes, shape.batch, hidden}, "c_0");
   return shape;
@@ -192,6 +199,18 @@ at::ScalarType arithmetic_type(const Tensor& input) {
 
 int64_t free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
+// Set from Python for the calls of this thread, to compare schedules.
+thread_local std::optional<Schedule> forced_schedule;
+
+cpu::Workers workers_for(const StackShape& shape) {
+  const int64_t threads = free_threads();
+  if (!forced_schedule) return {threads};
+  const char* why = why_not(*forced_schedule, shape, threads);
+  TORCH_CHECK(!why, "the forced schedule cannot run ", shape.depth(), " layers, batch ", shape.batch, ", on ", threads,
+              " threads: ", why);
+  return {threads, &*forced_schedule};
+}
+
 // Tensors in the arithmetic's dtype, contiguous, kept alive as long as a call points into them.
 template <typename T>
 class Operands {
@@ -209,8 +228,8 @@ class Operands {
     Tensor x = tensor.to(type_);
     if (packed || x.stride(-1) != 1) x = x.contiguous();
     kept_.push_back(x);
-    if (packed) return {x.const_data_ptr<T>(), 0, shape.layers[0].input, true};
-    return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), false};
+    if (packed) return {x.const_data_ptr<T>(), 0, shape.layers[0].input};
+    return {x.const_data_ptr<T>(), x.stride(0), x.stride(1)};
   }
 
   std::vector<LaneWeights<T>> weights(TensorList tensors, const Options& options) {
@@ -266,7 +285,7 @@ ForwardResult run_forward(const Tensor& input, bool packed, const Tensor& h_0, c
   call.c_n = c_n.mutable_data_ptr<T>();
   call.reserve = reserve.mutable_data_ptr<T>();
   TorchPlatform platform;
-  remember(cpu::forward(call, free_threads(), platform), shape, saving, false);
+  remember(cpu::forward(call, workers_for(shape), platform), shape, saving, false);
   if (keep_top && options.saving != Saving::none) {  // the last part of the reserve; see stack.h
     reserve.narrow(0, reserve.numel() - output.numel(), output.numel()).copy_(output.flatten());
   }
@@ -338,7 +357,7 @@ BackwardResult run_backward(const IncomingGradients& incoming, const Tensor& inp
   }
 
   TorchPlatform platform;
-  remember(cpu::backward(call, free_threads(), platform), shape, saving, true);
+  remember(cpu::backward(call, workers_for(shape), platform), shape, saving, true);
   const auto out = input.scalar_type();
   if (!input_grad) grad_input[0] = at::empty({0}, floats);
   if (input_grad && shape.directions == 2) grad_input[0].add_(grad_input[1]);
@@ -412,7 +431,6 @@ StackShape padded_shape(int64_t input_size, int64_t hidden_size, int64_t proj_si
   for (int64_t k = 0; k < num_layers; ++k) {
     shape.layers.push_back({k == 0 ? input_size : shape.directions * output, hidden_size, proj_size});
   }
-  for (int64_t t = 0; t <= seq_len; ++t) shape.first_row.push_back(t * batch_size);
   return shape;
 }
 
@@ -465,6 +483,50 @@ PYBIND11_MODULE(_C, m) {
     const StackShape shape =
         padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
     return describe(cpu::plan(shape, threads, double_precision ? 8 : 4, training), shape.directions);
+  });
+  m.def("force_cpu_schedule", [](const py::object& wanted) {
+    forced_schedule.reset();
+    if (wanted.is_none()) return;
+    Schedule schedule;
+    schedule.batch_slices = wanted["batch_slices"].cast<int64_t>();
+    schedule.chunk_steps = wanted["chunk_steps"].cast<int64_t>();
+    const auto phases = wanted["phases"].cast<std::vector<py::dict>>();
+    TORCH_CHECK_VALUE(phases.size() == 1 || phases.size() == 2, "phases should be 1 or 2, got: ", phases.size());
+    schedule.phases = static_cast<int64_t>(phases.size());
+    for (size_t p = 0; p < phases.size(); ++p) {
+      const auto field = [&](const char* name) { return phases[p][name].cast<int64_t>(); };
+      schedule.phase[p] = {field("first_layer"), field("last_layer"), field("layer_groups"), field("unit_slices")};
+    }
+    forced_schedule = schedule;
+  });
+  // The whole schedule, for tests: every worker's chunks in its order, each with what it must wait for. Entries are
+  // (layer, direction, batch_slice, unit_slice, chunk, ((layer, direction, chunks), …)).
+  m.def("cpu_schedule", [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
+                           bool bidirectional, int64_t seq_len, int64_t batch_size, int64_t threads,
+                           bool double_precision, bool training) {
+    const StackShape shape =
+        padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+    const Schedule schedule = cpu::plan(shape, threads, double_precision ? 8 : 4, training);
+    const int64_t directions = shape.directions, lanes = shape.lanes();
+    py::list workers;
+    for (int64_t worker = 0; worker < schedule.workers(); ++worker) {
+      py::list tasks;
+      schedule.for_each_position(directions, worker, [&](int64_t position, const Place& place) {
+        const int64_t lane = lane_at(position, lanes, training);
+        for (int64_t chunk = 0; chunk < schedule.chunks(seq_len); ++chunk) {
+          const Needs n = needs(schedule, seq_len, directions, position, chunk);
+          py::list waits;
+          for (int64_t p = n.first_position; p < n.first_position + n.positions; ++p) {
+            const int64_t other = lane_at(p, lanes, training);
+            waits.append(py::make_tuple(other / directions, other % directions, n.chunks));
+          }
+          tasks.append(py::make_tuple(lane / directions, lane % directions, place.batch_slice, place.slice, chunk,
+                                      py::tuple(waits)));
+        }
+      });
+      workers.append(tasks);
+    }
+    return workers;
   });
   m.def("last_run", []() -> py::object {
     if (!last_run) return py::none();

@@ -1,8 +1,8 @@
 // csrc/stack.h: what a call is about: sizes, options and pointers of a stack of LSTM layers. Plain data, no torch.
 //
-// Rows. Time-major: the B (or, for a packed batch, fewer) sequences of step t are consecutive rows, and `first_row[t]`
-// says where they start. A packed batch is sorted by length, so step t holds the sequences 0 … active(t) - 1, and
-// active(t) never grows with t. Every kernel runs on this form, with or without lengths: no padding is ever computed.
+// Rows. Time-major: the B (or, for a packed batch, fewer) sequences of step t are consecutive rows, and first_row(t) says
+// where they start. A packed batch is sorted by length, so step t holds the sequences 0 … active(t) - 1, and active(t)
+// never grows with t. Every kernel runs on this form, with or without lengths: no padding is ever computed.
 //
 // Lanes. A lane is one direction of one layer; lane = layer·D + direction. A reverse lane takes the steps from T-1 down.
 #pragma once
@@ -40,12 +40,14 @@ struct StackShape {
   int64_t batch = 0;  // B
   int64_t directions = 1;
   std::vector<LayerShape> layers;
-  std::vector<int64_t> first_row;  // T + 1 entries
+  std::vector<int64_t> packed_rows;  // first row of each step and, last, of none: T + 1 entries; empty without lengths
 
   int64_t depth() const { return static_cast<int64_t>(layers.size()); }
   int64_t lanes() const { return depth() * directions; }
-  int64_t rows() const { return first_row.back(); }
-  int64_t active(int64_t t) const { return first_row[t + 1] - first_row[t]; }
+  bool packed() const { return !packed_rows.empty(); }
+  int64_t first_row(int64_t t) const { return packed() ? packed_rows[static_cast<size_t>(t)] : t * batch; }
+  int64_t rows() const { return first_row(steps); }
+  int64_t active(int64_t t) const { return first_row(t + 1) - first_row(t); }
   const LayerShape& of_lane(int64_t lane) const { return layers[lane / directions]; }
   // Step number s of a lane, in the order in which the lane takes them, as a time.
   int64_t time(int64_t lane, int64_t s) const { return lane % directions ? steps - 1 - s : s; }
@@ -94,12 +96,11 @@ struct LaneGradients {
 template <typename T>
 struct Input {
   const T* data;
-  int64_t step_stride;
+  int64_t step_stride;  // not looked at when packed
   int64_t row_stride;
-  bool packed;
 
   const T* row(const StackShape& shape, int64_t t, int64_t b) const {
-    return packed ? data + (shape.first_row[t] + b) * row_stride : data + t * step_stride + b * row_stride;
+    return shape.packed() ? data + (shape.first_row(t) + b) * row_stride : data + t * step_stride + b * row_stride;
   }
 };
 

@@ -81,6 +81,23 @@ struct Schedule {
   }
 };
 
+// Why a schedule cannot run a stack; null if it can.
+inline const char* why_not(const Schedule& schedule, const StackShape& shape, int64_t threads) {
+  if (schedule.workers() > threads) return "it has more workers than threads";
+  if (schedule.batch_slices < 1 || schedule.batch_slices > std::max<int64_t>(shape.batch, 1)) {
+    return "batch_slices should be between 1 and the batch";
+  }
+  if (schedule.chunk_steps < 1) return "chunk_steps should be at least 1";
+  int64_t layer = 0;
+  for (int64_t p = 0; p < schedule.phases; ++p) {
+    const Phase& phase = schedule.phase[p];
+    if (phase.first_layer != layer || phase.last_layer <= layer) return "its phases should take the layers in order";
+    if (phase.layer_groups < 1 || phase.unit_slices < 1) return "groups and slices should be at least 1";
+    layer = phase.last_layer;
+  }
+  return layer == shape.depth() ? nullptr : "its phases should take every layer";
+}
+
 // What a chunk of a position needs of the layer before it (below it in forward, above it in backward).
 struct Needs {
   int64_t first_position, positions;  // none when positions is 0

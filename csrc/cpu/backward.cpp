@@ -27,8 +27,8 @@ class BackwardWave : Wave<T> {
   using Base::shape_, Base::kernels_, Base::team_, Base::schedule_;
 
  public:
-  BackwardWave(const BackwardCall<T>& call, int64_t threads)
-      : Base(call.shape, threads, true),
+  BackwardWave(const BackwardCall<T>& call, const Workers& workers)
+      : Base(call.shape, workers, true),
         call_(call),
         size_(reserve_size(call.shape, call.saving, call.keep_top)),
         reserve_(const_cast<T*>(call.reserve), size_),
@@ -88,16 +88,20 @@ class BackwardWave : Wave<T> {
     return std::any_of(shape_.layers.begin(), shape_.layers.end(),
                        [](const LayerShape& layer) { return layer.projection > 0; });
   }
-  int64_t gate_stride(const LayerShape& layer) const { return round_up(layer.hidden, kernels_.lanes); }
+
+  // Columns of dG·W_hh, padding included.
+  static int64_t recurrent_columns(const LayerShape& layer) {
+    return layer.projection > 0 ? layer.projection : layer.padded_hidden();
+  }
 
   Lane make_lane(int64_t index) {
     const LayerShape& layer = shape_.of_lane(index);
-    const int64_t inner = 4 * gate_stride(layer), padded = layer.padded_hidden();
+    const int64_t padded = layer.padded_hidden(), inner = 4 * padded;
     Lane lane{};
     lane.weight_ih = memory_->take<T>(this->panel_elements(layer.input, inner, kWidth));
-    lane.weight_hh = memory_->take<T>(this->panel_elements(layer.output(), inner, width_));
+    lane.weight_hh = memory_->take<T>(this->panel_elements(recurrent_columns(layer), inner, width_));
     if (layer.projection > 0) {
-      lane.weight_hr = memory_->take<T>(this->panel_elements(layer.hidden, layer.projection, kWidth));
+      lane.weight_hr = memory_->take<T>(this->panel_elements(padded, layer.projection, kWidth));
     }
     if (recompute_) {
       lane.gates_ih = memory_->take<T>(inner * layer.input);
@@ -140,13 +144,13 @@ class BackwardWave : Wave<T> {
           padded_(layer_.padded_hidden()),
           out_(layer_.output()),
           projects_(layer_.projection > 0),
-          gate_stride_(wave.gate_stride(layer_)),
-          lddg_(4 * gate_stride_ + kRowPadding),
+          lddg_(4 * padded_ + kRowPadding),
           ld_(wave.widest_ + kRowPadding),
-          blocks_(wave.own_blocks(position, place, hidden_)),
+          blocks_(wave.own_blocks(position, place, padded_)),
           units_{blocks_.first * lanes(), std::min(blocks_.last * lanes(), hidden_)},
           dh_panels_(recurrent_panels()),
           columns_(projects_ ? wave.columns_of(dh_panels_, wave.width_, out_) : units_),
+          padded_end_(projects_ ? columns_.last : blocks_.last * lanes()),
           dgates_(wave.dgates_[static_cast<size_t>(position % wave.buffers_)]),
           dh_rows_(wave.dh_rows_[static_cast<size_t>(position % wave.buffers_)]),
           hidden_rows_(wave.hidden_rows_[static_cast<size_t>(position % wave.buffers_)]),
@@ -177,15 +181,13 @@ class BackwardWave : Wave<T> {
     int64_t time(int64_t s) const { return w_.shape_.time(index_, s); }
     int64_t rows_at(int64_t s) const { return w_.rows_at(index_, sequences_, s); }
     // First local row of step s.
-    int64_t row_at(int64_t s) const { return w_.shape_.first_row[time(s)] + sequences_.first; }
+    int64_t row_at(int64_t s) const { return w_.shape_.first_row(time(s)) + sequences_.first; }
     int64_t active_at(int64_t s) const { return s < w_.shape_.steps ? w_.shape_.active(time(s)) : 0; }
 
     // Own panels of dG·W_hh. Its columns are the own units, or with a projection a share of its own.
     Range recurrent_panels() const {
       if (projects_) return w_.own_panels(position_, place_, out_, w_.width_);
-      const int64_t panels = panels_of(out_, w_.width_, lanes());
-      return {std::min(blocks_.first / w_.width_, panels),
-              std::min((blocks_.last + w_.width_ - 1) / w_.width_, panels)};
+      return {blocks_.first / w_.width_, (blocks_.last + w_.width_ - 1) / w_.width_};
     }
     Range unit_panels() const {
       return {blocks_.first / kWidth, (blocks_.last + kWidth - 1) / kWidth};
@@ -195,11 +197,11 @@ class BackwardWave : Wave<T> {
       const LaneWeights<T>& weights = w_.call_.weights[static_cast<size_t>(index_)];
       const Kernels<T>& k = w_.kernels_;
       Range own = w_.share_packing(dh_panels_, place_);
-      k.pack_columns(weights.weight_hh, out_, 4, hidden_, gate_stride_, w_.width_, own.first, own.last,
+      k.pack_columns(weights.weight_hh, out_, 4, hidden_, padded_, w_.width_, own.first, own.last,
                      lane_.weight_hh);
       own = w_.share_packing(w_.own_panels(position_, place_, layer_.input, kWidth), place_);
       if (w_.input_gradient(layer_index_, direction_)) {
-        k.pack_columns(weights.weight_ih, layer_.input, 4, hidden_, gate_stride_, kWidth, own.first, own.last,
+        k.pack_columns(weights.weight_ih, layer_.input, 4, hidden_, padded_, kWidth, own.first, own.last,
                        lane_.weight_ih);
       }
       if (projects_) {
@@ -229,18 +231,17 @@ class BackwardWave : Wave<T> {
       }
     }
 
-    // dL/dh of a chunk's own columns, from the loss or the layer above. Columns up to a whole vector are zero.
+    // dL/dh of a chunk's own columns, from the loss or the layer above. Padding is zero.
     void stage_dy(const Range& steps) {
       const StackShape& shape = w_.shape_;
       const int64_t width = shape.directions * out_, offset = direction_ * out_;
       const bool top = layer_index_ + 1 == shape.depth();
       const bool drops = !top && w_.call_.dropout.active();
-      const int64_t end = round_up(columns_.last, lanes());
       T* out = scratch_.dy;
       for (int64_t s = steps.first; s < steps.last; ++s) {
         const int64_t n = rows_at(s), first = row_at(s);
         for (int64_t b = 0; b < n; ++b, out += ld_) {
-          std::fill(out + columns_.first, out + end, T(0));
+          std::fill(out + columns_.first, out + padded_end_, T(0));
           const int64_t row = first + b;
           if (top) {
             if (w_.call_.grad_output) Base::copy_columns(w_.call_.grad_output + row * width + offset, out, columns_);
@@ -295,7 +296,7 @@ class BackwardWave : Wave<T> {
           [&](int64_t t, int64_t b) {
             const int64_t before = t + back;
             const bool first = before < 0 || before >= shape.steps || b >= shape.active(before);
-            return first ? w_.call_.h_0 + (index_ * shape.batch + b) * out_ : h + (shape.first_row[before] + b) * ldh;
+            return first ? w_.call_.h_0 + (index_ * shape.batch + b) * out_ : h + (shape.first_row(before) + b) * ldh;
           },
           out, ldo);
     }
@@ -310,7 +311,7 @@ class BackwardWave : Wave<T> {
       w_.wait_slices(position_, place_.batch_slice, &Progress::steps, hand_overs_before(s));
       if (later > 0) {
         w_.kernels_.product({lane_.weight_hh, w_.width_, dh_panels_.first, dh_panels_.last,
-                             dgates_ + row_at(s + 1) * lddg_, lddg_, later, active_at(s + 1), 4 * gate_stride_, nullptr,
+                             dgates_ + row_at(s + 1) * lddg_, lddg_, later, active_at(s + 1), 4 * padded_, nullptr,
                              0, scratch_.dh, ld_});
       }
       for (int64_t b = n; b < later; ++b) {
@@ -320,7 +321,7 @@ class BackwardWave : Wave<T> {
       }
       for (int64_t b = later; b < n; ++b) {
         T* dh = scratch_.dh + b * ld_;
-        std::fill(dh + columns_.first, dh + round_up(columns_.last, lanes()), T(0));
+        std::fill(dh + columns_.first, dh + padded_end_, T(0));
         if (w_.call_.grad_h_n) Base::copy_columns(w_.call_.grad_h_n + at + b * out_, dh, columns_);
       }
     }
@@ -354,7 +355,7 @@ class BackwardWave : Wave<T> {
       const T* gates = recomputed ? recomputed + local * 4 * padded_ : w_.reserve_.gates + cells * 4 * padded_;
       StepBackward<T> cell{blocks_.first, blocks_.last, n, padded_, gates, dh, lddh, dy, ld_,
                            w_.reserve_.c + cells * padded_, nullptr, lane_.dc + sequences_.first * padded_,
-                           dgates_ + row * lddg_, lddg_, gate_stride_,
+                           dgates_ + row * lddg_, lddg_,
                            projects_ ? hidden_rows_ + row * ldm_ : nullptr, ldm_};
       // The state before the step: sequences that start here have it from c_0.
       const int64_t before = std::min(s > 0 ? rows_at(s - 1) : 0, n);
@@ -404,7 +405,7 @@ class BackwardWave : Wave<T> {
           ++s;
         }
         w_.kernels_.product({lane_.weight_ih, kWidth, panels.first, panels.last, dgates_ + first * lddg_, lddg_, rows,
-                             total, 4 * gate_stride_, nullptr, 0, scratch_.dinput, ld_});
+                             total, 4 * padded_, nullptr, 0, scratch_.dinput, ld_});
         for (int64_t r = 0; r < rows; ++r) {
           Base::copy_columns(scratch_.dinput + r * ld_, to + (first + r) * layer_.input, columns);
         }
@@ -424,7 +425,7 @@ class BackwardWave : Wave<T> {
         if (g.bias_ih) {
           for (int64_t gate = 0; gate < 4; ++gate) {
             T* bias = g.bias_ih + gate * hidden_ + units.first;
-            w_.kernels_.sum_rows(dgates_ + gate * gate_stride_ + units.first, lddg_, w_.shape_.rows(), units.size(), bias);
+            w_.kernels_.sum_rows(dgates_ + gate * padded_ + units.first, lddg_, w_.shape_.rows(), units.size(), bias);
             std::copy(bias, bias + units.size(), g.bias_hh + gate * hidden_ + units.first);
           }
         }
@@ -439,13 +440,13 @@ class BackwardWave : Wave<T> {
     void add_product(T* c, int64_t columns, const Range& units, int64_t first_row, const T* b, int64_t ldb, int64_t rows,
                      bool accumulate) {
       const T* a = dgates_ + first_row * lddg_;
-      if (units.size() == hidden_ && gate_stride_ == hidden_) {  // all gate rows in one product
+      if (units.size() == hidden_ && padded_ == hidden_) {  // all gate rows in one product
         platform_.multiply(GradientProduct<T>{c, columns, a, lddg_, b, ldb, rows, 4 * hidden_, columns, accumulate});
         return;
       }
       for (int64_t gate = 0; gate < 4; ++gate) {
         platform_.multiply(GradientProduct<T>{c + (gate * hidden_ + units.first) * columns, columns,
-                                              a + gate * gate_stride_ + units.first, lddg_, b, ldb, rows, units.size(),
+                                              a + gate * padded_ + units.first, lddg_, b, ldb, rows, units.size(),
                                               columns, accumulate});
       }
     }
@@ -454,9 +455,9 @@ class BackwardWave : Wave<T> {
       const StackShape& shape = w_.shape_;
       const int64_t rows = shape.rows(), batch = shape.batch;
       const Input<T>& x = w_.call_.input;
-      const bool even = rows == shape.steps * batch;  // no lengths: steps are `batch` rows apart
       // W_ih: x as it stands, where it is a matrix.
-      if (layer_index_ == 0 && (x.packed || (even && x.step_stride == batch * x.row_stride))) {
+      const bool matrix = x.row_stride >= layer_.input && (shape.packed() || x.step_stride == batch * x.row_stride);
+      if (layer_index_ == 0 && matrix) {
         add_product(g.weight_ih, layer_.input, units, 0, x.data, x.row_stride, rows, false);
       } else if (layer_index_ > 0 && !w_.call_.dropout.active()) {
         add_product(g.weight_ih, layer_.input, units, 0, w_.output_of(layer_index_ - 1), layer_.input, rows, false);
@@ -465,7 +466,7 @@ class BackwardWave : Wave<T> {
                   layer_.input, units);
       }
       // W_hh: h one step before dG, and h_0 with the first step.
-      if (even && shape.steps > 0) {
+      if (!shape.packed()) {
         const int64_t ldh = shape.directions * out_, shifted = rows - batch;
         const T *h = w_.output_of(layer_index_) + direction_ * out_, *h_0 = w_.call_.h_0 + index_ * batch * out_;
         add_product(g.weight_hh, out_, units, direction_ ? shifted : 0, h_0, out_, batch, false);
@@ -508,7 +509,7 @@ class BackwardWave : Wave<T> {
       int64_t row = 0;
       for (int64_t t = 0; t < shape.steps;) {
         int64_t last = t + 1;
-        while (last < shape.steps && shape.first_row[last + 1] - shape.first_row[t] <= w_.staged_rows_) ++last;
+        while (last < shape.steps && shape.first_row(last + 1) - shape.first_row(t) <= w_.staged_rows_) ++last;
         const int64_t rows = stage(Range{t, last}, scratch_.staged, ldo);
         add_product(c, columns, units, row, scratch_.staged, ldo, rows, row > 0);
         row += rows, t = last;
@@ -532,8 +533,9 @@ class BackwardWave : Wave<T> {
     Range sequences_;
     const int64_t hidden_, padded_, out_;
     const bool projects_;
-    const int64_t gate_stride_, lddg_, ld_;
+    const int64_t lddg_, ld_;
     const Range blocks_, units_, dh_panels_, columns_;
+    const int64_t padded_end_;  // of own columns
     T* const dgates_;
     T* const dh_rows_;      // with a projection: dL/dh of every row …
     T* const hidden_rows_;  // … and what the projection was given
@@ -558,10 +560,10 @@ class BackwardWave : Wave<T> {
 }  // namespace
 
 template <typename T>
-Schedule backward(const BackwardCall<T>& call, int64_t threads, Platform& platform) {
-  return BackwardWave<T>(call, threads).run(platform);
+Schedule backward(const BackwardCall<T>& call, const Workers& workers, Platform& platform) {
+  return BackwardWave<T>(call, workers).run(platform);
 }
-template Schedule backward(const BackwardCall<float>&, int64_t, Platform&);
-template Schedule backward(const BackwardCall<double>&, int64_t, Platform&);
+template Schedule backward(const BackwardCall<float>&, const Workers&, Platform&);
+template Schedule backward(const BackwardCall<double>&, const Workers&, Platform&);
 
 }  // namespace stacked_lstm::cpu

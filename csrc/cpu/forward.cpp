@@ -23,8 +23,8 @@ class ForwardWave : Wave<T> {
   using Base::shape_, Base::kernels_, Base::team_, Base::schedule_;
 
  public:
-  ForwardWave(const ForwardCall<T>& call, int64_t threads)
-      : Base(call.shape, threads, false),
+  ForwardWave(const ForwardCall<T>& call, const Workers& workers)
+      : Base(call.shape, workers, false),
         call_(call),
         reserve_(call.reserve, reserve_size(call.shape, call.saving, call.keep_top)),
         width_(recurrent_width(call.shape.batch)) {
@@ -65,8 +65,8 @@ class ForwardWave : Wave<T> {
 
   Lane make_lane(int64_t index) {
     const LayerShape& layer = shape_.of_lane(index);
-    const int64_t units = panels_of(layer.hidden, 1, kernels_.lanes) * kernels_.lanes;
-    const int64_t columns = round_up(layer.output(), kWidth * kernels_.lanes);
+    const int64_t units = layer.padded_hidden();
+    const int64_t columns = std::max(round_up(layer.output(), kWidth * kernels_.lanes), units);
     Lane lane{};
     lane.weight_ih = memory_->take<T>(4 * units * layer.input);
     lane.weight_hh = memory_->take<T>(4 * units * layer.output());
@@ -117,7 +117,7 @@ class ForwardWave : Wave<T> {
     const int64_t count = sequences.size(), first = sequences.first;
     const int64_t hidden = layer.hidden, padded = layer.padded_hidden(), out = layer.output();
     const int64_t ldy = shape_.directions * out;
-    const Range blocks = this->own_blocks(position, place, hidden);
+    const Range blocks = this->own_blocks(position, place, padded);
     const Range units{std::min(blocks.first * kernels_.lanes, hidden), std::min(blocks.last * kernels_.lanes, hidden)};
     const bool projects = layer.projection > 0;
     const Range columns =
@@ -159,7 +159,7 @@ class ForwardWave : Wave<T> {
                         rows, shape_.rows(), layer.input, lane.bias, 0, scratch.projected, 4 * padded});
       const T* projected = scratch.projected;
       for (int64_t s = steps.first; s < steps.last; ++s) {
-        const int64_t t = shape_.time(index, s), n = this->local_rows(sequences, t), row = shape_.first_row[t] + first;
+        const int64_t t = shape_.time(index, s), n = this->local_rows(sequences, t), row = shape_.first_row(t) + first;
         T *from = h[s & 1], *to = h[(s + 1) & 1];
         this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 1);
         StepForward<T> step{lane.weight_hh, width_, blocks.first, blocks.last, from, lane.ldh, n, shape_.active(t), out,
@@ -201,10 +201,10 @@ class ForwardWave : Wave<T> {
 }  // namespace
 
 template <typename T>
-Schedule forward(const ForwardCall<T>& call, int64_t threads, Platform& platform) {
-  return ForwardWave<T>(call, threads).run(platform);
+Schedule forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform) {
+  return ForwardWave<T>(call, workers).run(platform);
 }
-template Schedule forward(const ForwardCall<float>&, int64_t, Platform&);
-template Schedule forward(const ForwardCall<double>&, int64_t, Platform&);
+template Schedule forward(const ForwardCall<float>&, const Workers&, Platform&);
+template Schedule forward(const ForwardCall<double>&, const Workers&, Platform&);
 
 }  // namespace stacked_lstm::cpu

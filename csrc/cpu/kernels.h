@@ -8,8 +8,7 @@
 //   gates:  the 4H gate rows of W, `lanes` units at a time: [unit block][gate i, f, g, o][lane]
 //   plain:  as they stand
 // Activations (`gates` buffers, saved or not) have the gate order too: [row][unit block][gate][lane], 4·padded_hidden a row.
-// Gradients of pre-activations have torch's: [row][gate][unit], `gate_stride` from gate to gate, which is H rounded up to
-// whole vectors.
+// Gradients of pre-activations have torch's: [row][gate][padded_hidden].
 //
 // Bits. The order of every sum depends on sizes of the whole call alone, never on how rows or columns were shared out:
 // `unroll_rows` tells a product how many rows the call has at this point, and that picks the number of partial sums.
@@ -74,7 +73,6 @@ struct StepBackward {
   T* dc;            // [row][padded_hidden], updated
   T* dgates;        // [row][lddg], torch's order
   int64_t lddg;
-  int64_t gate_stride;
   T* hidden;  // o·tanh(c_next), [row][ldm]: what a projection was given; or null
   int64_t ldm;
 };

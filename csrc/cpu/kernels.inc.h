@@ -57,7 +57,7 @@ using Tile = void (*)(const T*, const T*, int64_t, int64_t, const T*, int64_t, T
 template <int Width>
 constexpr int sums_for(int64_t rows) {
   int sums = 1;
-  while (rows * Width * sums * 2 <= kInFlight) sums *= 2;
+  while (sums < 8 && rows * Width * sums * 2 <= kInFlight) sums *= 2;
   return sums;
 }
 
@@ -197,8 +197,8 @@ void step_backward(const StepBackward<T>& s) {
       if (s.hidden) store(s.hidden + row * s.ldm + unit, y.o * Math<T>::tanh(c_next));
       store(s.dc + at, dc);
       T* out = s.dgates + row * s.lddg + unit;
-      store(out, d.i), store(out + s.gate_stride, d.f), store(out + 2 * s.gate_stride, d.g),
-          store(out + 3 * s.gate_stride, d.o);
+      store(out, d.i), store(out + s.padded_hidden, d.f), store(out + 2 * s.padded_hidden, d.g),
+          store(out + 3 * s.padded_hidden, d.o);
     }
   }
 }

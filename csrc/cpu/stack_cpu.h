@@ -42,11 +42,17 @@ const CpuMachine& machine(int64_t element);
 // The schedule that a call of these sizes takes when `threads` are free.
 Schedule plan(const StackShape& shape, int64_t threads, int64_t element, bool backward);
 
-// Fill what the call points to; return the schedule that was run. `threads` is the most that may be used.
+// Who may work on a call.
+struct Workers {
+  int64_t threads;                   // at most so many
+  const Schedule* forced = nullptr;  // run this instead of the cheapest; why_not(…) must be null
+};
+
+// Fill what the call points to; return the schedule that was run, which is another when fewer threads came.
 // Throw std::runtime_error when there is no memory for the workspace, before anything is written.
 template <typename T>
-Schedule forward(const ForwardCall<T>& call, int64_t threads, Platform& platform);
+Schedule forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform);
 template <typename T>
-Schedule backward(const BackwardCall<T>& call, int64_t threads, Platform& platform);
+Schedule backward(const BackwardCall<T>& call, const Workers& workers, Platform& platform);
 
 }  // namespace stacked_lstm::cpu

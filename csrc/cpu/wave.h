@@ -49,12 +49,12 @@ inline int64_t panels_of(int64_t columns, int64_t width, int64_t lanes) {
 template <typename T>
 class Wave {
  public:
-  Wave(const StackShape& shape, int64_t threads, bool backward)
+  Wave(const StackShape& shape, const Workers& workers, bool backward)
       : shape_(shape),
         kernels_(kernels<T>()),
         lane_count_(shape.lanes()),
         backward_(backward),
-        schedule_(plan(shape, threads, sizeof(T), backward)),
+        schedule_(workers.forced ? *workers.forced : plan(shape, workers.threads, sizeof(T), backward)),
         chunk_limit_(schedule_.chunk_steps),
         workers_(schedule_.workers()),
         team_(workers_),
@@ -140,10 +140,11 @@ class Wave {
   Range own_panels(int64_t position, const Place& place, int64_t columns, int64_t width) const {
     return share_of(panels_of(columns, width, kernels_.lanes), place.slice, slices(position));
   }
-  // Own unit blocks. Whole panels of the widest kind, so that forward and backward products can follow them.
-  Range own_blocks(int64_t position, const Place& place, int64_t hidden) const {
-    const Range panels = own_panels(position, place, hidden, 4);
-    const int64_t blocks = panels_of(hidden, 1, kernels_.lanes);
+  // Own unit blocks, padding included, so that all of a reserve is written. Whole panels of the widest kind, so that
+  // forward and backward products can follow them.
+  Range own_blocks(int64_t position, const Place& place, int64_t padded_hidden) const {
+    const Range panels = own_panels(position, place, padded_hidden, 4);
+    const int64_t blocks = padded_hidden / kernels_.lanes;
     return {std::min(panels.first * 4, blocks), std::min(panels.last * 4, blocks)};
   }
   Range columns_of(const Range& panels, int64_t width, int64_t columns) const {
@@ -187,7 +188,7 @@ class Wave {
                    ldo);
     }
     const int64_t rows = stage(
-        lane, sequences, steps, width, [&](int64_t t, int64_t b) { return below + (shape_.first_row[t] + b) * width; },
+        lane, sequences, steps, width, [&](int64_t t, int64_t b) { return below + (shape_.first_row(t) + b) * width; },
         out, ldo);
     if (dropout.active()) apply_dropout(dropout, layer - 1, lane, sequences, steps, width, out, ldo);
     return rows;

@@ -1,0 +1,256 @@
+// tests/sanitize/main.cpp: the CPU kernels under a sanitizer, with no torch and no OpenMP in the process, so that every
+// thread and every access is seen.
+//
+// Small stacks with every option run under every kind of schedule and every kind of pool: one thread a worker, all
+// workers on one thread, and threads that come one after another. What is checked beside the sanitizer's own findings:
+// every output is written (they start as NaN), and every schedule gives the same bits as one worker alone.
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/stack_cpu.h"
+
+using namespace stacked_lstm;
+
+namespace {
+
+enum class Pool { threads, one_thread, one_after_another };
+
+class PlainPlatform : public cpu::Platform {
+ public:
+  explicit PlainPlatform(Pool pool) : pool_(pool) {}
+
+  void parallel(int64_t workers, const std::function<void(int64_t)>& member) override {
+    if (pool_ == Pool::one_thread) return member(workers);
+    if (pool_ == Pool::one_after_another) {
+      for (int64_t n = 0; n < workers; ++n) member(1);
+      return;
+    }
+    std::vector<std::thread> threads;
+    for (int64_t n = 0; n < workers; ++n) threads.emplace_back([&] { member(1); });
+    for (std::thread& thread : threads) thread.join();
+  }
+  void multiply(const cpu::GradientProduct<float>& p) override { plain(p); }
+  void multiply(const cpu::GradientProduct<double>& p) override { plain(p); }
+
+ private:
+  template <typename T>
+  static void plain(const cpu::GradientProduct<T>& p) {
+    for (int64_t m = 0; m < p.m; ++m) {
+      for (int64_t n = 0; n < p.n; ++n) {
+        T sum = 0;
+        for (int64_t row = 0; row < p.rows; ++row) sum += p.a[row * p.lda + m] * p.b[row * p.ldb + n];
+        p.c[m * p.ldc + n] = p.accumulate ? p.c[m * p.ldc + n] + sum : sum;
+      }
+    }
+  }
+  const Pool pool_;
+};
+
+struct Case {
+  const char* name;
+  int64_t layers, batch, steps, input, hidden, projection;
+  bool bidirectional, packed, dropout;
+  Saving saving;
+};
+
+const Case kCases[] = {
+    {"one cell", 1, 1, 1, 1, 1, 0, false, false, false, Saving::full},
+    {"fewer steps than layers", 5, 2, 3, 5, 7, 0, false, false, true, Saving::full},
+    {"no size a multiple of a vector", 3, 5, 9, 13, 21, 0, false, false, false, Saving::recompute},
+    {"several panels", 2, 9, 6, 33, 150, 0, false, false, false, Saving::full},
+    {"lengths", 3, 7, 8, 9, 20, 0, false, true, true, Saving::full},
+    {"lengths, both directions", 2, 4, 7, 6, 70, 0, true, true, true, Saving::recompute},
+    {"projection", 3, 3, 8, 10, 140, 37, false, false, false, Saving::full},
+    {"projection, both directions, lengths", 2, 5, 6, 4, 19, 5, true, true, true, Saving::full},
+    {"both directions", 3, 2, 5, 8, 16, 0, true, false, true, Saving::full},
+};
+
+// Everything a call reads and writes.
+template <typename T>
+struct Problem {
+  StackShape shape;
+  Dropout dropout;
+  Saving saving;
+  std::vector<T> input, h_0, c_0, grad_output, grad_h_n, grad_c_n;
+  std::vector<std::vector<T>> weights;                      // five a lane
+  std::vector<T> output, h_n, c_n, reserve;                 // forward
+  std::vector<T> grad_input[2], grad_h_0, grad_c_0;         // backward
+  std::vector<std::vector<T>> gradients;
+
+  explicit Problem(const Case& c) : dropout{c.dropout ? 0.4 : 0.0, 12345}, saving(c.saving) {
+    shape.steps = c.steps, shape.batch = c.batch, shape.directions = c.bidirectional ? 2 : 1;
+    const int64_t out = c.projection ? c.projection : c.hidden;
+    for (int64_t k = 0; k < c.layers; ++k) {
+      shape.layers.push_back({k ? shape.directions * out : c.input, c.hidden, c.projection});
+    }
+    if (c.packed) shape.packed_rows.push_back(0);
+    for (int64_t t = 0; c.packed && t < c.steps; ++t) {
+      const int64_t active = std::max<int64_t>(c.batch - t * c.batch / c.steps, 1);
+      shape.packed_rows.push_back(shape.packed_rows.back() + active);
+    }
+    std::mt19937 random(7);
+    std::uniform_real_distribution<double> uniform(-1, 1);
+    const auto fill = [&](std::vector<T>& v, int64_t n) {
+      v.resize(static_cast<size_t>(n));
+      for (T& x : v) x = static_cast<T>(uniform(random));
+    };
+    fill(input, shape.rows() * c.input);
+    fill(h_0, shape.lanes() * c.batch * out), fill(grad_h_n, shape.lanes() * c.batch * out);
+    fill(c_0, shape.lanes() * c.batch * c.hidden), fill(grad_c_n, shape.lanes() * c.batch * c.hidden);
+    fill(grad_output, shape.rows() * shape.directions * out);
+    for (int64_t lane = 0; lane < shape.lanes(); ++lane) {
+      for (const int64_t n : {4 * c.hidden * shape.of_lane(lane).input, 4 * c.hidden * out, 4 * c.hidden, 4 * c.hidden,
+                              c.projection * c.hidden}) {
+        fill(weights.emplace_back(), n);
+      }
+    }
+  }
+
+  void run(const cpu::Workers& workers, Pool pool) {
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    output.assign(grad_output.size(), nan), h_n.assign(h_0.size(), nan), c_n.assign(c_0.size(), nan);
+    reserve.assign(static_cast<size_t>(reserve_size(shape, saving, false).total()), nan);
+    grad_h_0.assign(h_0.size(), nan), grad_c_0.assign(c_0.size(), nan);
+    for (int64_t d = 0; d < shape.directions; ++d) grad_input[d].assign(input.size(), nan);
+    gradients.clear();
+    for (const std::vector<T>& w : weights) gradients.emplace_back(w.size(), nan);
+
+    PlainPlatform platform(pool);
+    const Input<T> x{input.data(), shape.batch * shape.layers[0].input, shape.layers[0].input};
+    std::vector<LaneWeights<T>> lane_weights;
+    std::vector<LaneGradients<T>> lane_gradients;
+    for (size_t n = 0; n < weights.size(); n += 5) {
+      lane_weights.push_back(
+          {weights[n].data(), weights[n + 1].data(), weights[n + 2].data(), weights[n + 3].data(), weights[n + 4].data()});
+      lane_gradients.push_back({gradients[n].data(), gradients[n + 1].data(), gradients[n + 2].data(),
+                                gradients[n + 3].data(), gradients[n + 4].data()});
+    }
+    cpu::forward(ForwardCall<T>{shape, x, lane_weights, h_0.data(), c_0.data(), dropout, saving, false, output.data(),
+                                h_n.data(), c_n.data(), reserve.data()},
+                 workers, platform);
+    cpu::backward(BackwardCall<T>{shape,
+                                  x,
+                                  lane_weights,
+                                  h_0.data(),
+                                  c_0.data(),
+                                  dropout,
+                                  saving,
+                                  false,
+                                  output.data(),
+                                  reserve.data(),
+                                  grad_output.data(),
+                                  grad_h_n.data(),
+                                  grad_c_n.data(),
+                                  {grad_input[0].data(), shape.directions == 2 ? grad_input[1].data() : nullptr},
+                                  grad_h_0.data(),
+                                  grad_c_0.data(),
+                                  lane_gradients},
+                  workers, platform);
+  }
+
+  std::vector<std::vector<T>> results() const {
+    std::vector<std::vector<T>> all{output, h_n, c_n, grad_input[0], grad_input[1], grad_h_0, grad_c_0};
+    all.insert(all.end(), gradients.begin(), gradients.end());
+    return all;
+  }
+};
+
+std::string describe(const Schedule& s) {
+  std::string text = std::to_string(s.batch_slices) + " batch slices, chunks of " + std::to_string(s.chunk_steps);
+  for (int64_t p = 0; p < s.phases; ++p) {
+    text += ", " + std::to_string(s.phase[p].layer_groups) + "x" + std::to_string(s.phase[p].unit_slices);
+  }
+  return text;
+}
+
+int failures = 0;
+
+template <typename T>
+void compare(const Problem<T>& problem, const std::vector<std::vector<T>>& expected, const std::string& what) {
+  const auto got = problem.results();
+  for (size_t n = 0; n < got.size(); ++n) {
+    if (got[n].empty() || std::memcmp(got[n].data(), expected[n].data(), got[n].size() * sizeof(T)) == 0) continue;
+    std::printf("FAILED %s: result %zu differs from one worker's\n", what.c_str(), n);
+    ++failures;
+  }
+}
+
+template <typename T>
+int run_case(const Case& c, const char* type) {
+  Problem<T> problem(c);
+  const Schedule alone = cpu::plan(problem.shape, 1, sizeof(T), false);
+  problem.run({1, &alone}, Pool::threads);
+  const auto expected = problem.results();
+  for (const auto& result : expected) {
+    for (const T x : result) {
+      if (std::isfinite(x)) continue;
+      std::printf("FAILED %s (%s): an output was left unwritten or is not finite\n", c.name, type);
+      ++failures;
+      break;
+    }
+  }
+  int runs = 1;
+  const int64_t depth = c.layers;
+  std::vector<Schedule> schedules;
+  for (const int64_t chunk : {1, 3, 64}) {
+    for (const auto& [batch, groups, slices] :
+         {std::tuple{1, 2, 1}, {1, 1, 2}, {1, 1, 3}, {2, 1, 1}, {2, 2, 1}, {1, 2, 2}, {3, 1, 1}, {1, 4, 1}}) {
+      if (batch > c.batch) continue;
+      Schedule s;
+      s.batch_slices = batch, s.chunk_steps = chunk, s.phase[0] = {0, depth, groups, slices};
+      schedules.push_back(s);
+    }
+    if (depth > 2 && !c.bidirectional) {
+      Schedule s;
+      s.chunk_steps = chunk, s.phases = 2, s.phase[0] = {0, depth - 1, 2, 1}, s.phase[1] = {depth - 1, depth, 1, 2};
+      schedules.push_back(s);
+    }
+  }
+  for (const Schedule& s : schedules) {
+    for (const Pool pool : {Pool::threads, Pool::one_thread, Pool::one_after_another}) {
+      if (pool != Pool::threads && s.chunk_steps != 3) continue;
+      problem.run({s.workers(), &s}, pool);
+      compare(problem, expected, std::string(c.name) + " (" + type + "), " + describe(s));
+      ++runs;
+    }
+  }
+  return runs;
+}
+
+// Several calls at once, each with a team of its own.
+int run_side_by_side() {
+  std::vector<std::thread> callers;
+  std::atomic<int> runs{0};
+  for (int caller = 0; caller < 3; ++caller) {
+    callers.emplace_back([&, caller] {
+      Problem<float> problem(kCases[2 + caller]);
+      Schedule s;
+      s.chunk_steps = 2, s.phase[0] = {0, problem.shape.depth(), 2, 1};
+      problem.run({2, &s}, Pool::threads);
+      const auto expected = problem.results();
+      for (int n = 0; n < 5; ++n) problem.run({2, &s}, Pool::threads), ++runs;
+      compare(problem, expected, "side by side");
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  return runs;
+}
+
+}  // namespace
+
+int main() {
+  int runs = 0;
+  for (const Case& c : kCases) runs += run_case<float>(c, "float32") + run_case<double>(c, "float64");
+  runs += run_side_by_side();
+  std::printf("%d runs, %d failures\n", runs, failures);
+  return failures > 0;
+}
