@@ -2,6 +2,7 @@
 // Python module _C, for what is not a tensor operator (the schedule, facts about the build).
 //
 // The schemas are part of the interface: stacked_lstm_ext/ops.py has their fakes and their autograd.
+#include <ATen/Config.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -70,6 +71,13 @@ class TorchPlatform : public cpu::Platform {
   void parallel(int64_t workers, const std::function<void(int64_t)>& member) override {
     at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) { member(end - begin); });
   }
+  bool at_the_same_time() const override {
+#if AT_PARALLEL_OPENMP
+    return true;  // a parallel region has all of its threads from the start
+#else
+    return false;  // a pool's threads may be busy
+#endif
+  }
   void multiply(const cpu::GradientProduct<float>& product) override { multiply(product, at::kFloat); }
   void multiply(const cpu::GradientProduct<double>& product) override { multiply(product, at::kDouble); }
 
@@ -108,7 +116,8 @@ StackShape shape_of(const Tensor& input, const OptionalTensor& batch_sizes, cons
                     TensorList weights, const Options& options) {
   const int64_t directions = options.directions();
   TORCH_CHECK_VALUE(options.layers > 0, "num_layers should be greater than zero, got: ", options.layers);
-  TORCH_CHECK_VALUE(options.dropout >= 0 && options.dropout <= 1, "dropout should be in [0, 1], got: ", options.dropout);
+  TORCH_CHECK_VALUE(options.dropout >= 0 && options.dropout <= 1,
+                    "dropout should be in [0, 1], got: ", options.dropout);
   TORCH_CHECK_VALUE(options.proj_size >= 0, "proj_size should not be negative, got: ", options.proj_size);
   const auto type = input.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
@@ -197,7 +206,13 @@ at::ScalarType arithmetic_type(const Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-int64_t free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+int64_t free_threads() {
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP)
+  return 1;  // built without OpenMP, at::parallel_for runs on one thread
+#else
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+#endif
+}
 
 // Set from Python for the calls of this thread, to compare schedules.
 thread_local std::optional<Schedule> forced_schedule;
@@ -461,7 +476,8 @@ TORCH_LIBRARY(stacked_lstm_ext, m) {
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, Tensor h_0, "
+      "backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, Tensor "
+      "h_0, "
       "Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, Tensor reserve, bool bias, int num_layers, "
       "bool bidirectional, int proj_size, float dropout, str saving, bool input_grad, bool weight_grad) "
       "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)",
@@ -477,13 +493,16 @@ PYBIND11_MODULE(_C, m) {
   using namespace stacked_lstm;
   m.def("build_info", &build_info);
   m.def("isa", &cpu::isa);
-  m.def("cpu_plan", [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
-                       bool bidirectional, int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision,
-                       bool training) {
-    const StackShape shape =
-        padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
-    return describe(cpu::plan(shape, threads, double_precision ? 8 : 4, training), shape.directions);
-  });
+  m.def("cpu_plan",
+        [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional,
+           int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision, bool backward) {
+          const StackShape shape =
+              padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP)
+          threads = 1;
+#endif
+          return describe(cpu::plan(shape, threads, double_precision ? 8 : 4, backward), shape.directions);
+        });
   m.def("force_cpu_schedule", [](const py::object& wanted) {
     forced_schedule.reset();
     if (wanted.is_none()) return;
@@ -501,33 +520,33 @@ PYBIND11_MODULE(_C, m) {
   });
   // The whole schedule, for tests: every worker's chunks in its order, each with what it must wait for. Entries are
   // (layer, direction, batch_slice, unit_slice, chunk, ((layer, direction, chunks), …)).
-  m.def("cpu_schedule", [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
-                           bool bidirectional, int64_t seq_len, int64_t batch_size, int64_t threads,
-                           bool double_precision, bool training) {
-    const StackShape shape =
-        padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
-    const Schedule schedule = cpu::plan(shape, threads, double_precision ? 8 : 4, training);
-    const int64_t directions = shape.directions, lanes = shape.lanes();
-    py::list workers;
-    for (int64_t worker = 0; worker < schedule.workers(); ++worker) {
-      py::list tasks;
-      schedule.for_each_position(directions, worker, [&](int64_t position, const Place& place) {
-        const int64_t lane = lane_at(position, lanes, training);
-        for (int64_t chunk = 0; chunk < schedule.chunks(seq_len); ++chunk) {
-          const Needs n = needs(schedule, seq_len, directions, position, chunk);
-          py::list waits;
-          for (int64_t p = n.first_position; p < n.first_position + n.positions; ++p) {
-            const int64_t other = lane_at(p, lanes, training);
-            waits.append(py::make_tuple(other / directions, other % directions, n.chunks));
+  m.def("cpu_schedule",
+        [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional,
+           int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision, bool backward) {
+          const StackShape shape =
+              padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+          const Schedule schedule = cpu::plan(shape, threads, double_precision ? 8 : 4, backward);
+          const int64_t directions = shape.directions, lanes = shape.lanes();
+          py::list workers;
+          for (int64_t worker = 0; worker < schedule.workers(); ++worker) {
+            py::list tasks;
+            schedule.for_each_position(directions, worker, [&](int64_t position, const Place& place) {
+              const int64_t lane = lane_at(position, lanes, backward);
+              for (int64_t chunk = 0; chunk < schedule.chunks(seq_len); ++chunk) {
+                const Needs n = needs(schedule, seq_len, directions, position, chunk);
+                py::list waits;
+                for (int64_t p = n.first_position; p < n.first_position + n.positions; ++p) {
+                  const int64_t other = lane_at(p, lanes, backward);
+                  waits.append(py::make_tuple(other / directions, other % directions, n.chunks));
+                }
+                tasks.append(py::make_tuple(lane / directions, lane % directions, place.batch_slice, place.slice, chunk,
+                                            py::tuple(waits)));
+              }
+            });
+            workers.append(tasks);
           }
-          tasks.append(py::make_tuple(lane / directions, lane % directions, place.batch_slice, place.slice, chunk,
-                                      py::tuple(waits)));
-        }
-      });
-      workers.append(tasks);
-    }
-    return workers;
-  });
+          return workers;
+        });
   m.def("last_run", []() -> py::object {
     if (!last_run) return py::none();
     py::dict run = describe(last_run->schedule, last_run->directions);
@@ -541,9 +560,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("clear_last_run", [] { last_run.reset(); });
   m.def("cpu_maths", [](uintptr_t x, int64_t n, uintptr_t sigmoid, uintptr_t tanh, bool double_precision) {
     if (double_precision) {
-      cpu::kernels<double>().maths(reinterpret_cast<const double*>(x), n, reinterpret_cast<double*>(sigmoid), reinterpret_cast<double*>(tanh));
+      cpu::kernels<double>().maths(reinterpret_cast<const double*>(x), n, reinterpret_cast<double*>(sigmoid),
+                                   reinterpret_cast<double*>(tanh));
     } else {
-      cpu::kernels<float>().maths(reinterpret_cast<const float*>(x), n, reinterpret_cast<float*>(sigmoid), reinterpret_cast<float*>(tanh));
+      cpu::kernels<float>().maths(reinterpret_cast<const float*>(x), n, reinterpret_cast<float*>(sigmoid),
+                                  reinterpret_cast<float*>(tanh));
     }
   });
 }

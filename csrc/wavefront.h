@@ -118,14 +118,14 @@ constexpr int64_t lane_at(int64_t position, int64_t lanes, bool backward) {
 
 // A core, in multiply-adds and bytes a nanosecond. Defaults: an AVX-512 server core at about 2.8 GHz.
 struct CpuMachine {
-  double multiply_adds = 80;     // of one element type
-  double l2_bytes = 1 << 20;     // what stays close from step to step
-  double near_rate = 60;         // bytes a nanosecond from there
-  double far_rate = 14;          // from the shared cache
-  double cell = 0.9;             // nanoseconds a cell, beside its products
-  double hand_over = 350;        // nanoseconds from one core's store to another's use of it
-  double start = 4000;           // nanoseconds to wake a second worker
-  int64_t unit_grain = 64;       // units are split no finer than this
+  double multiply_adds = 80;  // of one element type
+  double l2_bytes = 1 << 20;  // what stays close from step to step
+  double near_rate = 60;      // bytes a nanosecond from there
+  double far_rate = 14;       // from the shared cache
+  double cell = 0.9;          // nanoseconds a cell, beside its products
+  double hand_over = 350;     // nanoseconds from one core's store to another's use of it
+  double start = 4000;        // nanoseconds to wake a second worker
+  int64_t unit_grain = 64;    // units are split no finer than this
 };
 
 namespace detail {
@@ -158,7 +158,8 @@ inline int64_t chunk_for(const StackShape& shape, const Phase& phase, int64_t ba
   } else {  // enough rows for a product at full rate, few enough to stay close
     int64_t widest = 1;
     for (const LayerShape& layer : shape.layers) widest = std::max(widest, layer.padded_hidden());
-    chunk = std::min<int64_t>(192, std::max<int64_t>((1 << 20) / (4 * widest * element), 16)) / std::max<int64_t>(rows, 1);
+    chunk =
+        std::min<int64_t>(192, std::max<int64_t>((1 << 20) / (4 * widest * element), 16)) / std::max<int64_t>(rows, 1);
   }
   return std::min(std::max<int64_t>(chunk, 1), std::max<int64_t>(steps, 1));
 }
@@ -193,10 +194,10 @@ inline void predict(Schedule& schedule, const StackShape& shape, const CpuMachin
   total += fill;
   if (schedule.workers() > 1) total += machine.start;
   schedule.predicted_us = total * (backward ? 2 : 1) / 1000;
-  schedule.binds = hand_over > std::max(arithmetic, weights)                      ? "hand-over of h"
-                   : weights > arithmetic                                         ? "reading the weights"
-                   : fill > total / 2                                             ? "filling the wavefront"
-                                                                                  : "arithmetic";
+  schedule.binds = hand_over > std::max(arithmetic, weights) ? "hand-over of h"
+                   : weights > arithmetic                    ? "reading the weights"
+                   : fill > total / 2                        ? "filling the wavefront"
+                                                             : "arithmetic";
 }
 
 }  // namespace detail

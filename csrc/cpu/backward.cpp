@@ -27,9 +27,10 @@ class BackwardWave : Wave<T> {
   using Base::shape_, Base::kernels_, Base::team_, Base::schedule_;
 
  public:
-  BackwardWave(const BackwardCall<T>& call, const Workers& workers)
-      : Base(call.shape, workers, true),
+  BackwardWave(const BackwardCall<T>& call, const Workers& workers, Platform& platform)
+      : Base(call.shape, workers, platform, true),
         call_(call),
+        platform_(platform),
         size_(reserve_size(call.shape, call.saving, call.keep_top)),
         reserve_(const_cast<T*>(call.reserve), size_),
         width_(recurrent_width(call.shape.batch)),
@@ -44,8 +45,7 @@ class BackwardWave : Wave<T> {
     buffers_ = std::min(this->workers_, this->lane_count_);
     for (int64_t n = 0; n < buffers_; ++n) {
       dgates_.push_back(memory_->take<T>(shape_.rows() * (4 * this->widest_hidden_ + kRowPadding)));
-      dh_rows_.push_back(
-          projects() ? memory_->take<T>(shape_.rows() * (this->widest_output_ + kRowPadding)) : nullptr);
+      dh_rows_.push_back(projects() ? memory_->take<T>(shape_.rows() * (this->widest_output_ + kRowPadding)) : nullptr);
       hidden_rows_.push_back(projects() ? memory_->take<T>(shape_.rows() * this->widest_hidden_) : nullptr);
     }
     for (int64_t worker = 0; worker < this->workers_; ++worker) {
@@ -56,10 +56,10 @@ class BackwardWave : Wave<T> {
     }
   }
 
-  Schedule run(Platform& platform) {
-    Base::run(platform, [&](int64_t worker) {
+  Schedule run() {
+    Base::run(platform_, [&](int64_t worker) {
       schedule_.for_each_position(shape_.directions, worker, [&](int64_t position, const Place& place) {
-        LaneRun(*this, position, place, scratch_[static_cast<size_t>(worker)], platform).run();
+        LaneRun(*this, position, place, scratch_[static_cast<size_t>(worker)]).run();
       });
     });
     return schedule_;
@@ -70,17 +70,17 @@ class BackwardWave : Wave<T> {
   static constexpr int64_t kGradientRows = 256;
 
   struct Lane {
-    T *weight_ih, *weight_hh, *weight_hr;   // packed for backward: columns as they stand
-    T *gates_ih, *gates_hh, *bias;          // packed for forward: with recomputation
-    T* dc;                                  // [sequence][padded_hidden]
-    T* c_0;                                 // likewise, padded with zeros
+    T *weight_ih, *weight_hh, *weight_hr;  // packed for backward: columns as they stand
+    T *gates_ih, *gates_hh, *bias;         // packed for forward: with recomputation
+    T* dc;                                 // [sequence][padded_hidden]
+    T* c_0;                                // likewise, padded with zeros
   };
   struct Scratch {
-    T* staged;   // x or h of a chunk
-    T* dy;       // dL/dh of a chunk, from above
-    T* gates;    // with recomputation: those of a chunk
-    T* dh;       // of a step
-    T* dinput;   // dG·W_ih of a chunk
+    T* staged;  // x or h of a chunk
+    T* dy;      // dL/dh of a chunk, from above
+    T* gates;   // with recomputation: those of a chunk
+    T* dh;      // of a step
+    T* dinput;  // dG·W_ih of a chunk
   };
 
   int64_t lane_of(int64_t position) const { return lane_at(position, this->lane_count_, true); }
@@ -128,12 +128,11 @@ class BackwardWave : Wave<T> {
   // One worker's part in one lane.
   class LaneRun {
    public:
-    LaneRun(BackwardWave& wave, int64_t position, const Place& place, const Scratch& scratch, Platform& platform)
+    LaneRun(BackwardWave& wave, int64_t position, const Place& place, const Scratch& scratch)
         : w_(wave),
           position_(position),
           place_(place),
           scratch_(scratch),
-          platform_(platform),
           index_(wave.lane_of(position)),
           layer_index_(index_ / wave.shape_.directions),
           direction_(index_ % wave.shape_.directions),
@@ -189,16 +188,13 @@ class BackwardWave : Wave<T> {
       if (projects_) return w_.own_panels(position_, place_, out_, w_.width_);
       return {blocks_.first / w_.width_, (blocks_.last + w_.width_ - 1) / w_.width_};
     }
-    Range unit_panels() const {
-      return {blocks_.first / kWidth, (blocks_.last + kWidth - 1) / kWidth};
-    }
+    Range unit_panels() const { return {blocks_.first / kWidth, (blocks_.last + kWidth - 1) / kWidth}; }
 
     void pack() {
       const LaneWeights<T>& weights = w_.call_.weights[static_cast<size_t>(index_)];
       const Kernels<T>& k = w_.kernels_;
       Range own = w_.share_packing(dh_panels_, place_);
-      k.pack_columns(weights.weight_hh, out_, 4, hidden_, padded_, w_.width_, own.first, own.last,
-                     lane_.weight_hh);
+      k.pack_columns(weights.weight_hh, out_, 4, hidden_, padded_, w_.width_, own.first, own.last, lane_.weight_hh);
       own = w_.share_packing(w_.own_panels(position_, place_, layer_.input, kWidth), place_);
       if (w_.input_gradient(layer_index_, direction_)) {
         k.pack_columns(weights.weight_ih, layer_.input, 4, hidden_, padded_, kWidth, own.first, own.last,
@@ -269,15 +265,28 @@ class BackwardWave : Wave<T> {
     const T* recomputed_gates(const Range& steps) {
       if (!w_.recompute_) return nullptr;
       const Range panels{blocks_.first * 4 / kWidth, blocks_.last * 4 / kWidth};
-      const int64_t total = w_.shape_.rows();
       int64_t lda = layer_.input + kRowPadding;
       const int64_t rows = stage_x(steps, scratch_.staged, lda);
-      w_.kernels_.product({lane_.gates_ih, kWidth, panels.first, panels.last, scratch_.staged, lda, rows, total,
-                           layer_.input, lane_.bias, 0, scratch_.gates, 4 * padded_});
+      Product<T> product{
+          .panels = lane_.gates_ih,
+          .width = kWidth,
+          .first_panel = panels.first,
+          .last_panel = panels.last,
+          .a = scratch_.staged,
+          .lda = lda,
+          .rows = rows,
+          .unroll_rows = w_.shape_.rows(),
+          .inner = layer_.input,
+          .init = lane_.bias,
+          .c = scratch_.gates,
+          .ldc = 4 * padded_,
+      };
+      w_.kernels_.product(product);
       lda = out_ + kRowPadding;
       stage_h_before(steps, scratch_.staged, lda);
-      w_.kernels_.product({lane_.gates_hh, kWidth, panels.first, panels.last, scratch_.staged, lda, rows, total, out_,
-                           scratch_.gates, 4 * padded_, scratch_.gates, 4 * padded_});
+      product.panels = lane_.gates_hh, product.lda = lda, product.inner = out_;
+      product.init = scratch_.gates, product.init_step = 4 * padded_;
+      w_.kernels_.product(product);
       w_.kernels_.activate(scratch_.gates, rows, padded_, blocks_.first, blocks_.last);
       return scratch_.gates;
     }
@@ -310,9 +319,19 @@ class BackwardWave : Wave<T> {
       const int64_t at = (index_ * shape.batch + sequences_.first) * out_;
       w_.wait_slices(position_, place_.batch_slice, &Progress::steps, hand_overs_before(s));
       if (later > 0) {
-        w_.kernels_.product({lane_.weight_hh, w_.width_, dh_panels_.first, dh_panels_.last,
-                             dgates_ + row_at(s + 1) * lddg_, lddg_, later, active_at(s + 1), 4 * padded_, nullptr,
-                             0, scratch_.dh, ld_});
+        w_.kernels_.product({
+            .panels = lane_.weight_hh,
+            .width = w_.width_,
+            .first_panel = dh_panels_.first,
+            .last_panel = dh_panels_.last,
+            .a = dgates_ + row_at(s + 1) * lddg_,
+            .lda = lddg_,
+            .rows = later,
+            .unroll_rows = active_at(s + 1),
+            .inner = 4 * padded_,
+            .c = scratch_.dh,
+            .ldc = ld_,
+        });
       }
       for (int64_t b = n; b < later; ++b) {
         Base::copy_columns(scratch_.dh + b * ld_, w_.call_.grad_h_0 + at + b * out_, columns_);
@@ -335,8 +354,7 @@ class BackwardWave : Wave<T> {
       recurrent_gradient(s);
       int64_t local = 0;  // rows of the chunk before this step
       for (int64_t earlier = steps.first; earlier < s; ++earlier) local += rows_at(earlier);
-      const T *dy = scratch_.dy + local * ld_, *dh = scratch_.dh;
-      int64_t lddh = ld_;
+      const T* dy = scratch_.dy + local * ld_;
       if (projects_) {
         T* projected = dh_rows_ + row * lddr_;
         for (int64_t b = 0; b < n; ++b) {
@@ -347,16 +365,42 @@ class BackwardWave : Wave<T> {
         publish(progress_.steps, hand_overs_before(s) + 1);
         w_.wait_slices(position_, place_.batch_slice, &Progress::steps, hand_overs_before(s) + 1);
         const Range panels = unit_panels();
-        w_.kernels_.product({lane_.weight_hr, kWidth, panels.first, panels.last, projected, lddr_, n, active_at(s), out_,
-                             nullptr, 0, scratch_.dh, ld_});
+        w_.kernels_.product({
+            .panels = lane_.weight_hr,
+            .width = kWidth,
+            .first_panel = panels.first,
+            .last_panel = panels.last,
+            .a = projected,
+            .lda = lddr_,
+            .rows = n,
+            .unroll_rows = active_at(s),
+            .inner = out_,
+            .c = scratch_.dh,
+            .ldc = ld_,
+        });
         dy = nullptr;
       }
       const int64_t cells = index_ * shape.rows() + row;
       const T* gates = recomputed ? recomputed + local * 4 * padded_ : w_.reserve_.gates + cells * 4 * padded_;
-      StepBackward<T> cell{blocks_.first, blocks_.last, n, padded_, gates, dh, lddh, dy, ld_,
-                           w_.reserve_.c + cells * padded_, nullptr, lane_.dc + sequences_.first * padded_,
-                           dgates_ + row * lddg_, lddg_,
-                           projects_ ? hidden_rows_ + row * ldm_ : nullptr, ldm_};
+      StepBackward<T> cell{
+          .first_block = blocks_.first,
+          .last_block = blocks_.last,
+          .rows = n,
+          .hidden = hidden_,
+          .padded_hidden = padded_,
+          .gates = gates,
+          .dh = scratch_.dh,
+          .lddh = ld_,
+          .dy = dy,
+          .lddy = ld_,
+          .c_next = w_.reserve_.c + cells * padded_,
+          .c = nullptr,
+          .dc = lane_.dc + sequences_.first * padded_,
+          .dgates = dgates_ + row * lddg_,
+          .lddg = lddg_,
+          .projected = projects_ ? hidden_rows_ + row * ldm_ : nullptr,
+          .ldm = ldm_,
+      };
       // The state before the step: sequences that start here have it from c_0.
       const int64_t before = std::min(s > 0 ? rows_at(s - 1) : 0, n);
       if (before > 0) {
@@ -367,13 +411,13 @@ class BackwardWave : Wave<T> {
       if (before < n) {
         cell.rows = n - before;
         cell.gates += before * 4 * padded_;
-        cell.dh += before * lddh;
+        cell.dh += before * ld_;
         if (cell.dy) cell.dy += before * ld_;
         cell.c_next += before * padded_;
         cell.c = lane_.c_0 + (sequences_.first + before) * padded_;
         cell.dc += before * padded_;
         cell.dgates += before * lddg_;
-        if (cell.hidden) cell.hidden += before * ldm_;
+        if (cell.projected) cell.projected += before * ldm_;
         w_.kernels_.step_backward(cell);
       }
       publish(progress_.steps, hand_overs_before(s - 1));
@@ -388,7 +432,6 @@ class BackwardWave : Wave<T> {
       if (!to) return;
       const Range panels = w_.own_panels(position_, place_, layer_.input, kWidth);
       const Range columns = w_.columns_of(panels, kWidth, layer_.input);
-      const int64_t total = w_.shape_.rows();
       w_.wait_slices(position_, place_.batch_slice, &Progress::steps, hand_overs_before(steps.first - 1));
       // A batch slice's rows of one step stand together, those of several steps only where it has the whole batch.
       const bool whole = sequences_.size() == w_.shape_.batch && steps.size() > 0;
@@ -404,8 +447,19 @@ class BackwardWave : Wave<T> {
         } else {
           ++s;
         }
-        w_.kernels_.product({lane_.weight_ih, kWidth, panels.first, panels.last, dgates_ + first * lddg_, lddg_, rows,
-                             total, 4 * padded_, nullptr, 0, scratch_.dinput, ld_});
+        w_.kernels_.product({
+            .panels = lane_.weight_ih,
+            .width = kWidth,
+            .first_panel = panels.first,
+            .last_panel = panels.last,
+            .a = dgates_ + first * lddg_,
+            .lda = lddg_,
+            .rows = rows,
+            .unroll_rows = w_.shape_.rows(),
+            .inner = 4 * padded_,
+            .c = scratch_.dinput,
+            .ldc = ld_,
+        });
         for (int64_t r = 0; r < rows; ++r) {
           Base::copy_columns(scratch_.dinput + r * ld_, to + (first + r) * layer_.input, columns);
         }
@@ -437,17 +491,17 @@ class BackwardWave : Wave<T> {
     }
 
     // Adds up dGᵀ·b over pieces of rows: `b` and `rows` of a piece, and the row of dG it starts at.
-    void add_product(T* c, int64_t columns, const Range& units, int64_t first_row, const T* b, int64_t ldb, int64_t rows,
-                     bool accumulate) {
+    void add_product(T* c, int64_t columns, const Range& units, int64_t first_row, const T* b, int64_t ldb,
+                     int64_t rows, bool accumulate) {
       const T* a = dgates_ + first_row * lddg_;
       if (units.size() == hidden_ && padded_ == hidden_) {  // all gate rows in one product
-        platform_.multiply(GradientProduct<T>{c, columns, a, lddg_, b, ldb, rows, 4 * hidden_, columns, accumulate});
+        w_.platform_.multiply(GradientProduct<T>{c, columns, a, lddg_, b, ldb, rows, 4 * hidden_, columns, accumulate});
         return;
       }
       for (int64_t gate = 0; gate < 4; ++gate) {
-        platform_.multiply(GradientProduct<T>{c + (gate * hidden_ + units.first) * columns, columns,
-                                              a + gate * padded_ + units.first, lddg_, b, ldb, rows, units.size(),
-                                              columns, accumulate});
+        w_.platform_.multiply(GradientProduct<T>{c + (gate * hidden_ + units.first) * columns, columns,
+                                                 a + gate * padded_ + units.first, lddg_, b, ldb, rows, units.size(),
+                                                 columns, accumulate});
       }
     }
 
@@ -462,8 +516,8 @@ class BackwardWave : Wave<T> {
       } else if (layer_index_ > 0 && !w_.call_.dropout.active()) {
         add_product(g.weight_ih, layer_.input, units, 0, w_.output_of(layer_index_ - 1), layer_.input, rows, false);
       } else {
-        by_pieces([&](const Range& steps, T* out, int64_t ldo) { return stage_all(steps, out, ldo, true); }, g.weight_ih,
-                  layer_.input, units);
+        by_pieces([&](const Range& steps, T* out, int64_t ldo) { return stage_all(steps, out, ldo, true); },
+                  g.weight_ih, layer_.input, units);
       }
       // W_hh: h one step before dG, and h_0 with the first step.
       if (!shape.packed()) {
@@ -490,9 +544,10 @@ class BackwardWave : Wave<T> {
         const int64_t s = direction_ ? steps.last - 1 - n : steps.first + n;
         const Range one{s, s + 1};
         T* to = out + rows * ldo;
-        rows += input ? w_.stage_input(w_.call_.input, w_.call_.dropout,
-                                       layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr, index_, all, one, to, ldo)
-                      : all_h_before(one, to, ldo);
+        rows += input
+                    ? w_.stage_input(w_.call_.input, w_.call_.dropout,
+                                     layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr, index_, all, one, to, ldo)
+                    : all_h_before(one, to, ldo);
       }
       return rows;
     }
@@ -518,15 +573,14 @@ class BackwardWave : Wave<T> {
 
     // dW_hr = dhᵀ·(o·tanh(c)).
     void projection_gradient(const LaneGradients<T>& g, const Range& own) {
-      platform_.multiply(GradientProduct<T>{g.weight_hr + own.first * hidden_, hidden_, dh_rows_ + own.first, lddr_,
-                                            hidden_rows_, ldm_, w_.shape_.rows(), own.size(), hidden_, false});
+      w_.platform_.multiply(GradientProduct<T>{g.weight_hr + own.first * hidden_, hidden_, dh_rows_ + own.first, lddr_,
+                                               hidden_rows_, ldm_, w_.shape_.rows(), own.size(), hidden_, false});
     }
 
     BackwardWave& w_;
     const int64_t position_;
     const Place place_;
     const Scratch& scratch_;
-    Platform& platform_;
     const int64_t index_, layer_index_, direction_;
     const LayerShape& layer_;
     const Lane& lane_;
@@ -544,6 +598,7 @@ class BackwardWave : Wave<T> {
   };
 
   const BackwardCall<T>& call_;
+  Platform& platform_;
   Workspace::Lease memory_;
   const ReserveSize size_;
   const Reserve<T> reserve_;
@@ -561,7 +616,7 @@ class BackwardWave : Wave<T> {
 
 template <typename T>
 Schedule backward(const BackwardCall<T>& call, const Workers& workers, Platform& platform) {
-  return BackwardWave<T>(call, workers).run(platform);
+  return BackwardWave<T>(call, workers, platform).run();
 }
 template Schedule backward(const BackwardCall<float>&, const Workers&, Platform&);
 template Schedule backward(const BackwardCall<double>&, const Workers&, Platform&);

@@ -23,9 +23,10 @@ class ForwardWave : Wave<T> {
   using Base::shape_, Base::kernels_, Base::team_, Base::schedule_;
 
  public:
-  ForwardWave(const ForwardCall<T>& call, const Workers& workers)
-      : Base(call.shape, workers, false),
+  ForwardWave(const ForwardCall<T>& call, const Workers& workers, Platform& platform)
+      : Base(call.shape, workers, platform, false),
         call_(call),
+        platform_(platform),
         reserve_(call.reserve, reserve_size(call.shape, call.saving, call.keep_top)),
         width_(recurrent_width(call.shape.batch)) {
     // Nothing is written to the caller's memory before all of this is there.
@@ -40,8 +41,8 @@ class ForwardWave : Wave<T> {
     }
   }
 
-  Schedule run(Platform& platform) {
-    Base::run(platform, [&](int64_t worker) {
+  Schedule run() {
+    Base::run(platform_, [&](int64_t worker) {
       schedule_.for_each_position(shape_.directions, worker, [&](int64_t position, const Place& place) {
         run_lane(position, place, scratch_[static_cast<size_t>(worker)]);
       });
@@ -152,28 +153,68 @@ class ForwardWave : Wave<T> {
       const Range steps = this->steps_of(chunk);
       this->wait_for_input(position, place, chunk);
       const int64_t lda = layer.input + kRowPadding;
-      const int64_t rows = this->stage_input(call_.input, call_.dropout,
-                                             layer_index ? output_of(layer_index - 1) : nullptr, index, sequences, steps,
-                                             scratch.staged, lda);
-      kernels_.product({lane.weight_ih, kWidth, blocks.first * 4 / kWidth, blocks.last * 4 / kWidth, scratch.staged, lda,
-                        rows, shape_.rows(), layer.input, lane.bias, 0, scratch.projected, 4 * padded});
+      const int64_t rows =
+          this->stage_input(call_.input, call_.dropout, layer_index ? output_of(layer_index - 1) : nullptr, index,
+                            sequences, steps, scratch.staged, lda);
+      kernels_.product({
+          .panels = lane.weight_ih,
+          .width = kWidth,
+          .first_panel = blocks.first * 4 / kWidth,
+          .last_panel = blocks.last * 4 / kWidth,
+          .a = scratch.staged,
+          .lda = lda,
+          .rows = rows,
+          .unroll_rows = shape_.rows(),
+          .inner = layer.input,
+          .init = lane.bias,
+          .c = scratch.projected,
+          .ldc = 4 * padded,
+      });
       const T* projected = scratch.projected;
       for (int64_t s = steps.first; s < steps.last; ++s) {
         const int64_t t = shape_.time(index, s), n = this->local_rows(sequences, t), row = shape_.first_row(t) + first;
         T *from = h[s & 1], *to = h[(s + 1) & 1];
         this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 1);
-        StepForward<T> step{lane.weight_hh, width_, blocks.first, blocks.last, from, lane.ldh, n, shape_.active(t), out,
-                            projected, hidden, padded, c, to, lane.ldh, y + row * ldy, ldy,
-                            saved_c ? saved_c + row * padded : nullptr,
-                            saved_gates ? saved_gates + row * padded * 4 : nullptr};
+        StepForward<T> step{
+            .panels = lane.weight_hh,
+            .width = width_,
+            .first_block = blocks.first,
+            .last_block = blocks.last,
+            .h = from,
+            .ldh = lane.ldh,
+            .rows = n,
+            .unroll_rows = shape_.active(t),
+            .inner = out,
+            .projected = projected,
+            .hidden = hidden,
+            .padded_hidden = padded,
+            .c = c,
+            .h_next = to,
+            .ldh_next = lane.ldh,
+            .y = y + row * ldy,
+            .ldy = ldy,
+            .saved_c = saved_c ? saved_c + row * padded : nullptr,
+            .saved_gates = saved_gates ? saved_gates + row * padded * 4 : nullptr,
+        };
         if (projects) step.h_next = lane.hidden + first * lane.ldm, step.ldh_next = lane.ldm, step.y = nullptr;
         kernels_.step_forward(step);
         if (projects) {
           publish(steps_done, s * hand_overs + 2);
           this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 2);
           const Range panels = this->own_panels(position, place, out, kWidth);
-          kernels_.product({lane.weight_hr, kWidth, panels.first, panels.last, step.h_next, lane.ldm, n,
-                            shape_.active(t), hidden, nullptr, 0, to, lane.ldh});
+          kernels_.product({
+              .panels = lane.weight_hr,
+              .width = kWidth,
+              .first_panel = panels.first,
+              .last_panel = panels.last,
+              .a = step.h_next,
+              .lda = lane.ldm,
+              .rows = n,
+              .unroll_rows = shape_.active(t),
+              .inner = hidden,
+              .c = to,
+              .ldc = lane.ldh,
+          });
           for (int64_t b = 0; b < n; ++b) Base::copy_columns(to + b * lane.ldh, y + (row + b) * ldy, columns);
         }
         projected += n * 4 * padded;
@@ -190,6 +231,7 @@ class ForwardWave : Wave<T> {
   }
 
   const ForwardCall<T>& call_;
+  Platform& platform_;
   Workspace::Lease memory_;
   const Reserve<T> reserve_;
   const int64_t width_;
@@ -202,7 +244,7 @@ class ForwardWave : Wave<T> {
 
 template <typename T>
 Schedule forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform) {
-  return ForwardWave<T>(call, workers).run(platform);
+  return ForwardWave<T>(call, workers, platform).run();
 }
 template Schedule forward(const ForwardCall<float>&, const Workers&, Platform&);
 template Schedule forward(const ForwardCall<double>&, const Workers&, Platform&);

@@ -28,9 +28,9 @@ struct Product {
   int64_t lda;
   int64_t rows;
   int64_t unroll_rows;
-  int64_t inner;      // K
-  const T* init;      // null: zero
-  int64_t init_step;  // from row to row; 0 adds the same row (a bias) to all
+  int64_t inner;            // K
+  const T* init = nullptr;  // null: zero
+  int64_t init_step = 0;    // from row to row; 0 adds the same row (a bias) to all
   T* c;
   int64_t ldc;
 };
@@ -48,10 +48,10 @@ struct StepForward {
   int64_t inner;
   const T* projected;  // W_ih·x + b, gate order
   int64_t hidden, padded_hidden;
-  T* c;         // [row][padded_hidden], updated
-  T* h_next;    // [row][ldh_next], whole vectors
+  T* c;       // [row][padded_hidden], updated
+  T* h_next;  // [row][ldh_next], whole vectors
   int64_t ldh_next;
-  T* y;         // [row][ldy], exactly `hidden` columns; or null
+  T* y;  // [row][ldy], exactly `hidden` columns; or null
   int64_t ldy;
   T* saved_c;      // [row][padded_hidden], or null
   T* saved_gates;  // [row][4·padded_hidden], or null
@@ -62,7 +62,7 @@ template <typename T>
 struct StepBackward {
   int64_t first_block, last_block;
   int64_t rows;
-  int64_t padded_hidden;
+  int64_t hidden, padded_hidden;
   const T* gates;
   const T* dh;  // [row][lddh]
   int64_t lddh;
@@ -71,9 +71,9 @@ struct StepBackward {
   const T* c_next;  // [row][padded_hidden]
   const T* c;       // likewise: the state before the step
   T* dc;            // [row][padded_hidden], updated
-  T* dgates;        // [row][lddg], torch's order
+  T* dgates;        // [row][lddg], torch's order; zero in the padding, whatever is there in the gates
   int64_t lddg;
-  T* hidden;  // o·tanh(c_next), [row][ldm]: what a projection was given; or null
+  T* projected;  // o·tanh(c_next), [row][ldm]: what the projection was given; or null
   int64_t ldm;
 };
 

@@ -182,6 +182,15 @@ void step_forward(const StepForward<T>& s) {
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
 
+// The first `count` lanes of v, zero in the others. Not a product with a mask: padded units of a row with an Inf in it
+// hold NaNs (0·Inf in their products), and those must not reach the products of backward.
+template <typename T>
+INLINE Vec<T> first_lanes(Vec<T> v, int64_t count) {
+  alignas(STACKED_LSTM_VECTOR_BYTES) T all[kLanes<T>];
+  store(all, v);
+  return load_first(all, count);
+}
+
 template <typename T>
 void step_backward(const StepBackward<T>& s) {
   constexpr int V = kLanes<T>;
@@ -193,8 +202,12 @@ void step_backward(const StepBackward<T>& s) {
       Vec<T> dc = load(s.dc + at);
       const Gates<Vec<T>> y = load_gates(s.gates + at * 4);
       const Vec<T> c_next = load(s.c_next + at);
-      const Gates<Vec<T>> d = cell_backward<Math<T>>(y, load(s.c + at), c_next, dh, dc);
-      if (s.hidden) store(s.hidden + row * s.ldm + unit, y.o * Math<T>::tanh(c_next));
+      Gates<Vec<T>> d = cell_backward<Math<T>>(y, load(s.c + at), c_next, dh, dc);
+      if (const int64_t left = s.hidden - unit; left < V) {
+        d = {first_lanes<T>(d.i, left), first_lanes<T>(d.f, left), first_lanes<T>(d.g, left),
+             first_lanes<T>(d.o, left)};
+      }
+      if (s.projected) store(s.projected + row * s.ldm + unit, y.o * Math<T>::tanh(c_next));
       store(s.dc + at, dc);
       T* out = s.dgates + row * s.lddg + unit;
       store(out, d.i), store(out + s.padded_hidden, d.f), store(out + 2 * s.padded_hidden, d.g),
@@ -310,7 +323,6 @@ void maths(const T* x, int64_t n, T* sigmoid, T* tanh) {
 
 template <typename T>
 constexpr Kernels<T> kTable = {
-    kLanes<T>,  pack_gates<T>,   pack_rows<T>,     pack_columns<T>,  pack_bias<T>,
-    product<T>, step_forward<T>, step_backward<T>, activate_rows<T>, sum_rows<T>,
-    maths<T>,
+    kLanes<T>,       pack_gates<T>,    pack_rows<T>,     pack_columns<T>, pack_bias<T>, product<T>,
+    step_forward<T>, step_backward<T>, activate_rows<T>, sum_rows<T>,     maths<T>,
 };

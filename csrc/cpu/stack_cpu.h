@@ -31,6 +31,8 @@ class Platform {
   // Calls member(share) on some threads, the shares adding up to `workers`; every call may run on its own thread, and
   // all may run on one.
   virtual void parallel(int64_t workers, const std::function<void(int64_t share)>& member) = 0;
+  // Whether all those calls are under way at the same time, so that one may wait for another.
+  virtual bool at_the_same_time() const = 0;
   // Called by workers, at the same time, on different outputs.
   virtual void multiply(const GradientProduct<float>& product) = 0;
   virtual void multiply(const GradientProduct<double>& product) = 0;

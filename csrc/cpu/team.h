@@ -57,7 +57,8 @@ struct alignas(128) Count {
 
 class Team {
  public:
-  explicit Team(int64_t wanted) : wanted_(wanted) {}
+  // `sure`: every share is sure to be called, at the same time as the others or for them too.
+  Team(int64_t wanted, bool sure) : wanted_(wanted), sure_(sure) {}
 
   // Called by a pool's thread with its share of the wanted workers. Returns once the team is complete with this
   // thread's rank, or -1 where the team set off without it.
@@ -72,10 +73,10 @@ class Team {
     }
     // A pool that runs shares one after the other never completes the team: the first to come waits a little, then
     // sets off with those who are there.
-    const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(500);
-    while (size_.load(std::memory_order_acquire) == 0) {
-      relax();
-      if (rank == 0 && std::chrono::steady_clock::now() > deadline) {
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(2);
+    for (int64_t spins = 0; size_.load(std::memory_order_acquire) == 0; ++spins) {
+      spins < 1000 ? relax() : std::this_thread::yield();
+      if (!sure_ && rank == 0 && std::chrono::steady_clock::now() > deadline) {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (size_.load(std::memory_order_relaxed) == 0) size_.store(arrived_, std::memory_order_release);
       }
@@ -124,6 +125,7 @@ class Team {
 
  private:
   const int64_t wanted_;
+  const bool sure_;
   std::mutex mutex_;
   int64_t arrived_ = 0, accounted_ = 0;
   std::atomic<int64_t> size_{0};

@@ -55,8 +55,8 @@ INLINE Vec<T> broadcast(T x) {
 // Calls f with the constants 0 … N-1: an unrolled loop whose index may pick a register.
 template <int N, typename F>
 INLINE void unroll(F&& f) {
-  [&]<int... n>(std::integer_sequence<int, n...>) INLINE_LAMBDA { (f(std::integral_constant<int, n>{}), ...); }
-  (std::make_integer_sequence<int, N>{});
+  [&]<int... n>(std::integer_sequence<int, n...>)
+      INLINE_LAMBDA { (f(std::integral_constant<int, n>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
 // One half of an exchange of two rows: blocks of `distance` lanes of a and b in turn, either the lower (of each pair of
@@ -65,9 +65,11 @@ template <typename T, int distance, bool upper, int... lane>
 INLINE Vec<T> exchange(Vec<T> a, Vec<T> b, std::integer_sequence<int, lane...>) {
   constexpr int N = sizeof...(lane);
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, ((lane & distance) == 0 ? lane + upper * distance : N + lane - !upper * distance)...);
+  return __builtin_shufflevector(a, b,
+                                 ((lane & distance) == 0 ? lane + upper * distance : N + lane - !upper * distance)...);
 #else
-  return __builtin_shuffle(a, b, IntVec<T>{((lane & distance) == 0 ? lane + upper * distance : N + lane - !upper * distance)...});
+  return __builtin_shuffle(
+      a, b, IntVec<T>{((lane & distance) == 0 ? lane + upper * distance : N + lane - !upper * distance)...});
 #endif
 }
 
@@ -88,13 +90,13 @@ INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
 }
 
 // 1/x for x in [1, 2^126]. A full division costs an AVX-512 core 16 cycles or more a vector, more than all else in a
-// gate: an estimate of 14 bits and one Newton step give 23.
+// gate: an estimate of 14 bits and one Newton step give all 24 but the last.
 template <typename T>
 INLINE Vec<T> reciprocal(Vec<T> x) {
 #if defined(STACKED_LSTM_AVX512)
   if constexpr (sizeof(T) == 4) {
     const Vec<T> r = (Vec<T>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
-    return r * (T(2) - x * r);
+    return r + r * (T(1) - x * r);
   }
 #endif
   return T(1) / x;
@@ -106,7 +108,10 @@ template <typename T>
 struct Exp2 {
   static constexpr int kTerms = sizeof(T) == 4 ? 7 : 13;
   static constexpr double kCoefficient[13] = {
-      6.931471805599453094e-1, 2.402265069591007123e-1, 5.550410866482157995e-2, 9.618129107628477161e-3, 1.333355814642844342e-3, 1.540353039338160995e-4, 1.525273380405984028e-5, 1.321548679014430949e-6, 1.017808600923969973e-7, 7.054911620801123330e-9, 4.445538271870811498e-10, 2.567843599348820514e-11, 1.369148885390412888e-12,
+      6.931471805599453094e-1,  2.402265069591007123e-1, 5.550410866482157995e-2,  9.618129107628477161e-3,
+      1.333355814642844342e-3,  1.540353039338160995e-4, 1.525273380405984028e-5,  1.321548679014430949e-6,
+      1.017808600923969973e-7,  7.054911620801123330e-9, 4.445538271870811498e-10, 2.567843599348820514e-11,
+      1.369148885390412888e-12,
   };
   // Adding it rounds to an integer (at the ulp of 1.5·2^23 or 1.5·2^52) and leaves that integer in the low mantissa bits.
   static constexpr T kRound = sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0);
@@ -123,8 +128,7 @@ INLINE void exp2_parts(Vec<T> y, Vec<T>& power, Vec<T>& rest) {
   const Vec<T> r = y - (shifted - E::kRound);
   power = (Vec<T>)(((IntVec<T>)shifted + E::kBias) << E::kMantissaBits);
   Vec<T> p = broadcast<T>(static_cast<T>(E::kCoefficient[E::kTerms - 1]));
-  unroll<E::kTerms - 1>(
-      [&](auto n) INLINE_LAMBDA { p = p * r + static_cast<T>(E::kCoefficient[E::kTerms - 2 - n]); });
+  unroll<E::kTerms - 1>([&](auto n) INLINE_LAMBDA { p = p * r + static_cast<T>(E::kCoefficient[E::kTerms - 2 - n]); });
   rest = power * (p * r);
 }
 

@@ -49,7 +49,7 @@ inline int64_t panels_of(int64_t columns, int64_t width, int64_t lanes) {
 template <typename T>
 class Wave {
  public:
-  Wave(const StackShape& shape, const Workers& workers, bool backward)
+  Wave(const StackShape& shape, const Workers& workers, const Platform& platform, bool backward)
       : shape_(shape),
         kernels_(kernels<T>()),
         lane_count_(shape.lanes()),
@@ -57,7 +57,7 @@ class Wave {
         schedule_(workers.forced ? *workers.forced : plan(shape, workers.threads, sizeof(T), backward)),
         chunk_limit_(schedule_.chunk_steps),
         workers_(schedule_.workers()),
-        team_(workers_),
+        team_(workers_, platform.at_the_same_time()),
         progress_(static_cast<size_t>(lane_count_ * workers_)),
         chunk_rows_(chunk_limit_ * shape.batch) {
     for (const LayerShape& layer : shape.layers) widest_input_ = std::max(widest_input_, layer.input);
@@ -103,13 +103,13 @@ class Wave {
   Progress& own(int64_t position, const Place& place) { return progress(position, place.batch_slice, place.slice); }
 
   // Waits for all unit slices of a position, in one batch slice.
-  void wait_slices(int64_t position, int64_t batch_slice, Count Progress::*count, int64_t value) {
+  void wait_slices(int64_t position, int64_t batch_slice, Count Progress::* count, int64_t value) {
     for (int64_t slice = 0; slice < slices(position); ++slice) {
       team_.wait(progress(position, batch_slice, slice).*count, value);
     }
   }
   // … and in all batch slices.
-  void wait_everybody(int64_t position, Count Progress::*count, int64_t value) {
+  void wait_everybody(int64_t position, Count Progress::* count, int64_t value) {
     for (int64_t b = 0; b < schedule_.batch_slices; ++b) wait_slices(position, b, count, value);
   }
   void wait_for_input(int64_t position, const Place& place, int64_t chunk) {
@@ -184,8 +184,8 @@ class Wave {
                       const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
     const int64_t layer = lane / shape_.directions, width = shape_.layers[layer].input;
     if (layer == 0) {
-      return stage(lane, sequences, steps, width, [&](int64_t t, int64_t b) { return input.row(shape_, t, b); }, out,
-                   ldo);
+      return stage(
+          lane, sequences, steps, width, [&](int64_t t, int64_t b) { return input.row(shape_, t, b); }, out, ldo);
     }
     const int64_t rows = stage(
         lane, sequences, steps, width, [&](int64_t t, int64_t b) { return below + (shape_.first_row(t) + b) * width; },

@@ -31,7 +31,8 @@ void* Workspace::take_bytes(int64_t count, int64_t element) {
   if (blocks_.empty() || blocks_.back().size - blocks_.back().used < bytes) {
     const int64_t size = (bytes + kSlack + kPage - 1) / kPage * kPage;
     void* data = std::aligned_alloc(kPage, static_cast<size_t>(size));
-    if (!data) throw std::runtime_error("stacked_lstm_ext: out of memory: a workspace of " + std::to_string(bytes) + " bytes");
+    if (!data)
+      throw std::runtime_error("stacked_lstm_ext: out of memory: a workspace of " + std::to_string(bytes) + " bytes");
 #if defined(__linux__)
     madvise(data, static_cast<size_t>(size), MADV_HUGEPAGE);
 #endif

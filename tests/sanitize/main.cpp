@@ -38,6 +38,7 @@ class PlainPlatform : public cpu::Platform {
     for (int64_t n = 0; n < workers; ++n) threads.emplace_back([&] { member(1); });
     for (std::thread& thread : threads) thread.join();
   }
+  bool at_the_same_time() const override { return pool_ != Pool::one_after_another; }
   void multiply(const cpu::GradientProduct<float>& p) override { plain(p); }
   void multiply(const cpu::GradientProduct<double>& p) override { plain(p); }
 
@@ -81,9 +82,9 @@ struct Problem {
   Dropout dropout;
   Saving saving;
   std::vector<T> input, h_0, c_0, grad_output, grad_h_n, grad_c_n;
-  std::vector<std::vector<T>> weights;                      // five a lane
-  std::vector<T> output, h_n, c_n, reserve;                 // forward
-  std::vector<T> grad_input[2], grad_h_0, grad_c_0;         // backward
+  std::vector<std::vector<T>> weights;               // five a lane
+  std::vector<T> output, h_n, c_n, reserve;          // forward
+  std::vector<T> grad_input[2], grad_h_0, grad_c_0;  // backward
   std::vector<std::vector<T>> gradients;
 
   explicit Problem(const Case& c) : dropout{c.dropout ? 0.4 : 0.0, 12345}, saving(c.saving) {
@@ -129,8 +130,8 @@ struct Problem {
     std::vector<LaneWeights<T>> lane_weights;
     std::vector<LaneGradients<T>> lane_gradients;
     for (size_t n = 0; n < weights.size(); n += 5) {
-      lane_weights.push_back(
-          {weights[n].data(), weights[n + 1].data(), weights[n + 2].data(), weights[n + 3].data(), weights[n + 4].data()});
+      lane_weights.push_back({weights[n].data(), weights[n + 1].data(), weights[n + 2].data(), weights[n + 3].data(),
+                              weights[n + 4].data()});
       lane_gradients.push_back({gradients[n].data(), gradients[n + 1].data(), gradients[n + 2].data(),
                                 gradients[n + 3].data(), gradients[n + 4].data()});
     }
