@@ -1,0 +1,88 @@
+# `make` lists the targets. Each does all it needs, from an empty machine on, and does nothing twice.
+
+TORCH  ?= 2.13.0
+PYTHON ?= python3
+ARGS   ?=
+ifeq ($(origin CXX),default)
+CXX := c++
+endif
+
+# What is installed and built lies in .venv and build; the name of each stamp tells from what it was made.
+python_version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+build_settings := $(CURDIR) $(CXX) $(CXXFLAGS) $(CUDA_HOME) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(STACKED_LSTM_EXT_WERROR)
+build_key      := $(firstword $(shell echo '$(build_settings)' | cksum))
+VENV  := .venv
+READY := $(VENV)/ready-python-$(python_version)-torch-$(TORCH)
+BUILT := build/built-python-$(python_version)-torch-$(TORCH)-$(build_key)
+
+sources := setup.py build_support.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+cpp     := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+py      := $(VENV)/bin/python
+
+export CXX
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.NOTPARALLEL:
+.PHONY: help venv build test bench lint format sanitize clean distclean
+
+help:  ## list the targets (the default)
+	@sed -n 's/^\([a-z]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
+	@echo
+	@echo '  TORCH=$(TORCH)     the torch release in $(VENV); another one: make TORCH=2.14.1 test'
+	@echo '  PYTHON=$(PYTHON)   the Python that $(VENV) is made from (3.10 or newer)'
+	@echo '  ARGS=…           more arguments for pytest or benchmarks: make test ARGS="-k packed"'
+
+venv: $(READY)  ## .venv with torch and the pinned tools
+
+build: $(BUILT)  ## compile the extension and install the package, editable, into .venv
+
+test: $(BUILT) lint  ## lint, then all tests
+	@$(py) -m pytest $(ARGS)
+
+bench: $(BUILT)  ## the quick benchmark suite, then a short run of the character model
+	@$(py) -m benchmarks --suite quick $(ARGS)
+	@$(py) examples/char_lm.py --quick
+
+lint: $(READY)  ## ruff, mypy and clang-format
+	@$(py) -m ruff check --quiet .
+	@$(py) -m mypy --no-error-summary
+	@$(if $(cpp),clang-format --dry-run -Werror $(cpp))
+
+format: $(READY)  ## let clang-format and ruff rewrite the sources
+	@$(if $(cpp),clang-format -i $(cpp))
+	@$(py) -m ruff check --fix --quiet .
+
+sanitize: $(BUILT)  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers
+	@$(py) -m tests.sanitize $(ARGS)
+
+clean:  ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info stacked_lstm_ext/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+distclean: clean  ## remove .venv too
+	rm -rf $(VENV)
+
+# torch goes in by exact release, in the same call as all else: pip never gets to choose one.
+$(READY): $(wildcard requirements/*.txt)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "error: '$(PYTHON)' is $$($(PYTHON) -V 2>&1 || true); Python 3.10 or newer is needed: make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: '$(PYTHON)' cannot make a virtual environment (no ensurepip); on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@test -e $(VENV)/bin/python$(python_version) || rm -rf $(VENV)
+	@rm -f $(VENV)/ready-*
+	@$(PYTHON) -m venv $(VENV)
+	@$(py) -m pip install torch==$(TORCH) $(foreach file,$(sort $^),-r $(file))
+	@touch $@
+
+$(BUILT): $(READY) $(sources)
+	@echo 'int main() { return [](auto x) requires(sizeof(x) > 0) { return 0; }(1); }' | $(CXX) -std=c++20 -x c++ -fsyntax-only - 2>/dev/null || \
+	  { echo "error: '$(CXX)' is no C++20 compiler (GCC 11 or newer is one); on Debian and Ubuntu: apt-get install g++; or name one: make CXX=g++-12 …" >&2; exit 1; }
+	@$(py) -c 'import os, sys, sysconfig as s; p = s.get_path("include"); sys.exit(not os.path.exists(p + "/Python.h"))' || \
+	  { echo "error: '$(PYTHON)' has no header files (Python.h); on Debian and Ubuntu: apt-get install python3-dev" >&2; exit 1; }
+	@mkdir -p build && rm -f build/built-*
+	@touch build/started  # becomes the stamp: what is edited while the compiler runs is newer, and compiled next time
+	@echo 'compiling (log: build/build.log)'
+	@$(py) -m pip install --verbose --no-build-isolation --no-deps --editable . >build/build.log 2>&1 || \
+	  { tail -n 80 build/build.log; echo 'error: the build failed; all of it is in build/build.log' >&2; exit 1; }
+	@sed -n 's/^ *\(stacked_lstm_ext: .*\)/\1/p' build/build.log | sort -u
+	@mv build/started $@

@@ -1,0 +1,290 @@
+"""What setup.py has to find out before it can compile: sources, flags, and whether the CUDA part can be built.
+
+Nothing here imports torch or setuptools. Facts about torch come in as arguments, so the tests run every case with a
+fake nvcc and a made-up torch in milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MIN_TORCH = (2, 11)
+
+# For a build on a machine where no GPU is seen and TORCH_CUDA_ARCH_LIST is unset: Ampere to Blackwell, and PTX for
+# whatever comes after.
+DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+
+
+class BuildError(Exception):
+    """The build cannot go on; the message says what is wrong and what to do about it."""
+
+
+# -- sources ----------------------------------------------------------------------------------------------------------
+
+
+def cpp_sources(root: Path) -> list[str]:
+    """The C++ sources, relative to ``root``: csrc/*.cpp and csrc/cpu/*.cpp."""
+    files = [*root.glob("csrc/*.cpp"), *root.glob("csrc/cpu/*.cpp")]
+    return [path.relative_to(root).as_posix() for path in sorted(files)]
+
+
+def cuda_sources(root: Path) -> list[str]:
+    """The CUDA sources, relative to ``root``: csrc/cuda/*.cu."""
+    return [path.relative_to(root).as_posix() for path in sorted(root.glob("csrc/cuda/*.cu"))]
+
+
+def headers(root: Path) -> list[str]:
+    """Every header below csrc/, relative to ``root``."""
+    return [p.relative_to(root).as_posix() for p in sorted(root.glob("csrc/**/*")) if p.suffix in (".h", ".cuh")]
+
+
+def link_order(objects: Iterable[str]) -> list[str]:
+    """``objects`` as they must reach the linker: baseline code first, then AVX2, then AVX-512.
+
+    Hazard: of an inline function that several objects hold, the linker keeps the first copy. Were that one compiled
+    for AVX-512, the baseline code would call it too, and die with SIGILL on a processor without AVX-512.
+    """
+
+    def instruction_set(path: str) -> int:
+        stem = Path(path).stem
+        return 2 if "avx512" in stem else 1 if "avx2" in stem else 0
+
+    return sorted(objects, key=instruction_set)
+
+
+# -- compiler flags ---------------------------------------------------------------------------------------------------
+
+
+def switched_on(environ: Mapping[str, str], name: str) -> bool | None:
+    """The environment's ``name`` as a switch: True, False, or None where it is unset or empty."""
+    value = environ.get(name, "").strip().lower()
+    if value in ("1", "on", "true", "yes"):
+        return True
+    if value in ("0", "off", "false", "no"):
+        return False
+    if value:
+        raise BuildError(f"{name} must be 0 or 1, got {environ[name]!r}")
+    return None
+
+
+def compiler_macros(compiler: str) -> dict[str, str]:
+    """The macros that ``compiler`` predefines in C++20; BuildError where it is missing or has no C++20."""
+    command = [*compiler.split(), "-std=c++20", "-dM", "-E", "-x", "c++", os.devnull]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"no C++ compiler: {compiler!r} does not run ({error.strerror}); set CXX") from error
+    if run.returncode != 0:
+        raise BuildError(f"{compiler!r} is no C++20 compiler (GCC 11 or newer is one); set CXX. It said: {run.stderr}")
+    return {line.split()[1]: " ".join(line.split()[2:]) for line in run.stdout.splitlines() if line}
+
+
+def openmp_flags(platform: str, macros: Mapping[str, str], torch_include: Path) -> tuple[list[str], str]:
+    """Flags with which at::parallel_for, a template in torch's headers, runs on torch's threads; and a remark or "".
+
+    They go to the compiler, never to the linker: the calls resolve to the OpenMP runtime that libtorch_cpu already
+    brings, so that the process has one pool, and torch.set_num_threads governs it. A second runtime would start a
+    pool of its own.
+    """
+    if platform == "darwin":
+        return (["-Xpreprocessor", "-fopenmp"], "") if (torch_include / "omp.h").exists() else ([], "")
+    if "__clang__" in macros:
+        # clang's -fopenmp calls __kmpc_*, which GCC's runtime, the one that torch brings on Linux, does not have.
+        return [], "built by clang, so the kernels run on one thread: torch's OpenMP runtime is GCC's (CXX=g++ fits it)"
+    return ["-fopenmp"], ""
+
+
+def cxx_flags(openmp: Sequence[str], system_includes: Sequence[str], werror: bool) -> list[str]:
+    """Flags for every C++ file. Instruction sets are no flags: each kernel file chooses its own by pragma."""
+    flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *openmp]
+    for path in system_includes:  # as system headers: -Wextra is meant for our code, not for torch's
+        flags += ["-isystem", path]
+    return flags + (["-Werror"] if werror else [])
+
+
+def nvcc_flags(werror: bool) -> list[str]:
+    """Flags for every CUDA file, less the architectures, which torch's BuildExtension adds."""
+    flags = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]
+    return flags + (["-Werror", "all-warnings"] if werror else [])
+
+
+# -- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    """A CUDA compiler that runs: its toolkit's folder (``home``/bin/nvcc exists) and its release, like "13.0"."""
+
+    home: Path
+    release: str
+
+    @property
+    def path(self) -> Path:
+        return self.home / "bin" / "nvcc"
+
+
+@dataclass(frozen=True)
+class CudaPlan:
+    """Whether the CUDA part is built (``nvcc`` is set, ``archs`` tells for what), and otherwise ``why_not``."""
+
+    nvcc: Nvcc | None
+    archs: str = ""
+    why_not: str = ""
+
+
+def _major(version: str) -> str:
+    return version.split(".")[0]
+
+
+def _toolkit_of(nvcc: Path) -> Path:
+    """The toolkit folder behind an ``nvcc`` that may be a symlink or a wrapper script."""
+    real = Path(os.path.realpath(nvcc))
+    home = real.parent.parent
+    if (home / "include" / "cuda_runtime.h").exists():
+        return home
+    # A wrapper script: nvcc itself knows where it lies.
+    try:
+        dryrun = subprocess.run(
+            [str(real), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return home
+    top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr + dryrun.stdout, re.MULTILINE)
+    if top and (Path(top.group(1)) / "bin" / "nvcc").exists():
+        return Path(os.path.realpath(top.group(1)))
+    return home
+
+
+def _release_of(nvcc: Path) -> str | None:
+    """What ``nvcc --version`` calls its release, or None where it does not run."""
+    try:
+        run = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    release = re.search(r"release (\d+\.\d+)", run.stdout)
+    return release.group(1) if release and run.returncode == 0 else None
+
+
+def nvidia_wheels() -> list[Path]:
+    """The folders that NVIDIA's wheels from PyPI share: site-packages/nvidia."""
+    spec = importlib.util.find_spec("nvidia")
+    return [Path(place) for place in spec.submodule_search_locations or []] if spec else []
+
+
+def nvcc_candidates(environ: Mapping[str, str], wheels: Sequence[Path], default: Path) -> list[Path]:
+    """Where an nvcc may lie, best first. A CUDA_HOME (or CUDA_PATH) that is set is the only place."""
+    home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    if home:
+        return [Path(home) / "bin" / "nvcc"]
+    on_path = shutil.which("nvcc", path=environ.get("PATH", ""))
+    found = [Path(on_path)] if on_path else []
+    for place in wheels:
+        found += sorted(place.glob("cu*/bin/nvcc"))  # nvidia/cu13/bin/nvcc and its successors
+    return [*found, default / "bin" / "nvcc"]
+
+
+def find_nvcc(
+    torch_cuda: str,
+    environ: Mapping[str, str],
+    wheels: Sequence[Path] | None = None,
+    default: Path = Path("/usr/local/cuda"),
+) -> Nvcc | None:
+    """The first nvcc of torch's major version, else the first that runs at all, else None."""
+    other = None
+    for candidate in nvcc_candidates(environ, nvidia_wheels() if wheels is None else wheels, default):
+        if not os.access(candidate, os.X_OK):
+            continue
+        home = _toolkit_of(candidate)
+        release = _release_of(home / "bin" / "nvcc")
+        if release is None:
+            continue
+        if _major(release) == _major(torch_cuda):
+            return Nvcc(home, release)
+        other = other or Nvcc(home, release)
+    return other
+
+
+def plan_cuda(
+    *,
+    environ: Mapping[str, str],
+    torch_version: str,
+    torch_cuda: str | None,
+    visible_archs: Sequence[str],
+    sources: Sequence[str],
+    wheels: Sequence[Path] | None = None,
+    default: Path = Path("/usr/local/cuda"),
+) -> CudaPlan:
+    """Decide whether the CUDA part is built.
+
+    Args:
+        environ: the environment; FORCE_CUDA (1: CUDA or an error, 0: never), CUDA_HOME, CUDA_PATH, PATH and
+            TORCH_CUDA_ARCH_LIST are read.
+        torch_cuda: the CUDA version that torch is built for, or None.
+        visible_archs: compute capabilities of the GPUs in this machine, like "9.0".
+        sources: the CUDA sources there are.
+        wheels, default: where to look besides the environment; the tests set them.
+    Raises:
+        BuildError: nvcc's major version is not torch's; or FORCE_CUDA=1 and something is missing.
+    """
+    force = switched_on(environ, "FORCE_CUDA")
+    if force is False:
+        return CudaPlan(None, why_not="FORCE_CUDA=0")
+
+    missing = []
+    nvcc = None
+    if torch_cuda is None:
+        missing.append(f"a CUDA build of torch (torch {torch_version} is built without CUDA)")
+    # Without a CUDA torch there is no version to choose nvcc by; it is still looked for, to name all that is missing.
+    nvcc = find_nvcc(torch_cuda or "", environ, wheels, default)
+    if nvcc is None:
+        home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+        where = f"none runs at {home}/bin/nvcc" if home else "none on PATH, in site-packages/nvidia or /usr/local/cuda"
+        missing.append(f"nvcc ({where})")
+    elif torch_cuda is not None and _major(nvcc.release) != _major(torch_cuda):
+        raise BuildError(
+            f"nvcc {nvcc.release} ({nvcc.path}) cannot compile for torch {torch_version}, which is built for CUDA "
+            f"{torch_cuda}: the major versions must be the same. Point CUDA_HOME at a CUDA {_major(torch_cuda)} "
+            "toolkit, or set FORCE_CUDA=0 to build the CPU part only"
+        )
+    if not sources:
+        missing.append("CUDA kernels (csrc/cuda holds none)")
+
+    if missing:
+        if force:
+            raise BuildError(f"FORCE_CUDA=1, but the CUDA part cannot be built without {' and '.join(missing)}")
+        return CudaPlan(None, why_not="no " + missing[0].removeprefix("a "))
+    archs = environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(sorted(set(visible_archs))) or DEFAULT_CUDA_ARCHS
+    return CudaPlan(nvcc, archs=archs)
+
+
+def cudart_link_args(home: Path, major: str) -> tuple[list[str], list[str]]:
+    """(library folders, linker arguments) for the CUDA runtime in ``home``.
+
+    NVIDIA's wheels hold libcudart.so.13 but no libcudart.so, so the library is named in full there.
+    """
+    for folder in (home / "lib64", home / "lib", home / "targets" / "x86_64-linux" / "lib"):
+        if (folder / "libcudart.so").exists():
+            return [str(folder)], ["-lcudart"]
+        if (folder / f"libcudart.so.{major}").exists():
+            return [str(folder)], [f"-l:libcudart.so.{major}"]
+    raise BuildError(f"the CUDA toolkit in {home} has no libcudart; install nvidia-cuda-runtime or a full toolkit")
+
+
+def require_torch(version: str) -> None:
+    """BuildError for a torch that is too old."""
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if numbers < MIN_TORCH:
+        raise BuildError(f"torch {version} is too old: {'.'.join(map(str, MIN_TORCH))} or newer is needed")
+
+
+def say(text: str) -> None:
+    """One line for the person who builds."""
+    print(f"stacked_lstm_ext: {text}", file=sys.stderr, flush=True)
