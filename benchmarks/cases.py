@@ -1,0 +1,184 @@
+"""What is computed: the shapes of each suite, and the tensors of one problem.
+
+A *case* is a shape. A *cell* is a case in one mode (inference, training) on a number of threads; it is what gets timed.
+Letters as in the docs: L layers, B batch, T steps, I input size, H hidden size, P projection size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+Mode = Literal["inference", "training"]
+MODES: tuple[Mode, ...] = ("inference", "training")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The shape of one stacked LSTM and of its input."""
+
+    layers: int
+    batch: int
+    steps: int
+    hidden_size: int
+    input_size: int = 0  # 0: as wide as the hidden state
+    proj_size: int = 0
+    bidirectional: bool = False
+    packed: bool = False  # sequences of random lengths in [1, steps], unsorted, as a PackedSequence
+    group: str = "grid"  # which plot and which mean the case belongs to
+
+    def __post_init__(self) -> None:
+        if not self.input_size:
+            object.__setattr__(self, "input_size", self.hidden_size)
+
+    @property
+    def name(self) -> str:
+        parts = [f"L{self.layers}", f"B{self.batch}", f"T{self.steps}", f"H{self.hidden_size}"]
+        parts += [f"I{self.input_size}"] if self.input_size != self.hidden_size else []
+        parts += [f"P{self.proj_size}"] if self.proj_size else []
+        parts += ["bidirectional"] if self.bidirectional else []
+        parts += ["packed"] if self.packed else []
+        return " ".join(parts)
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def state_size(self) -> int:
+        """Width of h: what a step passes on to the next one."""
+        return self.proj_size or self.hidden_size
+
+    @property
+    def output_size(self) -> int:
+        return self.directions * self.state_size
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Steps of each sequence: all, or random ones (the same on every machine) with one as long as `steps`."""
+        if not self.packed:
+            return (self.steps,) * self.batch
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(1, self.steps + 1, (self.batch,), generator=generator).tolist()
+        drawn[self.batch // 2] = self.steps
+        return tuple(drawn)
+
+    @property
+    def rows(self) -> int:
+        """Cells of one layer: one per sequence and step."""
+        return sum(self.lengths)
+
+    def layer_inputs(self) -> list[int]:
+        """Width of each layer's input."""
+        return [self.input_size] + [self.output_size] * (self.layers - 1)
+
+    def input_flops(self) -> float:
+        """Of the products with W_ih, which no recurrence orders: 2·rows·4H·(input's width) a layer and direction."""
+        return sum(2.0 * self.directions * self.rows * 4 * self.hidden_size * width for width in self.layer_inputs())
+
+    def recurrent_flops(self) -> float:
+        """Of the products with W_hh, and with W_hr where there is one, over layers and directions."""
+        return 2.0 * self.layers * self.directions * self.rows * self.recurrent_weights()
+
+    def recurrent_weights(self) -> int:
+        """Elements of one layer's and direction's W_hh and W_hr: what every step reads."""
+        return 4 * self.hidden_size * self.state_size + self.hidden_size * self.proj_size
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One case, in one mode, on a number of threads (0 on a GPU, where the number means nothing)."""
+
+    case: Case
+    mode: Mode
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """What ``--only`` matches, and what a progress bar shows."""
+        threads = f" {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
+        return f"{self.case.group}: {self.case.name} {self.mode}{threads}"
+
+
+# Shapes (L, B, T, I = H) that cover what a kernel is good or bad at: fill, batch 1, weights beyond a cache, depth.
+GRID = [
+    Case(1, 1, 100, 128),  # nothing to overlap, and little to compute
+    Case(2, 1, 100, 256),
+    Case(4, 1, 200, 128),
+    Case(4, 8, 200, 256),
+    Case(4, 32, 100, 512),  # compute-bound
+    Case(8, 1, 200, 256),
+    Case(2, 64, 50, 1024),  # weights larger than any L2
+    Case(30, 4, 100, 64),  # far more layers than cores
+]
+DEPTH = [Case(layers, 1, 100, 128, group="depth") for layers in (1, 2, 4, 8, 16)]
+OPTIONS = [
+    Case(4, 16, 100, 256, packed=True, group="options"),
+    Case(2, 8, 100, 256, bidirectional=True, group="options"),
+    Case(2, 8, 100, 256, proj_size=128, group="options"),
+    Case(3, 7, 60, 200, input_size=80, group="options"),  # no size a multiple of a tile
+    Case(4, 1, 1000, 64, group="options"),  # a long, narrow sequence
+]
+SMOKE = [  # seconds, for the suite's own tests
+    Case(2, 3, 5, 8),
+    Case(1, 2, 6, 16, group="depth"),
+    Case(2, 2, 6, 16, group="depth"),
+    Case(2, 4, 7, 8, input_size=5, packed=True, group="options"),
+    Case(2, 2, 4, 8, input_size=5, bidirectional=True, group="options"),
+    Case(2, 2, 4, 8, proj_size=3, group="options"),
+]
+SUITES = {"quick": GRID + DEPTH, "full": GRID + DEPTH + OPTIONS, "smoke": SMOKE}
+
+
+class Problem:
+    """The tensors of one case: every contestant gets the very same numbers, already rounded to the dtype.
+
+    Weights carry the names of ``nn.LSTM``. The initial states are non-zero, and they and the input need gradients, so
+    that a verified contestant has every term of the equations right. ``grad_*`` are what flows in from the loss.
+    """
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        self.case, self.dtype, self.device = case, dtype, device
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        states = (case.layers * case.directions, case.batch)
+        padded = normal(case.steps, case.batch, case.input_size)
+        self.input: Tensor | PackedSequence = padded
+        if case.packed:
+            self.input = pack_padded_sequence(padded, torch.tensor(case.lengths), enforce_sorted=False)
+        self.padded_input = padded
+        self.h_0 = normal(*states, case.state_size) / 2
+        self.c_0 = normal(*states, case.hidden_size) / 2
+        output_shape = (case.rows,) if case.packed else (case.steps, case.batch)
+        self.grad_output = normal(*output_shape, case.output_size)
+        self.grad_h_n = normal(*states, case.state_size)
+        self.grad_c_n = normal(*states, case.hidden_size)
+
+        self.weights: dict[str, Tensor] = {}
+        bound = case.hidden_size**-0.5  # torch's own initialisation
+        for layer, width in enumerate(case.layer_inputs()):
+            for suffix in ("", "_reverse")[: case.directions]:
+                shapes = {
+                    "weight_ih": (4 * case.hidden_size, width),
+                    "weight_hh": (4 * case.hidden_size, case.state_size),
+                    "bias_ih": (4 * case.hidden_size,),
+                    "bias_hh": (4 * case.hidden_size,),
+                }
+                if case.proj_size:
+                    shapes["weight_hr"] = (case.proj_size, case.hidden_size)
+                for name, shape in shapes.items():
+                    uniform = torch.rand(shape, generator=generator) * 2 - 1
+                    self.weights[f"{name}_l{layer}{suffix}"] = (bound * uniform).to(device, dtype)
+
+    def layer_weights(self, layer: int, suffix: str = "") -> list[Tensor]:
+        """One layer's and direction's weight_ih, weight_hh, bias_ih, bias_hh and, with a projection, weight_hr."""
+        names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"] + ["weight_hr"] * bool(self.case.proj_size)
+        return [self.weights[f"{name}_l{layer}{suffix}"] for name in names]

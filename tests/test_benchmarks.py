@@ -1,0 +1,447 @@
+"""The benchmark suite's behaviour: what it verifies, in which order it runs, what it writes. Never its times."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+
+from benchmarks import __main__ as command
+from benchmarks import compare, contestants, limits, suite, table, timing
+from benchmarks.cases import DEPTH, GRID, SUITES, Case, Cell, Problem
+from benchmarks.contestants import FlashRNN, Haste, OnnxRuntime, Prepared, StackedLSTM, TorchLSTM, gates_from_haste
+from benchmarks.report import mean_speedup, milliseconds, remarks
+from benchmarks.verify import reference, tolerance, verify
+
+CPU = torch.device("cpu")
+REPOSITORY = Path(__file__).parents[1]
+
+SHAPES = [
+    Case(1, 1, 1, 1),
+    Case(3, 2, 2, 7, input_size=5),
+    Case(2, 5, 6, 8, packed=True),
+    Case(2, 2, 4, 8, input_size=5, bidirectional=True),
+    Case(2, 4, 7, 8, input_size=3, bidirectional=True, packed=True),
+    Case(2, 2, 4, 8, proj_size=3),
+    Case(12, 2, 9, 16),
+]
+
+
+class Broken(TorchLSTM):
+    """nn.LSTM with one tensor that it returns spoilt."""
+
+    name = "Broken"
+    ours = True
+
+    def __init__(self, tensor, spoil):
+        self.tensor, self.spoil = tensor, spoil
+        self.steps = 0
+
+    def prepare(self, problem, mode, threads):
+        right = super().prepare(problem, mode, threads)
+
+        def step():
+            self.steps += 1
+            return right.step()
+
+        def tensors(results):
+            found = right.tensors(results)
+            if self.tensor in found:
+                spoilt = self.spoil(found.pop(self.tensor).clone())
+                found |= {} if spoilt is None else {self.tensor: spoilt}
+            return found
+
+        return Prepared(step, tensors, right.context)
+
+
+class Raising(TorchLSTM):
+    name = "Raising"
+
+    def prepare(self, problem, mode, threads):
+        raise RuntimeError("no kernel for this size")
+
+
+def one_element_off(tensor):
+    tensor.view(-1)[-1] += tensor.abs().max() / 100
+    return tensor
+
+
+def nan_at_the_end(tensor):
+    tensor.view(-1)[-1] = math.nan
+    return tensor
+
+
+SPOILT = [  # mode, tensor, how
+    ("inference", "output", one_element_off),
+    ("inference", "h_n", nan_at_the_end),
+    ("inference", "c_n", lambda tensor: tensor[:-1]),
+    ("training", "output", one_element_off),
+    ("training", "grad of input", one_element_off),
+    ("training", "grad of h_0", one_element_off),
+    ("training", "grad of c_0", lambda tensor: None),
+    ("training", "grad of weight_ih_l0", lambda tensor: tensor.flip(0)),
+    ("training", "grad of weight_hh_l1", one_element_off),
+    ("training", "grad of bias_hh_l1", torch.zeros_like),
+]
+
+
+def measured(cell, *who, seconds=0.1):
+    torch.set_num_threads(cell.threads)
+    return suite.measure([cell], list(who), torch.float32, CPU, seconds)[0]
+
+
+@pytest.mark.parametrize(("mode", "tensor", "spoil"), SPOILT, ids=[f"{mode}-{tensor}" for mode, tensor, _ in SPOILT])
+def test_a_wrong_contestant_is_named_fails_the_run_and_is_never_timed(mode, tensor, spoil):
+    broken = Broken(tensor, spoil)
+    row = measured(Cell(Case(2, 3, 5, 8), mode, 1), broken, TorchLSTM())
+    entry = row["contestants"]["Broken"]
+    assert entry["status"] == "wrong"
+    assert tensor in entry["reason"]
+    assert "median" not in entry
+    assert broken.steps == 1, "it ran once more than its verification needed"
+    assert row["contestants"]["nn.LSTM"]["status"] == "ok"
+    assert suite.failures([row]) == [f"Broken on L2 B3 T5 H8, {mode}, 1 thread: wrong: {entry['reason']}"]
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize(
+    "who", [StackedLSTM(), StackedLSTM("reference"), TorchLSTM(), OnnxRuntime()], ids=lambda w: w.name
+)
+def test_every_adapter_feeds_its_contestant_right(who, mode, case):
+    if reason := who.obstacle(case, mode, torch.float32, CPU):
+        pytest.skip(reason)
+    problem = Problem(case, torch.float32, CPU)
+    _, verdict, _ = suite.check(who, problem, mode, 1, reference(problem, mode == "training"))
+    assert verdict.correct, verdict.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_other_dtypes_are_verified_too(dtype):
+    case = Case(3, 2, 6, 16)
+    problem = Problem(case, dtype, CPU)
+    for who in (StackedLSTM(), TorchLSTM()):
+        _, verdict, _ = suite.check(who, problem, "training", 1, reference(problem, True))
+        assert verdict.correct, f"{who.name}: {verdict.reason}"
+
+
+def test_the_tolerance_is_far_below_what_a_wrong_kernel_is_off_by():
+    for case in {case for cases in SUITES.values() for case in cases}:
+        assert tolerance(case, torch.float32) < 1e-3
+        assert tolerance(case, torch.float64) < 1e-11
+
+
+def test_an_exception_of_a_peer_is_shown_and_one_of_ours_fails_the_run():
+    raising = Raising()
+    row = measured(Cell(Case(1, 1, 2, 4), "inference", 1), raising, TorchLSTM())
+    assert row["contestants"]["Raising"]["reason"] == "RuntimeError: no kernel for this size"
+    assert suite.failures([row]) == []
+    row["contestants"]["Raising"]["ours"] = True
+    assert len(suite.failures([row])) == 1
+
+
+def test_gradients_of_an_earlier_step_are_not_added_to():
+    problem = Problem(Case(1, 2, 3, 4), torch.float32, CPU)
+    prepared = TorchLSTM().prepare(problem, "training", 1)
+    prepared.step()
+    verdict = verify(
+        problem.case, problem.dtype, "training", prepared.tensors(prepared.step()), reference(problem, True)
+    )
+    assert verdict.correct, verdict.reason
+
+
+def test_haste_gates_come_back_in_torch_order():
+    assert gates_from_haste(torch.tensor([0, 2, 1, 3])).tolist() == [0, 1, 2, 3]  # i, g, f, o
+
+
+def flashrnn(gates, recurrent, bias, states, function, backend, dtype):
+    """FlashRNN's interface as its README states it: gates (B, T, 4, heads, D), states (2, B, 1, heads, D)."""
+    assert (function, backend, dtype) == ("lstm", "cuda_fused", "float32")
+    h, c = states[:, :, 0]
+    every = []
+    for gates_now in gates.unbind(1):
+        i, f, g, o = (gates_now + torch.einsum("ghdp,bhp->bghd", recurrent, h) + bias).unbind(1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        every.append(torch.stack((h, c)))
+    return torch.stack(every, 2), every[-1][:, :, None]
+
+
+class HasteLSTM(torch.nn.Module):
+    """haste's interface as its docstrings state it, in plain torch: weights (I, 4H) and (H, 4H), gates i, g, f, o."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__()
+
+    def from_native_weights(self, *weights):
+        w_ih, w_hh, b_ih, b_hh = ([part.t() for part in weight.chunk(4)] for weight in weights)
+        self.kernel, self.recurrent_kernel, self.bias = (
+            torch.nn.Parameter(torch.cat((i, g, f, o), -1))
+            for i, f, g, o in (w_ih, w_hh, [x + y for x, y in zip(b_ih, b_hh)])
+        )
+
+    def forward(self, x, state):
+        h, c = (s[0] for s in state)
+        outputs = []
+        for x_now in x:
+            i, g, f, o = (x_now @ self.kernel + h @ self.recurrent_kernel + self.bias).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            outputs.append(h)
+        return torch.stack(outputs), (h[None], c[None])
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("who", [FlashRNN("cuda_fused"), Haste()], ids=lambda who: who.name)
+def test_gpu_adapters_speak_the_layouts_that_are_documented(who, mode, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashrnn", SimpleNamespace(flashrnn=flashrnn))
+    monkeypatch.setitem(sys.modules, "haste_pytorch", SimpleNamespace(LSTM=HasteLSTM))
+    problem = Problem(Case(3, 2, 5, 8, input_size=6), torch.float32, CPU)
+    _, verdict, _ = suite.check(who, problem, mode, 1, reference(problem, mode == "training"))
+    assert verdict.correct, verdict.reason
+
+
+def test_gpu_contestants_say_why_they_do_not_run_on_the_cpu():
+    for who in contestants.all_contestants(["auto"]):
+        if who.name.startswith(("FlashRNN", "haste")):
+            assert "CUDA only" in who.obstacle(GRID[0], "inference", torch.float32, CPU)
+
+
+def test_the_grid_and_the_depth_series_are_those_the_docs_name():
+    shapes = [(case.layers, case.batch, case.steps, case.hidden_size) for case in GRID]
+    assert shapes == [
+        (1, 1, 100, 128),
+        (2, 1, 100, 256),
+        (4, 1, 200, 128),
+        (4, 8, 200, 256),
+        (4, 32, 100, 512),
+        (8, 1, 200, 256),
+        (2, 64, 50, 1024),
+        (30, 4, 100, 64),
+    ]
+    assert [case.layers for case in DEPTH] == [1, 2, 4, 8, 16]
+    assert len({(case.batch, case.steps, case.hidden_size) for case in DEPTH}) == 1
+
+
+def test_no_two_cells_share_a_name():
+    for cases in SUITES.values():
+        names = [(case.group, case.name) for case in cases]
+        assert len(set(names)) == len(names)
+
+
+# Timing ---------------------------------------------------------------------------------------------------------------
+
+
+def test_contestants_take_turns():
+    calls = []
+    steps = {name: Prepared(lambda name=name: calls.append(name), lambda _: {}) for name in "ABC"}
+    timing.interleave(steps, CPU, seconds=0.0, min_rounds=4)
+    turns = [name for name, before in zip(calls, [None, *calls]) if name != before]
+    assert "".join(turns) == "ABC" * 5  # once to size the blocks, then four rounds
+
+
+def test_disturbed_rounds_are_left_out_where_enough_quiet_ones_remain():
+    quiet = [timing.Round(False, {"A": [1.0, 2.0, 3.0]}) for _ in range(3)]
+    loud = timing.Round(True, {"A": [100.0] * 9})
+    assert timing.summarise("A", [*quiet, loud]).median == 2.0
+    assert timing.summarise("A", [*quiet, loud]).disturbed == 1
+    assert timing.summarise("A", [*quiet[:2], loud]).median == 100.0, "two quiet rounds are too few to stand for three"
+
+
+def test_median_quartiles_and_spread_are_those_of_the_calls():
+    result = timing.summarise("A", [timing.Round(False, {"A": [5.0, 1.0, 4.0, 2.0, 3.0]})])
+    assert (result.median, result.quartiles, result.fastest, result.calls) == (3.0, (2.0, 4.0), 1.0, 5)
+    assert result.spread == pytest.approx(1 / 3)
+
+
+def test_the_budget_is_shared_by_weight(monkeypatch):
+    monkeypatch.setattr(suite.time, "perf_counter", lambda: 0.0)
+    budget = suite.Budget(10.0, [1.0, 3.0, 1.0])
+    assert [budget.share(1.0), budget.share(3.0)] == pytest.approx([2.0, 7.5])  # none of the first share was used
+
+
+def test_when_the_time_is_up_no_further_cell_is_begun():
+    cells = [Cell(case, "inference", 1) for case in (Case(2, 2, 8, 32), Case(1, 1, 2, 4))]
+    assert suite.measure(cells, [TorchLSTM()], torch.float32, CPU, 0.2, stop_after=-1.0) == []
+    rows = suite.measure(cells, [TorchLSTM()], torch.float32, CPU, 0.2)
+    assert [row["name"] for row in rows] == [cell.case.name for cell in cells], "rows come in the cells' order"
+
+
+# The physical limit -------------------------------------------------------------------------------------------------
+
+L2, BEYOND = 3 << 19, 2 << 20  # bytes of a thread's share that L2 still holds, and that it does not
+MACHINE = {
+    "1": {"product_gflops": 159.0, "stream_gbs": {"32768": 120.0, str(L2): 120.0, str(BEYOND): 28.0}},
+    "2": {"product_gflops": 322.0, "stream_gbs": {"32768": 259.0, str(L2): 259.0, str(BEYOND): 55.0}},
+}
+BOUNDS = [  # shape, milliseconds on 1 and 2 threads of that machine, by hand: products / rate + bytes / stream
+    (Case(1, 1, 100, 128), 0.301, 0.142),
+    (Case(4, 8, 200, 256), 42.2, 20.8),
+    (Case(4, 32, 100, 512), 338, 167),
+    (Case(2, 64, 50, 1024), 675, 333),
+    (Case(30, 4, 100, 64), 4.94, 2.44),
+]
+
+
+@pytest.mark.parametrize(("case", "one", "two"), BOUNDS, ids=[case.name for case, _, _ in BOUNDS])
+def test_the_limit_is_products_at_their_rate_and_recurrence_at_the_slower_of_two(case, one, two):
+    found = [limits.limit_ms(case, "inference", threads, torch.float32, MACHINE) for threads in (1, 2)]
+    assert found == pytest.approx([one, two], rel=0.01)
+    assert limits.limit_ms(case, "training", 1, torch.float32, MACHINE) == pytest.approx(3 * found[0])
+    assert limits.limit_ms(case, "inference", 4, torch.float32, MACHINE) is None, "four threads were not probed"
+
+
+def test_the_limit_counts_every_option():
+    def bound(**options):
+        return limits.limit_ms(Case(3, 8, 50, 256, **options), "inference", 1, torch.float32, MACHINE)
+
+    assert bound(packed=True) < bound()  # fewer rows
+    assert bound(proj_size=64) < bound()  # narrower products
+    assert bound(bidirectional=True) > 2 * bound()  # twice the cells, and wider inputs
+
+
+def test_a_probe_reads_at_some_rate_and_the_better_of_two_counts():
+    if limits.build_probe() is None:
+        pytest.skip("no C++ compiler")
+    found = limits.probe([1], torch.float32, seconds=0.1)
+    assert found["1"]["product_gflops"] > 0
+    assert all(rate > 0 for rate in found["1"]["stream_gbs"].values())
+    doubled = {
+        "1": {"product_gflops": 0.0, "stream_gbs": {size: 2 * rate for size, rate in found["1"]["stream_gbs"].items()}}
+    }
+    best = limits.best_of(found, doubled)
+    assert best["1"]["product_gflops"] == found["1"]["product_gflops"]
+    assert best["1"]["stream_gbs"] == doubled["1"]["stream_gbs"]
+
+
+def test_a_busy_machine_is_called_one():
+    entry = {"status": "ok", "median": 1.0, "rounds": 10, "disturbed": 4, "error": 0.0, "tolerance": 1.0, "ours": True}
+    row = {"name": "L1", "mode": "inference", "contestants": {"StackedLSTM": entry}}
+    lines = remarks({"rows": [row], "limits": {}, "device": "cuda"})
+    assert any(line.startswith("BUSY MACHINE. Other processes ran during 40 % of the rounds") for line in lines)
+    entry["disturbed"] = 2
+    assert not any("BUSY" in line for line in remarks({"rows": [row], "limits": {}, "device": "cuda"}))
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+QUICKLY = ["--device", "cpu", "--suite", "smoke", "--threads", "1", "--seconds", "0.2"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """The result of one run of the command, and the folder it wrote."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    threads = torch.get_num_threads()
+    assert command.main([*QUICKLY, "--out", str(folder)]) == 0
+    torch.set_num_threads(threads)
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text()), path
+
+
+def test_a_run_writes_its_result_with_the_environment_and_the_plots(result):
+    written, path = result
+    assert {"cpu", "packages", "extension", "commit", "load", "time"} <= written["environment"].keys()
+    assert written["environment"]["packages"]["torch"] == torch.__version__
+    assert len(written["rows"]) == 2 * len(SUITES["smoke"])
+    for row in written["rows"]:
+        for name in ("StackedLSTM", "nn.LSTM"):
+            entry = row["contestants"][name]
+            assert entry["status"] == "ok"
+            assert entry["quartiles"][0] <= entry["median"] <= entry["quartiles"][1]
+        assert row["contestants"]["StackedLSTM"]["ran"]["backend"] == "cpu"
+    pytest.importorskip("matplotlib")
+    for name in ("speedup.png", "depth.png", "limit.png"):
+        assert (path.parent / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_contestant_gives_the_exit_status_1(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "all_contestants", lambda backends: [Broken("h_n", one_element_off), TorchLSTM()])
+    assert command.main([*QUICKLY, "--only", "grid.*inference", "--out", str(tmp_path)]) == 1
+    assert "Broken on L2 B3 T5 H8, inference, 1 thread: wrong: h_n is off" in " ".join(capsys.readouterr().out.split())
+
+
+IMPOSSIBLE = [  # arguments, what the message says
+    (["--threads", "0"], "--threads must lie in [1, "),
+    (["--threads", "two"], "--threads takes numbers such as 1,2, got 'two'"),
+    (["--only", "no such cell"], "no cell of the smoke suite matches 'no such cell'"),
+    (["--only", "("], "'(' is not a regular expression"),
+    (["--contestants", "nobody"], "no contestant matches 'nobody'; there are StackedLSTM, nn.LSTM"),
+    (["--compare", "absent.json"], "--compare: "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), IMPOSSIBLE, ids=[" ".join(arguments) for arguments, _ in IMPOSSIBLE])
+def test_an_impossible_request_says_what_is_wrong(arguments, message, capsys):
+    assert command.main(["--device", "cpu", "--suite", "smoke", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_asking_for_a_gpu_that_is_not_there_says_so():
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--device", "cuda"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert ran.returncode == 2
+    assert "error: --device cuda needs a GPU" in " ".join(ran.stderr.split())
+    assert "Traceback" not in ran.stderr
+
+
+# What is made of a result -------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_shows_what_moved_and_what_differs(result, capsys):
+    old, _ = result
+    new = json.loads(json.dumps(old))
+    entry = new["rows"][0]["contestants"]["StackedLSTM"]
+    entry["median"] /= 10
+    entry["spread"] = 0.01
+    old["rows"][0]["contestants"]["StackedLSTM"]["spread"] = 0.01
+    new["environment"]["packages"]["torch"] = "9.9"
+    compare.print_comparison(old, new, compare.Console(width=200))
+    shown = capsys.readouterr().out
+    assert "10.00×" in shown
+    assert shown.count("×") == 1, "only one timing has moved"
+    assert f"torch: {torch.__version__}, now 9.9" in shown
+
+
+def test_the_table_stands_between_the_markers_and_names_the_machine(result, tmp_path):
+    written, path = result
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    assert table.main([str(path), "--readme", str(readme)]) == 0
+    assert table.main([str(path), "--readme", str(readme)]) == 0  # once more changes nothing
+    text = readme.read_text()
+    assert text.startswith(
+        f"before\n{table.BEGIN}\n| layers, batch, steps, width | inference, 1 thread | training, 1 thread |\n"
+    )
+    assert text.endswith(f"\n{table.END}\nafter\n")
+    assert "old" not in text
+    assert written["environment"]["cpu"]["model"] in text
+    assert milliseconds(written["rows"][0]["contestants"]["StackedLSTM"]["median"]) in text
+    assert f"**{mean_speedup(written['rows'][:1], 'StackedLSTM'):.2f}×**" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["", table.BEGIN, f"{table.END} {table.BEGIN}", f"{table.BEGIN}{table.BEGIN}{table.END}"]
+)
+def test_a_readme_without_its_markers_is_left_alone(result, text, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    assert table.main([str(result[1]), "--readme", str(readme)]) == 2
+    assert "the file needs one <!-- table:begin -->" in capsys.readouterr().err
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1234.5, "1234"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.123"), (0.00012, "0.0001")],
+)
+def test_milliseconds_have_three_digits(value, shown):
+    assert milliseconds(value) == shown
