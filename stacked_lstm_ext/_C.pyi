@@ -1,0 +1,42 @@
+"""What ``csrc/ops.cpp`` exports beside the operators: facts that are not tensors."""
+
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def isa() -> str: ...
+def cpu_plan(
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    seq_len: int,
+    batch_size: int,
+    threads: int,
+    double_precision: bool,
+    backward: bool,
+) -> dict[str, Any]: ...
+def cpu_schedule(
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    seq_len: int,
+    batch_size: int,
+    threads: int,
+    double_precision: bool,
+    backward: bool,
+) -> list[list[tuple[int, int, int, int, int, tuple[tuple[int, int, int], ...]]]]:
+    """Every worker's ``(layer, direction, batch_slice, unit_slice, chunk, waits)`` in the order in which it takes them;
+    ``waits`` holds ``(layer, direction, chunks that must be done)``."""
+
+def force_cpu_schedule(schedule: dict[str, Any] | None) -> None:
+    """Run the CPU kernels of this thread with ``schedule`` (the form that ``cpu_plan`` returns; ``batch_slices``,
+    ``chunk_steps`` and ``phases`` count) instead of the cheapest; ``None`` goes back to that."""
+
+def cpu_maths(x: int, n: int, sigmoid: int, tanh: int, double_precision: bool) -> None:
+    """The kernels' sigmoid and tanh of ``n`` numbers; the arguments are addresses (``Tensor.data_ptr()``)."""
+
+def last_run() -> dict[str, Any] | None: ...
+def clear_last_run() -> None: ...

@@ -1,0 +1,20 @@
+"""A stacked LSTM that runs as a wavefront: a drop-in for ``torch.nn.LSTM``.
+
+    >>> from stacked_lstm_ext import StackedLSTM, convert_lstm
+    >>> lstm = StackedLSTM(input_size=64, hidden_size=256, num_layers=8)
+    >>> model = convert_lstm(model)  # or swap every nn.LSTM inside a model
+
+``lstm.plan(batch_size, seq_len)`` says what a call would run and why, ``last_run()`` what ran, and ``with
+backend(name):`` forces it. ``python -m stacked_lstm_ext`` prints what was built.
+"""
+
+from __future__ import annotations
+
+from .convert import convert_lstm, revert_lstm
+from .module import StackedLSTM
+from .ops import _C
+from .plan import Plan, backend, last_run
+
+__all__ = ["Plan", "StackedLSTM", "__version__", "backend", "convert_lstm", "last_run", "revert_lstm"]
+
+__version__: str = _C.build_info()["version"]

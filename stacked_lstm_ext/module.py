@@ -1,0 +1,380 @@
+""":class:`StackedLSTM`, the drop-in for ``torch.nn.LSTM``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+
+from . import ops
+from .plan import Plan, choose_backend, choose_saving, make_plan
+from .transplant import obstacle_to_replacing, transplant
+
+__all__ = ["StackedLSTM"]
+
+
+class StackedLSTM(nn.RNNBase):
+    r"""A multi-layer LSTM whose layers run as a wavefront: drop-in for :class:`torch.nn.LSTM`.
+
+    Arguments, inputs, outputs, parameters, their initial values for a given seed, the ``state_dict`` and the errors are
+    those of ``torch.nn.LSTM``; the equations are in ``csrc/cell.h``. What differs:
+
+    * Layer k works on step t while layer k-1 works on step t+1, so depth costs little time.
+    * Dropout masks come from Philox, one draw for each element: the same ``torch.manual_seed`` gives the same bits
+      whatever the number of threads (but not the bits of ``torch.nn.LSTM``).
+    * A ``PackedSequence`` has its feature size and its initial states checked.
+    * It is no ``nn.LSTM`` by ``isinstance``, since ``torch.compile`` refuses to trace those. :func:`.convert_lstm`
+      swaps the ones inside a model.
+
+    Args:
+        input_size: features of the input.
+        hidden_size: features of h (unless projected) and of c.
+        num_layers: layers, each working on the output of the one below.
+        bias: whether there are ``bias_ih`` and ``bias_hh``.
+        batch_first: whether batched input and output are ``(N, T, feature)`` rather than ``(T, N, feature)``.
+        dropout: probability of an element of a layer's output being zeroed, in training, for all layers but the last.
+        bidirectional: whether every layer also runs backwards in time.
+        proj_size: if positive, h is projected to this many features.
+        device: of the parameters.
+        dtype: of the parameters. float32, float64, bfloat16 and float16 have kernels.
+        recompute: keep only h and c for the backward pass and compute the gates again there: about a fifth of the
+            memory for about one more product per layer.
+
+    Inputs:
+        * **input**: ``(T, N, input_size)``, ``(N, T, input_size)`` if ``batch_first``, ``(T, input_size)`` unbatched,
+          or a ``PackedSequence``. T is at least 1; N may be 0.
+        * **hx**: ``(h_0, c_0)`` as a tuple or list, shaped ``(D·num_layers, N, proj_size or hidden_size)`` and
+          ``(D·num_layers, N, hidden_size)``, without N when unbatched; zeros by default. D is 2 if bidirectional,
+          else 1.
+
+    Outputs:
+        ``(output, (h_n, c_n))``: output ``(T, N, D·(proj_size or hidden_size))`` in the form of the input; ``h_n`` and
+        ``c_n`` shaped as ``h_0`` and ``c_0``.
+
+    Raises:
+        ValueError: for sizes out of range, an input that is neither 2-D nor 3-D, or one whose dtype is not the
+            weights'.
+        TypeError: for constructor arguments of the wrong type, or an ``hx`` that is no pair of tensors.
+        RuntimeError: for sizes that do not fit, an empty sequence, tensors on several devices, a forced backend
+            (:func:`.backend`) that cannot run the call.
+
+    Example::
+
+        >>> lstm = StackedLSTM(10, 20, num_layers=8)
+        >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+    """
+
+    recompute: bool
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+    ) -> None:
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+        self.recompute = recompute
+
+    @classmethod
+    def from_torch(cls, lstm: nn.LSTM, *, recompute: bool = False) -> StackedLSTM:
+        """A new module that shares the very same ``Parameter`` objects with ``lstm``.
+
+        Parametrizations, hooks (those of weight norm and pruning among them) and the training flag are taken over;
+        ``lstm`` itself is left as it is.
+
+        Raises:
+            TypeError: if ``lstm`` is no ``nn.LSTM``, or of a subclass that overrides ``forward`` or defines anything
+                else beside a constructor.
+        """
+        if not isinstance(lstm, nn.LSTM):
+            raise TypeError(f"lstm should be a torch.nn.LSTM, got: {type(lstm).__name__}")
+        obstacle = obstacle_to_replacing(lstm, nn.LSTM)
+        if obstacle:
+            raise TypeError(f"cannot make a {cls.__name__} of this LSTM: {obstacle}")
+        return transplant(lstm, cls, recompute=recompute, take_hooks=False)
+
+    def to_torch(self) -> nn.LSTM:
+        """A new ``torch.nn.LSTM`` that shares the very same ``Parameter`` objects: :meth:`from_torch` undone."""
+        return transplant(self, nn.LSTM, recompute=None, take_hooks=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # The pickle of an nn.LSTM, or of this module before it had the setting.
+        self.__dict__.setdefault("recompute", False)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """The shape that ``c_0`` must have: ``(D·num_layers, N, hidden_size)``."""
+        layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return layers, batch, self.hidden_size
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        # nn.RNNBase looks at the cached list of weights, which lags behind while functional_call, a parametrization
+        # or a weight norm swaps them; and at autocast for any device, where only this input's counts.
+        dtype = getattr(self, self._flat_weights_names[0]).dtype
+        if input.dtype != dtype and _autocast_dtype(input.device.type) is None:
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
+                f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
+            )
+        expected_dim = 2 if batch_sizes is not None else 3
+        if input.dim() != expected_dim:
+            raise RuntimeError(f"input must have {expected_dim} dimensions, got {input.dim()}")
+        if self.input_size != input.size(-1):
+            raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}")
+
+    def check_forward_args(  # type: ignore[override]
+        self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
+    ) -> None:
+        self.check_input(input, batch_sizes)
+        self.check_hidden_size(hidden[0], self.get_expected_hidden_size(input, batch_sizes), "Expected hidden[0] size {}, got {}")
+        self.check_hidden_size(hidden[1], self.get_expected_cell_size(input, batch_sizes), "Expected hidden[1] size {}, got {}")
+
+    def permute_hidden(  # type: ignore[override]
+        self, hx: tuple[Tensor, Tensor], permutation: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if permutation is None:
+            return hx
+        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+
+    @overload
+    def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+
+    @overload
+    def forward(self, input: PackedSequence, hx: Sequence[Tensor] | None = None) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        is_batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if not is_batched:
+            input = input.unsqueeze(batch_dim)
+        if hx is None:
+            self.check_input(input, None)
+            hidden = self._zero_states(input, input.size(batch_dim))
+        else:
+            hidden = _pair(hx)
+            dims = hidden[0].dim(), hidden[1].dim()
+            if is_batched and dims != (3, 3):
+                raise RuntimeError(f"For batched 3-D input, hx and cx should also be 3-D but got ({dims[0]}-D, {dims[1]}-D) tensors")
+            if not is_batched:
+                if dims != (2, 2):
+                    raise RuntimeError(f"For unbatched 2-D input, hx and cx should also be 2-D but got ({dims[0]}-D, {dims[1]}-D) tensors")
+                hidden = hidden[0].unsqueeze(1), hidden[1].unsqueeze(1)
+            self.check_forward_args(input, hidden, None)
+
+        output, h_n, c_n = self._run(input.transpose(0, 1) if self.batch_first else input, None, hidden)
+        if self.batch_first:
+            output = output.transpose(0, 1)
+        if not is_batched:
+            return output.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
+        return output, (h_n, c_n)
+
+    def _forward_packed(self, packed: PackedSequence, hx: Sequence[Tensor] | None) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
+        data, batch_sizes, sorted_indices, unsorted_indices = packed
+        # Unlike torch, which checks nothing here and reads on with a wrong feature size.
+        if hx is None:
+            self.check_input(data, batch_sizes)
+            hidden = self._zero_states(data, int(batch_sizes[0]))
+        else:
+            hidden = _pair(hx)
+            self.check_forward_args(data, hidden, batch_sizes)
+            hidden = self.permute_hidden(hidden, sorted_indices)
+        output, h_n, c_n = self._run(data, batch_sizes, hidden)
+        result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return result, self.permute_hidden((h_n, c_n), unsorted_indices)
+
+    def _zero_states(self, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        h_0 = torch.zeros(layers, batch, self.proj_size or self.hidden_size, dtype=input.dtype, device=input.device)
+        return h_0, torch.zeros(layers, batch, self.hidden_size, dtype=input.dtype, device=input.device)
+
+    def _run(self, input: Tensor, batch_sizes: Tensor | None, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Check what the shapes do not show, then run the operator or the reference on time-major or packed input."""
+        weights = self._current_weights()
+        self._check_devices(input, hidden, weights)
+        if input.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        h_0, c_0 = hidden
+        autocast_dtype = _autocast_dtype(input.device.type)
+        if autocast_dtype is not None:
+            input, h_0, c_0, *weights = (_cast(tensor, autocast_dtype) for tensor in (input, h_0, c_0, *weights))
+        self._check_dtypes(input, h_0, c_0, weights)
+
+        dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
+        if not 0 <= dropout <= 1:
+            raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout}")
+        seed = None
+        if dropout > 0:
+            seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=input.device)
+
+        tensors = (input, h_0, c_0, *weights)
+        name, reason = choose_backend(input.device.type, input.dtype, _transform(tensors))
+        options = (self.bias, self.num_layers, self.bidirectional, self.proj_size, dropout)
+        if name == "reference":
+            return ops.run_reference(input, batch_sizes, h_0, c_0, weights, seed, *options, reason=reason)
+        saving = choose_saving(_needs_grad(tensors), self.recompute)
+        return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options, saving)
+
+    def _current_weights(self) -> list[Tensor]:
+        """The weights as they are now, whoever swaps them: functional_call, a parametrization, weight norm, pruning."""
+        parameters = self._parameters
+        weights = []
+        for name in self._flat_weights_names:
+            weight = parameters.get(name)
+            weights.append(getattr(self, name) if weight is None else weight)
+        return weights
+
+    def _check_devices(self, input: Tensor, hidden: tuple[Tensor, Tensor], weights: list[Tensor]) -> None:
+        device = input.device
+        for weight in weights:
+            if weight.device != device:
+                raise RuntimeError(
+                    "Input and parameter tensors are not at the same device, "
+                    f"found input tensor at {device} and parameter tensor at {weight.device}"
+                )
+        for state in hidden:
+            if state.device != device:
+                raise RuntimeError(
+                    "Input and hidden tensors are not at the same device, "
+                    f"found input tensor at {device} and hidden tensor at {state.device}"
+                )
+
+    def _check_dtypes(self, input: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor]) -> None:
+        dtype = input.dtype
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if weight.dtype != dtype:
+                raise RuntimeError(f"Expected {name} to have the input's dtype {dtype}, got {weight.dtype}")
+        for index, state in enumerate((h_0, c_0)):
+            if state.dtype != dtype:
+                raise RuntimeError(f"Expected hidden[{index}] to have the input's dtype {dtype}, got {state.dtype}")
+
+    def plan(
+        self,
+        batch_size: int,
+        seq_len: int,
+        *,
+        training: bool | None = None,
+        dtype: torch.dtype | None = None,
+        threads: int | None = None,
+    ) -> Plan:
+        """What a call with such an input would run here and now, and why; nothing is run.
+
+        It is what the call obeys: the forced :func:`.backend`, autocast, the thread count and the gradient mode of this
+        moment count, as they would for the call. Sizes are those of a padded batch; the kernels may cut up a
+        ``PackedSequence`` otherwise.
+
+        Args:
+            batch_size: N, at least 0.
+            seq_len: T, at least 1.
+            training: whether a backward pass is to follow; by default, whether gradients are on and a parameter
+                requires one (an input that requires a gradient would make it so too).
+            dtype: of the computation; by default that of the parameters, or autocast's.
+            threads: how many threads there are; by default ``torch.get_num_threads()``.
+
+        Raises:
+            ValueError: for sizes that no input can have.
+            RuntimeError: if the forced backend cannot run such a call.
+        """
+        if batch_size < 0:
+            raise ValueError(f"batch_size should be at least 0, got {batch_size}")
+        if seq_len < 1:
+            raise ValueError(f"seq_len should be at least 1, got {seq_len}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads should be at least 1, got {threads}")
+        weights = self._current_weights()
+        device = weights[0].device
+        if dtype is None:
+            dtype = weights[0].dtype
+            autocast_dtype = _autocast_dtype(device.type)
+            if autocast_dtype is not None and dtype != torch.float64:
+                dtype = autocast_dtype
+        if training is None:
+            training = _needs_grad(weights)
+        return make_plan(
+            choice=choose_backend(device.type, dtype, _transform(weights)),
+            device=device,
+            dtype=dtype,
+            needs_grad=training,
+            recompute=self.recompute,
+            sizes={
+                "input_size": self.input_size,
+                "hidden_size": self.hidden_size,
+                "proj_size": self.proj_size,
+                "num_layers": self.num_layers,
+                "bidirectional": self.bidirectional,
+            },
+            seq_len=seq_len,
+            batch_size=batch_size,
+            threads=torch.get_num_threads() if threads is None else threads,
+        )
+
+
+def _pair(hx: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    if not isinstance(hx, (tuple, list)):
+        raise TypeError(f"hx should be a tuple or list of two tensors, (h_0, c_0), got: {type(hx).__name__}")
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    return hx[0], hx[1]
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks for on this device; ``None`` when it is off or unknown there."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast as autocast does: whatever is floating, but for float64."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def _needs_grad(tensors: Sequence[Tensor]) -> bool:
+    """Whether a backward pass may follow. A trace outlives the gradient mode it was taken in, so that does not count."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return (torch.is_grad_enabled() or tracing) and any(tensor.requires_grad for tensor in tensors)
+
+
+def _transform(tensors: Sequence[Tensor]) -> str:
+    """What is being done to this call that a kernel cannot follow, in words; empty for nothing of the kind."""
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform (vmap, grad, jvp, ...) is active"
+    # Private, but read only to spare every ordinary call the loop; were it gone, the loop would run.
+    if getattr(forward_ad, "_current_level", 0) >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        return "forward-mode automatic differentiation is active"
+    return ""

@@ -1,0 +1,371 @@
+"""The operators ``stacked_lstm_ext::forward`` and ``::backward``: their shapes for tracing, and their derivative.
+
+The compiled module ``_C`` defines the schemas and the kernels. This file adds what the rest of torch needs to know:
+fake kernels (``torch.compile``, ``torch.export``, the meta device) and the autograd formula.
+
+The formula has two forms. Ordinarily it calls ``backward``, a kernel. When the caller asks for a graph of the backward
+pass itself (``create_graph=True``), it differentiates :mod:`.reference` instead, which works to any order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import lstm_reference
+
+try:
+    from . import _C as _C
+except ImportError as error:
+    raise ImportError(
+        f"the compiled part of stacked_lstm_ext did not load beside torch {torch.__version__}: {error}. It has to be "
+        "built in the environment it runs in: pip install --no-build-isolation --force-reinstall --no-deps ."
+    ) from error
+
+__all__ = ["backward", "forward", "reference_run", "reserve_numel", "run_kernel", "run_reference"]
+
+forward = torch.ops.stacked_lstm_ext.forward.default
+backward = torch.ops.stacked_lstm_ext.backward.default
+
+# Rows of the unit dimension are padded in the reserve so that every one starts on a vector of the widest instruction
+# set.
+_UNIT_PADDING = 16
+
+
+def reserve_numel(
+    rows: int,
+    hidden_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    proj_size: int,
+    dtype: torch.dtype,
+    saving: str,
+) -> int:
+    """Elements (float64 for float64, else float32) that the forward pass keeps for the backward pass.
+
+    Args:
+        rows: ``T·B``, or the length of the packed data.
+        saving: ``"none"``, ``"full"`` (h, c and the four gates) or ``"recompute"`` (h and c).
+    """
+    if saving == "none":
+        return 0
+    directions = 2 if bidirectional else 1
+    padded_units = (hidden_size + _UNIT_PADDING - 1) // _UNIT_PADDING * _UNIT_PADDING
+    width = directions * (proj_size or hidden_size)
+    # The last layer's h is the output itself, unless that is rounded to 16 bits.
+    kept_outputs = num_layers - 1 + (dtype.itemsize == 2)
+    per_cell = 5 if saving == "full" else 1
+    return rows * (per_cell * num_layers * directions * padded_units + kept_outputs * width)
+
+
+@torch.library.register_fake("stacked_lstm_ext::forward")
+def _forward_fake(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+    seed: Tensor | None,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    proj_size: int,
+    dropout: float,
+    saving: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden_size = c_0.size(-1)
+    width = (2 if bidirectional else 1) * (proj_size or hidden_size)
+    rows = input.size(0) if batch_sizes is not None else input.size(0) * input.size(1)
+    numel = reserve_numel(rows, hidden_size, num_layers, bidirectional, proj_size, input.dtype, saving)
+    reserve_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return (
+        input.new_empty((*input.shape[:-1], width)),
+        h_0.new_empty(h_0.shape),
+        c_0.new_empty(c_0.shape),
+        input.new_empty((numel,), dtype=reserve_dtype),
+    )
+
+
+@torch.library.register_fake("stacked_lstm_ext::backward")
+def _backward_fake(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+    seed: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    proj_size: int,
+    dropout: float,
+    saving: str,
+    input_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    return (
+        input.new_empty(input.shape if input_grad else (0,)),
+        h_0.new_empty(h_0.shape),
+        c_0.new_empty(c_0.shape),
+        [weight.new_empty(weight.shape) for weight in weights] if weight_grad else [],
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, reserve: Tensor) -> None:
+    input, batch_sizes, h_0, c_0, weights, seed, *options, saving = inputs
+    ctx.options = tuple(options)
+    ctx.saving = saving
+    ctx.set_materialize_grads(False)
+    if saving != "none":
+        ctx.save_for_backward(input, batch_sizes, h_0, c_0, seed, output, reserve, *weights)
+
+
+def _gradients(
+    ctx: Any, grad_outputs: tuple[Tensor | None, ...], needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+    """The formula: gradients of input, h_0, c_0 and the weights, from what :func:`_save` kept.
+
+    Args:
+        grad_outputs: of output, h_n and c_n; ``None`` where no gradient flows in.
+        needs: whether input, h_0, c_0 and each of the weights require a gradient.
+    """
+    if ctx.saving == "none":
+        raise RuntimeError(
+            "backward through stacked_lstm_ext::forward needs what saving='full' or saving='recompute' keeps, but it "
+            "ran with saving='none' (the mode of inference: gradients were off, or nothing required them, when it was "
+            "called or traced)"
+        )
+    input, batch_sizes, h_0, c_0, seed, output, reserve, *weights = ctx.saved_tensors
+    if all(grad is None for grad in grad_outputs):
+        return None, None, None, [None] * len(weights)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _differentiable_gradients(grad_outputs, (input, batch_sizes, h_0, c_0, weights, seed), needs, ctx.options)
+
+    needs_input, needs_h_0, needs_c_0, *needs_weights = needs
+    any_weight = any(needs_weights)
+    grad_input, grad_h_0, grad_c_0, grad_weights = backward(
+        *grad_outputs,
+        input,
+        batch_sizes,
+        h_0,
+        c_0,
+        weights,
+        seed,
+        output,
+        reserve,
+        *ctx.options,
+        ctx.saving,
+        needs_input,
+        any_weight,
+    )
+    if not any_weight:
+        grad_weights = [None] * len(weights)
+    return (
+        grad_input if needs_input else None,
+        grad_h_0 if needs_h_0 else None,
+        grad_c_0 if needs_c_0 else None,
+        [grad if needed else None for grad, needed in zip(grad_weights, needs_weights, strict=True)],
+    )
+
+
+def _differentiable_gradients(
+    grad_outputs: Sequence[Tensor | None],
+    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], Tensor | None],
+    needs: Sequence[bool],
+    options: tuple[Any, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+    """The same gradients as functions of everything they depend on, by way of the reference.
+
+    They are taken with respect to aliases. With respect to the saved tensors themselves they would be wrong where one
+    of those is computed from another (h_0 from the input, say, or one weight from another): its part would count twice.
+    """
+    input, batch_sizes, h_0, c_0, weights, seed = inputs
+    tensors = [tensor.view_as(tensor) if needed else tensor for tensor, needed in zip((input, h_0, c_0, *weights), needs, strict=True)]
+    input, h_0, c_0, *weights = tensors
+    results = run_reference(
+        input,
+        batch_sizes,
+        h_0,
+        c_0,
+        weights,
+        seed,
+        *options,
+        direction="backward",
+        reason="create_graph=True: the backward pass itself is to be differentiated",
+    )
+    flowing = [(result, grad) for result, grad in zip(results, grad_outputs, strict=True) if grad is not None]
+    found = iter(
+        torch.autograd.grad(
+            [result for result, _ in flowing],
+            [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed],
+            [grad for _, grad in flowing],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    grad_input, grad_h_0, grad_c_0, *grad_weights = (next(found) if needed else None for needed in needs)
+    return grad_input, grad_h_0, grad_c_0, grad_weights
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    result, _, _, reserve = output
+    ctx.mark_non_differentiable(reserve)
+    _save(ctx, inputs, result, reserve)
+
+
+def _operator_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+    needs_input, _, needs_h_0, needs_c_0, needs_weights, *not_differentiable = ctx.needs_input_grad
+    needs = (needs_input, needs_h_0, needs_c_0, *needs_weights)
+    grad_input, grad_h_0, grad_c_0, grad_weights = _gradients(ctx, grad_outputs[:3], needs)
+    return grad_input, None, grad_h_0, grad_c_0, grad_weights, *(None for _ in not_differentiable)
+
+
+torch.library.register_autograd("stacked_lstm_ext::forward", _operator_backward, setup_context=_setup_context)
+
+
+def _run_one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
+    """A ``vmap`` rule that runs the operator once for each element of the mapped dimension.
+
+    It serves whoever maps the backward pass of an ordinary forward pass (``torch.autograd.grad(is_grads_batched=True)``,
+    vectorised Jacobians): that of a call made under ``torch.func`` belongs to the reference.
+    """
+
+    def select(argument: Any, dim: Any, index: int) -> Any:
+        if dim is None:
+            return argument
+        if isinstance(dim, (list, tuple)):
+            return [select(item, item_dim, index) for item, item_dim in zip(argument, dim, strict=True)]
+        return argument.select(dim, index)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        runs = [
+            operator(*(select(argument, dim, index) for argument, dim in zip(arguments, in_dims, strict=True)))
+            for index in range(info.batch_size)
+        ]
+        results = tuple(
+            [torch.stack(tensors) for tensors in zip(*parts, strict=True)] if isinstance(parts[0], list) else torch.stack(parts)
+            for parts in zip(*runs, strict=True)
+        )
+        return results, tuple([0] * len(result) if isinstance(result, list) else 0 for result in results)
+
+    return rule
+
+
+torch.library.register_vmap("stacked_lstm_ext::forward", _run_one_by_one(forward))
+torch.library.register_vmap("stacked_lstm_ext::backward", _run_one_by_one(backward))
+
+
+class _EagerLSTM(torch.autograd.Function):
+    """The operator with the same formula, for eager calls.
+
+    What torch generates for an operator costs several microseconds for every tensor in a list, every time: for a deep
+    stack of small layers, more than the kernels do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        input, batch_sizes, h_0, c_0, seed, options, *weights = arguments
+        inputs = (input, batch_sizes, h_0, c_0, weights, seed, *options)
+        output, h_n, c_n, reserve = forward(*inputs)
+        _save(ctx, inputs, output, reserve)
+        return output, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs_input, _, needs_h_0, needs_c_0, _, _, *needs_weights = ctx.needs_input_grad
+        needs = (needs_input, needs_h_0, needs_c_0, *needs_weights)
+        grad_input, grad_h_0, grad_c_0, grad_weights = _gradients(ctx, grad_outputs, needs)
+        return grad_input, None, grad_h_0, grad_c_0, None, None, *grad_weights
+
+
+def run_kernel(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: list[Tensor],
+    seed: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``forward`` without its reserve, in the cheapest way that this moment allows.
+
+    Args:
+        options: what follows ``seed`` in the operator's schema, the saving mode last.
+    """
+    if options[-1] == "none" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        output, h_n, c_n, _ = forward(input, batch_sizes, h_0, c_0, weights, seed, *options)
+        return output, h_n, c_n
+    return _EagerLSTM.apply(input, batch_sizes, h_0, c_0, seed, options, *weights)
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "stacked_lstm_ext::backward has no derivative. Second derivatives of a StackedLSTM come from its reference, "
+        "which takes over when the first backward pass runs eagerly under create_graph=True; they do not exist in a "
+        "compiled or exported backward pass"
+    )
+
+
+torch.library.register_autograd("stacked_lstm_ext::backward", _no_second_derivative)
+
+
+class _ReferenceRun(threading.local):
+    """What the reference ran last in this thread: the counterpart of ``_C.last_run()``."""
+
+    def __init__(self) -> None:
+        self.record: dict[str, Any] | None = None
+
+
+reference_run = _ReferenceRun()
+
+
+def run_reference(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+    seed: Tensor | None,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    proj_size: int,
+    dropout: float,
+    *,
+    direction: str = "forward",
+    reason: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`.lstm_reference` out of autocast's reach, noted for :func:`stacked_lstm_ext.last_run`.
+
+    Args:
+        direction: the pass that this run belongs to, ``"forward"`` or ``"backward"``.
+        reason: why no kernel runs instead.
+    """
+    if not torch.compiler.is_compiling():
+        _C.clear_last_run()
+        reference_run.record = {
+            "backend": "reference",
+            "pass": direction,
+            "reason": reason,
+            "saving": "autograd" if torch.is_grad_enabled() else "none",
+            "layers": num_layers,
+            "seq_len": input.size(0) if batch_sizes is None else batch_sizes.numel(),
+            "batch_size": h_0.size(1),
+        }
+    device_type = input.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        outside_autocast: AbstractContextManager[Any] = torch.autocast(device_type, enabled=False)
+    else:
+        outside_autocast = nullcontext()
+    with outside_autocast:
+        return lstm_reference(input, batch_sizes, h_0, c_0, weights, seed, bias, num_layers, bidirectional, proj_size, dropout)

@@ -1,0 +1,273 @@
+"""Which implementation runs a call, and why: the choice, its description, and a record of what ran.
+
+There is one choice, :func:`choose_backend`. The forward pass of :class:`.StackedLSTM` obeys it and
+:meth:`.StackedLSTM.plan` reports it, so a plan cannot differ from what a call does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .ops import _C, reference_run, reserve_numel
+
+__all__ = ["BACKENDS", "Plan", "backend", "choose_backend", "choose_saving", "last_run"]
+
+BACKENDS = ("auto", "reference", "cpu")
+
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class _Selection(threading.local):
+    # An instance attribute of a threading.local is what torch.compile reads with a guard, so that code compiled under
+    # one backend is compiled anew under another. A ContextVar it cannot trace.
+    def __init__(self) -> None:
+        self.name = "auto"
+
+
+_selection = _Selection()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force what runs inside a ``with`` block, in this thread.
+
+    A backward pass runs on what its forward pass ran on, whether or not it lies in the block.
+
+    Args:
+        name: ``"auto"`` (the default choice), ``"reference"`` (plain torch operations) or ``"cpu"`` (the CPU kernels).
+
+    Raises:
+        ValueError: for any other name.
+        RuntimeError: from a call inside the block that this backend cannot run; the message says why.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    previous = _selection.name
+    _selection.name = name
+    try:
+        yield
+    finally:
+        _selection.name = previous
+
+
+def choose_backend(device_type: str, dtype: torch.dtype, transform: str = "") -> tuple[str, str]:
+    """Decide what runs a call, under the backend that is forced, if one is.
+
+    Args:
+        device_type: where the tensors are, as in ``tensor.device.type``.
+        dtype: their dtype, after autocast.
+        transform: what is to be done to the call that no kernel can follow, in words; empty for an ordinary call.
+
+    Returns:
+        ``(backend, reason)``, where backend is ``"cpu"``, ``"reference"`` or, for tensors without data, ``"meta"``.
+
+    Raises:
+        RuntimeError: if the forced backend cannot run the call.
+    """
+    if _selection.name == "reference":
+        return "reference", "forced by backend('reference')"
+    if transform:
+        obstacle = f"{transform}, which the kernels cannot follow"
+    elif dtype not in _KERNEL_DTYPES:
+        obstacle = f"there is no kernel for {dtype}"
+    elif device_type not in ("cpu", "meta"):
+        obstacle = f"there is no kernel for device type '{device_type}'"
+    else:
+        obstacle = ""
+    if not obstacle:
+        if device_type == "meta":
+            return "meta", "meta tensors have shapes but no data: nothing runs"
+        return "cpu", "forced by backend('cpu')" if _selection.name == "cpu" else "the tensors are on the CPU"
+    if _selection.name != "auto":
+        raise RuntimeError(f"backend '{_selection.name}' is forced but cannot run this call: {obstacle}")
+    return "reference", obstacle
+
+
+def choose_saving(needs_grad: bool, recompute: bool) -> str:
+    """What a kernel keeps for the backward pass: ``"none"``, ``"full"`` or ``"recompute"``."""
+    if not needs_grad:
+        return "none"
+    return "recompute" if recompute else "full"
+
+
+def last_run() -> dict[str, Any] | None:
+    """What ran last in this thread, kernel or reference; ``None`` when nothing has.
+
+    Of a kernel it holds the schedule under the keys of :attr:`Plan.schedule` (or ``backward_schedule``). In either
+    case it holds ``backend``, ``pass`` (``"forward"`` or ``"backward"``), ``saving``, ``layers``, ``seq_len`` and
+    ``batch_size``. Compiled code that runs the reference leaves no record; torch runs the backward pass of CUDA
+    tensors in threads of its own.
+    """
+    return _C.last_run() or reference_run.record
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of a :class:`.StackedLSTM` would run. ``print`` it.
+
+    Attributes:
+        backend: ``"cpu"``, ``"reference"`` or ``"meta"``.
+        reason: why that one.
+        device: where the parameters are.
+        dtype: of the computation, after autocast.
+        isa: the instruction set of the CPU kernels; ``None`` for other backends.
+        threads: how many threads take part in the forward pass.
+        saving: what is kept for the backward pass: ``"none"``, ``"full"``, ``"recompute"``, or ``"autograd"`` for the
+            reference, where torch decides.
+        saved_bytes: how much that is, beside inputs, weights and outputs; ``None`` where torch decides.
+        forward: what the forward pass does, in words.
+        backward: what the backward pass does, in words.
+        schedule: the schedule of the forward kernels as numbers (``csrc/wavefront.h`` makes it); empty for other
+            backends.
+        backward_schedule: that of the backward kernels; empty when no backward pass will follow, too.
+    """
+
+    backend: str
+    reason: str
+    device: torch.device
+    dtype: torch.dtype
+    isa: str | None
+    threads: int
+    saving: str
+    saved_bytes: int | None
+    forward: str
+    backward: str
+    schedule: dict[str, Any] = field(default_factory=dict)
+    backward_schedule: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        where = f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
+        if self.isa is not None:
+            where += f", {self.isa}, {_count(self.threads, 'thread')}"
+        saves = self.saving if self.saved_bytes is None else f"{self.saving} ({_bytes(self.saved_bytes)})"
+        lines = [
+            f"{self.backend} ({where})",
+            f"  why       {self.reason}",
+            f"  forward   {self.forward}",
+            f"  backward  {self.backward}",
+            f"  saves     {saves}",
+        ]
+        predicted = [
+            f"{name} {schedule['predicted_us']:.4g} µs (bound by {schedule['binds']})"
+            for name, schedule in (("forward", self.schedule), ("backward", self.backward_schedule))
+            if schedule
+        ]
+        if predicted:
+            lines.append(f"  predicted {', '.join(predicted)}")
+        return "\n".join(lines)
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
+def make_plan(
+    *,
+    choice: tuple[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    needs_grad: bool,
+    recompute: bool,
+    sizes: dict[str, Any],
+    seq_len: int,
+    batch_size: int,
+    threads: int,
+) -> Plan:
+    """Describe what follows from a choice of backend.
+
+    Args:
+        choice: what :func:`choose_backend` returned.
+        needs_grad: whether a backward pass will follow.
+        sizes: ``input_size``, ``hidden_size``, ``proj_size``, ``num_layers`` and ``bidirectional``.
+    """
+    name, reason = choice
+    isa = None
+    schedule: dict[str, Any] = {}
+    backward_schedule: dict[str, Any] = {}
+    saved_bytes: int | None = None
+    if name == "reference":
+        saving = "autograd" if needs_grad else "none"
+        forward = "plain torch operations, layer by layer and step by step"
+        backward = "torch's autograd through those operations"
+    else:
+        saving = choose_saving(needs_grad, recompute)
+        numel = reserve_numel(
+            seq_len * batch_size,
+            sizes["hidden_size"],
+            sizes["num_layers"],
+            sizes["bidirectional"],
+            sizes["proj_size"],
+            dtype,
+            saving,
+        )
+        saved_bytes = numel * (8 if dtype == torch.float64 else 4)
+        forward = backward = "shapes only"
+    if name == "cpu":
+
+        def ask(backward: bool) -> dict[str, Any]:
+            return _C.cpu_plan(
+                sizes["input_size"],
+                sizes["hidden_size"],
+                sizes["proj_size"],
+                sizes["num_layers"],
+                sizes["bidirectional"],
+                seq_len,
+                batch_size,
+                threads,
+                dtype == torch.float64,
+                backward,
+            )
+
+        schedule = ask(backward=False)
+        forward = _describe_schedule(schedule)
+        if needs_grad:
+            backward_schedule = ask(backward=True)
+            backward = (
+                ("the gates again, one product a layer; then a " if saving == "recompute" else "")
+                + _describe_schedule(backward_schedule)
+                + "; then one product per weight (the reference, under create_graph=True)"
+            )
+        isa = schedule["isa"]
+        threads = schedule["threads"]
+    if not needs_grad:
+        backward = "none: gradients are off or nothing requires them"
+    return Plan(
+        backend=name,
+        reason=reason,
+        device=device,
+        dtype=dtype,
+        isa=isa,
+        threads=threads,
+        saving=saving,
+        saved_bytes=saved_bytes,
+        forward=forward,
+        backward=backward,
+        schedule=schedule,
+        backward_schedule=backward_schedule,
+    )
+
+
+def _describe_schedule(schedule: dict[str, Any]) -> str:
+    phases = []
+    for phase in schedule["phases"]:
+        first, last = phase["first_layer"], phase["last_layer"] - 1
+        layers = f"layer {first}" if first == last else f"layers {first}-{last}"
+        phases.append(f"{layers} in {_count(phase['layer_groups'], 'group')} × {_count(phase['unit_slices'], 'slice')}")
+    batch = "" if schedule["batch_slices"] == 1 else f", the batch in {schedule['batch_slices']} slices"
+    chunk = _count(schedule["chunk_steps"], "step")
+    return f"wavefront in chunks of {chunk}, {'; '.join(phases)} of units{batch} ({schedule['why']})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,204 @@
+"""The definition: a stacked LSTM in plain torch operations.
+
+Every kernel of this package is held against :func:`lstm_reference` run in float64. It also serves what no kernel does:
+second derivatives, forward-mode differentiation, ``torch.func`` transforms, and dtypes that have no kernel. So it may
+use neither in-place operations nor control flow that looks into a tensor (``batch_sizes``, which lives on the CPU, is
+the one exception), and it is written to be read, not to be fast.
+
+    i = σ(a_i)   f = σ(a_f)   g = tanh(a_g)   o = σ(a_o)      a = W_ih x + b_ih + W_hh h + b_hh, gate order i, f, g, o
+    c' = f·c + i·g            h' = W_hr (o·tanh(c'))          W_hr only when proj_size > 0
+
+Sources: Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; the projection of Sak et al. 2014;
+dropout masks by Philox4x32-10 of Salmon et al. 2011.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["dropout_mask", "lstm_reference", "philox_4x32_10"]
+
+
+def lstm_reference(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+    seed: Tensor | None,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    proj_size: int,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a stacked LSTM; the arguments are those of the operator ``stacked_lstm_ext::forward``.
+
+    Dtypes of 32 bits and more are computed in themselves; narrower ones in float32 throughout, with one rounding of
+    each result at the end.
+
+    Args:
+        input: ``(T, B, I)``, time-major; or, with ``batch_sizes``, the data ``(rows, I)`` of a ``PackedSequence``.
+        batch_sizes: ``None``, or the int64 CPU tensor ``(T,)`` of a ``PackedSequence``.
+        h_0: ``(D·L, B, P or H)``, in sorted batch order when packed.
+        c_0: ``(D·L, B, H)``, likewise.
+        weights: in the order of ``nn.LSTM._flat_weights``: for each layer, for each direction, ``weight_ih``,
+            ``weight_hh``, ``bias_ih`` and ``bias_hh`` if ``bias``, ``weight_hr`` if ``proj_size > 0``.
+        seed: one int64 on the input's device; needed when ``dropout > 0`` and ``num_layers > 1``.
+        bias: whether ``weights`` has biases.
+        num_layers: L.
+        bidirectional: whether D is 2.
+        proj_size: P, or 0 for no projection.
+        dropout: the rate in effect between layers; 0 when evaluating.
+
+    Returns:
+        ``(output, h_n, c_n)``: output ``(T, B, D·(P or H))``, or ``(rows, D·(P or H))`` when packed; ``h_n`` and
+        ``c_n`` shaped as ``h_0`` and ``c_0``.
+
+    Raises:
+        ValueError: if ``dropout`` is in effect and there is no ``seed``.
+    """
+    if dropout > 0 and num_layers > 1 and seed is None:
+        raise ValueError(f"dropout={dropout} between {num_layers} layers needs a seed, got None")
+    dtype = input.dtype
+    if dtype.itemsize < torch.float32.itemsize:
+        input, h_0, c_0 = input.float(), h_0.float(), c_0.float()
+        weights = [weight.float() for weight in weights]
+
+    batch = h_0.size(1)
+    sizes = [batch] * input.size(0) if batch_sizes is None else batch_sizes.tolist()
+    directions = 2 if bidirectional else 1
+    per_direction = 2 + 2 * bias + (proj_size > 0)
+
+    # One row for each (step, sequence) that exists: padded and packed input are then the same thing.
+    rows = input if batch_sizes is not None else input.flatten(0, 1)
+    h_n: list[Tensor] = []
+    c_n: list[Tensor] = []
+    for layer in range(num_layers):
+        if layer > 0 and dropout > 0:
+            assert seed is not None
+            keep = dropout_mask(seed, layer - 1, _element_rows(sizes, batch, rows.device), rows.size(-1), dropout)
+            # A product, not a selection, so that NaN and Inf in a dropped element are seen, as in torch.
+            rows = rows * (keep.to(rows.dtype) * (1 / (1 - dropout) if dropout < 1 else 0.0))
+        halves = []
+        for direction in range(directions):
+            slot = layer * directions + direction
+            own = weights[slot * per_direction : (slot + 1) * per_direction]
+            half, h, c = _run_direction(rows, sizes, h_0[slot], c_0[slot], own, bias=bias, projected=proj_size > 0, reverse=direction == 1)
+            halves.append(half)
+            h_n.append(h)
+            c_n.append(c)
+        rows = torch.cat(halves, dim=-1) if bidirectional else halves[0]
+
+    output = rows if batch_sizes is not None else rows.unflatten(0, (len(sizes), batch))
+    return output.to(dtype), torch.stack(h_n).to(dtype), torch.stack(c_n).to(dtype)
+
+
+def _run_direction(
+    rows: Tensor,
+    sizes: list[int],
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    bias: bool,
+    projected: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction of one layer: ``rows`` (all steps) in; all h, and the last h and c of every sequence, out.
+
+    ``sizes`` (the sequences alive at each step) never grows with time. Forwards, sequences therefore leave at the end
+    of the batch; in reverse they join there, each from its own initial state.
+    """
+    w_ih, w_hh = weights[0], weights[1]
+    b_ih, b_hh = (weights[2], weights[3]) if bias else (None, None)
+    w_hr = weights[-1] if projected else None
+
+    inputs = functional.linear(rows, w_ih, b_ih).split(sizes)
+    steps = range(len(sizes))
+    alive = sizes[-1] if reverse else sizes[0]
+    h, c = h_0[:alive], c_0[:alive]
+    outputs: list[Tensor] = []
+    ended_h: list[Tensor] = []
+    ended_c: list[Tensor] = []
+    for t in reversed(steps) if reverse else steps:
+        if sizes[t] > alive:
+            h = torch.cat([h, h_0[alive : sizes[t]]])
+            c = torch.cat([c, c_0[alive : sizes[t]]])
+        elif sizes[t] < alive:
+            ended_h.append(h[sizes[t] :])
+            ended_c.append(c[sizes[t] :])
+            h, c = h[: sizes[t]], c[: sizes[t]]
+        alive = sizes[t]
+
+        i, f, g, o = (inputs[t] + functional.linear(h, w_hh, b_hh)).chunk(4, dim=-1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        if w_hr is not None:
+            h = functional.linear(h, w_hr)
+        outputs.append(h)
+
+    if reverse:
+        outputs.reverse()
+    return torch.cat(outputs), torch.cat([h, *reversed(ended_h)]), torch.cat([c, *reversed(ended_c)])
+
+
+def _element_rows(sizes: list[int], batch: int, device: torch.device) -> Tensor:
+    """For every row that exists, its number ``t·B + b`` in the padded layout: int64 ``(rows,)``."""
+    return torch.cat([torch.arange(size, device=device) + t * batch for t, size in enumerate(sizes)])
+
+
+def dropout_mask(seed: Tensor, layer: int, element_rows: Tensor, width: int, dropout: float) -> Tensor:
+    """Which elements of a layer's output are kept: bool ``(rows, width)``.
+
+    Element j of the row numbered n draws word ``j % 4`` of the Philox block with the counter ``(e, e >> 32, layer,
+    0)``, ``e = n·⌈width/4⌉ + j // 4``, under the key ``(seed, seed >> 32)``, and is kept if that word is at least
+    ``⌊dropout · 2³²⌋``. So a mask depends on the seed and the element's place alone: not on the schedule, nor on the
+    number of threads, nor on whether the batch is packed.
+
+    Args:
+        seed: one int64.
+        layer: the layer whose output is masked, from 0.
+        element_rows: int64 ``(rows,)``, ``t·B + b`` of each row in the padded layout.
+        width: features in a row, both directions together.
+        dropout: probability of an element being dropped, in [0, 1].
+    """
+    blocks = (width + 3) // 4
+    element = element_rows.unsqueeze(-1) * blocks + torch.arange(blocks, device=element_rows.device)
+    seed = seed.reshape(())
+    words = philox_4x32_10(
+        (element & _WORD, element >> 32, torch.full_like(element, layer), torch.zeros_like(element)),
+        (seed & _WORD, (seed >> 32) & _WORD),
+    )
+    return torch.stack(words, dim=-1).flatten(-2)[..., :width] >= int(dropout * 2**32)
+
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox4x32 (Salmon et al. 2011): four random 32-bit words for every counter.
+
+    Words are held in int64 tensors, each in [0, 2³²), and broadcast against each other.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high_0, low_0 = _multiply_32(c0, _MULTIPLIERS[0])
+        high_1, low_1 = _multiply_32(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def _multiply_32(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The high and the low 32 bits of a product of two 32-bit words, 16 bits at a time: int64 would overflow."""
+    low = (word & 0xFFFF) * factor
+    middle = (word >> 16) * factor + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
