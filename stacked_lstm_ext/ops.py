@@ -1,7 +1,7 @@
 """The operators ``stacked_lstm_ext::forward`` and ``::backward``: their shapes for tracing, and their derivative.
 
 The compiled module ``_C`` defines the schemas and the kernels. This file adds what the rest of torch needs to know:
-fake kernels (``torch.compile``, ``torch.export``, the meta device) and the autograd formula.
+fake kernels (``torch.compile``, ``torch.export``, the meta device), the autograd formula and ``vmap`` rules.
 
 The formula has two forms. Ordinarily it calls ``backward``, a kernel. When the caller asks for a graph of the backward
 pass itself (``create_graph=True``), it differentiates :mod:`.reference` instead, which works to any order.
@@ -148,8 +148,10 @@ def _gradients(
     input, batch_sizes, h_0, c_0, seed, output, reserve, *weights = ctx.saved_tensors
     if all(grad is None for grad in grad_outputs):
         return None, None, None, [None] * len(weights)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _differentiable_gradients(grad_outputs, (input, batch_sizes, h_0, c_0, weights, seed), needs, ctx.options)
+    reason = "" if torch.compiler.is_compiling() else _obstacle_to_kernel(grad_outputs)
+    if reason:
+        inputs = (input, batch_sizes, h_0, c_0, weights, seed)
+        return _reference_gradients(grad_outputs, inputs, needs, ctx.options, reason)
 
     needs_input, needs_h_0, needs_c_0, *needs_weights = needs
     any_weight = any(needs_weights)
@@ -178,11 +180,22 @@ def _gradients(
     )
 
 
-def _differentiable_gradients(
+def _obstacle_to_kernel(grad_outputs: Sequence[Tensor | None]) -> str:
+    """Why the reference has to do a backward pass, in words; empty if the kernel can."""
+    if torch.is_grad_enabled():
+        return "create_graph=True: the backward pass itself is to be differentiated"
+    # torch.autograd.grad(is_grads_batched=True) maps with torch's older vmap, which takes no rules from outside of torch.
+    if any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grad_outputs):
+        return "is_grads_batched=True: the backward pass is mapped over a batch of gradients"
+    return ""
+
+
+def _reference_gradients(
     grad_outputs: Sequence[Tensor | None],
     inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], Tensor | None],
     needs: Sequence[bool],
     options: tuple[Any, ...],
+    reason: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
     """The same gradients as functions of everything they depend on, by way of the reference.
 
@@ -190,29 +203,21 @@ def _differentiable_gradients(
     of those is computed from another (h_0 from the input, say, or one weight from another): its part would count twice.
     """
     input, batch_sizes, h_0, c_0, weights, seed = inputs
-    tensors = [tensor.view_as(tensor) if needed else tensor for tensor, needed in zip((input, h_0, c_0, *weights), needs, strict=True)]
-    input, h_0, c_0, *weights = tensors
-    results = run_reference(
-        input,
-        batch_sizes,
-        h_0,
-        c_0,
-        weights,
-        seed,
-        *options,
-        direction="backward",
-        reason="create_graph=True: the backward pass itself is to be differentiated",
-    )
-    flowing = [(result, grad) for result, grad in zip(results, grad_outputs, strict=True) if grad is not None]
-    found = iter(
-        torch.autograd.grad(
-            [result for result, _ in flowing],
-            [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed],
-            [grad for _, grad in flowing],
-            create_graph=True,
-            allow_unused=True,
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        tensors = [tensor.view_as(tensor) if needed else tensor for tensor, needed in zip((input, h_0, c_0, *weights), needs, strict=True)]
+        input, h_0, c_0, *weights = tensors
+        results = run_reference(input, batch_sizes, h_0, c_0, weights, seed, *options, direction="backward", reason=reason)
+        flowing = [(result, grad) for result, grad in zip(results, grad_outputs, strict=True) if grad is not None]
+        found = iter(
+            torch.autograd.grad(
+                [result for result, _ in flowing],
+                [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed],
+                [grad for _, grad in flowing],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         )
-    )
     grad_input, grad_h_0, grad_c_0, *grad_weights = (next(found) if needed else None for needed in needs)
     return grad_input, grad_h_0, grad_c_0, grad_weights
 
@@ -236,8 +241,8 @@ torch.library.register_autograd("stacked_lstm_ext::forward", _operator_backward,
 def _run_one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
     """A ``vmap`` rule that runs the operator once for each element of the mapped dimension.
 
-    It serves whoever maps the backward pass of an ordinary forward pass (``torch.autograd.grad(is_grads_batched=True)``,
-    vectorised Jacobians): that of a call made under ``torch.func`` belongs to the reference.
+    It serves whoever maps an operator itself, or the backward pass of an ordinary call. A module called under
+    ``torch.func`` runs the reference.
     """
 
     def select(argument: Any, dim: Any, index: int) -> Any:

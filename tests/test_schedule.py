@@ -1,4 +1,7 @@
-"""The wavefront: every schedule is complete, never waits for ever, and gives the bits of a single worker; so does every instruction set its values."""
+"""The wavefront: every schedule is complete, never waits for ever and gives the bits of a single worker.
+
+And what else the environment decides, the instruction set and the size of the pool, changes no result beyond rounding.
+"""
 
 import itertools
 import os
@@ -223,7 +226,7 @@ COMPARE = """
     from stacked_lstm_ext import _C, last_run
 
     torch.set_num_threads({threads})
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    for dtype in (torch.float64, torch.float32):
         for sizes in ((1, 1, 1, 1, 1), (3, 2, 2, 5, 7), (2, 17, 9, 33, 65), (2, 8, 16, 32, 32)):
             for options in ({{}}, {{"bidirectional": True, "proj": 1}}):
                 if sizes[4] == 1 and options:

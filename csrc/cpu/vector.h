@@ -89,7 +89,7 @@ INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
   }
 }
 
-// 1/x for x in [1, 2^126]. A full division costs an AVX-512 core 16 cycles or more a vector, more than all else in a
+// 1/x for x in [1, 2^128). A full division costs an AVX-512 core 16 cycles or more a vector, more than all else in a
 // gate: an estimate of 14 bits and one Newton step give all 24 but the last.
 template <typename T>
 INLINE Vec<T> reciprocal(Vec<T> x) {
@@ -120,7 +120,7 @@ struct Exp2 {
 };
 
 // y = n + r; returns 2^n in `power` and 2^n·(2^r - 1) in `rest`, so that 2^y = power + rest and 2^y - 1 loses nothing
-// where y is small. |y| must be at most 126 (1022 in double). A NaN comes out of `rest` as a NaN.
+// where y is small. |y| must be at most 127 (1023 in double). A NaN comes out of `rest` as a NaN.
 template <typename T>
 INLINE void exp2_parts(Vec<T> y, Vec<T>& power, Vec<T>& rest) {
   using E = Exp2<T>;
@@ -143,10 +143,10 @@ template <typename T>
 struct Math {
   static constexpr T kLog2E = T(1.44269504088896340736);
 
-  // 1 / (1 + 2^y), y = -x·log2(e)
+  // 1 / (1 + 2^y), y = -x·log2(e). At the bound this is denormal, so where those are flushed it is exactly 0, as torch's.
   static INLINE Vec<T> sigmoid(Vec<T> x) {
     Vec<T> power, rest;
-    exp2_parts<T>(clamp<T>(x * -kLog2E, sizeof(T) == 4 ? T(125) : T(1020)), power, rest);
+    exp2_parts<T>(clamp<T>(x * -kLog2E, sizeof(T) == 4 ? T(127) : T(1023)), power, rest);
     return reciprocal<T>(T(1) + (power + rest));
   }
 

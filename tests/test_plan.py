@@ -1,0 +1,247 @@
+"""plan() and backend(): what is announced is what runs, and what cannot run is refused with a reason."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import Case, assert_matches, case_tolerance, make_input, results
+
+import stacked_lstm_ext
+from stacked_lstm_ext import Plan, StackedLSTM, backend, last_run
+
+SHAPES = [
+    Case(1, 1, 1, 1, 1),
+    Case(1, 1, 100, 128, 128),
+    Case(4, 1, 50, 64, 64),
+    Case(4, 8, 20, 32, 96),
+    Case(3, 5, 7, 4, 18, bidirectional=True),
+    Case(2, 3, 9, 5, 40, proj=17),
+    Case(30, 2, 12, 8, 8),
+    Case(5, 33, 6, 16, 130),
+]
+COMMON = ["backend", "isa", "threads", "batch_slices", "chunk_steps", "fill_steps", "phases", "binds", "why"]
+
+
+def run_of(plan: Plan) -> dict:
+    return {key: plan.schedule[key] for key in COMMON}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_a_plan_never_lies(case, threads, dtype):
+    """In inference, in training with either saving mode: the schedule that ran is the one that was planned."""
+    torch.set_num_threads(threads)
+    for recompute in (False, True):
+        module = StackedLSTM(**case.arguments(), dtype=dtype, recompute=recompute)
+        x = make_input(case, dtype)[0].detach()
+        with torch.no_grad():
+            plan = module.plan(case.batch, case.steps)
+            module(x)
+        run = last_run()
+        assert plan.backend == "cpu" and plan.saving == run["saving"] == "none" and run["pass"] == "forward"
+        assert {key: run[key] for key in COMMON} == run_of(plan)
+        assert (run["layers"], run["seq_len"], run["batch_size"]) == (case.layers, case.steps, case.batch)
+
+        plan = module.plan(case.batch, case.steps)
+        output, _ = module(x)
+        run = last_run()
+        assert run["pass"] == "forward" and run["saving"] == plan.saving == ("recompute" if recompute else "full")
+        assert {key: run[key] for key in COMMON} == run_of(plan)
+        assert plan.threads == run["threads"] <= threads and plan.isa == run["isa"]
+        output.sum().backward()
+        run = last_run()
+        assert run["pass"] == "backward" and run["saving"] == plan.saving and run["backend"] == "cpu"
+        assert (run["layers"], run["seq_len"], run["batch_size"]) == (case.layers, case.steps, case.batch)
+
+
+def test_a_plan_for_other_threads_is_what_runs_with_them():
+    module, x = StackedLSTM(32, 96, 4), torch.randn(20, 8, 32)
+    for threads in (1, 2, 4):
+        torch.set_num_threads(3)
+        plan = module.plan(8, 20, threads=threads)
+        torch.set_num_threads(threads)
+        module(x)
+        assert run_of(plan) == {key: last_run()[key] for key in COMMON}
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_a_schedule_covers_every_layer_once_and_fits_its_threads(case):
+    for threads, training in itertools.product((1, 2, 3, 4, 7, 64), (False, True)):
+        schedule = (
+            StackedLSTM(**case.arguments()).plan(case.batch, case.steps, threads=threads, training=training).schedule
+        )
+        layers = [k for phase in schedule["phases"] for k in range(phase["first_layer"], phase["last_layer"])]
+        assert layers == list(range(case.layers))
+        for phase in schedule["phases"]:
+            assert phase["layer_groups"] >= 1 and phase["unit_slices"] >= 1
+            assert schedule["batch_slices"] * phase["layer_groups"] * phase["unit_slices"] <= threads
+        assert 1 <= schedule["threads"] <= threads
+        assert 1 <= schedule["chunk_steps"] <= case.steps
+        assert 1 <= schedule["batch_slices"] <= max(case.batch, 1)
+        assert 0 < schedule["predicted_us"] < float("inf")
+
+
+def test_more_work_is_predicted_to_take_longer():
+    def predicted(batch=4, steps=100, hidden=64, layers=2):
+        return (
+            StackedLSTM(hidden, hidden, layers).plan(batch, steps, threads=1, training=False).schedule["predicted_us"]
+        )
+
+    for change in ({"batch": 64}, {"steps": 1000}, {"hidden": 256}, {"layers": 8}):
+        assert predicted(**change) > predicted(), change
+
+
+def test_saved_bytes_are_those_of_the_reserve():
+    for recompute in (False, True):
+        module, x = StackedLSTM(5, 18, 3, recompute=recompute), torch.randn(7, 4, 5)
+        plan, kept = module.plan(4, 7), {}
+
+        def pack(t, kept=kept):
+            kept[t.data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            module(x)
+        reserve = [t for t in kept.values() if t.dim() == 1 and t.numel() > 4 * 18]
+        assert [t.numel() * t.element_size() for t in reserve] == [plan.saved_bytes]
+    with torch.no_grad():
+        assert module.plan(4, 7).saved_bytes == 0
+
+
+def test_a_plan_prints_backend_reason_and_prediction():
+    text = str(StackedLSTM(8, 16, 4).plan(2, 30))
+    assert text.startswith("cpu (") and "why" in text and "µs" in text and "full" in text
+    assert all(line == line.rstrip() and len(line) < 200 for line in text.splitlines())
+
+
+def test_planning_runs_nothing():
+    module = StackedLSTM(8, 16, 4)
+    module(torch.randn(3, 2, 8))
+    before, rng = last_run(), torch.get_rng_state()
+    module.plan(7, 50)
+    assert last_run() == before and torch.equal(torch.get_rng_state(), rng)
+
+
+BAD_SIZES = [({"batch_size": -1, "seq_len": 3}, "batch_size"), ({"batch_size": 1, "seq_len": 0}, "seq_len")]
+
+
+@pytest.mark.parametrize("sizes, name", BAD_SIZES, ids=["batch", "steps"])
+def test_a_plan_for_sizes_that_no_input_has_is_refused(sizes, name):
+    with pytest.raises(ValueError, match=name):
+        StackedLSTM(3, 5).plan(**sizes)
+    with pytest.raises(ValueError, match="threads"):
+        StackedLSTM(3, 5).plan(1, 1, threads=0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Backends
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True, "proj": 3}, {"lengths": (5, 3, 1)}], ids=["plain", "options", "packed"]
+)
+def test_a_forced_backend_runs_and_gives_the_same(name, options):
+    case = Case(**options)
+    module = StackedLSTM(**case.arguments(), dtype=torch.float64)
+    x, hx = make_input(case)
+    expected = results(module, x, hx, case.lengths)
+    with backend(name):
+        assert module.plan(case.batch, case.steps).backend == name
+        got = results(module, x, hx, case.lengths)
+        assert last_run()["backend"] == name
+    assert_matches(got, expected, case_tolerance(case, torch.float64), case.directions)
+
+
+def test_the_reference_draws_the_masks_of_the_kernels():
+    module, x, outputs = (
+        StackedLSTM(4, 6, 3, dropout=0.5, dtype=torch.float64),
+        torch.randn(5, 3, 4, dtype=torch.float64),
+        [],
+    )
+    for name in ("cpu", "reference"):
+        torch.manual_seed(0)
+        with backend(name):
+            outputs.append(module(x)[0])
+    torch.testing.assert_close(*outputs)
+
+
+def test_backends_nest_and_are_left_behind_after_an_error():
+    module, x = StackedLSTM(3, 5), torch.randn(4, 2, 3)
+
+    def current():
+        module(x)
+        return last_run()["backend"]
+
+    assert current() == "cpu"
+    with backend("reference"):
+        with backend("cpu"):
+            assert current() == "cpu"
+        assert current() == "reference"
+        with backend("auto"):
+            assert current() == "cpu"
+    with pytest.raises(ZeroDivisionError), backend("reference"):
+        raise ZeroDivisionError
+    assert current() == "cpu"
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'auto', 'reference', 'cpu'"), backend("cuda-ish"):
+        pass
+
+
+def test_a_forced_kernel_that_cannot_run_the_case_raises_and_says_why():
+    module = StackedLSTM(3, 5, dtype=torch.float64)
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    with backend("cpu"):
+        with pytest.raises(
+            RuntimeError, match=r"backend 'cpu' is forced but cannot run this call: .*torch.func transform"
+        ):
+            torch.func.vmap(lambda t: module(t)[0])(x.unsqueeze(0))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            with pytest.raises(RuntimeError, match="forward-mode"):
+                module(dual)
+        assert module(x)[0].shape == (4, 2, 5)
+
+
+def test_a_transform_falls_back_to_the_reference_visibly():
+    module, x = StackedLSTM(3, 5, dtype=torch.float64), torch.randn(4, 2, 3, dtype=torch.float64)
+    torch.func.vmap(lambda t: module(t)[0])(x.unsqueeze(0))
+    assert last_run()["backend"] == "reference"
+    torch.func.jvp(lambda t: module(t)[0], (x,), (x,))
+    assert last_run()["backend"] == "reference"
+    module(x)
+    assert last_run()["backend"] == "cpu"
+
+
+def test_second_derivatives_fall_back_to_the_reference_visibly():
+    module, x = StackedLSTM(3, 5), torch.randn(4, 2, 3, requires_grad=True)
+    loss = module(x)[0].square().sum()
+    assert last_run()["backend"] == "cpu"
+    torch.autograd.grad(loss, x, create_graph=True)
+    assert last_run()["backend"] == "reference"
+
+
+def test_autocast_and_the_gradient_mode_show_in_the_plan():
+    module = StackedLSTM(3, 5, 2)
+    assert (module.plan(2, 4).dtype, module.plan(2, 4).saving) == (torch.float32, "full")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        plan = module.plan(2, 4)
+    assert (plan.dtype, plan.saving) == (torch.bfloat16, "none")
+    assert module.requires_grad_(False).plan(2, 4).saving == "none"
+    assert StackedLSTM(3, 5, device="meta").plan(2, 4).backend == "meta"
+
+
+def test_the_public_names_are_these():
+    assert set(stacked_lstm_ext.__all__) == {
+        "Plan",
+        "StackedLSTM",
+        "__version__",
+        "backend",
+        "convert_lstm",
+        "last_run",
+        "revert_lstm",
+    }
