@@ -1,4 +1,4 @@
-"""Two processes on gloo, DistributedDataParallel and FSDP2, against one process on the whole batch."""
+"""Two processes on gloo, DistributedDataParallel and FSDP2, against stock in one process on the whole batch."""
 
 import socket
 import traceback
@@ -18,19 +18,19 @@ STEPS, WORLD = 4, 2
 
 
 class Model(nn.Module):
-    def __init__(self):
+    def __init__(self, cls):
         super().__init__()
         self.inputs = nn.Linear(3, 6)
-        self.lstm = StackedLSTM(6, 8, 3, bidirectional=True, proj_size=4)
+        self.lstm = cls(6, 8, 3, bidirectional=True, proj_size=4)
         self.head = nn.Linear(8, 2)
 
     def forward(self, x):
         return self.head(self.lstm(self.inputs(x))[0])
 
 
-def fresh():
+def fresh(cls):
     torch.manual_seed(0)
-    return Model().double()
+    return Model(cls).double()
 
 
 def data():
@@ -84,7 +84,7 @@ def worker(rank, port, queue):
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
         found = {}
         for kind, wrap in WRAPS.items():
-            model = wrap(fresh())
+            model = wrap(fresh(StackedLSTM))
             losses = train(model, data().chunk(WORLD, dim=2)[rank])
             weights = {}
             for name, p in model.named_parameters():
@@ -124,7 +124,7 @@ def found():
 
 @pytest.mark.parametrize("kind", WRAPS)
 def test_two_processes_match_one(kind, found):
-    reference = fresh()
+    reference = fresh(nn.LSTM)
     losses = train(reference, data())
     # Adam divides by the gradient's size, so a rounding of a tiny one shows.
     tol = 1e-3 if "float32" in kind else 1e-9
