@@ -51,7 +51,8 @@ struct Dropout {
                         static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
       for (uint64_t lane = 0; lane < 4 && group * 4 + lane < static_cast<uint64_t>(width); ++lane) {
         T& element = row[group * 4 + lane];
-        element *= random.word[lane] >= limit ? kept : T(0);  // a product, so that a NaN is seen even where it is dropped
+        // A product, so that a NaN is seen even where it is dropped.
+        element *= random.word[lane] >= limit ? kept : T(0);
       }
     }
   }
