@@ -123,7 +123,7 @@ struct CpuMachine {
   double near_rate = 60;      // bytes a nanosecond from there
   double far_rate = 14;       // from the shared cache
   double cell = 0.9;          // nanoseconds a cell, beside its products
-  double hand_over = 350;     // nanoseconds from one core's store to another's use of it
+  double hand_over = 1000;   // nanoseconds from one core's store to another's use, and what waiting for the slower costs
   double start = 4000;        // nanoseconds to wake a second worker
   int64_t unit_grain = 64;    // units are split no finer than this
 };
@@ -141,7 +141,8 @@ inline StepCost step_cost(const LayerShape& layer, const CpuMachine& machine, in
   double recurrent = 4 * units * static_cast<double>(layer.output());
   if (layer.projection > 0) recurrent += units * static_cast<double>(layer.projection);
   const double bytes = recurrent * static_cast<double>(element);
-  const double rate = bytes < 1.1 * machine.l2_bytes ? machine.near_rate : machine.far_rate;
+  // What is read in turn and does not quite fit is not there when its turn comes again.
+  const double rate = bytes < 0.9 * machine.l2_bytes ? machine.near_rate : machine.far_rate;
   const double input = 4 * units * static_cast<double>(layer.input) * rows / machine.multiply_adds;
   const double cells = rows * units * machine.cell;
   return {recurrent * rows / machine.multiply_adds + input + cells, bytes / rate + input + cells,

@@ -1,4 +1,4 @@
-"""What the test files share: the cases, pairs of modules with the same weights, the float64 truth and how far from it a result may lie.
+"""What the test files share: cases, pairs of modules with the same weights, the float64 truth, and tolerances.
 
 The truth is always ``torch.nn.LSTM`` in float64, never code of this package. Where dropout is on, it is a chain of
 one-layer ``torch.nn.LSTM`` with masks from the Philox written out below.
@@ -180,7 +180,8 @@ def tolerance(dtype: torch.dtype, layers: int, steps: int, inner: int = 1, batch
     """The largest error, as a share of the tensor's largest element, that rounding alone can explain.
 
     - Everything inside runs in the accumulation type (float32 for the 16-bit dtypes), of unit roundoff ``u``. A product
-      over ``inner`` terms makes ``sqrt(inner)`` roundings; a weight's gradient, a sum over the T*B rows, ``sqrt(T * B)``.
+      over ``inner`` terms makes ``sqrt(inner)`` roundings; a weight's gradient, a sum over the T*B rows,
+      ``sqrt(T * B)``.
     - An error made at one step is damped at the next (sigma' <= 1/4, f about 1/2), so those of all earlier steps add up
       to at most as much again: 2. Each layer adds its own, and a gradient passes every layer twice: 2 * layers.
     - Random errors reach about 4 standard deviations somewhere among some thousand elements: 4.
@@ -206,7 +207,7 @@ def where(name: str, index: tuple[int, ...], directions: int = 1) -> str:
 
 
 def difference(name: str, actual: Tensor, expected: Tensor, tol: float, directions: int = 1) -> str | None:
-    """None, or one line that says which tensor is off, by how much and where. ``tol`` is a share of the largest element."""
+    """None, or one line that says what is off, by how much and where. ``tol`` is a share of the largest element."""
     if actual.shape != expected.shape:
         return f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
@@ -231,7 +232,8 @@ def difference(name: str, actual: Tensor, expected: Tensor, tol: float, directio
     return (
         f"{name}: off by {worst:.3g} ({worst / (scale or 1):.3g} of its largest element, allowed {tol:.3g}) "
         f"{where(name, top, directions)}: {actual[top].item():.9g} instead of {expected[top].item():.9g}; "
-        f"{int((error > allowed).sum())} of {error.numel()} elements are off, the first {where(name, first, directions)}"
+        f"{int((error > allowed).sum())} of {error.numel()} elements are off, "
+        f"the first {where(name, first, directions)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""torch.autocast: the dtypes that stock gives, values to the rounding of the narrower type, gradients in the parameters' own."""
+"""torch.autocast: the dtypes that stock gives, values to their rounding, gradients as wide as the weights."""
 
 import pytest
 import torch

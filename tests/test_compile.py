@@ -100,7 +100,7 @@ def test_dynamic_batch_and_time_compile_once():
 
 
 def test_automatic_dynamic_shapes_compile_a_second_time_and_no_more():
-    """The first change of a size makes it dynamic; batch and time change together here, so two graphs are all there are."""
+    """The first change of a size makes it dynamic; batch and time change together here: two graphs in all."""
     module = StackedLSTM(3, 5, 2)
     function, counter = compiled(module)
     with torch.no_grad():

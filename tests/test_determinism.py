@@ -54,7 +54,7 @@ def test_any_number_of_threads_gives_the_same_bits(case, dtype, saving):
 
 
 def test_a_batch_row_does_not_depend_on_its_neighbours():
-    """Not bit for bit (tiles differ), but no row leaks into another: garbage beside it changes nothing beyond rounding."""
+    """No row leaks into another: garbage beside it changes nothing beyond rounding."""
     case = Case(3, 9, 20, 6, 18)
     module = StackedLSTM(**case.arguments())
     x, _ = make_input(case, torch.float32)

@@ -155,7 +155,7 @@ def test_where_nothing_is_random_training_equals_stock(options, p):
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.75])
 def test_the_rate_of_dropped_elements_is_p(p):
-    """n independent draws: the count lies within 5 standard deviations of n p, overall, by step, by row and by feature."""
+    """n independent draws: the count lies within 5 standard deviations of n p, overall, by step, row and feature."""
     dropped = ~torch.cat([scaled_identity_mask(p, seed, 40, 20, 50) for seed in range(4)])
     for dims in ((), (0,), (1,), (2,)):
         count = dropped.double().sum(tuple(d for d in range(3) if d not in dims))
@@ -178,7 +178,7 @@ def test_steps_rows_features_layers_and_calls_are_masked_independently():
 
 
 def test_the_mean_over_masks_is_the_value_without_dropout():
-    """Inverted dropout: E[mask] = 1. Layer 1 is kept in its linear range, so the mean of the outputs is the plain output."""
+    """Inverted dropout: E[mask] = 1. Layer 1 stays in its linear range: the mean of the outputs is the plain one."""
     torch.manual_seed(0)
     module = StackedLSTM(4, 8, 2, dropout=0.3, dtype=torch.float64)
     with torch.no_grad():

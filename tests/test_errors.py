@@ -172,7 +172,8 @@ FORWARD = [  # the call's arguments, the exception, its text
         "input elsewhere",
         lambda: (meta(X),),
         RuntimeError,
-        "Input and parameter tensors are not at the same device, found input tensor at meta and parameter tensor at cpu",
+        "Input and parameter tensors are not at the same device, "
+        "found input tensor at meta and parameter tensor at cpu",
     ),
     (
         "h_0 elsewhere",

@@ -1,4 +1,4 @@
-"""The CPU kernels, called as operators: every dtype, option, awkward size and stride against float64, forward and every gradient."""
+"""The CPU kernels, called as operators, against float64: every dtype, option, awkward size, stride and gradient."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Variable lengths: PackedSequence in, PackedSequence out, every option, against stock in float64 and against padding."""
+"""Variable lengths: PackedSequence in and out, every option, against stock in float64 and against padding."""
 
 import pytest
 import torch

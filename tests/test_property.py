@@ -86,7 +86,8 @@ def test_any_magnitude_matches_float64(case, scale):
     x = (x.detach() * scale).requires_grad_()
     got = results(module, x, hx, case.lengths, gradients=False)
     expected = truth(module, x, hx, case.lengths, gradients=False)
-    # A gate's pre-activation of size s carries an error of s * u, which a gate that is not saturated passes on: s * sigma'(s) <= 1.
+    # A pre-activation of size s carries an error of s * u, which a gate that is not saturated passes on:
+    # s * sigma'(s) <= 1.
     assert_matches(got, expected, case_tolerance(case, torch.float32) * 4, case.directions)
 
 

@@ -79,7 +79,7 @@ def test_nan_in_one_row_and_step_stays_in_its_row_and_later_steps(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e15, 1e30, 3e38])
 def test_saturated_gates_give_no_nan(size, dtype):
-    """exp overflows long before a gate's pre-activation does: sigmoid and tanh must reach their limits, and their slopes 0."""
+    """exp overflows long before a gate's pre-activation does: sigmoid and tanh reach their limits, their slopes 0."""
     module = StackedLSTM(1, 18, 2, dtype=dtype)
     for sign in (1, -1):
         x = torch.full((4, 2, 1), sign * size, dtype=dtype, requires_grad=True)
@@ -95,8 +95,10 @@ def test_saturated_gates_give_no_nan(size, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_gates_reach_zero_and_their_limits(dtype):
-    """sigmoid(0) = 1/2, tanh(0) = 0, sigmoid(huge) = 1, tanh(+-huge) = +-1 to the last bit, sigmoid(-huge) = 0 but for what a
-    float hardly holds; in every lane of a vector."""
+    """To the last bit sigmoid(0) = 1/2, tanh(0) = 0, sigmoid(huge) = 1, tanh(+-huge) = +-1, in every lane of a vector.
+
+    And sigmoid(-huge) = 0, but for what a float hardly holds.
+    """
     for hidden in (1, 3, 16, 37):
         zero = functools.partial(torch.zeros, dtype=dtype)
         state, x, h_0 = zero(1, 1, hidden) + 0.5, zero(1, 1, 1), zero(1, 1, hidden)
@@ -151,7 +153,8 @@ def test_sigmoid_and_tanh_are_accurate_over_their_whole_range(dtype):
         error = torch.where(expected == 0, got.double().abs(), ((got.double() - expected) / expected).abs())
         worst = int((error / tol).argmax())
         assert error[worst] <= tol[worst], (
-            f"{name}({values[worst]:.9g}) is {got[worst]:.17g}, not {expected[worst]:.17g}: off by {error[worst] / eps:.1f} eps"
+            f"{name}({values[worst]:.9g}) is {got[worst]:.17g}, not {expected[worst]:.17g}: "
+            f"off by {error[worst] / eps:.1f} eps"
         )
 
 

@@ -55,7 +55,7 @@ WEIGHTS = "grad of weights"  # summed over the rows by torch's BLAS, in an order
 @pytest.mark.parametrize("saving", ["full", "recompute"])
 @pytest.mark.parametrize("case", STACKS, ids=str)
 def test_any_schedule_gives_the_bits_of_one_worker(case, saving):
-    """Over batch slices, layer groups, unit slices and chunks: more workers than there are cores, or layers, or rows of a tile."""
+    """Over batch slices, layer groups, unit slices and chunks: more workers than cores, layers or rows of a tile."""
     torch.set_num_threads(4)
     arguments = forward_arguments(case, torch.float32, saving, dropout=0.25, seed=3)
     _C.force_cpu_schedule(schedule([(0, case.layers, 1, 1)], chunk_steps=23))
@@ -184,7 +184,10 @@ def test_every_chunk_is_done_once_and_nobody_waits_for_ever(case, threads, backw
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_a_chunk_waits_for_what_its_layer_reads(case, backward):
-    """Forward for the layer below up to the same chunk, backward for the layer above; all of it where that layer has two directions."""
+    """Forward for the layer below up to the same chunk, backward for the layer above.
+
+    For all of that layer, where it has two directions.
+    """
     for queue in tasks(case, 4, backward):
         chunks = max(task[4] for task in queue) + 1
         for layer, _, _, _, chunk, waits in queue:

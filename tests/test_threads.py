@@ -1,4 +1,4 @@
-"""Threads of every kind: torch's pool, Python's, forked processes, DataLoader workers, and calls that are interrupted."""
+"""Threads of every kind: torch's pool, Python's, forked processes, DataLoader workers, interrupted calls."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Derivatives of every order and kind, each against stock in float64 or, where stock has none, against a loop over stock."""
+"""Derivatives of every order and kind, each against stock in float64 or, where it has none, a loop over stock."""
 
 import pytest
 import torch
