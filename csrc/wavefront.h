@@ -116,16 +116,18 @@ constexpr int64_t lane_at(int64_t position, int64_t lanes, bool backward) {
 
 // ---- The cost model -------------------------------------------------------------------------------------------------
 
-// A core, in multiply-adds and bytes a nanosecond. Defaults: an AVX-512 server core at about 2.8 GHz.
+// A core, in multiply-adds and bytes a nanosecond. Defaults: what the kernels reach on an AVX-512 server core of 2.5 GHz
+// (Cascade Lake) that shares its machine.
 struct CpuMachine {
-  double multiply_adds = 80;  // of one element type
+  double multiply_adds = 45;  // of one element type
   double l2_bytes = 1 << 20;  // what stays close from step to step
-  double near_rate = 60;      // bytes a nanosecond from there
-  double far_rate = 14;       // from the shared cache
+  double near_rate = 50;      // bytes a nanosecond from there
+  double far_rate = 24;       // from the shared cache
   double cell = 0.9;          // nanoseconds a cell, beside its products
-  double hand_over = 1000;   // nanoseconds from one core's store to another's use, and what waiting for the slower costs
-  double start = 4000;        // nanoseconds to wake a second worker
-  int64_t unit_grain = 64;    // units are split no finer than this
+  double hand_over = 700;   // nanoseconds from one core's store to another's use, and what waiting for the slower costs
+  double imbalance = 1.1;   // the slower of two slices that meet every step, over their mean
+  double start = 4000;      // nanoseconds to wake a second worker
+  int64_t unit_grain = 64;  // units are split no finer than this
 };
 
 namespace detail {
@@ -145,7 +147,8 @@ inline StepCost step_cost(const LayerShape& layer, const CpuMachine& machine, in
   const double rate = bytes < 0.9 * machine.l2_bytes ? machine.near_rate : machine.far_rate;
   const double input = 4 * units * static_cast<double>(layer.input) * rows / machine.multiply_adds;
   const double cells = rows * units * machine.cell;
-  return {recurrent * rows / machine.multiply_adds + input + cells, bytes / rate + input + cells,
+  const double slower = slices > 1 ? machine.imbalance : 1;
+  return {slower * (recurrent * rows / machine.multiply_adds + input + cells), slower * (bytes / rate + input + cells),
           slices > 1 ? machine.hand_over * (layer.projection > 0 ? 2 : 1) : 0};
 }
 
