@@ -146,7 +146,7 @@ class BackwardWave : Wave<T> {
           lddg_(4 * padded_ + kRowPadding),
           ld_(wave.widest_ + kRowPadding),
           blocks_(wave.own_blocks(position, place, padded_)),
-          units_{blocks_.first * lanes(), std::min(blocks_.last * lanes(), hidden_)},
+          units_{std::min(blocks_.first * lanes(), hidden_), std::min(blocks_.last * lanes(), hidden_)},
           dh_panels_(recurrent_panels()),
           columns_(projects_ ? wave.columns_of(dh_panels_, wave.width_, out_) : units_),
           padded_end_(projects_ ? columns_.last : blocks_.last * lanes()),
