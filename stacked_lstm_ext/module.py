@@ -41,7 +41,7 @@ class StackedLSTM(nn.RNNBase):
         proj_size: if positive, h is projected to this many features.
         device: of the parameters.
         dtype: of the parameters. float32, float64, bfloat16 and float16 have kernels.
-        recompute: keep only h and c for the backward pass and compute the gates again there: about a fifth of the
+        recompute: keep only h and c for the backward pass and compute the gates again there: about a third of the
             memory for about one more product per layer.
 
     Inputs:
