@@ -16,14 +16,23 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+#include <ATen/cuda/CUDAContext.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <variant>
 #include <vector>
 
+#include "architectures.h"
+#include "call.h"
 #include "cpu/kernels.h"
 #include "cpu/stack_cpu.h"
+#include "diagonal.h"
 #include "stack.h"
 #include "wavefront.h"
 
@@ -32,21 +41,8 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
-using OptionalTensor = std::optional<Tensor>;
 
 // ---- What a call says of itself -------------------------------------------------------------------------------------
-
-struct Options {
-  bool bias;
-  int64_t layers;
-  bool bidirectional;
-  int64_t proj_size;
-  double dropout;
-  Saving saving;
-
-  int64_t directions() const { return bidirectional ? 2 : 1; }
-  int64_t weights_a_lane() const { return 2 + (bias ? 2 : 0) + (proj_size > 0 ? 1 : 0); }
-};
 
 Saving saving_of(const std::string& name) {
   if (name == "none") return Saving::none;
@@ -55,9 +51,29 @@ Saving saving_of(const std::string& name) {
   return Saving::recompute;
 }
 
+enum class Backend { cpu, diagonal };
+
+// Checks that there are kernels of this backend for the tensors' device.
+Backend backend_of(const std::string& name, const at::Device& device) {
+  TORCH_CHECK_VALUE(name == "cpu" || name == "diagonal", "backend should be one of cpu, diagonal, got: ", name);
+  if (name == "cpu") {
+    TORCH_CHECK_VALUE(device.is_cpu(), "backend cpu needs tensors on the CPU, got: ", device);
+    return Backend::cpu;
+  }
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+  if (device.is_cuda()) {
+    const cudaDeviceProp* properties = at::cuda::getDeviceProperties(device.index());
+    const std::string obstacle = cuda_obstacle(STACKED_LSTM_EXT_CUDA_ARCHS, properties->major, properties->minor);
+    TORCH_CHECK(obstacle.empty(), device, " (", properties->name, ") cannot run the kernels: ", obstacle);
+  }
+#endif
+  return Backend::diagonal;
+}
+
 // The last call of this thread, for `last_run`.
 struct Run {
-  Schedule schedule;
+  std::variant<Schedule, diagonal::Counts> how;
+  std::string device;
   bool backward;
   std::string saving;
   int64_t layers, steps, batch, directions;
@@ -188,15 +204,16 @@ StackShape shape_of(const Tensor& input, const OptionalTensor& batch_sizes, cons
   return shape;
 }
 
-Dropout dropout_of(const OptionalTensor& seed, const Tensor& input, const Options& options) {
-  if (options.dropout == 0 || options.layers == 1) return {};
+// The seed of the masks, where there are masks to draw.
+OptionalTensor seed_of(const OptionalTensor& seed, const Tensor& input, const Options& options) {
+  if (options.dropout == 0 || options.layers == 1) return std::nullopt;
   TORCH_CHECK_VALUE(seed.has_value(), "seed is needed with dropout ", options.dropout, " and ", options.layers,
                     " layers");
   TORCH_CHECK_VALUE(seed->numel() == 1 && seed->scalar_type() == at::kLong,
                     "seed should be an int64 tensor of one element, got: ", seed->numel(), " of ", seed->scalar_type());
   TORCH_CHECK_VALUE(seed->device() == input.device(), "seed should be on the device of input, ", input.device(),
                     ", got: ", seed->device());
-  return {options.dropout, static_cast<uint64_t>(*seed->const_data_ptr<int64_t>())};
+  return seed;
 }
 
 // ---- The CPU ------------------------------------------------------------------------------------------------------
@@ -216,6 +233,11 @@ int64_t free_threads() {
 
 // Set from Python for the calls of this thread, to compare schedules.
 thread_local std::optional<Schedule> forced_schedule;
+
+Dropout dropout_on_host(const Call& call) {
+  if (!call.seed) return {};
+  return {call.options.dropout, static_cast<uint64_t>(*call.seed->const_data_ptr<int64_t>())};
+}
 
 cpu::Workers workers_for(const StackShape& shape) {
   const int64_t threads = free_threads();
@@ -263,151 +285,163 @@ class Operands {
   std::vector<Tensor> kept_;
 };
 
-void remember(const Schedule& schedule, const StackShape& shape, const std::string& saving, bool backward) {
-  last_run = Run{schedule, backward, saving, shape.depth(), shape.steps, shape.batch, shape.directions};
+void remember(std::variant<Schedule, diagonal::Counts> how, const Call& call, const std::string& saving,
+              bool backward) {
+  const StackShape& shape = call.shape;
+  last_run = Run{std::move(how), call.input.device().str(), backward, saving, shape.depth(), shape.steps,
+                 shape.batch,    shape.directions};
 }
-
-std::vector<int64_t> output_sizes(const StackShape& shape, bool packed, int64_t width) {
-  return packed ? std::vector<int64_t>{shape.rows(), width} : std::vector<int64_t>{shape.steps, shape.batch, width};
-}
-
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
-ForwardResult run_forward(const Tensor& input, bool packed, const Tensor& h_0, const Tensor& c_0, TensorList weights,
-                          const StackShape& shape, const Dropout& dropout, const Options& options,
-                          const std::string& saving) {
-  const auto type = arithmetic_type(input);
-  const auto floats = input.options().dtype(type);
-  const bool keep_top = type != input.scalar_type();
-  const LayerShape& top = shape.layers.back();
-  const Tensor output = at::empty(output_sizes(shape, packed, shape.directions * top.output()), floats);
-  const Tensor h_n = at::empty(h_0.sizes(), floats), c_n = at::empty(c_0.sizes(), floats);
-  const Tensor reserve = at::empty({reserve_size(shape, options.saving, keep_top).total()}, floats);
+Results forward_cpu(const Call& call, const std::string& saving) {
+  const auto type = arithmetic_type(call.input);
+  const auto floats = call.input.options().dtype(type);
+  const bool keep_top = type != call.input.scalar_type();
+  const StackShape& shape = call.shape;
+  const Tensor output = at::empty(call.output_sizes(), floats);
+  const Tensor h_n = at::empty(call.h_0.sizes(), floats), c_n = at::empty(call.c_0.sizes(), floats);
+  const Tensor reserve = at::empty({reserve_size(shape, call.options.saving, keep_top).total()}, floats);
 
   Operands<T> operands(type);
-  ForwardCall<T> call;
-  call.shape = shape;
-  call.input = operands.input(input, shape, packed);
-  call.weights = operands.weights(weights, options);
-  call.h_0 = operands.take(h_0);
-  call.c_0 = operands.take(c_0);
-  call.dropout = dropout;
-  call.saving = options.saving;
-  call.keep_top = keep_top;
-  call.output = output.mutable_data_ptr<T>();
-  call.h_n = h_n.mutable_data_ptr<T>();
-  call.c_n = c_n.mutable_data_ptr<T>();
-  call.reserve = reserve.mutable_data_ptr<T>();
+  ForwardCall<T> kernel;
+  kernel.shape = shape;
+  kernel.input = operands.input(call.input, shape, call.packed);
+  kernel.weights = operands.weights(call.weights, call.options);
+  kernel.h_0 = operands.take(call.h_0);
+  kernel.c_0 = operands.take(call.c_0);
+  kernel.dropout = dropout_on_host(call);
+  kernel.saving = call.options.saving;
+  kernel.keep_top = keep_top;
+  kernel.output = output.mutable_data_ptr<T>();
+  kernel.h_n = h_n.mutable_data_ptr<T>();
+  kernel.c_n = c_n.mutable_data_ptr<T>();
+  kernel.reserve = reserve.mutable_data_ptr<T>();
   TorchPlatform platform;
-  remember(cpu::forward(call, workers_for(shape), platform), shape, saving, false);
-  if (keep_top && options.saving != Saving::none) {  // the last part of the reserve; see stack.h
+  remember(cpu::forward(kernel, workers_for(shape), platform), call, saving, false);
+  if (keep_top && call.options.saving != Saving::none) {  // the last part of the reserve; see stack.h
     reserve.narrow(0, reserve.numel() - output.numel(), output.numel()).copy_(output.flatten());
   }
-  const auto out = input.scalar_type();
+  const auto out = call.input.scalar_type();
   return {output.to(out), h_n.to(out), c_n.to(out), reserve};
 }
 
-ForwardResult forward_cpu(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0,
-                          TensorList weights, const OptionalTensor& seed, bool bias, int64_t num_layers,
-                          bool bidirectional, int64_t proj_size, double dropout, const std::string& saving) {
-  const Options options{bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
-  const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
-  const Dropout mask = dropout_of(seed, input, options);
-  const bool packed = batch_sizes.has_value();
-  return arithmetic_type(input) == at::kDouble
-             ? run_forward<double>(input, packed, h_0, c_0, weights, shape, mask, options, saving)
-             : run_forward<float>(input, packed, h_0, c_0, weights, shape, mask, options, saving);
-}
-
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
-
-struct IncomingGradients {
-  const OptionalTensor &output, &h_n, &c_n;
-};
-
 template <typename T>
-BackwardResult run_backward(const IncomingGradients& incoming, const Tensor& input, bool packed, const Tensor& h_0,
-                            const Tensor& c_0, TensorList weights, const Tensor& output, const Tensor& reserve,
-                            const StackShape& shape, const Dropout& dropout, const Options& options,
-                            const std::string& saving, bool input_grad, bool weight_grad) {
-  const auto type = arithmetic_type(input);
-  const auto floats = input.options().dtype(type);
+Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradients& incoming, const std::string& saving,
+                       bool input_grad, bool weight_grad) {
+  const auto type = arithmetic_type(call.input);
+  const auto floats = call.input.options().dtype(type);
+  const StackShape& shape = call.shape;
+  const Options& options = call.options;
   Operands<T> operands(type);
-  BackwardCall<T> call;
-  call.shape = shape;
-  call.input = operands.input(input, shape, packed);
-  call.weights = operands.weights(weights, options);
-  call.h_0 = operands.take(h_0);
-  call.c_0 = operands.take(c_0);
-  call.dropout = dropout;
-  call.saving = options.saving;
-  call.keep_top = type != input.scalar_type();
-  call.output = call.keep_top ? nullptr : operands.take(output);
-  call.reserve = operands.take(reserve);
-  call.grad_output = operands.take(incoming.output);
-  call.grad_h_n = operands.take(incoming.h_n);
-  call.grad_c_n = operands.take(incoming.c_n);
+  BackwardCall<T> kernel;
+  kernel.shape = shape;
+  kernel.input = operands.input(call.input, shape, call.packed);
+  kernel.weights = operands.weights(call.weights, options);
+  kernel.h_0 = operands.take(call.h_0);
+  kernel.c_0 = operands.take(call.c_0);
+  kernel.dropout = dropout_on_host(call);
+  kernel.saving = options.saving;
+  kernel.keep_top = type != call.input.scalar_type();
+  kernel.output = kernel.keep_top ? nullptr : operands.take(kept.output);
+  kernel.reserve = operands.take(kept.reserve);
+  kernel.grad_output = operands.take(incoming.output);
+  kernel.grad_h_n = operands.take(incoming.h_n);
+  kernel.grad_c_n = operands.take(incoming.c_n);
 
   Tensor grad_input[2];
   for (int64_t d = 0; d < 2; ++d) {
     const bool wanted = input_grad && d < shape.directions;
-    if (wanted) grad_input[d] = at::empty(input.sizes(), floats);
-    call.grad_input[d] = wanted ? grad_input[d].mutable_data_ptr<T>() : nullptr;
+    if (wanted) grad_input[d] = at::empty(call.input.sizes(), floats);
+    kernel.grad_input[d] = wanted ? grad_input[d].mutable_data_ptr<T>() : nullptr;
   }
-  const Tensor grad_h_0 = at::empty(h_0.sizes(), floats), grad_c_0 = at::empty(c_0.sizes(), floats);
-  call.grad_h_0 = grad_h_0.mutable_data_ptr<T>();
-  call.grad_c_0 = grad_c_0.mutable_data_ptr<T>();
+  const Tensor grad_h_0 = at::empty(call.h_0.sizes(), floats), grad_c_0 = at::empty(call.c_0.sizes(), floats);
+  kernel.grad_h_0 = grad_h_0.mutable_data_ptr<T>();
+  kernel.grad_c_0 = grad_c_0.mutable_data_ptr<T>();
   std::vector<Tensor> grad_weights;
   if (weight_grad) {
-    for (const Tensor& w : weights) grad_weights.push_back(at::empty(w.sizes(), floats));
+    for (const Tensor& w : call.weights) grad_weights.push_back(at::empty(w.sizes(), floats));
     const int64_t a_lane = options.weights_a_lane();
     for (int64_t lane = 0; lane < shape.lanes(); ++lane) {
       const auto at = [&](int64_t n) {
         return grad_weights[static_cast<size_t>(lane * a_lane + n)].template mutable_data_ptr<T>();
       };
-      call.gradients.push_back({at(0), at(1), options.bias ? at(2) : nullptr, options.bias ? at(3) : nullptr,
-                                options.proj_size > 0 ? at(a_lane - 1) : nullptr});
+      kernel.gradients.push_back({at(0), at(1), options.bias ? at(2) : nullptr, options.bias ? at(3) : nullptr,
+                                  options.proj_size > 0 ? at(a_lane - 1) : nullptr});
     }
   }
 
   TorchPlatform platform;
-  remember(cpu::backward(call, workers_for(shape), platform), shape, saving, true);
-  const auto out = input.scalar_type();
+  remember(cpu::backward(kernel, workers_for(shape), platform), call, saving, true);
+  const auto out = call.input.scalar_type();
   if (!input_grad) grad_input[0] = at::empty({0}, floats);
   if (input_grad && shape.directions == 2) grad_input[0].add_(grad_input[1]);
   for (Tensor& g : grad_weights) g = g.to(out);
   return {grad_input[0].to(out), grad_h_0.to(out), grad_c_0.to(out), std::move(grad_weights)};
 }
 
-BackwardResult backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                            const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& batch_sizes,
-                            const Tensor& h_0, const Tensor& c_0, TensorList weights, const OptionalTensor& seed,
-                            const Tensor& output, const Tensor& reserve, bool bias, int64_t num_layers,
-                            bool bidirectional, int64_t proj_size, double dropout, const std::string& saving,
-                            bool input_grad, bool weight_grad) {
+// ---- The operators --------------------------------------------------------------------------------------------------
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
+ForwardResult forward(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0,
+                      TensorList weights, const OptionalTensor& seed, bool bias, int64_t num_layers, bool bidirectional,
+                      int64_t proj_size, double dropout, const std::string& saving, const std::string& backend) {
+  const Backend kind = backend_of(backend, input.device());
+  const Options options{bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
+  const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
+  const Call call{input, batch_sizes.has_value(), h_0, c_0, weights, seed_of(seed, input, options), options, shape};
+  Results results;
+  if (kind == Backend::diagonal) {
+    diagonal::Counts counts;
+    results = diagonal::forward(call, counts);
+    remember(counts, call, saving, false);
+  } else {
+    results =
+        arithmetic_type(input) == at::kDouble ? forward_cpu<double>(call, saving) : forward_cpu<float>(call, saving);
+  }
+  return {results.output, results.h_n, results.c_n, results.reserve};
+}
+
+BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                        const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& batch_sizes,
+                        const Tensor& h_0, const Tensor& c_0, TensorList weights, const OptionalTensor& seed,
+                        const Tensor& output, const Tensor& reserve, bool bias, int64_t num_layers, bool bidirectional,
+                        int64_t proj_size, double dropout, const std::string& saving, bool input_grad, bool weight_grad,
+                        const std::string& backend) {
+  const Backend kind = backend_of(backend, input.device());
   const Options options{bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
   TORCH_CHECK_VALUE(options.saving != Saving::none,
                     "backward needs a forward with saving \"full\" or \"recompute\", got: ", saving);
   const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
-  const Dropout mask = dropout_of(seed, input, options);
-  const bool packed = batch_sizes.has_value();
+  const Call call{input, batch_sizes.has_value(), h_0, c_0, weights, seed_of(seed, input, options), options, shape};
   const auto type = arithmetic_type(input);
-  const LayerShape& top = shape.layers.back();
-  const auto sizes = output_sizes(shape, packed, shape.directions * top.output());
+  const auto sizes = call.output_sizes();
   check_same(output, input, "output");
   check_shape(output, sizes, "output");
   TORCH_CHECK_VALUE(reserve.scalar_type() == type && reserve.device() == input.device(), "reserve should be ", type,
                     " on ", input.device(), ", got: ", reserve.scalar_type(), " on ", reserve.device());
-  check_shape(reserve, {reserve_size(shape, options.saving, type != input.scalar_type()).total()}, "reserve");
+  const int64_t kept =
+      kind == Backend::diagonal
+          ? diagonal::reserve_elements(shape, options.saving, static_cast<int64_t>(input.element_size()),
+                                       static_cast<int64_t>(reserve.element_size()))
+          : reserve_size(shape, options.saving, type != input.scalar_type()).total();
+  check_shape(reserve, {kept}, "reserve");
   const IncomingGradients incoming{grad_output, grad_h_n, grad_c_n};
   if (grad_output) check_same(*grad_output, input, "grad_output"), check_shape(*grad_output, sizes, "grad_output");
   if (grad_h_n) check_same(*grad_h_n, input, "grad_h_n"), check_shape(*grad_h_n, h_0.sizes(), "grad_h_n");
   if (grad_c_n) check_same(*grad_c_n, input, "grad_c_n"), check_shape(*grad_c_n, c_0.sizes(), "grad_c_n");
-  return type == at::kDouble ? run_backward<double>(incoming, input, packed, h_0, c_0, weights, output, reserve, shape,
-                                                    mask, options, saving, input_grad, weight_grad)
-                             : run_backward<float>(incoming, input, packed, h_0, c_0, weights, output, reserve, shape,
-                                                   mask, options, saving, input_grad, weight_grad);
+  Gradients gradients;
+  if (kind == Backend::diagonal) {
+    diagonal::Counts counts;
+    gradients = diagonal::backward(call, {output, reserve}, incoming, input_grad, weight_grad, counts);
+    remember(counts, call, saving, true);
+  } else {
+    gradients = type == at::kDouble
+                    ? backward_cpu<double>(call, {output, reserve}, incoming, saving, input_grad, weight_grad)
+                    : backward_cpu<float>(call, {output, reserve}, incoming, saving, input_grad, weight_grad);
+  }
+  return {gradients.input, gradients.h_0, gradients.c_0, std::move(gradients.weights)};
 }
 
 // ---- The Python module ----------------------------------------------------------------------------------------------
@@ -436,6 +470,19 @@ py::dict describe(const Schedule& schedule, int64_t directions) {
                   py::arg("why") = why);
 }
 
+py::dict describe(const diagonal::Counts& counts) {
+  const Diagonals& schedule = counts.schedule;
+  const std::string why = schedule.directions == 2
+                              ? "the two directions of a layer run side by side, the layers in turn"
+                          : schedule.depth == 1 ? "one layer: its steps in turn"
+                                                : "all layers side by side, each a chunk behind the one below";
+  return py::dict(py::arg("backend") = "diagonal", py::arg("chunk_steps") = schedule.chunk_steps,
+                  py::arg("input_steps") = schedule.input_chunks * schedule.chunk_steps,
+                  py::arg("diagonals") = schedule.diagonals(), py::arg("launches") = counts.launches,
+                  py::arg("products") = counts.products, py::arg("why") = why,
+                  py::arg("binds") = "two launches a diagonal");
+}
+
 StackShape padded_shape(int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
                         bool bidirectional, int64_t seq_len, int64_t batch_size) {
   StackShape shape;
@@ -454,6 +501,12 @@ py::dict build_info() {
   isas.append("default");
   if (cpu::kernels_avx2<float>()) isas.append("avx2");
   if (cpu::kernels_avx512<float>()) isas.append("avx512");
+  py::object cuda = py::none();
+  py::list archs;
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+  cuda = py::str(STACKED_LSTM_EXT_CUDA_VERSION);
+  for (const std::string& arch : split_archs(STACKED_LSTM_EXT_CUDA_ARCHS)) archs.append(arch);
+#endif
 #if defined(__clang__)
   const std::string compiler = "clang " __clang_version__;
 #elif defined(__GNUC__)
@@ -463,7 +516,7 @@ py::dict build_info() {
 #endif
   return py::dict(py::arg("version") = STACKED_LSTM_EXT_VERSION, py::arg("torch") = TORCH_VERSION,
                   py::arg("compiler") = compiler, py::arg("cpp_standard") = static_cast<int64_t>(__cplusplus),
-                  py::arg("isas") = isas, py::arg("cuda") = py::none(), py::arg("cuda_archs") = py::list());
+                  py::arg("isas") = isas, py::arg("cuda") = cuda, py::arg("cuda_archs") = archs);
 }
 
 }  // namespace
@@ -472,22 +525,29 @@ py::dict build_info() {
 TORCH_LIBRARY(stacked_lstm_ext, m) {
   m.def(
       "forward(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, bool bias, "
-      "int num_layers, bool bidirectional, int proj_size, float dropout, str saving) "
+      "int num_layers, bool bidirectional, int proj_size, float dropout, str saving, str backend) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, Tensor "
       "h_0, "
       "Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, Tensor reserve, bool bias, int num_layers, "
-      "bool bidirectional, int proj_size, float dropout, str saving, bool input_grad, bool weight_grad) "
+      "bool bidirectional, int proj_size, float dropout, str saving, bool input_grad, bool weight_grad, str backend) "
       "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)",
       {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(stacked_lstm_ext, CPU, m) {
-  m.impl("forward", &stacked_lstm::forward_cpu);
-  m.impl("backward", &stacked_lstm::backward_cpu);
+  m.impl("forward", &stacked_lstm::forward);
+  m.impl("backward", &stacked_lstm::backward);
 }
+
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+TORCH_LIBRARY_IMPL(stacked_lstm_ext, CUDA, m) {
+  m.impl("forward", &stacked_lstm::forward);
+  m.impl("backward", &stacked_lstm::backward);
+}
+#endif
 
 PYBIND11_MODULE(_C, m) {
   using namespace stacked_lstm;
@@ -549,7 +609,9 @@ PYBIND11_MODULE(_C, m) {
         });
   m.def("last_run", []() -> py::object {
     if (!last_run) return py::none();
-    py::dict run = describe(last_run->schedule, last_run->directions);
+    const auto* counts = std::get_if<diagonal::Counts>(&last_run->how);
+    py::dict run = counts ? describe(*counts) : describe(std::get<Schedule>(last_run->how), last_run->directions);
+    run["device"] = last_run->device;
     run["pass"] = last_run->backward ? "backward" : "forward";
     run["saving"] = last_run->saving;
     run["layers"] = last_run->layers;
@@ -558,6 +620,34 @@ PYBIND11_MODULE(_C, m) {
     return run;
   });
   m.def("clear_last_run", [] { last_run.reset(); });
+  m.def("diagonal_plan", [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
+                            bool bidirectional, int64_t seq_len, int64_t batch_size, bool double_precision,
+                            bool backward, const std::string& saving, double dropout) {
+    const StackShape shape =
+        padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+    const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
+    return describe(diagonal::predict(shape, options, double_precision ? 8 : 4, backward, true, true));
+  });
+  m.def("force_diagonal_chunk", [](std::optional<int64_t> steps) {
+    TORCH_CHECK_VALUE(!steps || *steps > 0, "a chunk should have at least one step, got: ", steps.value_or(0));
+    diagonal::force_chunk(steps);
+  });
+  // Why a GPU of this compute capability cannot run kernels built for `archs` (those of this build when not given).
+  m.def(
+      "cuda_obstacle",
+      [](int major, int minor, const std::optional<std::string>& archs) {
+        if (archs) return cuda_obstacle(*archs, major, minor);
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+        return cuda_obstacle(STACKED_LSTM_EXT_CUDA_ARCHS, major, minor);
+#else
+        return std::string("this build has no CUDA kernels");
+#endif
+      },
+      py::arg("major"), py::arg("minor"), py::arg("archs") = py::none());
+  // For tests: the driver of the diagonal schedule runs these kernels on the CPU (the address of a gates::Table; 0: its
+  // own), so that the CUDA kernels, emulated, can be seen at work.
+  m.def("_use_gate_kernels",
+        [](uintptr_t table) { diagonal::use_host_kernels(reinterpret_cast<const gates::Table*>(table)); });
   m.def("cpu_maths", [](uintptr_t x, int64_t n, uintptr_t sigmoid, uintptr_t tanh, bool double_precision) {
     if (double_precision) {
       cpu::kernels<double>().maths(reinterpret_cast<const double*>(x), n, reinterpret_cast<double*>(sigmoid),

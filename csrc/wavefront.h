@@ -246,4 +246,79 @@ inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMach
   return best;
 }
 
+// ---- The diagonal schedule, for devices that run one kernel over everything at a time ------------------------------
+
+// Stage m holds the chunks (layer k, chunk m - k): all layers at once, each a chunk behind the one below. Their input
+// projections are one product, for everything they need lies in the stage before. Step s of a stage, all its layers
+// side by side, is a diagonal: one recurrent product and one kernel for the gates. Of a bidirectional stack, whose layers
+// have to wait for each other, a stage holds a chunk of both directions of one layer.
+//
+// Backward takes the same stages, and the steps in each, from the last to the first.
+struct Diagonals {
+  int64_t steps = 1;       // T
+  int64_t depth = 1;       // L
+  int64_t directions = 1;  // D
+  int64_t chunk_steps = 1;
+  int64_t input_chunks = 1;  // chunks that are projected at once where the input is all there: of layer 0, or, with two
+                             // directions, of every layer
+
+  // The lanes of a stage or of a diagonal are neighbours.
+  struct Lanes {
+    int64_t first, count;
+  };
+
+  int64_t chunks() const { return (steps + chunk_steps - 1) / chunk_steps; }
+  int64_t stages() const { return directions == 2 ? depth * chunks() : chunks() + depth - 1; }
+  int64_t chunk_of(int64_t stage, int64_t lane) const { return directions == 2 ? stage % chunks() : stage - lane; }
+  int64_t length(int64_t chunk) const { return std::min(chunk_steps, steps - chunk * chunk_steps); }
+
+  Lanes lanes(int64_t stage) const {
+    if (directions == 2) return {stage / chunks() * 2, 2};
+    const int64_t first = std::max<int64_t>(stage - chunks() + 1, 0);
+    return {first, std::min(stage, depth - 1) - first + 1};
+  }
+  // Those that have a step s: all but the one, the lowest, that may be in a last chunk that is shorter.
+  Lanes lanes(int64_t stage, int64_t s) const {
+    Lanes some = lanes(stage);
+    if (length(chunk_of(stage, some.first)) <= s) {
+      some.count = directions == 2 ? 0 : some.count - 1;
+      ++some.first;
+    }
+    return some;
+  }
+  // How many diagonals a stage has.
+  int64_t length_of_stage(int64_t stage) const {
+    const Lanes some = lanes(stage);
+    return length(chunk_of(stage, some.first + (directions == 2 ? 0 : some.count - 1)));
+  }
+  int64_t diagonals() const {
+    int64_t sum = 0;
+    for (int64_t stage = 0; stage < stages(); ++stage) sum += length_of_stage(stage);
+    return sum;
+  }
+};
+
+// Chunks cost the fill, (L-1)·C diagonals of two launches, and save products: one a stage, T/C of them. A stage's product
+// is taken for half a diagonal's two launches and their work (an estimate: to be fitted on a GPU).
+inline Diagonals plan_diagonals(const StackShape& shape, int64_t element_bytes) {
+  Diagonals plan{shape.steps, shape.depth(), shape.directions, 1, 1};
+  const int64_t batch = std::max<int64_t>(shape.batch, 1);
+  int64_t widest = 1;
+  for (const LayerShape& layer : shape.layers) widest = std::max(widest, layer.hidden);
+  // Enough rows for a large product, but no more than 64 MiB of its results.
+  const int64_t most_rows = (int64_t{64} << 20) / (4 * widest * element_bytes * shape.directions);
+  const int64_t rows = std::max(std::min<int64_t>(2048, most_rows), batch);
+  const int64_t input_steps = std::min(std::max<int64_t>(rows / batch, 1), std::max<int64_t>(shape.steps, 1));
+  if (shape.directions == 2 || shape.depth() == 1) {
+    plan.chunk_steps = input_steps;  // there is no fill
+    return plan;
+  }
+  const int64_t fill = shape.depth() - 1;
+  int64_t chunk = 1;
+  while ((chunk + 1) * (chunk + 1) * 2 * fill <= shape.steps) ++chunk;  // √(T / 2(L-1))
+  plan.chunk_steps = std::min(chunk, input_steps);
+  plan.input_chunks = std::max<int64_t>(input_steps / plan.chunk_steps, 1);
+  return plan;
+}
+
 }  // namespace stacked_lstm

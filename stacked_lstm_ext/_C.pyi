@@ -35,6 +35,30 @@ def force_cpu_schedule(schedule: dict[str, Any] | None) -> None:
     """Run the CPU kernels of this thread with ``schedule`` (the form that ``cpu_plan`` returns; ``batch_slices``,
     ``chunk_steps`` and ``phases`` count) instead of the cheapest; ``None`` goes back to that."""
 
+def diagonal_plan(
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    seq_len: int,
+    batch_size: int,
+    double_precision: bool,
+    backward: bool,
+    saving: str,
+    dropout: float,
+) -> dict[str, Any]: ...
+def force_diagonal_chunk(steps: int | None) -> None:
+    """Run the diagonals of this thread in chunks of so many steps; ``None`` goes back to the chunks as planned."""
+
+def cuda_obstacle(major: int, minor: int, archs: str | None = None) -> str:
+    """Why a GPU of this compute capability cannot run kernels built for ``archs`` (a ``TORCH_CUDA_ARCH_LIST``; of this
+    build by default), in words; empty if it can."""
+
+def _use_gate_kernels(table: int) -> None:
+    """Put other kernels, the ``gates::Table`` at this address, in the place of those that run diagonals on the CPU; 0
+    restores them."""
+
 def cpu_maths(x: int, n: int, sigmoid: int, tanh: int, double_precision: bool) -> None:
     """The kernels' sigmoid and tanh of ``n`` numbers; the arguments are addresses (``Tensor.data_ptr()``)."""
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .plan import Plan, choose_backend, choose_saving, make_plan
+from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan
 from .transplant import obstacle_to_replacing, transplant
 
 __all__ = ["StackedLSTM"]
@@ -129,6 +129,9 @@ class StackedLSTM(nn.RNNBase):
         # The pickle of an nn.LSTM, or of this module before it had the setting.
         self.__dict__.setdefault("recompute", False)
 
+    def flatten_parameters(self) -> None:
+        """Nothing: no kernel here wants its weights in the one buffer that cuDNN does."""
+
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
@@ -235,7 +238,7 @@ class StackedLSTM(nn.RNNBase):
             input, h_0, c_0, *weights = (_cast(tensor, autocast_dtype) for tensor in (input, h_0, c_0, *weights))
         self._check_dtypes(input, h_0, c_0, weights)
 
-        dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
+        dropout = self._dropout_in_effect()
         if not 0 <= dropout <= 1:
             raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout}")
         seed = None
@@ -243,12 +246,15 @@ class StackedLSTM(nn.RNNBase):
             seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=input.device)
 
         tensors = (input, h_0, c_0, *weights)
-        name, reason = choose_backend(input.device.type, input.dtype, _transform(tensors))
+        name, reason = choose_backend(input.device, input.dtype, _transform(tensors))
         options = (self.bias, self.num_layers, self.bidirectional, self.proj_size, dropout)
         if name == "reference":
             return ops.run_reference(input, batch_sizes, h_0, c_0, weights, seed, *options, reason=reason)
         saving = choose_saving(_needs_grad(tensors), self.recompute)
-        return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options, saving)
+        return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options, saving, kernel_backend(name))
+
+    def _dropout_in_effect(self) -> float:
+        return self.dropout if self.training and self.num_layers > 1 else 0.0
 
     def _current_weights(self) -> list[Tensor]:
         """The weights as they are now, whoever swaps them: functional_call, a parametrization, weight norm, pruning."""
@@ -326,11 +332,12 @@ class StackedLSTM(nn.RNNBase):
         if training is None:
             training = _needs_grad(weights)
         return make_plan(
-            choice=choose_backend(device.type, dtype, _transform(weights)),
+            choice=choose_backend(device, dtype, _transform(weights)),
             device=device,
             dtype=dtype,
             needs_grad=training,
             recompute=self.recompute,
+            dropout=self._dropout_in_effect(),
             sizes={
                 "input_size": self.input_size,
                 "hidden_size": self.hidden_size,

@@ -27,10 +27,12 @@ except ImportError as error:
         "built in the environment it runs in: pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
-__all__ = ["backward", "forward", "reference_run", "reserve_numel", "run_kernel", "run_reference"]
+__all__ = ["KERNEL_BACKENDS", "backward", "forward", "reference_run", "reserve_numel", "run_kernel", "run_reference"]
 
 forward = torch.ops.stacked_lstm_ext.forward.default
 backward = torch.ops.stacked_lstm_ext.backward.default
+
+KERNEL_BACKENDS = ("cpu", "diagonal")
 
 # Rows of the unit dimension are padded in the reserve so that every one starts on a vector of the widest instruction
 # set.
@@ -45,22 +47,51 @@ def reserve_numel(
     proj_size: int,
     dtype: torch.dtype,
     saving: str,
+    backend: str,
 ) -> int:
     """Elements (float64 for float64, else float32) that the forward pass keeps for the backward pass.
 
     Args:
         rows: ``T·B``, or the length of the packed data.
         saving: ``"none"``, ``"full"`` (h, c and the four gates) or ``"recompute"`` (h and c).
+        backend: ``"cpu"`` or ``"diagonal"``: what runs both passes.
     """
+    if backend not in KERNEL_BACKENDS:
+        raise ValueError(f"backend should be one of {', '.join(KERNEL_BACKENDS)}, got: {backend}")
     if saving == "none":
         return 0
     directions = 2 if bidirectional else 1
     padded_units = (hidden_size + _UNIT_PADDING - 1) // _UNIT_PADDING * _UNIT_PADDING
     width = directions * (proj_size or hidden_size)
-    # The last layer's h is the output itself, unless that is rounded to 16 bits.
-    kept_outputs = num_layers - 1 + (dtype.itemsize == 2)
     per_cell = 5 if saving == "full" else 1
-    return rows * (per_cell * num_layers * directions * padded_units + kept_outputs * width)
+    cells = rows * per_cell * num_layers * directions * padded_units
+    # The last layer's h is the output itself.
+    outputs = rows * (num_layers - 1) * width
+    if dtype.itemsize > 2:
+        return cells + outputs
+    if backend == "diagonal":
+        return cells + (outputs + 1) // 2  # h is rounded to 16 bits at every step: two in an element
+    return cells + outputs + rows * width  # h is not rounded inside, but the output is, so all of it is kept
+
+
+def _check_devices(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+    seed: Tensor | None,
+    backend: str,
+) -> None:
+    """What ``csrc/ops.cpp`` would refuse, refused by the fakes, in its words: while tracing, not when it runs."""
+    device = input.device
+    if backend == "cpu" and device.type not in ("cpu", "meta"):
+        raise ValueError(f"backend cpu needs tensors on the CPU, got: {device}")
+    for name, tensor in (("h_0", h_0), ("c_0", c_0), *(("every weight", weight) for weight in weights), ("seed", seed)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} should be on the device of input, {device}, got: {tensor.device}")
+    if batch_sizes is not None and batch_sizes.device.type not in ("cpu", "meta" if device.type == "meta" else "cpu"):
+        raise ValueError(f"batch_sizes should be a one-dimensional int64 tensor on the CPU, got: {batch_sizes.device}")
 
 
 @torch.library.register_fake("stacked_lstm_ext::forward")
@@ -77,11 +108,13 @@ def _forward_fake(
     proj_size: int,
     dropout: float,
     saving: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(input, batch_sizes, h_0, c_0, weights, seed, backend)
     hidden_size = c_0.size(-1)
     width = (2 if bidirectional else 1) * (proj_size or hidden_size)
     rows = input.size(0) if batch_sizes is not None else input.size(0) * input.size(1)
-    numel = reserve_numel(rows, hidden_size, num_layers, bidirectional, proj_size, input.dtype, saving)
+    numel = reserve_numel(rows, hidden_size, num_layers, bidirectional, proj_size, input.dtype, saving, backend)
     reserve_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (
         input.new_empty((*input.shape[:-1], width)),
@@ -112,7 +145,9 @@ def _backward_fake(
     saving: str,
     input_grad: bool,
     weight_grad: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    _check_devices(input, batch_sizes, h_0, c_0, weights, seed, backend)
     return (
         input.new_empty(input.shape if input_grad else (0,)),
         h_0.new_empty(h_0.shape),
@@ -122,9 +157,10 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, reserve: Tensor) -> None:
-    input, batch_sizes, h_0, c_0, weights, seed, *options, saving = inputs
+    input, batch_sizes, h_0, c_0, weights, seed, *options, saving, backend = inputs
     ctx.options = tuple(options)
     ctx.saving = saving
+    ctx.backend = backend
     ctx.set_materialize_grads(False)
     if saving != "none":
         ctx.save_for_backward(input, batch_sizes, h_0, c_0, seed, output, reserve, *weights)
@@ -169,6 +205,7 @@ def _gradients(
         ctx.saving,
         needs_input,
         any_weight,
+        ctx.backend,
     )
     if not any_weight:
         grad_weights = [None] * len(weights)
@@ -305,9 +342,9 @@ def run_kernel(
     """The operator ``forward`` without its reserve, in the cheapest way that this moment allows.
 
     Args:
-        options: what follows ``seed`` in the operator's schema, the saving mode last.
+        options: what follows ``seed`` in the operator's schema, the saving mode and the backend last.
     """
-    if options[-1] == "none" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if options[-2] == "none" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         output, h_n, c_n, _ = forward(input, batch_sizes, h_0, c_0, weights, seed, *options)
         return output, h_n, c_n
     return _EagerLSTM.apply(input, batch_sizes, h_0, c_0, seed, options, *weights)

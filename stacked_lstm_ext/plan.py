@@ -6,6 +6,7 @@ There is one choice, :func:`choose_backend`. The forward pass of :class:`.Stacke
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,18 @@ import torch
 
 from .ops import _C, reference_run, reserve_numel
 
-__all__ = ["BACKENDS", "Plan", "backend", "choose_backend", "choose_saving", "last_run"]
+__all__ = [
+    "BACKENDS",
+    "Plan",
+    "backend",
+    "choose_backend",
+    "choose_saving",
+    "gpu_obstacle",
+    "kernel_backend",
+    "last_run",
+]
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "diagonal")
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -40,7 +50,8 @@ def backend(name: str) -> Iterator[None]:
     A backward pass runs on what its forward pass ran on, whether or not it lies in the block.
 
     Args:
-        name: ``"auto"`` (the default choice), ``"reference"`` (plain torch operations) or ``"cpu"`` (the CPU kernels).
+        name: ``"auto"`` (the default choice), ``"reference"`` (plain torch operations), ``"cpu"`` (the CPU kernels) or
+            ``"diagonal"`` (batched products and fused gates, a diagonal of cells at a time, on a GPU or on the CPU).
 
     Raises:
         ValueError: for any other name.
@@ -56,37 +67,76 @@ def backend(name: str) -> Iterator[None]:
         _selection.name = previous
 
 
-def choose_backend(device_type: str, dtype: torch.dtype, transform: str = "") -> tuple[str, str]:
+def choose_backend(device: torch.device, dtype: torch.dtype, transform: str = "") -> tuple[str, str]:
     """Decide what runs a call, under the backend that is forced, if one is.
 
     Args:
-        device_type: where the tensors are, as in ``tensor.device.type``.
+        device: where the tensors are.
         dtype: their dtype, after autocast.
         transform: what is to be done to the call that no kernel can follow, in words; empty for an ordinary call.
 
     Returns:
-        ``(backend, reason)``, where backend is ``"cpu"``, ``"reference"`` or, for tensors without data, ``"meta"``.
+        ``(backend, reason)``, where backend is ``"cpu"``, ``"diagonal"``, ``"reference"`` or, for tensors without data,
+        ``"meta"``.
 
     Raises:
         RuntimeError: if the forced backend cannot run the call.
     """
-    if _selection.name == "reference":
+    forced = _selection.name
+    if forced == "reference":
         return "reference", "forced by backend('reference')"
     if transform:
         obstacle = f"{transform}, which the kernels cannot follow"
     elif dtype not in _KERNEL_DTYPES:
         obstacle = f"there is no kernel for {dtype}"
-    elif device_type not in ("cpu", "meta"):
-        obstacle = f"there is no kernel for device type '{device_type}'"
-    else:
+    elif device.type in ("cpu", "meta"):
         obstacle = ""
-    if not obstacle:
-        if device_type == "meta":
-            return "meta", "meta tensors have shapes but no data: nothing runs"
-        return "cpu", "forced by backend('cpu')" if _selection.name == "cpu" else "the tensors are on the CPU"
-    if _selection.name != "auto":
-        raise RuntimeError(f"backend '{_selection.name}' is forced but cannot run this call: {obstacle}")
-    return "reference", obstacle
+    elif device.type != "cuda":
+        obstacle = f"there is no kernel for device type '{device.type}'"
+    elif forced == "cpu":
+        obstacle = f"it works on CPU tensors, and these are on {device}"
+    else:
+        obstacle = gpu_obstacle(device)
+    if obstacle:
+        if forced != "auto":
+            raise RuntimeError(f"backend '{forced}' is forced but cannot run this call: {obstacle}")
+        return "reference", obstacle
+    if device.type == "meta":
+        return "meta", "meta tensors have shapes but no data: nothing runs"
+    if forced != "auto":
+        return forced, f"forced by backend('{forced}')"
+    if device.type == "cuda":
+        return "diagonal", "the tensors are on a GPU"
+    return "cpu", "the tensors are on the CPU"
+
+
+def kernel_backend(choice: str) -> str:
+    """The operators' argument ``backend`` for a choice; for tensors without data, what would be saved depends on it."""
+    if choice == "meta":
+        return "diagonal" if _selection.name == "diagonal" else "cpu"
+    return choice
+
+
+def gpu_obstacle(device: torch.device) -> str:
+    """Why the CUDA kernels cannot run on ``device``, in words; empty if they can. A device is asked once."""
+    return _ask_gpu(device)
+
+
+# A device does not change, so torch.compile may take the answer for a constant instead of tracing the question. This is
+# what torch.compiler.assume_constant_result does, less its import of all of torch.compile.
+gpu_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _ask_gpu(device: torch.device) -> str:
+    if _C.build_info()["cuda"] is None:
+        return "this build has no CUDA kernels (docs/install.md says how to build them)"
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError) as error:  # a tensor under FakeTensorMode may be on a GPU that does not exist
+        return f"{device} cannot be asked what it can do: {error}"
+    obstacle = _C.cuda_obstacle(major, minor)
+    return f"{device} cannot run the kernels: {obstacle}" if obstacle else ""
 
 
 def choose_saving(needs_grad: bool, recompute: bool) -> str:
@@ -101,8 +151,8 @@ def last_run() -> dict[str, Any] | None:
 
     Of a kernel it holds the schedule under the keys of :attr:`Plan.schedule` (or ``backward_schedule``). In either
     case it holds ``backend``, ``pass`` (``"forward"`` or ``"backward"``), ``saving``, ``layers``, ``seq_len`` and
-    ``batch_size``. Compiled code that runs the reference leaves no record; torch runs the backward pass of CUDA
-    tensors in threads of its own.
+    ``batch_size``; of a kernel, ``device`` too. Compiled code that runs the reference leaves no record; torch runs the
+    backward pass of CUDA tensors in threads of its own.
     """
     return _C.last_run() or reference_run.record
 
@@ -112,19 +162,19 @@ class Plan:
     """What a call of a :class:`.StackedLSTM` would run. ``print`` it.
 
     Attributes:
-        backend: ``"cpu"``, ``"reference"`` or ``"meta"``.
+        backend: ``"cpu"``, ``"diagonal"``, ``"reference"`` or ``"meta"``.
         reason: why that one.
         device: where the parameters are.
         dtype: of the computation, after autocast.
         isa: the instruction set of the CPU kernels; ``None`` for other backends.
-        threads: how many threads take part in the forward pass.
+        threads: how many threads of the CPU there are for the forward pass; 0 on a GPU.
         saving: what is kept for the backward pass: ``"none"``, ``"full"``, ``"recompute"``, or ``"autograd"`` for the
             reference, where torch decides.
         saved_bytes: how much that is, beside inputs, weights and outputs; ``None`` where torch decides.
         forward: what the forward pass does, in words.
         backward: what the backward pass does, in words.
-        schedule: the schedule of the forward kernels as numbers (``csrc/wavefront.h`` makes it); empty for other
-            backends.
+        schedule: the schedule of the forward kernels as numbers (``csrc/wavefront.h`` makes it for the CPU kernels,
+            ``csrc/diagonal.h`` for the diagonals); empty for other backends.
         backward_schedule: that of the backward kernels; empty when no backward pass will follow, too.
     """
 
@@ -156,7 +206,7 @@ class Plan:
         predicted = [
             f"{name} {schedule['predicted_us']:.4g} µs (bound by {schedule['binds']})"
             for name, schedule in (("forward", self.schedule), ("backward", self.backward_schedule))
-            if schedule
+            if "predicted_us" in schedule
         ]
         if predicted:
             lines.append(f"  predicted {', '.join(predicted)}")
@@ -179,6 +229,7 @@ def make_plan(
     dtype: torch.dtype,
     needs_grad: bool,
     recompute: bool,
+    dropout: float,
     sizes: dict[str, Any],
     seq_len: int,
     batch_size: int,
@@ -189,6 +240,7 @@ def make_plan(
     Args:
         choice: what :func:`choose_backend` returned.
         needs_grad: whether a backward pass will follow.
+        dropout: the rate in effect.
         sizes: ``input_size``, ``hidden_size``, ``proj_size``, ``num_layers`` and ``bidirectional``.
     """
     name, reason = choice
@@ -210,13 +262,14 @@ def make_plan(
             sizes["proj_size"],
             dtype,
             saving,
+            kernel_backend(name),
         )
         saved_bytes = numel * (8 if dtype == torch.float64 else 4)
         forward = backward = "shapes only"
-    if name == "cpu":
+    if name in ("cpu", "diagonal"):
 
         def ask(backward: bool) -> dict[str, Any]:
-            return _C.cpu_plan(
+            shape = (
                 sizes["input_size"],
                 sizes["hidden_size"],
                 sizes["proj_size"],
@@ -224,22 +277,26 @@ def make_plan(
                 sizes["bidirectional"],
                 seq_len,
                 batch_size,
-                threads,
-                dtype == torch.float64,
-                backward,
             )
+            double_precision = dtype == torch.float64
+            if name == "diagonal":
+                return _C.diagonal_plan(*shape, double_precision, backward, saving, dropout)
+            return _C.cpu_plan(*shape, threads, double_precision, backward)
 
+        describe = _describe_diagonals if name == "diagonal" else _describe_wavefront
         schedule = ask(backward=False)
-        forward = _describe_schedule(schedule)
+        forward = describe(schedule)
         if needs_grad:
             backward_schedule = ask(backward=True)
             backward = (
-                ("the gates again, one product a layer; then a " if saving == "recompute" else "")
-                + _describe_schedule(backward_schedule)
+                ("the gates again, one product a layer; then " if saving == "recompute" else "")
+                + describe(backward_schedule)
                 + "; then one product per weight (the reference, under create_graph=True)"
             )
-        isa = schedule["isa"]
-        threads = schedule["threads"]
+        isa = schedule.get("isa")
+        threads = schedule.get("threads", threads)
+    if device.type == "cuda":
+        threads = 0
     if not needs_grad:
         backward = "none: gradients are off or nothing requires them"
     return Plan(
@@ -258,7 +315,7 @@ def make_plan(
     )
 
 
-def _describe_schedule(schedule: dict[str, Any]) -> str:
+def _describe_wavefront(schedule: dict[str, Any]) -> str:
     phases = []
     for phase in schedule["phases"]:
         first, last = phase["first_layer"], phase["last_layer"] - 1
@@ -266,8 +323,14 @@ def _describe_schedule(schedule: dict[str, Any]) -> str:
         phases.append(f"{layers} in {_count(phase['layer_groups'], 'group')} × {_count(phase['unit_slices'], 'slice')}")
     batch = "" if schedule["batch_slices"] == 1 else f", the batch in {schedule['batch_slices']} slices"
     chunk = _count(schedule["chunk_steps"], "step")
-    return f"wavefront in chunks of {chunk}, {'; '.join(phases)} of units{batch} ({schedule['why']})"
+    return f"a wavefront in chunks of {chunk}, {'; '.join(phases)} of units{batch} ({schedule['why']})"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _describe_diagonals(schedule: dict[str, Any]) -> str:
+    diagonals, chunk = _count(schedule["diagonals"], "diagonal"), _count(schedule["chunk_steps"], "step")
+    launches, products = _count(schedule["launches"], "launch", "es"), _count(schedule["products"], "product")
+    return f"{diagonals} in chunks of {chunk}: {products}, {launches} of the gates ({schedule['why']})"
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{plural}"

@@ -270,8 +270,11 @@ def assert_same_as_stock(case: Case, dtype=torch.float64, **kwargs) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+KERNELS = ["cpu", "diagonal"]  # the operators' argument `backend`
+
+
 def forward_arguments(
-    case: Case, dtype=torch.float64, saving="full", dropout=0.0, seed=None, requires_grad=False
+    case: Case, dtype=torch.float64, saving="full", dropout=0.0, seed=None, requires_grad=False, backend="cpu"
 ) -> list:
     """Arguments of ``torch.ops.stacked_lstm_ext.forward`` for a case (packed rows when it has lengths)."""
     with torch.random.fork_rng(devices=[]):
@@ -297,18 +300,35 @@ def forward_arguments(
         case.proj,
         dropout,
         saving,
+        backend,
     ]
 
 
-def reserve_numel(case: Case, dtype: torch.dtype, saving: str) -> int:
+def with_saving(arguments: list, saving: str) -> list:
+    """The same call of ``forward``, but for what it keeps."""
+    return [*arguments[:-2], saving, arguments[-1]]
+
+
+def backward_arguments(
+    upstream: list, arguments: list, output: Tensor, reserve: Tensor, input_grad=True, weight_grad=True
+) -> list:
+    """Arguments of ``torch.ops.stacked_lstm_ext.backward`` after a call of ``forward``."""
+    *options, backend = arguments[6:]
+    return [*upstream, *arguments[:6], output, reserve, *options, input_grad, weight_grad, backend]
+
+
+def reserve_numel(case: Case, dtype: torch.dtype, saving: str, backend="cpu") -> int:
     """The size of ``reserve`` that the interface promises."""
+    if saving == "none":
+        return 0
     rows = case.steps * case.batch if case.lengths is None else sum(case.lengths)
     padded = math.ceil(case.hidden / 16) * 16
+    stored = {"recompute": 1, "full": 5}[saving]
+    cells = rows * stored * case.layers * case.directions * padded
     sixteen_bit = dtype in (torch.bfloat16, torch.float16)
-    width = case.directions * case.out
-    between = (case.layers - 1 + sixteen_bit) * width
-    stored = {"none": 0, "recompute": 1, "full": 5}[saving]
-    return rows * (stored * case.layers * case.directions * padded + between) if stored else 0
+    if sixteen_bit and backend == "diagonal":  # two of its h in a float32
+        return cells + math.ceil(rows * (case.layers - 1) * case.directions * case.out / 2)
+    return cells + rows * (case.layers - 1 + sixteen_bit) * case.directions * case.out
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -343,7 +363,7 @@ def dropout_mask(seed: int, layer: int, steps: int, batch: int, width: int, p: f
 
 def operator_truth(case: Case, arguments: list) -> dict:
     """What ``run_operators`` should give: one-layer stock LSTMs in float64, with the dropout masks between them."""
-    x, batch_sizes, h_0, c_0, weights, seed, bias, layers, _, proj, p, _ = arguments
+    x, batch_sizes, h_0, c_0, weights, seed, bias, layers, _, proj, p, *_ = arguments
     x, h_0, c_0 = (double(t.detach().requires_grad_()) for t in (x, h_0, c_0))
     names = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * bias + ["weight_hr"] * (proj > 0)
     per_layer = len(names) * case.directions
@@ -396,10 +416,9 @@ def run_operators(arguments: list) -> dict:
     ops = torch.ops.stacked_lstm_ext
     output, h_n, c_n, reserve = ops.forward(*arguments)
     named = {"output": output, "h_n": h_n, "c_n": c_n}
-    if arguments[-1] != "none":
-        weights, rest = arguments[4], arguments[6:]
+    if arguments[-2] != "none":
         upstream = upstream_gradients(named, arguments[0].dtype)
-        gradient = ops.backward(*upstream, *arguments[:6], output, reserve, *rest, True, True)
+        gradient = ops.backward(*backward_arguments(upstream, arguments, output, reserve))
         flat = [*gradient[:3], *gradient[3]]
-        named |= dict(zip(gradient_names(len(weights)), flat, strict=True))
+        named |= dict(zip(gradient_names(len(arguments[4])), flat, strict=True))
     return named

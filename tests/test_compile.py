@@ -7,11 +7,12 @@ import textwrap
 
 import pytest
 import torch
-from helpers import Case, assert_matches, case_tolerance, make_input, pair, results
+from helpers import KERNELS, Case, assert_matches, case_tolerance, make_input, pair, results
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
-from stacked_lstm_ext import StackedLSTM, convert_lstm
+from stacked_lstm_ext import StackedLSTM, convert_lstm, last_run
+from stacked_lstm_ext import backend as forced
 
 FORWARD = torch.ops.stacked_lstm_ext.forward.default
 
@@ -41,13 +42,16 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("recompute", [False, True], ids=["full", "recompute"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_training_compiles_into_one_graph_and_computes_the_same(case, recompute):
+def test_training_compiles_into_one_graph_and_computes_the_same(case, recompute, kernel):
     module = StackedLSTM(**case.arguments(), dtype=torch.float64, recompute=recompute)
     x, hx = make_input(case)
     function, counter = compiled(module)
-    got = results(wrapped(function, module), x, hx)
+    with forced(kernel):
+        got = results(wrapped(function, module), x, hx)
+    assert (last_run()["backend"], last_run()["pass"]) == (kernel, "backward")
     expected = {
         f"grad of _orig_mod.{n[8:]}" if n[8:] in dict(module.named_parameters()) else n: t
         for n, t in results(module, x, hx).items()
@@ -56,13 +60,32 @@ def test_training_compiles_into_one_graph_and_computes_the_same(case, recompute)
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-def test_inference_compiles_into_one_graph(mode):
+def test_inference_compiles_into_one_graph(mode, kernel):
     module, x = StackedLSTM(3, 5, 2, batch_first=True).eval(), torch.randn(4, 6, 3)
     function, counter = compiled(module)
-    with mode():
+    with mode(), forced(kernel):
         torch.testing.assert_close(function(x), module(x))
     assert counter.frame_count == 1
+
+
+def test_another_forced_backend_compiles_anew_and_is_obeyed():
+    """Code compiled under one backend is never run under another."""
+    module, x = StackedLSTM(3, 5, 2), torch.randn(4, 2, 3)
+    function, counter = compiled(module)
+    expected = module(x)[0]
+    for name, graphs in [("auto", 1), ("diagonal", 2), ("cpu", 3), ("diagonal", 3), ("auto", 3)]:
+        with forced(name):
+            torch.testing.assert_close(function(x)[0], expected)
+        assert (last_run()["backend"], counter.frame_count) == ("cpu" if name == "auto" else name, graphs)
+
+
+@pytest.mark.filterwarnings("error")
+def test_compiling_warns_of_nothing():
+    module, x = StackedLSTM(3, 5, 2), torch.randn(4, 2, 3)
+    function, _ = compiled(module, "eager")
+    torch.testing.assert_close(function(x)[0], module(x)[0])
 
 
 def test_unbatched_and_packed_input_compile_too():
@@ -82,12 +105,19 @@ def test_unbatched_and_packed_input_compile_too():
     torch.testing.assert_close(call(packed.data, packed.batch_sizes), (output.data, h_n))
 
 
-def test_dynamic_batch_and_time_compile_once():
-    module = StackedLSTM(3, 5, 2, batch_first=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dynamic_batch_and_time_compile_once(kernel, dtype):
+    with forced(kernel):
+        check_dynamic_sizes(dtype)
+
+
+def check_dynamic_sizes(dtype):
+    module = StackedLSTM(3, 5, 2, batch_first=True, dtype=dtype)
     function, counter = compiled(module, dynamic=True)
     compilations = []
     for batch, steps in [(4, 6), (5, 6), (4, 9), (2, 33), (7, 2)]:
-        x = torch.randn(batch, steps, 3, requires_grad=True)
+        x = torch.randn(batch, steps, 3, dtype=dtype, requires_grad=True)
         output, (h_n, _) = function(x)
         expected, (e_h, _) = module(x)
         torch.testing.assert_close((output, h_n), (expected, e_h))
@@ -217,6 +247,17 @@ def test_export_with_dynamic_batch_and_time_saves_loads_and_runs(options, strict
         for first, second in [(6, 4), (1, 4), (33, 2), (7, 9)]:
             x = torch.randn(first, second, 3)
             torch.testing.assert_close(loaded(x), module(x))
+
+
+def test_an_exported_program_runs_on_the_backend_that_was_forced():
+    module, x = StackedLSTM(3, 5, 2).eval(), torch.randn(6, 4, 3)
+    with forced("diagonal"), torch.no_grad():
+        program = torch.export.export(module, (x,), dynamic_shapes={"input": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}).module()
+    other = torch.randn(9, 2, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(program(other), module(other))
+        program(x)
+    assert last_run()["backend"] == "diagonal"
 
 
 def test_export_with_initial_states():

@@ -11,6 +11,7 @@ from helpers import (
     Case,
     assert_matches,
     assert_same_bits,
+    backward_arguments,
     case_tolerance,
     forward_arguments,
     gradient_names,
@@ -19,6 +20,7 @@ from helpers import (
     reserve_numel,
     run_operators,
     upstream_gradients,
+    with_saving,
 )
 
 ops = torch.ops.stacked_lstm_ext
@@ -49,7 +51,7 @@ def arguments_and_truth(case: Case, dtype: torch.dtype):
 
 def check(case: Case, dtype: torch.dtype, saving: str) -> None:
     arguments, expected = arguments_and_truth(case, dtype)
-    actual = run_operators([*arguments[:-1], saving])
+    actual = run_operators(with_saving(arguments, saving))
     assert {t.dtype for t in actual.values()} == {dtype}
     assert_matches(actual, expected, case_tolerance(case, dtype), case.directions)
 
@@ -108,9 +110,9 @@ def test_no_value_of_a_size_is_special(size, values, options):
 def test_both_saving_modes_and_inference_give_the_same_results(options, dtype):
     """Forward bit for bit; gradients to rounding, since recompute sums a gate's terms in one product."""
     case = Case(3, 5, 9, 4, 17, **options)
-    arguments = forward_arguments(case, dtype)[:-1]
-    full, recompute = (run_operators([*arguments, saving]) for saving in SAVING)
-    inference = run_operators([*arguments, "none"])
+    arguments = forward_arguments(case, dtype)
+    full, recompute = (run_operators(with_saving(arguments, saving)) for saving in SAVING)
+    inference = run_operators(with_saving(arguments, "none"))
     assert_same_bits({n: full[n] for n in inference}, inference)
     assert_same_bits({n: recompute[n] for n in inference}, inference)
     assert_matches(recompute, full, case_tolerance(case, dtype), case.directions)
@@ -195,7 +197,7 @@ def test_strides_and_addresses_do_not_matter(options, layout, target, saving):
     upstream = upstream_gradients(named, torch.float32)
     if target == "upstream":
         upstream = [layout(g) for g in upstream]
-    gradient = ops.backward(*upstream, *arguments[:6], output, reserve, *arguments[6:], True, True)
+    gradient = ops.backward(*backward_arguments(upstream, arguments, output, reserve))
     named |= dict(zip(gradient_names(len(arguments[4])), [*gradient[:3], *gradient[3]], strict=True))
     assert_matches(named, plain, case_tolerance(case, torch.float32), case.directions)
 
@@ -224,7 +226,7 @@ def test_expanded_upstream_gradients():
     one = torch.ones(())
     got = []
     for upstream in ([one.expand_as(t) for t in (output, h_n, c_n)], [torch.ones_like(t) for t in (output, h_n, c_n)]):
-        gradient = ops.backward(*upstream, *arguments[:6], output, reserve, *arguments[6:], True, True)
+        gradient = ops.backward(*backward_arguments(upstream, arguments, output, reserve))
         got.append(dict(zip(gradient_names(8), [*gradient[:3], *gradient[3]], strict=True)))
     assert_same_bits(*got)
 
@@ -249,7 +251,7 @@ def test_a_missing_upstream_gradient_is_a_zero_gradient(options, given, saving):
     got = []
     for absent in (lambda g: None, torch.zeros_like):
         fed = [g if on else absent(g) for g, on in zip(upstream, given, strict=True)]
-        gradient = ops.backward(*fed, *arguments[:6], output, reserve, *arguments[6:], True, True)
+        gradient = ops.backward(*backward_arguments(fed, arguments, output, reserve))
         got.append(dict(zip(gradient_names(len(arguments[4])), [*gradient[:3], *gradient[3]], strict=True)))
     assert_same_bits(*got)
 
@@ -267,7 +269,7 @@ def test_gradients_that_are_not_asked_for_are_not_made(options, saving):
     for input_grad in (True, False):
         for weight_grad in (True, False):
             x, h_0, c_0, weights = ops.backward(
-                *upstream, *arguments[:6], output, reserve, *arguments[6:], input_grad, weight_grad
+                *backward_arguments(upstream, arguments, output, reserve, input_grad, weight_grad)
             )
             assert torch.equal(h_0, everything["grad of h_0"]) and torch.equal(c_0, everything["grad of c_0"])
             if input_grad:
@@ -304,7 +306,7 @@ def test_sixteen_bit_products_are_summed_in_float32(product, dtype):
         weights = [torch.zeros(4 * hidden, 1, dtype=dtype), weight, bias, torch.zeros_like(bias), weight_hr]
         h_0 = torch.zeros(1, 1, 4, dtype=dtype)
         arguments = [x, None, h_0, c_0, weights, None, True, 1, False, 4]
-    _, h_n, c_n, _ = ops.forward(*arguments, 0.0, "none")
+    _, h_n, c_n, _ = ops.forward(*arguments, 0.0, "none", "cpu")
     value, expected = (c_n, 0.5 * math.tanh(1)) if product == "input" else (h_n, math.tanh(1))
     assert (value.double() - expected).abs().max() <= torch.finfo(dtype).eps * expected
 
@@ -333,6 +335,7 @@ def test_the_cell_state_is_kept_in_float32_between_steps(dtype):
         0,
         0.0,
         "none",
+        "cpu",
     ]
     half = [a.to(dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
     half[4] = [w.to(dtype) for w in weights]

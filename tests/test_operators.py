@@ -1,8 +1,10 @@
 """The operators themselves: schemas, torch.library.opcheck over the option grid, and arguments that must be refused."""
 
+import itertools
+
 import pytest
 import torch
-from helpers import DTYPES, OPTION_GRID, Case, forward_arguments, option_name
+from helpers import DTYPES, KERNELS, OPTION_GRID, Case, backward_arguments, forward_arguments, option_name
 
 from stacked_lstm_ext import StackedLSTM
 
@@ -10,14 +12,15 @@ ops = torch.ops.stacked_lstm_ext
 
 FORWARD = (
     "stacked_lstm_ext::forward(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, "
-    "Tensor? seed, bool bias, int num_layers, bool bidirectional, int proj_size, float dropout, str saving) "
+    "Tensor? seed, bool bias, int num_layers, bool bidirectional, int proj_size, float dropout, str saving, "
+    "str backend) "
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)"
 )
 BACKWARD = (
     "stacked_lstm_ext::backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
     "Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, Tensor reserve, "
     "bool bias, int num_layers, bool bidirectional, int proj_size, float dropout, str saving, "
-    "bool input_grad, bool weight_grad) "
+    "bool input_grad, bool weight_grad, str backend) "
     "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"
 )
 
@@ -28,19 +31,20 @@ def test_the_schemas_are_those_that_exported_programs_name():
     assert str(ops.backward.default._schema) == BACKWARD
 
 
-def backward_arguments(arguments, input_grad=True, weight_grad=True, missing=()):
-    output, h_n, c_n, reserve = (t.detach() for t in ops.forward(*arguments))
+def run_forward(arguments, missing=(), **wanted):
+    """Arguments of ``backward`` after this call; ``missing`` are the results into which no gradient flows."""
+    output, h_n, c_n, reserve = ops.forward(*arguments)
     upstream = [None if i in missing else torch.randn_like(t) for i, t in enumerate((output, h_n, c_n))]
-    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments[:6]]
-    detached[4] = [w.detach() for w in arguments[4]]
-    return [*upstream, *detached, output, reserve, *arguments[6:], input_grad, weight_grad]
+    return backward_arguments(upstream, arguments, output, reserve, **wanted)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("saving", ["full", "recompute"])
 @pytest.mark.parametrize("options", OPTION_GRID, ids=option_name)
-def test_opcheck_of_forward(options, saving):
+def test_opcheck_of_forward(options, saving, backend):
     case = Case(2, 3, 4, 5, 6, **options)
-    torch.library.opcheck(ops.forward.default, tuple(forward_arguments(case, saving=saving, requires_grad=True)))
+    arguments = forward_arguments(case, saving=saving, requires_grad=True, backend=backend)
+    torch.library.opcheck(ops.forward.default, tuple(arguments))
 
 
 OTHER_CALLS = [  # case, dtype, keywords of forward_arguments
@@ -55,19 +59,23 @@ OTHER_CALLS = [  # case, dtype, keywords of forward_arguments
 ]
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(
     "case, dtype, keywords", OTHER_CALLS, ids=lambda v: str(v) if not isinstance(v, dict) else "-".join(v)
 )
-def test_opcheck_of_forward_over_dtypes_dropout_and_lengths(case, dtype, keywords):
+def test_opcheck_of_forward_over_dtypes_dropout_and_lengths(case, dtype, keywords, backend):
     # Values are compared elsewhere, with derived tolerances: here a 16-bit result is only held against itself.
-    torch.library.opcheck(ops.forward.default, tuple(forward_arguments(case, dtype, **keywords)), atol=1e-2, rtol=1e-2)
+    case = case.but(hidden=min(case.hidden, 6) if backend == "cpu" else 6)
+    arguments = forward_arguments(case, dtype, backend=backend, **keywords)
+    torch.library.opcheck(ops.forward.default, tuple(arguments), atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("saving", ["full", "recompute"])
 @pytest.mark.parametrize("options", OPTION_GRID[::3], ids=option_name)
-def test_opcheck_of_backward(options, saving):
-    arguments = forward_arguments(Case(2, 3, 4, 5, 6, **options), saving=saving)
-    torch.library.opcheck(ops.backward.default, tuple(backward_arguments(arguments)))
+def test_opcheck_of_backward(options, saving, backend):
+    arguments = forward_arguments(Case(2, 3, 4, 5, 6, **options), saving=saving, backend=backend)
+    torch.library.opcheck(ops.backward.default, tuple(run_forward(arguments)))
 
 
 BACKWARD_CALLS = [
@@ -78,25 +86,27 @@ BACKWARD_CALLS = [
 ]
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("options, keywords", BACKWARD_CALLS, ids=str)
-def test_opcheck_of_backward_with_parts_left_out(options, keywords):
-    arguments = forward_arguments(Case(2, 3, 4, 5, 6, **options))
-    torch.library.opcheck(ops.backward.default, tuple(backward_arguments(arguments, **keywords)))
+def test_opcheck_of_backward_with_parts_left_out(options, keywords, backend):
+    arguments = forward_arguments(Case(2, 3, 4, 5, 6, **options), backend=backend)
+    torch.library.opcheck(ops.backward.default, tuple(run_forward(arguments, **keywords)))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("saving", ["none", "recompute", "full"])
 @pytest.mark.parametrize("lengths", [None, (4, 2, 1)], ids=["padded", "packed"])
 @pytest.mark.parametrize("options", OPTION_GRID, ids=option_name)
-def test_fakes_have_the_shapes_strides_and_dtypes_of_the_kernels(options, lengths, saving, dtype):
-    arguments = forward_arguments(Case(3, 3, 4, 5, 18, lengths=lengths, **options), dtype, saving)
+def test_fakes_have_the_shapes_strides_and_dtypes_of_the_kernels(options, lengths, saving, dtype, backend):
+    arguments = forward_arguments(Case(3, 3, 4, 5, 17, lengths=lengths, **options), dtype, saving, backend=backend)
     on_meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments]
     on_meta[1] = arguments[1]
     on_meta[4] = [w.to("meta") for w in arguments[4]]
     real, fake = ops.forward(*arguments), ops.forward(*on_meta)
     if saving != "none":
-        gradient = ops.backward(*real[:3], *arguments[:6], real[0], real[3], *arguments[6:], True, True)
-        fake_gradient = ops.backward(*fake[:3], *on_meta[:6], fake[0], fake[3], *on_meta[6:], True, True)
+        gradient = ops.backward(*backward_arguments(real[:3], arguments, real[0], real[3]))
+        fake_gradient = ops.backward(*backward_arguments(fake[:3], on_meta, fake[0], fake[3]))
         real = [*real, *gradient[:3], *gradient[3]]
         fake = [*fake, *fake_gradient[:3], *fake_gradient[3]]
     for a, b in zip(real, fake, strict=True):
@@ -107,7 +117,7 @@ def test_fakes_have_the_shapes_strides_and_dtypes_of_the_kernels(options, length
 # Arguments that would read or write beside the mark
 # --------------------------------------------------------------------------------------------------------------------
 
-INPUT, BATCH_SIZES, H_0, C_0, WEIGHTS, SEED, BIAS, LAYERS, BIDIRECTIONAL, PROJ, DROPOUT, SAVING = range(12)
+INPUT, BATCH_SIZES, H_0, C_0, WEIGHTS, SEED, BIAS, LAYERS, BIDIRECTIONAL, PROJ, DROPOUT, SAVING, BACKEND = range(13)
 
 
 def swap(i, value):
@@ -178,6 +188,9 @@ BAD_FORWARD = [  # what is wrong; how a good call (2 layers, batch 3, 4 steps) b
     ("dropout without a seed", put(DROPOUT, lambda _: 0.5)),
     ("an unknown saving mode", put(SAVING, lambda _: "everything")),
     ("an empty saving mode", put(SAVING, lambda _: "")),
+    ("an unknown backend", put(BACKEND, lambda _: "gpu")),
+    ("a backend of the module that is none of the operator", put(BACKEND, lambda _: "reference")),
+    ("an empty backend", put(BACKEND, lambda _: "")),
 ]
 BAD_SEEDS = [
     ("a seed in float64", lambda _: torch.tensor([1.0])),
@@ -209,25 +222,28 @@ def refused(call, arguments):
     assert text and "INTERNAL ASSERT" not in text, "a bad argument is the caller's mistake, not a bug in the kernels"
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("change", [row[1] for row in BAD_FORWARD], ids=[row[0] for row in BAD_FORWARD])
-def test_forward_refuses(change):
-    arguments = forward_arguments(Case(2, 3, 4, 5, 6))
+def test_forward_refuses(change, backend):
+    arguments = forward_arguments(Case(2, 3, 4, 5, 6), backend=backend)
     ops.forward(*arguments)
     change(arguments)
     refused(ops.forward, arguments)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("change", [row[1] for row in BAD_SEEDS], ids=[row[0] for row in BAD_SEEDS])
-def test_forward_refuses_a_seed(change):
-    arguments = forward_arguments(Case(2, 3, 4, 5, 6), dropout=0.5, seed=1)
+def test_forward_refuses_a_seed(change, backend):
+    arguments = forward_arguments(Case(2, 3, 4, 5, 6), dropout=0.5, seed=1, backend=backend)
     ops.forward(*arguments)
     arguments[SEED] = change(arguments[SEED])
     refused(ops.forward, arguments)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("change", [row[1] for row in BAD_BATCH_SIZES], ids=[row[0] for row in BAD_BATCH_SIZES])
-def test_forward_refuses_batch_sizes(change):
-    arguments = forward_arguments(Case(2, 3, 4, 5, 6, lengths=(4, 3, 2)))
+def test_forward_refuses_batch_sizes(change, backend):
+    arguments = forward_arguments(Case(2, 3, 4, 5, 6, lengths=(4, 3, 2)), backend=backend)
     assert arguments[BATCH_SIZES].tolist() == [3, 3, 2, 1]
     ops.forward(*arguments)
     arguments[BATCH_SIZES] = change(arguments[BATCH_SIZES])
@@ -235,8 +251,8 @@ def test_forward_refuses_batch_sizes(change):
 
 
 def test_forward_refuses_integers_and_complex_numbers():
-    for dtype in (torch.int64, torch.complex64):
-        arguments = forward_arguments(Case(2, 3, 4, 5, 6))
+    for dtype, backend in itertools.product((torch.int64, torch.complex64), KERNELS):
+        arguments = forward_arguments(Case(2, 3, 4, 5, 6), backend=backend)
         for place in (INPUT, H_0, C_0):
             arguments[place] = arguments[place].to(dtype)
         arguments[WEIGHTS] = [w.to(dtype) for w in arguments[WEIGHTS]]
@@ -244,7 +260,7 @@ def test_forward_refuses_integers_and_complex_numbers():
 
 
 B_OUTPUT, B_H, B_C = range(3)
-B_INPUT, B_H_0, B_C_0, B_WEIGHTS, B_RESULT, B_RESERVE, B_SAVING = 3, 5, 6, 7, 9, 10, 16
+B_INPUT, B_H_0, B_C_0, B_WEIGHTS, B_RESULT, B_RESERVE, B_SAVING, B_BACKEND = 3, 5, 6, 7, 9, 10, 16, 19
 BAD_BACKWARD = [
     ("a reserve that is too short", put(B_RESERVE, lambda t: t[:-1])),
     ("a reserve that is too long", put(B_RESERVE, taller)),
@@ -253,6 +269,7 @@ BAD_BACKWARD = [
     ("a reserve of the other saving mode", put(B_SAVING, lambda _: "recompute")),
     ("what inference left", put(B_SAVING, lambda _: "none")),
     ("an unknown saving mode", put(B_SAVING, lambda _: "everything")),
+    ("an unknown backend", put(B_BACKEND, lambda _: "gpu")),
     ("an output with a step too few", put(B_RESULT, lambda t: t[:-1])),
     ("an output in another dtype", put(B_RESULT, lambda t: t.float())),
     ("an upstream gradient that is too narrow", put(B_OUTPUT, lambda t: t[..., :-1])),
@@ -268,16 +285,46 @@ BAD_BACKWARD = [
 ]
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("change", [row[1] for row in BAD_BACKWARD], ids=[row[0] for row in BAD_BACKWARD])
-def test_backward_refuses(change):
-    arguments = backward_arguments(forward_arguments(Case(2, 3, 4, 5, 6)))
+def test_backward_refuses(change, backend):
+    arguments = run_forward(forward_arguments(Case(2, 3, 4, 5, 6), backend=backend))
     ops.backward(*arguments)
     change(arguments)
     refused(ops.backward, arguments)
 
 
-def test_backward_through_an_inference_call_raises():
-    arguments = forward_arguments(Case(2, 3, 4, 5, 6), saving="none", requires_grad=True)
+@pytest.mark.parametrize("backend, other", [KERNELS, KERNELS[::-1]], ids=["cpu", "diagonal"])
+def test_backward_refuses_what_the_other_backend_kept(backend, other):
+    """In 16 bits the two keep different things; in 32 and 64 bits the same."""
+    arguments = run_forward(forward_arguments(Case(2, 3, 4, 5, 6), torch.bfloat16, backend=backend))
+    arguments[B_BACKEND] = other
+    refused(ops.backward, arguments)
+
+
+MIXED_DEVICES = [  # what is on another device than the rest, and what the message says
+    ("input", put(INPUT, lambda t: t.to("meta")), "h_0 should be on the device of input, meta, got: cpu"),
+    ("h_0", put(H_0, lambda t: t.to("meta")), "h_0 should be on the device of input, cpu, got: meta"),
+    ("c_0", put(C_0, lambda t: t.to("meta")), "c_0 should be on the device of input, cpu, got: meta"),
+    ("a weight", swap(5, lambda t: t.to("meta")), "every weight should be on the device of input, cpu, got: meta"),
+    ("seed", put(SEED, lambda t: t.to("meta")), "seed should be on the device of input, cpu, got: meta"),
+    ("batch_sizes", put(BATCH_SIZES, lambda t: t.to("meta")), "batch_sizes should be .* on the CPU, got: .*meta"),
+]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("change, text", [row[1:] for row in MIXED_DEVICES], ids=[row[0] for row in MIXED_DEVICES])
+def test_tensors_on_two_devices_are_refused(change, text, backend):
+    """Never a result without data for a call with data."""
+    arguments = forward_arguments(Case(2, 3, 4, 5, 6, lengths=(4, 3, 2)), dropout=0.5, seed=1, backend=backend)
+    change(arguments)
+    with pytest.raises(ValueError, match=text):
+        ops.forward(*arguments)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_backward_through_an_inference_call_raises(backend):
+    arguments = forward_arguments(Case(2, 3, 4, 5, 6), saving="none", requires_grad=True, backend=backend)
     output = ops.forward(*arguments)[0]
     with pytest.raises(RuntimeError, match="saving"):
         output.sum().backward()

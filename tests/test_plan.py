@@ -1,10 +1,14 @@
 """plan() and backend(): what is announced is what runs, and what cannot run is refused with a reason."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
-from helpers import Case, assert_matches, case_tolerance, make_input, results
+from helpers import DTYPES, KERNELS, Case, assert_matches, case_tolerance, make_input, results
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import stacked_lstm_ext
 from stacked_lstm_ext import Plan, StackedLSTM, backend, last_run
@@ -55,6 +59,49 @@ def test_a_plan_never_lies(case, threads, dtype):
         assert (run["layers"], run["seq_len"], run["batch_size"]) == (case.layers, case.steps, case.batch)
 
 
+DIAGONAL = ["backend", "chunk_steps", "input_steps", "diagonals", "launches", "products", "binds", "why"]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["full", "recompute"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_a_plan_of_diagonals_never_lies(case, dtype, recompute):
+    module = StackedLSTM(**case.arguments(), dtype=dtype, recompute=recompute)
+    x, _ = make_input(case, dtype)
+    sizes = (case.layers, case.steps, case.batch)
+    with backend("diagonal"):
+        with torch.no_grad():
+            plan = module.plan(case.batch, case.steps)
+            module(x)
+        run = last_run()
+        assert (plan.backend, plan.isa, plan.saving, plan.backward_schedule) == ("diagonal", None, "none", {})
+        assert (run["pass"], run["saving"], run["device"]) == ("forward", "none", "cpu")
+        assert {key: run[key] for key in DIAGONAL} == {key: plan.schedule[key] for key in DIAGONAL}
+
+        plan = module.plan(case.batch, case.steps)
+        output, _ = module(x)
+        run = last_run()
+        assert run["saving"] == plan.saving == ("recompute" if recompute else "full")
+        assert {key: run[key] for key in DIAGONAL} == {key: plan.schedule[key] for key in DIAGONAL}
+        assert (run["layers"], run["seq_len"], run["batch_size"]) == sizes
+    output.sum().backward()
+    run = last_run()
+    assert (run["backend"], run["pass"], run["saving"]) == ("diagonal", "backward", plan.saving)
+    assert (run["layers"], run["seq_len"], run["batch_size"]) == sizes
+    assert {key: run[key] for key in DIAGONAL} == {key: plan.backward_schedule[key] for key in DIAGONAL}
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_diagonals_cover_every_step_of_every_layer(case):
+    with backend("diagonal"):
+        plan = StackedLSTM(**case.arguments()).plan(case.batch, case.steps)
+    for schedule in (plan.schedule, plan.backward_schedule):
+        assert 1 <= schedule["chunk_steps"] <= case.steps
+        assert case.steps <= schedule["diagonals"] <= case.layers * case.steps + case.layers
+        assert schedule["launches"] >= schedule["diagonals"] and schedule["products"] >= schedule["diagonals"]
+        assert all(isinstance(schedule[key], str) and schedule[key] for key in ("why", "binds"))
+
+
 def test_a_plan_for_other_threads_is_what_runs_with_them():
     module, x = StackedLSTM(32, 96, 4), torch.randn(20, 8, 32)
     for threads in (1, 2, 4):
@@ -92,21 +139,24 @@ def test_more_work_is_predicted_to_take_longer():
         assert predicted(**change) > predicted(), change
 
 
-def test_saved_bytes_are_those_of_the_reserve():
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saved_bytes_are_those_of_the_reserve(dtype, name):
     for recompute in (False, True):
-        module, x = StackedLSTM(5, 18, 3, recompute=recompute), torch.randn(7, 4, 5)
-        plan, kept = module.plan(4, 7), {}
+        module, x = StackedLSTM(5, 17, 4, recompute=recompute, dtype=dtype), torch.randn(7, 3, 5, dtype=dtype)
+        kept = {}
 
         def pack(t, kept=kept):
             kept[t.data_ptr()] = t
             return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with backend(name), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            plan = module.plan(3, 7)
             module(x)
-        reserve = [t for t in kept.values() if t.dim() == 1 and t.numel() > 4 * 18]
+        reserve = [t for t in kept.values() if t.dim() == 1 and t.numel() > 4 * 17]
         assert [t.numel() * t.element_size() for t in reserve] == [plan.saved_bytes]
     with torch.no_grad():
-        assert module.plan(4, 7).saved_bytes == 0
+        assert module.plan(3, 7).saved_bytes == 0
 
 
 def test_a_plan_prints_backend_reason_and_prediction():
@@ -115,11 +165,23 @@ def test_a_plan_prints_backend_reason_and_prediction():
     assert all(line == line.rstrip() and len(line) < 200 for line in text.splitlines())
 
 
-def test_planning_runs_nothing():
+def test_a_plan_of_diagonals_prints_its_launches():
+    with backend("diagonal"):
+        plan = StackedLSTM(8, 16, 4, bidirectional=True, recompute=True).plan(2, 30)
+    text = str(plan)
+    assert text.startswith("diagonal (cpu, float32)") and "forced by backend('diagonal')" in text
+    assert all(f"{plan.schedule[key]} {key}" in text for key in ("diagonals", "products", "launches"))
+    assert "recompute" in text and "predicted" not in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_planning_runs_nothing(name):
     module = StackedLSTM(8, 16, 4)
-    module(torch.randn(3, 2, 8))
-    before, rng = last_run(), torch.get_rng_state()
-    module.plan(7, 50)
+    with backend(name):
+        module(torch.randn(3, 2, 8))
+        before, rng = last_run(), torch.get_rng_state()
+        module.plan(7, 50)
     assert last_run() == before and torch.equal(torch.get_rng_state(), rng)
 
 
@@ -139,7 +201,7 @@ def test_a_plan_for_sizes_that_no_input_has_is_refused(sizes, name):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["cpu", "diagonal", "reference"])
 @pytest.mark.parametrize(
     "options", [{}, {"bidirectional": True, "proj": 3}, {"lengths": (5, 3, 1)}], ids=["plain", "options", "packed"]
 )
@@ -155,17 +217,55 @@ def test_a_forced_backend_runs_and_gives_the_same(name, options):
     assert_matches(got, expected, case_tolerance(case, torch.float64), case.directions)
 
 
+def call(module, x):
+    return module(x)[0]
+
+
+USES = [  # how else a module is used, and what is called in its place: a function of the module and its input
+    ("functional_call", lambda module, x: functional_call(module, dict(module.named_parameters()), (x,))[0]),
+    ("deepcopy", lambda module, x: copy.deepcopy(module)(x)[0]),
+    ("pickle", lambda module, x: pickle.loads(pickle.dumps(module))(x)[0]),
+    ("checkpoint", lambda module, x: checkpoint(call, module, x, use_reentrant=False)),
+    ("reentrant checkpoint", lambda module, x: checkpoint(call, module, x, use_reentrant=True)),
+    ("autocast", lambda module, x: torch.autocast("cpu", torch.bfloat16)(call)(module, x)),
+]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("use", [row[1] for row in USES], ids=[row[0] for row in USES])
+def test_a_forced_backend_is_obeyed_however_the_module_is_used(use, name):
+    module, x = StackedLSTM(4, 6, 3), torch.randn(5, 3, 4, requires_grad=True)
+    with backend("reference"):
+        expected = torch.autograd.grad(call(module, x).square().sum(), x)[0]
+    with backend(name):
+        use(module, x).float().square().sum().backward()
+        assert (last_run()["backend"], last_run()["pass"]) == (name, "backward")
+    bits = torch.bfloat16 if use is USES[-1][1] else torch.float32
+    assert_matches({"x": x.grad}, {"x": expected}, 4 * 5 * torch.finfo(bits).eps)  # 5 steps, each rounded
+
+
+@pytest.mark.parametrize("inside, outside", [("cpu", "diagonal"), ("diagonal", "cpu"), ("diagonal", "auto")])
+def test_a_backward_pass_runs_on_what_its_forward_pass_ran_on(inside, outside):
+    module, x = StackedLSTM(3, 5, 2, dtype=torch.bfloat16), torch.randn(4, 2, 3, dtype=torch.bfloat16)
+    with backend(inside):
+        loss = call(module, x).sum()
+    with backend(outside):
+        loss.backward()
+    assert (last_run()["backend"], last_run()["pass"]) == (inside, "backward")
+
+
 def test_the_reference_draws_the_masks_of_the_kernels():
     module, x, outputs = (
         StackedLSTM(4, 6, 3, dropout=0.5, dtype=torch.float64),
         torch.randn(5, 3, 4, dtype=torch.float64),
         [],
     )
-    for name in ("cpu", "reference"):
+    for name in ("reference", *KERNELS):
         torch.manual_seed(0)
         with backend(name):
             outputs.append(module(x)[0])
-    torch.testing.assert_close(*outputs)
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])
 
 
 def test_backends_nest_and_are_left_behind_after_an_error():
@@ -188,16 +288,17 @@ def test_backends_nest_and_are_left_behind_after_an_error():
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'auto', 'reference', 'cpu'"), backend("cuda-ish"):
+    with pytest.raises(ValueError, match="'auto', 'reference', 'cpu', 'diagonal'"), backend("cuda-ish"):
         pass
 
 
-def test_a_forced_kernel_that_cannot_run_the_case_raises_and_says_why():
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_forced_kernel_that_cannot_run_the_case_raises_and_says_why(name):
     module = StackedLSTM(3, 5, dtype=torch.float64)
     x = torch.randn(4, 2, 3, dtype=torch.float64)
-    with backend("cpu"):
+    with backend(name):
         with pytest.raises(
-            RuntimeError, match=r"backend 'cpu' is forced but cannot run this call: .*torch.func transform"
+            RuntimeError, match=f"backend '{name}' is forced but cannot run this call: .*torch.func transform"
         ):
             torch.func.vmap(lambda t: module(t)[0])(x.unsqueeze(0))
         with torch.autograd.forward_ad.dual_level():
@@ -217,10 +318,12 @@ def test_a_transform_falls_back_to_the_reference_visibly():
     assert last_run()["backend"] == "cpu"
 
 
-def test_second_derivatives_fall_back_to_the_reference_visibly():
+@pytest.mark.parametrize("name", KERNELS)
+def test_second_derivatives_fall_back_to_the_reference_visibly(name):
     module, x = StackedLSTM(3, 5), torch.randn(4, 2, 3, requires_grad=True)
-    loss = module(x)[0].square().sum()
-    assert last_run()["backend"] == "cpu"
+    with backend(name):
+        loss = module(x)[0].square().sum()
+    assert last_run()["backend"] == name
     torch.autograd.grad(loss, x, create_graph=True)
     assert last_run()["backend"] == "reference"
 

@@ -42,7 +42,7 @@ def test_philox_in_the_reference_gives_the_published_words(counter, key, words):
 
 
 def run_reference(arguments):
-    x, batch_sizes, h_0, c_0, weights, *options = arguments[:-1]
+    x, batch_sizes, h_0, c_0, weights, *options = arguments[:-2]
     x, h_0, c_0 = (t.detach().requires_grad_() for t in (x, h_0, c_0))
     weights = [w.detach().requires_grad_() for w in weights]
     results = reference.lstm_reference(x, batch_sizes, h_0, c_0, weights, *options)

@@ -13,6 +13,7 @@ from helpers import (
     Case,
     assert_matches,
     assert_same_bits,
+    backward_arguments,
     case_tolerance,
     forward_arguments,
     gradient_names,
@@ -111,7 +112,7 @@ def test_gates_reach_zero_and_their_limits(dtype):
         ]:
             bias = torch.cat([zero(hidden) + v for v in (i, f, g, 0.0)])
             weights = [zero(4 * hidden, 1), zero(4 * hidden, hidden), bias, zero(4 * hidden)]
-            c_n = ops.forward(x, None, h_0, state, weights, None, True, 1, False, 0, 0.0, "none")[2]
+            c_n = ops.forward(x, None, h_0, state, weights, None, True, 1, False, 0, 0.0, "none", "cpu")[2]
             assert ((c_n - expected).abs() <= 16 * torch.finfo(dtype).smallest_normal).all(), (hidden, i, f, g)
 
 
@@ -140,6 +141,7 @@ def test_sigmoid_and_tanh_are_accurate_over_their_whole_range(dtype):
             1,
             0.0,
             "none",
+            "cpu",
         ]
         return ops.forward(*arguments)[2].flatten()
 
@@ -171,7 +173,7 @@ def test_nan_in_an_upstream_gradient_reaches_only_what_it_should():
     output, h_n, c_n, reserve = ops.forward(*arguments)
     upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, torch.float64)
     upstream[0][3, 1, 5] = float("nan")
-    gradient = ops.backward(*upstream, *arguments[:6], output, reserve, *arguments[6:], True, True)
+    gradient = ops.backward(*backward_arguments(upstream, arguments, output, reserve))
     named = dict(zip(gradient_names(8), [*gradient[:3], *gradient[3]], strict=True))
     x = named["grad of input"]
     assert x[:4, 1].isnan().all(), "what flowed back through step 3 of row 1"
@@ -201,7 +203,7 @@ def test_huge_shapes_are_counted_in_64_bits(steps, batch, hidden, layers):
         for k in range(layers):
             weights += [torch.empty(4 * hidden, 4 if k == 0 else hidden), torch.empty(4 * hidden, hidden)]
         output, h_n, _, reserve = ops.forward(
-            x, None, state, state, weights, None, False, layers, False, 0, 0.0, "full"
+            x, None, state, state, weights, None, False, layers, False, 0, 0.0, "full", "cpu"
         )
         assert output.shape == (steps, batch, hidden) and h_n.shape == (layers, batch, hidden)
         padded = -(-hidden // 16) * 16
@@ -250,7 +252,8 @@ REFUSED = """
 
     def call(steps, batch, saving):
         state = torch.zeros(1, 1, 5).expand(1, batch, 5)
-        return forward(row.expand(steps, batch, 3), None, state, state, weights, None, False, 1, False, 0, 0.0, saving)
+        x = row.expand(steps, batch, 3)
+        return forward(x, None, state, state, weights, None, False, 1, False, 0, 0.0, saving, "cpu")
 
     for steps, batch in {sizes}:
         for saving in ("none", "full", "recompute"):

@@ -10,7 +10,17 @@ import warnings
 
 import pytest
 import torch
-from helpers import Case, assert_matches, assert_same_bits, case_tolerance, forward_arguments, make_input, pair, results
+from helpers import (
+    Case,
+    assert_matches,
+    assert_same_bits,
+    backward_arguments,
+    case_tolerance,
+    forward_arguments,
+    make_input,
+    pair,
+    results,
+)
 from torch.utils.data import DataLoader, Dataset
 
 import stacked_lstm_ext
@@ -116,7 +126,7 @@ def test_the_gil_is_released_during_a_call(which):
     output, h_n, c_n, reserve = ops.forward(*arguments)
     calls = {
         "forward": lambda: ops.forward(*arguments),
-        "backward": lambda: ops.backward(output, h_n, c_n, *arguments[:6], output, reserve, *arguments[6:], True, True),
+        "backward": lambda: ops.backward(*backward_arguments([output, h_n, c_n], arguments, output, reserve)),
     }
     ticks, stop, started = [0], threading.Event(), threading.Event()
 
@@ -254,9 +264,9 @@ def test_calls_from_torch_s_inter_op_pool():
     """TorchScript's fork runs tasks on threads that Python has never seen, several at once."""
 
     def one(x: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-        return torch.ops.stacked_lstm_ext.forward(x, None, state, state, weights, None, True, 2, False, 0, 0.0, "none")[
-            0
-        ]
+        return torch.ops.stacked_lstm_ext.forward(
+            x, None, state, state, weights, None, True, 2, False, 0, 0.0, "none", "cpu"
+        )[0]
 
     def many(x: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
         futures = [torch.jit.fork(one, x * i, state, weights) for i in range(6)]

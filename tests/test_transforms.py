@@ -3,11 +3,22 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from helpers import OPTION_GRID, Case, assert_matches, make_input, option_name, pair, tolerance
+from helpers import (
+    KERNELS,
+    OPTION_GRID,
+    Case,
+    assert_matches,
+    backward_arguments,
+    forward_arguments,
+    make_input,
+    option_name,
+    pair,
+    tolerance,
+)
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from stacked_lstm_ext import StackedLSTM
+from stacked_lstm_ext import StackedLSTM, backend
 
 CASE = Case(layers=2, batch=2, steps=3, input_size=3, hidden=4)
 TOL = tolerance(torch.float64, layers=2, steps=3, inner=7, batch=2) * 4  # two more passes over the layers each way
@@ -41,7 +52,8 @@ def test_gradcheck_and_gradgradcheck_of_the_module(options, lengths):
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
-def test_gradcheck_entry_by_entry_with_recompute_and_dropout():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradcheck_entry_by_entry_with_recompute_and_dropout(kernel):
     module = StackedLSTM(**CASE.arguments(), dropout=0.5, recompute=True, dtype=torch.float64)
     x, hx = make_input(CASE)
 
@@ -50,18 +62,21 @@ def test_gradcheck_entry_by_entry_with_recompute_and_dropout():
         output, (h_n, c_n) = module(x, (h_0, c_0))
         return output, h_n, c_n
 
-    assert torch.autograd.gradcheck(call, (x, *hx))
-    assert torch.autograd.gradgradcheck(call, (x, *hx), fast_mode=True)
+    with backend(kernel):
+        assert torch.autograd.gradcheck(call, (x, *hx))
+        assert torch.autograd.gradgradcheck(call, (x, *hx), fast_mode=True)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("options", OPTION_GRID, ids=option_name)
-def test_double_backward_matches_stock(options):
+def test_double_backward_matches_stock(options, kernel):
     """A gradient penalty: second derivatives with respect to everything."""
     case, got = CASE.but(**options), []
     for module in pair(**case.arguments()):
         x, hx = make_input(case)
         leaves = [x, *hx, *module.parameters()]
-        first = torch.autograd.grad(scalar(module(x, hx)), leaves, create_graph=True)
+        with backend(kernel):
+            first = torch.autograd.grad(scalar(module(x, hx)), leaves, create_graph=True)
         penalty = sum(g.square().sum() for g in first)
         second = torch.autograd.grad(penalty, leaves)
         got.append(named([*first, *second]))
@@ -93,23 +108,27 @@ def test_create_graph_does_not_count_shared_tensors_twice():
     assert_matches(*got, TOL)
 
 
-def test_first_derivatives_are_the_same_with_and_without_create_graph():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_first_derivatives_are_the_same_with_and_without_create_graph(kernel):
     module = StackedLSTM(**CASE.arguments(), dtype=torch.float64)
     x, hx = make_input(CASE)
     leaves = [x, *hx, *module.parameters()]
-    kernel = torch.autograd.grad(scalar(module(x, hx)), leaves)
-    reference = torch.autograd.grad(scalar(module(x, hx)), leaves, create_graph=True)
-    assert_matches(named(reference), named(kernel), TOL)
+    with backend(kernel):
+        by_kernel = torch.autograd.grad(scalar(module(x, hx)), leaves)
+        by_reference = torch.autograd.grad(scalar(module(x, hx)), leaves, create_graph=True)
+    assert_matches(named(by_reference), named(by_kernel), TOL)
 
 
-def test_double_backward_with_dropout_uses_the_mask_of_the_forward_pass():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_double_backward_with_dropout_uses_the_mask_of_the_forward_pass(kernel):
     module = StackedLSTM(**CASE.but(layers=3).arguments(), dropout=0.5, dtype=torch.float64)
     x, _ = make_input(CASE)
     torch.manual_seed(8)
-    first = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)[0]
-    torch.manual_seed(8)
-    kernel = torch.autograd.grad(module(x)[0].square().sum(), x)[0]
-    torch.testing.assert_close(first, kernel)
+    with backend(kernel):
+        by_reference = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)[0]
+        torch.manual_seed(8)
+        by_kernel = torch.autograd.grad(module(x)[0].square().sum(), x)[0]
+    torch.testing.assert_close(by_reference, by_kernel)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -268,16 +287,18 @@ def test_vmap_over_dropout_randomness():
         vmap(lambda t: module(t)[0])(x)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     "options", [{}, {"bidirectional": True, "proj": 3}, {"lengths": (3, 1)}], ids=["plain", "options", "packed"]
 )
-def test_batched_gradients_match_one_by_one(options):
+def test_batched_gradients_match_one_by_one(options, kernel):
     """``is_grads_batched``: many upstream gradients through one graph, as in a vectorised Jacobian."""
     case = CASE.but(**options)
     module = StackedLSTM(**case.arguments(), dtype=torch.float64)
     x, hx = make_input(case)
     fed = x if case.lengths is None else pack_padded_sequence(x, torch.tensor(case.lengths))
-    output = module(fed, hx)[0]
+    with backend(kernel):
+        output = module(fed, hx)[0]
     output = output if case.lengths is None else output.data
     leaves = [x, *hx, *module.parameters()]
     upstream = torch.randn(3, *output.shape, dtype=torch.float64)
@@ -285,3 +306,29 @@ def test_batched_gradients_match_one_by_one(options):
     for i in range(3):
         expected = torch.autograd.grad(output, leaves, upstream[i], retain_graph=True)
         assert_matches(named([g[i] for g in got]), named(expected), TOL)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_vmap_of_the_operators_runs_them_one_by_one(kernel):
+    """For those who map an operator itself: over its input, and over one of its weights with the gradients."""
+    forward, backward = (getattr(torch.ops.stacked_lstm_ext, name) for name in ("forward", "backward"))
+    x, batch_sizes, h_0, c_0, weights, *rest = forward_arguments(CASE, backend=kernel)
+    inputs = torch.stack([x, 2 * x, -x])
+    got = vmap(lambda x: forward(x, batch_sizes, h_0, c_0, weights, *rest))(inputs)
+    for i, x_i in enumerate(inputs):
+        one = forward(x_i, batch_sizes, h_0, c_0, weights, *rest)
+        assert all(torch.equal(a[i], b) for a, b in zip(got[:3], one[:3], strict=True))
+
+    output, h_n, c_n, reserve = forward(x, batch_sizes, h_0, c_0, weights, *rest)
+    arguments = [x, batch_sizes, h_0, c_0, weights, *rest]
+    upstream = torch.stack([output, -output])
+
+    def pull(grad_output):
+        grad_x, grad_h, grad_c, grad_weights = backward(
+            *backward_arguments([grad_output, h_n, c_n], arguments, output, reserve)
+        )
+        return grad_x, grad_h, grad_c, *grad_weights
+
+    got = vmap(pull)(upstream)
+    for i in range(2):
+        assert all(torch.equal(a[i], b) for a, b in zip(got, pull(upstream[i]), strict=True))

@@ -1,0 +1,166 @@
+// csrc/cuda/gates.cu: the kernels of gates.h on a GPU: every cell of a diagonal in one launch.
+//
+//   grid   x: rows of a cell, blockDim.y at a time    y: units, blockDim.x · V at a time    z: the cells
+//
+// A thread does V neighbouring units of one row, all four gates of them, with 16-byte accesses. Nothing is shared
+// between threads, so nothing waits. Where a width, a stride or a pointer is not on 16 bytes, V is 1.
+#include <algorithm>
+#include <limits>
+
+#include "../gates.h"
+#include "launch.cuh"
+#include "primitives.cuh"
+
+namespace stacked_lstm::gates {
+
+// The arguments travel by value, so that no copy to the device has to be waited for or kept alive.
+template <typename Cell, int kCapacity>
+struct Step {
+  Sizes sizes;
+  Cell cell[kCapacity];
+};
+
+// Cells of a launch. Most stacks fit the small one, whose arguments are some kilobytes less to send.
+inline constexpr int kFewCells = 8, kManyCells = 64;
+inline constexpr int kThreads = 128;
+
+// Which row and which unit a thread begins at.
+__device__ __forceinline__ int64_t row_of_thread() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
+template <int V>
+__device__ __forceinline__ int64_t unit_of_thread() {
+  return (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) * V;
+}
+
+template <typename T, int V, int kCapacity>
+__global__ void __launch_bounds__(kThreads)
+    gates_forward(const __grid_constant__ Step<ForwardCell<T>, kCapacity> step) {
+  const ForwardCell<T>& cell = step.cell[blockIdx.z];
+  const int64_t row = row_of_thread(), unit = unit_of_thread<V>();
+  if (row >= cell.rows) return;
+  if (unit >= step.sizes.width) return;
+  forward_units<V>(step.sizes, cell, row, unit);
+}
+
+template <typename T, int V, int kCapacity>
+__global__ void __launch_bounds__(kThreads)
+    gates_backward(const __grid_constant__ Step<BackwardCell<T>, kCapacity> step) {
+  const BackwardCell<T>& cell = step.cell[blockIdx.z];
+  const int64_t row = row_of_thread(), unit = unit_of_thread<V>();
+  if (row >= cell.rows) return;
+  if (unit >= step.sizes.width) return;
+  backward_units<V>(step.sizes, cell, row, unit);
+}
+
+template <typename T, int V, int kCapacity>
+__global__ void __launch_bounds__(kThreads) collect(const __grid_constant__ Step<CollectCell<T>, kCapacity> step) {
+  const CollectCell<T>& cell = step.cell[blockIdx.z];
+  const int64_t row = row_of_thread(), unit = unit_of_thread<V>();
+  if (row >= cell.rows) return;
+  if (unit >= step.sizes.width) return;
+  collect_units<V>(step.sizes, cell, row, unit);
+}
+
+template <typename T, int V, int kCapacity>
+__global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ Step<CopyCell<T>, kCapacity> step) {
+  const CopyCell<T>& cell = step.cell[blockIdx.z];
+  const int64_t row = row_of_thread(), unit = unit_of_thread<V>();
+  if (row >= cell.rows) return;
+  if (unit >= step.sizes.width) return;
+  copy_units<V>(step.sizes, cell, row, unit);
+}
+
+namespace {
+
+// `Kernel` names the kernel: Kernel::template at<V, kCapacity>().
+template <typename Kernel, int V, int kCapacity, typename Cell>
+cuda::Status launch_cells(const Sizes& sizes, const Cell* cells, int64_t count, void* stream) {
+  Step<Cell, kCapacity> step;
+  step.sizes = sizes;
+  int64_t rows = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    step.cell[n] = cells[n];
+    rows = std::max(rows, cells[n].rows);
+  }
+  if (rows == 0 || sizes.width == 0) return {};
+  // As many threads side by side along a row as it has packs, in whole warps' fractions; the rest of the block goes on
+  // with the next rows.
+  const int64_t packs = (sizes.width + V - 1) / V;
+  unsigned across = 1;
+  while (across < packs && across < kThreads) across *= 2;
+  const unsigned down = kThreads / across;
+  const int64_t row_blocks = (rows + down - 1) / down, unit_blocks = (packs + across - 1) / across;
+  if (row_blocks > std::numeric_limits<int32_t>::max() || unit_blocks > 65535) {
+    return {1, "a step of " + std::to_string(rows) + " rows of " + std::to_string(sizes.width) +
+                   " units is more than a grid holds"};
+  }
+  cuda::LaunchConfig config;
+  config.grid =
+      dim3(static_cast<unsigned>(row_blocks), static_cast<unsigned>(unit_blocks), static_cast<unsigned>(count));
+  config.block = dim3(across, down, 1);
+  config.stream = stream;
+  return cuda::launch(config, Kernel::template at<V, kCapacity>(), step);
+}
+
+template <typename Kernel, int V, typename Cell>
+std::string run_packs(const Sizes& sizes, const Cell* cells, int64_t count, void* stream) {
+  for (int64_t first = 0; first < count; first += kManyCells) {
+    const int64_t some = std::min<int64_t>(count - first, kManyCells);
+    const cuda::Status status = some <= kFewCells
+                                    ? launch_cells<Kernel, V, kFewCells>(sizes, cells + first, some, stream)
+                                    : launch_cells<Kernel, V, kManyCells>(sizes, cells + first, some, stream);
+    if (!status.ok()) return status.text;
+  }
+  return "";
+}
+
+template <typename Kernel, typename T, template <typename> class Cell>
+std::string run(const Sizes& sizes, const Cell<T>* cells, int64_t count, void* stream) {
+  bool packs = packs_fit<kPack<T>>(sizes);
+  for (int64_t n = 0; packs && n < count; ++n) packs = packs_fit<kPack<T>>(cells[n]);
+  return packs ? run_packs<Kernel, kPack<T>>(sizes, cells, count, stream)
+               : run_packs<Kernel, 1>(sizes, cells, count, stream);
+}
+
+template <typename T>
+struct Forward {
+  template <int V, int kCapacity>
+  static constexpr auto at() {
+    return &gates_forward<T, V, kCapacity>;
+  }
+};
+template <typename T>
+struct Backward {
+  template <int V, int kCapacity>
+  static constexpr auto at() {
+    return &gates_backward<T, V, kCapacity>;
+  }
+};
+template <typename T>
+struct Collect {
+  template <int V, int kCapacity>
+  static constexpr auto at() {
+    return &collect<T, V, kCapacity>;
+  }
+};
+template <typename T>
+struct Copy {
+  template <int V, int kCapacity>
+  static constexpr auto at() {
+    return &copy_rows<T, V, kCapacity>;
+  }
+};
+
+template <typename T>
+Kernels<T> kernels() {
+  return {run<Forward<T>, T, ForwardCell>, run<Backward<T>, T, BackwardCell>, run<Collect<T>, T, CollectCell>,
+          run<Copy<T>, T, CopyCell>};
+}
+
+}  // namespace
+
+const Table& cuda_kernels() {
+  static const Table table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>()};
+  return table;
+}
+
+}  // namespace stacked_lstm::gates
