@@ -1,0 +1,304 @@
+"""``python -m tests.emulator.mutate``: would the emulator's tests notice a missing barrier, wait or bounds check?
+
+Breaks the kernels' sources in every way that mutations.py knows, one at a time, and runs their tests on each. A mutant
+is killed when a test program fails: by wrong numbers or an error of the emulator in some order of the threads, else
+under AddressSanitizer with UndefinedBehaviorSanitizer, else under ThreadSanitizer. What survives has to be listed, with
+the reason, in equivalent_mutants.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import CACHE, ROOT, build, run
+from .equivalent_mutants import EQUIVALENT, Equivalent
+from .mutations import Mutant, instrument
+
+
+@dataclass(frozen=True)
+class Target:
+    """Sources to break, and the program that should notice. Paths are relative to `root`."""
+
+    name: str
+    mutated: tuple[str, ...]  # glob patterns
+    sources: tuple[str, ...]  # of the program
+    variants: tuple[tuple[str, ...], ...]  # arguments of one run each; a mutant is run where its code is reached
+    plain: tuple[str, ...] = ()  # more arguments, for runs without a sanitizer
+    sanitized: tuple[str, ...] = ()  # and with one
+    thorough: tuple[str, ...] = ()  # instead of `plain`, under --thorough
+    stages: tuple[str | None, ...] = (None, "address", "thread")  # None first: it tells who reaches what
+    root: Path = ROOT
+    folders: tuple[str, ...] = ("csrc", "tests/emulator")  # what the program is made from
+
+    def files(self, only: Sequence[str] = ()) -> list[str]:
+        """The files to break whose path contains one of `only` (all of them, by default)."""
+        found = [path.relative_to(self.root).as_posix() for pattern in self.mutated for path in sorted(self.root.glob(pattern))]
+        if not found:
+            raise FileNotFoundError(f"{self.name}: nothing is named {' or '.join(self.mutated)}")
+        return [file for file in found if not only or any(part in file for part in only)]
+
+
+SAMPLES = ["row_shares", "warp_roles", "chunk_flags", "tagged_words", "tile_product", "mbarrier_ring"]
+SAMPLES += ["cluster_recurrence", "bulk_pipeline", "column_sums"]
+GATE_PARTS = ("options", "sizes", "alignment", "dropout", "cells", "specials", "huge", "refusal")
+TARGETS = [
+    Target(
+        name="samples",
+        mutated=("tests/emulator/samples/*.cuh",),
+        sources=("tests/emulator/samples/samples.cpp",),
+        variants=tuple((name,) for name in SAMPLES),
+        plain=("--seeds", "4"),
+        sanitized=("--seeds", "1"),
+        thorough=("--seeds", "100"),
+    ),
+    Target(
+        name="gates",
+        mutated=("csrc/gates.h", "csrc/cuda/gates.cu"),
+        sources=("tests/emulator/gates.cpp", "csrc/cuda/gates.cu", "csrc/gates_host.cpp"),
+        variants=tuple(("--stop", "--quick", part) for part in GATE_PARTS),
+        thorough=("--order", "priorities"),
+        stages=(None, "address"),  # its threads share nothing
+    ),
+]
+# What a mutated program is compiled with besides the emulator's flags. Its switches make conditions that compilers warn
+# of; and that an index stays inside its array is not to be concluded from the array.
+FLAGS = ("-w", "-fno-aggressive-loop-optimizations")
+MORE_FLAGS: dict[str | None, tuple[str, ...]] = {  # what compiles fast, and what finds an index out of bounds
+    None: ("-O1", "-g0"),
+    "address": ("-O0", "-g0", "-fno-sanitize=undefined", "-fsanitize=bounds"),
+    "thread": ("-O1", "-g1"),
+}
+Result = subprocess.CompletedProcess[str]
+FATES = ("numbers", "emulator", "crash", "endless", "address", "thread", "survived", "not reached")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    mutant: Mutant
+    fate: str  # one of FATES
+    detail: str = ""  # the line that told
+
+    @property
+    def killed(self) -> bool:
+        return self.fate not in ("survived", "not reached")
+
+
+@dataclass
+class Outcome:
+    verdicts: list[Verdict] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    listed: set[int] = field(default_factory=set)  # of `verdicts`, by index: survivors that are expected
+
+    def table(self) -> str:
+        """Counts by file: killed, by what, and surviving."""
+        files = sorted({verdict.mutant.file for verdict in self.verdicts})
+        rows = [["", "mutants", "killed", *FATES, "of these listed"]]
+        for file in [*files, "all"]:
+            chosen = [n for n, verdict in enumerate(self.verdicts) if file in (verdict.mutant.file, "all")]
+            fates = Counter(self.verdicts[n].fate for n in chosen)
+            killed = sum(self.verdicts[n].killed for n in chosen)
+            counts = [len(chosen), killed, *(fates[fate] for fate in FATES), len(self.listed.intersection(chosen))]
+            rows.append([file, *map(str, counts)])
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in rows]
+        return "\n".join(lines)
+
+
+def write_tree(target: Target) -> tuple[Path, list[Mutant]]:
+    """A copy of the sources, with mutants in those that the target names, and the list of them."""
+    tree = CACHE / "mutants" / target.name
+    shutil.rmtree(tree, ignore_errors=True)
+    for folder in target.folders:
+        shutil.copytree(target.root / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    mutants: list[Mutant] = []
+    for file in target.files():
+        text, found = instrument((target.root / file).read_text(), file, len(mutants))
+        (tree / file).write_text(f'#include "emulator/mutation.h"\n{text}')
+        mutants += found
+    return tree, mutants
+
+
+@dataclass
+class _Programs:
+    """A target's program, one build for each stage."""
+
+    target: Target
+    tree: Path
+    thorough: bool
+
+    def build(self, sanitizer: str | None) -> Path:
+        sources = [self.tree / source for source in self.target.sources]
+        defines = [] if sanitizer else ["EMULATOR_RECORDS_MUTANTS"]
+        return build(f"mutants-{self.target.name}", sources, sanitizer, defines, flags=[*FLAGS, *MORE_FLAGS[sanitizer]])
+
+    def run(self, program: Path, variant: Sequence[str], sanitizer: str | None, mutant: int, limit: int, reached: str = "") -> Result:
+        """One run, of at most `limit` seconds of processor time (a machine that others use is no reason to end it)."""
+        script = 'ulimit -c 0; ulimit -t "$1"; export EMULATOR_MUTANT="$2" EMULATOR_MUTANTS_REACHED="$3"; shift 3; exec "$@"'
+        plain = self.target.thorough if self.thorough else self.target.plain
+        more = self.target.sanitized if sanitizer else plain
+        command = ["-c", script, "sh", limit, mutant, reached, program, *variant, *more]
+        return run(Path("/bin/sh"), *command, sanitizer=sanitizer, timeout=60 * limit)
+
+
+def _fate(result: Result) -> tuple[str, str]:
+    output = result.stdout + result.stderr
+    lines = [line for line in output.splitlines() if line.strip()]
+
+    def line_with(*words: str) -> str:
+        return next((line.strip() for line in lines if any(word in line for word in words)), lines[-1].strip() if lines else "")
+
+    if result.returncode in (-signal.SIGXCPU, -signal.SIGKILL, 128 + signal.SIGXCPU, 128 + signal.SIGKILL):
+        return "endless", ""
+    if "ThreadSanitizer" in output:
+        at = next(n for n, line in enumerate(lines) if "ThreadSanitizer" in line)
+        return "thread", " ".join(line.strip() for line in lines[at : at + 3])
+    if "AddressSanitizer" in output or "runtime error:" in output:
+        return "address", line_with("AddressSanitizer", "runtime error:")
+    if result.returncode < 0:
+        return "crash", signal.Signals(-result.returncode).name
+    return ("numbers" if "wrong numbers" in output else "emulator"), line_with("FAILED")
+
+
+class _Hunt:
+    """All mutants of one target, through all stages."""
+
+    def __init__(
+        self, target: Target, files: Sequence[str], jobs: int, thorough: bool, equivalents: Sequence[Equivalent]
+    ) -> None:
+        self.jobs = jobs
+        # What is listed to survive is given to the sanitizers, in vain, only where time does not matter.
+        self.spared = [] if thorough else equivalents
+        tree, mutants = write_tree(target)
+        self.wanted = [mutant for mutant in mutants if mutant.file in files]
+        self.programs = _Programs(target, tree, thorough)
+        self.variants, self.stages = target.variants, target.stages
+        self.reach: dict[tuple[str, ...], set[int]] = {}
+        self.verdicts: dict[int, Verdict] = {}
+        self.limits: dict[tuple[tuple[str, ...], str | None], int] = {}
+        self.locks: dict[tuple[tuple[str, ...], str | None], threading.Lock] = {}
+        self.guard = threading.Lock()
+
+    def run(self) -> list[Verdict]:
+        with ThreadPoolExecutor(1) as builder, ThreadPoolExecutor(self.jobs) as pool:
+            builds = {stage: builder.submit(self.programs.build, stage) for stage in self.stages}
+            for stage in self.stages:
+                self._stage(stage, builds[stage], pool)
+        for mutant in self.wanted:
+            reached = any(mutant.number in reach for reach in self.reach.values())
+            self.verdicts.setdefault(mutant.number, Verdict(mutant, "survived" if reached else "not reached"))
+        return [self.verdicts[mutant.number] for mutant in self.wanted]
+
+    def _stage(self, stage: str | None, built: Future[Path], pool: ThreadPoolExecutor) -> None:
+        left = [mutant for mutant in self.wanted if mutant.number not in self.verdicts]
+        if stage is not None:
+            left = [mutant for mutant in left if not any(entry.names(mutant) for entry in self.spared)]
+        if not left:
+            built.cancel()
+            return
+        program = built.result()
+        if stage is None:  # tells who reaches what
+            list(pool.map(lambda variant: self._limit(program, variant, stage), self.variants))
+
+        def judge(mutant: Mutant) -> None:
+            for variant in self.variants:
+                if mutant.number in self.reach[variant]:
+                    limit = self._limit(program, variant, stage)
+                    result = self.programs.run(program, variant, stage, mutant.number, limit)
+                    if result.returncode != 0:
+                        self.verdicts[mutant.number] = Verdict(mutant, *_fate(result))
+                        return
+
+        list(pool.map(judge, left))
+
+    def _limit(self, program: Path, variant: tuple[str, ...], stage: str | None) -> int:
+        """A mutant's time, in seconds. At first, runs the program as it is: it has to succeed."""
+        with self.guard:
+            lock = self.locks.setdefault((variant, stage), threading.Lock())
+        with lock:
+            if (variant, stage) not in self.limits:
+                with tempfile.NamedTemporaryFile("r") as reached:
+                    before = os.times()
+                    result = self.programs.run(program, variant, stage, -1, 300, reached.name)
+                    after = os.times()
+                    if result.returncode != 0:
+                        output = result.stdout + result.stderr
+                        raise RuntimeError(f"{' '.join(variant)} fails without any mutant ({stage}):\n{output}")
+                    if stage is None:
+                        self.reach[variant] = {int(line) for line in reached}
+                # Other runs' times are in here as well; it errs to the long side.
+                self.limits[variant, stage] = 2 + math.ceil(10 * (after.children_user - before.children_user))
+        return self.limits[variant, stage]
+
+
+def compare_with_list(verdicts: Sequence[Verdict], equivalents: Sequence[Equivalent], files: Iterable[str]) -> Outcome:
+    """Survivors that are not listed, and entries that name a killed mutant or none, are problems."""
+    outcome = Outcome(list(verdicts))
+    for entry in equivalents:
+        named = [n for n, verdict in enumerate(verdicts) if entry.names(verdict.mutant)]
+        killed = [verdicts[n] for n in named if verdicts[n].killed]
+        if killed:
+            outcome.problems.append(f"listed as equivalent, but killed ({killed[0].fate}: {killed[0].detail}): {killed[0].mutant}")
+        elif not named and entry.file in files:
+            outcome.problems.append(f"listed as equivalent, but not there: {entry}")
+        outcome.listed.update(n for n in named if not verdicts[n].killed)
+    for n, verdict in enumerate(verdicts):
+        if not verdict.killed and n not in outcome.listed:
+            outcome.problems.append(f"{verdict.fate}: {verdict.mutant}")
+    return outcome
+
+
+def hunt(
+    targets: Sequence[Target] = (),
+    only: Sequence[str] = (),
+    jobs: int = 0,
+    thorough: bool = False,
+    equivalents: Sequence[Equivalent] = EQUIVALENT,
+) -> Outcome:
+    """Runs all mutants of the targets (all of them by default), or those in files whose path contains one of `only`."""
+    verdicts: list[Verdict] = []
+    files: set[str] = set()
+    for target in targets or TARGETS:
+        mine = target.files(only)
+        if mine:
+            files.update(mine)
+            verdicts += _Hunt(target, mine, jobs or os.cpu_count() or 1, thorough, equivalents).run()
+    return compare_with_list(verdicts, equivalents, files)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.emulator.mutate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="print the mutants, and run nothing")
+    parser.add_argument("--only", action="append", default=[], metavar="FILE", help="only in files whose path contains this")
+    parser.add_argument("-j", "--jobs", type=int, default=0, help="runs at a time; default: one a processor")
+    parser.add_argument("--thorough", action="store_true", help="more orders of the threads, and sanitizers for the listed mutants too")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print what became of every mutant, and why")
+    options = parser.parse_args()
+    if options.list:
+        for target in TARGETS:
+            files = target.files(options.only)
+            print(*(mutant for mutant in write_tree(target)[1] if mutant.file in files), sep="\n")
+        return 0
+    outcome = hunt(only=options.only, jobs=options.jobs, thorough=options.thorough)
+    if options.verbose:
+        for verdict in outcome.verdicts:
+            print(f"{verdict.fate:12}{verdict.mutant}\n{'':12}{verdict.detail}")
+    print(outcome.table())
+    print(*outcome.problems, sep="\n")
+    return 1 if outcome.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
