@@ -142,12 +142,19 @@ class Problem:
     that a verified contestant has every term of the equations right. ``grad_*`` are what flows in from the loss.
     """
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int = 0,
+        draw_on: torch.device | str = "cpu",  # the same numbers for every device, unless they are many
+    ) -> None:
         self.case, self.dtype, self.device = case, dtype, device
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(draw_on).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator, device=draw_on).to(device, dtype)
 
         states = (case.layers * case.directions, case.batch)
         padded = normal(case.steps, case.batch, case.input_size)
@@ -175,7 +182,7 @@ class Problem:
                 if case.proj_size:
                     shapes["weight_hr"] = (case.proj_size, case.hidden_size)
                 for name, shape in shapes.items():
-                    uniform = torch.rand(shape, generator=generator) * 2 - 1
+                    uniform = torch.rand(shape, generator=generator, device=draw_on) * 2 - 1
                     self.weights[f"{name}_l{layer}{suffix}"] = (bound * uniform).to(device, dtype)
 
     def layer_weights(self, layer: int, suffix: str = "") -> list[Tensor]:

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-import stacked_lstm_ext
-
 PACKAGES = ("torch", "stacked_lstm_ext", "onnxruntime", "onnx", "flashrnn", "haste_pytorch", "numpy")
 VARIABLES = (
     "OMP_NUM_THREADS",
@@ -26,8 +24,12 @@ VARIABLES = (
 )
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """The machine, the software and the moment, as JSON can hold them."""
+def describe(device: torch.device, extension: bool = True) -> dict[str, Any]:
+    """The machine, the software and the moment, as JSON can hold them.
+
+    Args:
+        extension: whether to load the extension and ask it how it was built.
+    """
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -36,7 +38,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": packages(),
-        "extension": extension(),
+        "extension": about_extension() if extension else {},
         "torch": {
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "mkl": torch.backends.mkl.is_available(),
@@ -99,10 +101,10 @@ def packages() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found | {"torch": torch.__version__, "stacked_lstm_ext": stacked_lstm_ext.__version__}
+    return found | {"torch": torch.__version__}
 
 
-def extension() -> dict[str, Any]:
+def about_extension() -> dict[str, Any]:
     """What the extension says of its own build, and the instruction set in use."""
     try:
         from stacked_lstm_ext import _C  # type: ignore[attr-defined]

@@ -158,7 +158,12 @@ def check(
 
 
 def verified(verdict: Verdict) -> Result:
-    facts: Result = {"error": verdict.error, "tolerance": verdict.tolerance, "furthest": verdict.tensor}
+    facts: Result = {
+        "error": verdict.error,
+        "tolerance": verdict.tolerance,
+        "furthest": verdict.tensor,
+        "rms": verdict.rms,
+    }
     return facts | ({"reason": verdict.reason} if verdict.reason else {})
 
 

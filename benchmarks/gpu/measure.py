@@ -1,0 +1,458 @@
+"""Part 4: every target in inference and in training, each contestant verified against float64 and only then timed.
+
+The result file is rewritten after every row. Before anything that may hang or spoil the CUDA context, a note beside it
+says who is at work; a process that finds such a note knows what killed the last one, writes that down, and goes on
+behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import suite
+from benchmarks.cases import Case, Mode, Problem
+from benchmarks.contestants import Contestant, Prepared, StackedLSTM, Tensors, TorchLSTM
+from benchmarks.gpu import cells, machine, results, timing
+from benchmarks.gpu.parts import Exit
+from benchmarks.verify import reference, verify
+
+TIMING_S = (0.8, 3.0)  # for one row, least and most
+FIRST_ROWS_S = 15.0  # for a target before any has been measured
+REFERENCE_MOST_S = 20.0  # a target whose float64 reference would take longer is left out
+LAUNCH_S = 8e-6  # of one torch operation, roughly
+PROFILE_S = 8.0  # kept for the profiler, at the end
+GIVE_UP_CAPTURES = 3
+REFERENCE = "float64 reference"
+
+
+class Padded(StackedLSTM):
+    """Ours on the padded batch: what a packed one is held against."""
+
+    name = "StackedLSTM (padded)"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = Padded.name
+
+
+@dataclass
+class Field:
+    """A contestant with what it is to compute."""
+
+    contestant: Contestant
+    problem: Problem
+    expected: Tensors
+
+
+@dataclass
+class Note:
+    """Beside the result: what is being done that may kill the process."""
+
+    path: Path
+
+    def write(self, name: str, mode: str, who: str) -> None:
+        self.path.write_text(json.dumps({"name": name, "mode": mode, "who": who}))
+
+    def read(self) -> dict[str, str] | None:
+        return json.loads(self.path.read_text()) if self.path.exists() else None
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class Measurement:
+    """One process's share of the work."""
+
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        seconds: float,
+        contestants: Sequence[Contestant],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.path, self.device, self.contestants, self.say = path, device, list(contestants), say
+        self.result = results.load(path)
+        self.note = Note(path.with_suffix(".doing"))
+        self.end = time.perf_counter() + seconds
+        self.longest_s = FIRST_ROWS_S if device.type == "cuda" else 0.0  # of a target so far
+        self.failed_captures: dict[str, int] = {}
+        self.float64_flops = 1e11
+
+    def left(self) -> float:
+        return self.end - time.perf_counter()
+
+    def save(self) -> None:
+        add_ratios(self.result["rows"])
+        self.result["failures"] = failures(self.result["rows"])
+        results.save(self.path, self.result)
+
+    def run(self, targets: Sequence[cells.Target]) -> Exit:
+        """Measure until all is done or the time is up."""
+        self.write_off_what_died()
+        if self.device.type == "cuda":
+            self.float64_flops = probe_float64(self.device)
+            check_reference(self.device)
+        done = {(row["name"], row["mode"]) for row in self.result["rows"]}
+        to_do = [target for target in targets if any((target.name, mode) not in done for mode in target.modes)]
+        self.result["left_out"] = []
+        for number, target in enumerate(to_do):
+            if self.left() < 1.3 * self.longest_s + PROFILE_S * (self.device.type == "cuda"):
+                self.leave_out(to_do[number:], "the time was up")
+                break
+            if (seconds := self.reference_seconds(target.case)) > REFERENCE_MOST_S:
+                self.leave_out([target], f"its float64 reference would take about {seconds:.0f} s")
+                continue
+            started = time.perf_counter()
+            if number == 1:
+                self.longest_s = 0.0  # the first one has loaded libraries
+            modes = [mode for mode in target.modes if (target.name, mode) not in done]
+            if not self.measure(target, modes, len(to_do) - number):
+                self.say("the CUDA context is spoilt")
+                return Exit.AGAIN
+            self.longest_s = max(self.longest_s, time.perf_counter() - started)
+        self.profile(targets[0])
+        self.note.clear()
+        self.result["measure"] = {
+            "summary": f"{len(self.result['rows'])} rows, {len(self.result['failures'])} failures"
+        }
+        self.save()
+        return Exit.FAILED if self.result["failures"] or not self.result["rows"] else Exit.OK
+
+    def leave_out(self, targets: Sequence[cells.Target], reason: str) -> None:
+        self.result["left_out"] += [f"{target.name}: {reason}" for target in targets]
+        self.save()
+
+    def write_off_what_died(self) -> None:
+        """A row for what was being done when the last process died."""
+        if note := self.note.read():
+            ours = note["who"].startswith("StackedLSTM") or note["who"] in ("timing", REFERENCE)
+            reason = f"the process hung or died ({'while timing' if note['who'] == 'timing' else 'at its first steps'})"
+            entry = {"status": "failed", "reason": reason, "ours": ours}
+            name = "StackedLSTM" if note["who"] == "timing" else note["who"]
+            case = note["name"].rsplit(" ", 1)
+            self.result["rows"].append(
+                {
+                    "name": note["name"],
+                    "group": "gpu",
+                    "case": None,
+                    "precision": case[-1],
+                    "mode": note["mode"],
+                    "threads": 0,
+                    "contestants": {name: entry},
+                }
+            )
+            self.say(f"{note['name']} {note['mode']}: {name} {reason}")
+            self.note.clear()
+            self.save()
+
+    def reference_seconds(self, case: Case) -> float:
+        """What the float64 reference will take: forward, again and backward; its launches or its arithmetic."""
+        if self.device.type != "cuda":
+            return 0.0
+        flops = 4 * (case.input_flops() + case.recurrent_flops())
+        return flops / self.float64_flops + 60 * case.layers * case.steps * LAUNCH_S
+
+    def measure(self, target: cells.Target, modes: Sequence[Mode], targets_left: int) -> bool:
+        """The rows of one target; whether the CUDA context is still sound."""
+        on_gpu = self.device.type == "cuda"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = target.precision.tf32
+        if on_gpu:
+            torch.cuda.empty_cache()
+        self.note.write(target.name, modes[0], REFERENCE)
+        self.say(f"{target.name}: reference")
+        try:
+            fields = [self.field(self.contestants, target.case, target.precision.dtype)]
+            if target.case.packed:
+                padded = replace(target.case, packed=False)
+                fields.append(self.field([Padded()], padded, target.precision.dtype))
+        except torch.OutOfMemoryError:
+            self.note.clear()
+            self.leave_out([target], "its float64 reference does not fit the memory")
+            return True
+        for mode in modes:
+            entrants = [entry for group in fields for entry in group]
+            plain = StackedLSTM("reference")
+            if target.reference and mode == "inference" and plain.name not in {e.contestant.name for e in entrants}:
+                entrants.append(replace(entrants[0], contestant=plain))
+            share = min(max(self.left() / targets_left / 2 / len(target.modes), TIMING_S[0]), TIMING_S[1])
+            share = share if on_gpu else 0.05
+            row, sound = self.measure_row(target, mode, entrants, share)
+            self.result["rows"].append(row)
+            self.note.clear()
+            self.save()
+            self.say(line(row))
+            if not sound:
+                return False
+        return True
+
+    def field(self, contestants: Sequence[Contestant], case: Case, dtype: torch.dtype) -> list[Field]:
+        problem = Problem(case, dtype, self.device, draw_on=self.device)
+        expected = reference(problem, gradients=True, device=self.device)
+        return [Field(contestant, problem, expected) for contestant in contestants]
+
+    def measure_row(
+        self, target: cells.Target, mode: Mode, entrants: Sequence[Field], seconds: float
+    ) -> tuple[results.Result, bool]:
+        """Verify, then time. Who is wrong, or raises, is never timed."""
+        entries: dict[str, results.Result] = {}
+        racing: dict[str, timing.Entrant] = {}
+        sound = True
+        for entrant in entrants:
+            who = entrant.contestant
+            if reason := who.obstacle(entrant.problem.case, mode, entrant.problem.dtype, self.device):
+                entries[who.name] = {"status": "skipped", "reason": reason, "ours": who.ours}
+                continue
+            self.note.write(target.name, mode, who.name)
+            self.say(f"{target.name} {mode}: verifying {who.name}")
+            try:
+                prepared, entry = self.check(entrant, mode, target.precision.eps)
+            except torch.OutOfMemoryError:
+                entries[who.name] = {"status": "skipped", "reason": "out of memory", "ours": who.ours}
+                continue
+            except Exception as error:  # whatever it raises belongs into the report
+                reason = results.scrub(f"{type(error).__name__}: {error}"[:500])
+                entries[who.name] = {"status": "failed", "reason": reason, "ours": who.ours}
+                sound = self.sound()
+                if not sound:
+                    break
+                continue
+            entries[who.name] = entry | {"ours": who.ours}
+            if entry["status"] == "ok":
+                replay = None
+                if self.captures(who):
+                    replay, entries[who.name]["graph"] = self.capture(entrant, mode, target.precision.eps)
+                    sound = self.sound()
+                    if not sound:
+                        break
+                racing[who.name] = timing.Entrant(prepared, replay)
+        if sound and racing:
+            self.note.write(target.name, mode, "timing")
+            try:
+                timing.run(racing, self.device, seconds)
+                for name, raced in racing.items():
+                    found = timing.summary(raced)
+                    entries[name] |= found | {"graph": found.get("graph", entries[name].get("graph"))}
+            except Exception as error:
+                reason = results.scrub(f"while timing: {type(error).__name__}: {error}"[:500])
+                for name in racing:
+                    entries[name] |= {"status": "failed", "reason": reason}
+                sound = self.sound()
+        row = {
+            "name": target.name,
+            "group": target.case.group,
+            "case": asdict(target.case) | {"lengths": list(target.case.lengths) if target.case.packed else None},
+            "precision": target.precision.name,
+            "mode": mode,
+            "threads": 0,
+            "clocks": machine.clocks(self.device) if sound else {},
+            "contestants": entries,
+        }
+        return row, sound
+
+    def check(self, entrant: Field, mode: Mode, eps: float) -> tuple[Prepared, results.Result]:
+        """Two steps against the reference: the second one finds what the first has left behind."""
+        gc.collect()
+        prepared = entrant.contestant.prepare(entrant.problem, mode, 0)
+        facts: results.Result = {}
+        with prepared.context():
+            for _ in range(2):
+                before = self.memory(reset=True)
+                step = prepared.step()
+                peak = self.memory() - before
+                found = prepared.tensors(step)
+                verdict = verify(entrant.problem.case, entrant.problem.dtype, mode, found, entrant.expected, eps)
+                if not verdict.correct:
+                    break
+            facts = prepared.facts()
+        entry = {"status": "ok" if verdict.correct else "wrong", **facts, **suite.verified(verdict)}
+        return prepared, entry | ({"peak_mib": round(peak / 2**20, 1)} if self.device.type == "cuda" else {})
+
+    def capture(self, entrant: Field, mode: Mode, eps: float) -> tuple[Prepared | None, results.Result]:
+        """A CUDA graph of the step, verified: a replay has to write what has been overwritten with NaN."""
+        name = entrant.contestant.name
+        try:
+            replay = timing.capture(entrant.contestant, entrant.problem, mode)
+            with torch.inference_mode():
+                for tensor in replay.tensors(replay.step()).values():
+                    tensor.fill_(torch.nan)
+                found = replay.tensors(replay.step())
+                verdict = verify(entrant.problem.case, entrant.problem.dtype, mode, found, entrant.expected, eps)
+        except Exception as error:
+            self.failed_captures[name] = self.failed_captures.get(name, 0) + 1
+            reason = results.scrub(f"{type(error).__name__}: {error}"[:500])
+            return None, {"status": "failed", "reason": reason}
+        if not verdict.correct:
+            return None, {"status": "wrong", "reason": verdict.reason}
+        return replay, {"status": "ok"}
+
+    def captures(self, who: Contestant) -> bool:
+        """Whether to make a CUDA graph of this one: not of the reference, which is there for its time alone."""
+        given_up = self.failed_captures.get(who.name, 0) >= GIVE_UP_CAPTURES
+        return self.device.type == "cuda" and getattr(who, "backend", "") != "reference" and not given_up
+
+    def memory(self, reset: bool = False) -> int:
+        """Bytes taken now or, without `reset`, at the highest since."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize(self.device)
+        if reset:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return torch.cuda.memory_allocated(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def sound(self) -> bool:
+        """Whether the CUDA context still works: after an illegal access, nothing does."""
+        try:
+            timing.synchronize(self.device)
+            torch.zeros(1, device=self.device).add_(1).item()
+        except Exception:
+            return False
+        return True
+
+    def profile(self, target: cells.Target) -> None:
+        """Which kernels ran, of each contestant, on one target. Last, since a profiler slows what follows."""
+        if self.device.type != "cuda" or self.left() < 2:
+            return
+        self.result["profile"] = []
+        self.say(f"{target.name}: profiling")
+        problem = Problem(target.case, target.precision.dtype, self.device, draw_on=self.device)
+        for contestant in self.contestants:
+            for mode in target.modes:
+                try:
+                    kernels = profile(contestant.prepare(problem, mode, 0))
+                except Exception as error:
+                    self.say(f"no profile of {contestant.name}: {type(error).__name__}: {error}")
+                    continue
+                entry = {"name": target.name, "mode": mode, "contestant": contestant.name, "kernels": kernels}
+                self.result["profile"].append(entry)
+
+
+def profile(prepared: Prepared, most: int = 12) -> list[results.Result]:
+    """Kernels of one step: name, launches and microseconds in all, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with prepared.context():
+        prepared.step()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=activities) as profiler:
+            prepared.step()
+            torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = {}
+    for event in profiler.events() or []:
+        if event.device_type.name == "CUDA":
+            kernels.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    ordered = sorted(kernels.items(), key=lambda item: -sum(item[1]))
+    found: list[results.Result] = [
+        {"kernel": name[:200], "launches": len(us), "us": round(sum(us), 1)} for name, us in ordered
+    ]
+    rest = found[most:]
+    if rest:
+        launches, us = sum(r["launches"] for r in rest), round(sum(r["us"] for r in rest), 1)
+        found = [*found[:most], {"kernel": f"{len(rest)} others", "launches": launches, "us": us}]
+    return found
+
+
+def probe_float64(device: torch.device) -> float:
+    """Floating-point operations a second of a float64 product."""
+    a = torch.randn(2048, 2048, device=device, dtype=torch.float64)
+    torch.mm(a, a)
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    torch.mm(a, a)
+    torch.cuda.synchronize(device)
+    return 2 * 2048**3 / (time.perf_counter() - started)
+
+
+def check_reference(device: torch.device) -> None:
+    """The reference on this device computes what it computes on the CPU."""
+    problem = Problem(Case(3, 4, 6, 16, packed=True), torch.float32, torch.device("cpu"))
+    here, there = reference(problem, True), reference(problem, True, device)
+    for name, tensor in here.items():
+        if not torch.allclose(tensor, there[name].cpu(), rtol=1e-10, atol=1e-12):
+            raise RuntimeError(f"the float64 reference differs between the CPU and {device}: {name}")
+
+
+def add_ratios(rows: list[results.Result]) -> None:
+    """How many times as fast as nn.LSTM: by wall clock, on the GPU, and of graphs; and packed over padded."""
+    for row in rows:
+        baseline = row["contestants"].get(suite.BASELINE, {})
+        for entry in row["contestants"].values():
+            for name, numbers in (
+                ("speedup", ("median",)),
+                ("gpu_speedup", ("gpu_median",)),
+                ("graph_speedup", ("graph", "gpu", "median")),
+            ):
+                theirs, own = at(baseline, *numbers), at(entry, *numbers)
+                entry[name] = theirs / own if theirs and own else None
+        packed, padded = row["contestants"].get("StackedLSTM", {}), row["contestants"].get(Padded.name, {})
+        for name, key in (("packed_over_padded", "median"), ("packed_over_padded_gpu", "gpu_median")):
+            if at(packed, key) and at(padded, key):
+                row[name] = packed[key] / padded[key]
+
+
+def at(entry: Any, *keys: str) -> Any:
+    """``entry[key][key]…``, or None where something on the way is missing."""
+    for key in keys:
+        entry = (entry or {}).get(key)
+    return entry
+
+
+def failures(rows: list[results.Result]) -> list[str]:
+    """What fails the part: a contestant that is wrong; one of ours that raises, or whose graph does."""
+    found = suite.failures(rows)
+    for row in rows:
+        for name, entry in row["contestants"].items():
+            graph = entry.get("graph") or {}
+            if entry.get("ours") and graph.get("status") in ("failed", "wrong"):
+                found.append(
+                    f"{name} on {row['name']}, {row['mode']}, as a CUDA graph: {graph['status']}: {graph['reason']}"
+                )
+    return found
+
+
+def line(row: results.Result) -> str:
+    """A row in a line, for the log."""
+    parts = []
+    for name, entry in row["contestants"].items():
+        if "median" in entry:
+            gpu = f" ({entry['gpu_median']:.3f} on the GPU)" if entry.get("gpu_median") else ""
+            parts.append(f"{name} {entry['median']:.3f} ms{gpu}")
+        else:
+            parts.append(f"{name} {entry['status'].upper()} {entry['reason']}")
+    return f"{row['name']} {row['mode']}: {'; '.join(parts)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.measure", description=__doc__.splitlines()[0])
+    parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--backends", default="auto")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    contestants = [*(StackedLSTM(name) for name in options.backends.split(",")), TorchLSTM()]
+    measurement = Measurement(options.result, device, options.seconds - 5, contestants, say)
+    measurement.result["environment"] |= machine.describe(device, extension=True) | {
+        "commit": measurement.result["environment"]["commit"],
+        "time": measurement.result["environment"]["time"],
+    }
+    return measurement.run(cells.targets(options.quick, device))
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""The tables, as Markdown, from a result file alone: ``python -m benchmarks.gpu.report RESULT.json``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+OURS, BASELINE = "StackedLSTM", "nn.LSTM"
+FLOOR_LAYERS, FLOOR_PRECISIONS = 4, ("bfloat16", "float16")
+HOST_MOST_US = 60.0
+PACKED_MOST = 1.2
+BUSY = 0.3  # share of disturbed rounds from which on the host's figures are worth little
+
+Result = dict[str, Any]
+
+
+def markdown(result: Result) -> str:
+    """Everything a reader should see; what matters most comes last, where a terminal stops."""
+    sections = [
+        [f"# {title(result)}", "", caption(result)],
+        profile_table(result),
+        left_out(result),
+        *(mode_table(result, *key) for key in measured(result)),
+        packed_table(result),
+        failures(result),
+        floors(result),
+        parts_table(result),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+def title(result: Result) -> str:
+    environment = result["environment"]
+    machine = (environment.get("gpu") or environment["cpu"])["model"]
+    return f"{machine}, {environment['time'][:10]}"
+
+
+def caption(result: Result) -> str:
+    """What it ran on, and what the columns are."""
+    environment = result["environment"]
+    gpu = environment.get("gpu") or {}
+    found = (gpu.get("clocks") or {}).get("found") or {}
+    facts: list[str] = [f"torch {environment['packages']['torch']}"]
+    if gpu:
+        facts += [f"CUDA {gpu.get('cuda')}", f"cuDNN {gpu.get('cudnn')}", f"driver {gpu.get('driver')}"]
+    if found.get("sm_mhz"):  # numbers, or what nvidia-smi says where it has none
+        sm, memory, sm_max, memory_max = (
+            str(found.get(key)).removesuffix(".0") for key in ("sm_mhz", "memory_mhz", "sm_max_mhz", "memory_max_mhz")
+        )
+        facts.append(f"clocks as found {sm} MHz SM and {memory} MHz memory (of {sm_max} and {memory_max})")
+    if result["device"] == "cpu":
+        facts.insert(0, "A dry run on the CPU, of the program alone: no figure here says anything about a GPU")
+    if commit := environment.get("commit"):
+        revision, *changes = commit.split(" ", 1)
+        facts.append(" ".join([f"commit {revision[:12]}", *changes]))
+    return (
+        f"{', '.join(facts)}. Every row was verified against the reference in float64 before it was timed, the sides "
+        "in turns. Milliseconds, medians: *wall* of a call that is waited for, *GPU* between two events with the host "
+        "ahead, *graph* of a CUDA graph's replay on the GPU; *host* is what the call costs the CPU. × is how many times as "
+        f"fast as `{BASELINE}` (cuDNN) ours is; ± half the distance of the quartiles."
+    )
+
+
+def failures(result: Result) -> list[str]:
+    tests = (result.get("tests") or {}).get("failures") or []
+    tools = [
+        f"{tool['tool']}: {tool['reason']}"
+        for tool in (result.get("sanitize") or {}).get("tools", [])
+        if tool["status"] not in ("ok", "skipped")
+    ]
+    wrong = [*result["failures"], *tests, *tools]
+    return ["## Failures", "", *(f"- {one_line(text)}" for text in wrong)] if wrong else []
+
+
+def parts_table(result: Result) -> list[str]:
+    lines = ["| part | | seconds | |", "| --- | --- | ---: | --- |"]
+    sections = {"test": "tests"}
+    for part in result["parts"]:
+        said = (result.get(sections.get(part["name"], part["name"])) or {}).get("summary", "")
+        text = "; ".join(filter(None, [part["reason"], said]))
+        text += f"; {part['starts']} processes" if part["starts"] > 1 else ""
+        shown = part["status"] if part["status"] in ("ok", "skipped") else f"**{part['status'].upper()}**"
+        lines.append(f"| {part['name']} | {shown} | {part['seconds']:.0f} | {one_line(text)} |")
+    return lines if result["parts"] else []
+
+
+def measured(result: Result) -> list[tuple[str, str]]:
+    """(precision, mode) pairs that have rows, in the order of the file."""
+    keys = {(row["precision"], row["mode"]): None for row in result["rows"] if row["group"] != "packed"}
+    return sorted(keys, key=lambda key: (list(dict.fromkeys(p for p, _ in keys)).index(key[0]), key[1]))
+
+
+def mode_table(result: Result, precision: str, mode: str) -> list[str]:
+    """A row a shape: ours beside cuDNN."""
+    rows = [
+        row
+        for row in result["rows"]
+        if (row["precision"], row["mode"]) == (precision, mode) and row["group"] != "packed"
+    ]
+    rows.sort(key=lambda row: size(row) or (math.inf,))
+    names = contestants(rows)
+    head = ["L, B, T, H"]
+    for name in names:
+        head += [f"{name}: wall", "GPU", "graph", "host µs"] if name in (OURS, BASELINE) else [f"{name}: wall"]
+    if OURS in names and BASELINE in names:
+        head += ["× wall", "× GPU", "× graph"]
+    lines = [f"## {precision}, {mode}", "", "| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in rows:
+        shape = size(row)
+        shown: list[str] = [", ".join(map(str, shape)) if shape else row["name"]]
+        for name in names:
+            entry = row["contestants"].get(name, {})
+            shown += entry_columns(entry) if name in (OURS, BASELINE) else entry_columns(entry)[:1]
+        if OURS in names and BASELINE in names:
+            ours = row["contestants"].get(OURS, {})
+            shown += [times(ours.get(key)) for key in ("speedup", "gpu_speedup", "graph_speedup")]
+        lines.append("| " + " | ".join(shown) + " |")
+    return lines
+
+
+def entry_columns(entry: Result) -> list[str]:
+    """Wall, GPU, graph and host of one contestant; or what became of it."""
+    if "median" not in entry:
+        word: str = {"wrong": "**WRONG**", "failed": "**FAILED**"}.get(entry.get("status", ""), "")
+        return [word or entry.get("reason", "–"), "–", "–", "–"]
+    graph = entry.get("graph") or {}
+    graph_text = milliseconds((graph.get("gpu") or {}).get("median"))
+    if graph.get("status") in ("failed", "wrong"):
+        graph_text = f"**{graph['status'].upper()}**"
+    return [
+        f"{milliseconds(entry['median'])} ±{100 * entry['spread']:.0f}%",
+        milliseconds(entry.get("gpu_median")),
+        graph_text,
+        f"{entry['host_us']['median']:.0f}",
+    ]
+
+
+def packed_table(result: Result) -> list[str]:
+    """Packed batches of random lengths beside the padded batch of the same shape."""
+    rows = [row for row in result["rows"] if row["group"] == "packed"]
+    if not rows:
+        return []
+    head = "| L, B, T, H | | packed | padded | packed / padded | on the GPU | nn.LSTM packed |"
+    lines = ["## Packed", "", head, "| --- | --- |" + " ---: |" * 5]
+    for row in rows:
+        ours, padded, theirs = (row["contestants"].get(name, {}) for name in (OURS, f"{OURS} (padded)", BASELINE))
+        ratios = [times(row.get(key)) for key in ("packed_over_padded", "packed_over_padded_gpu")]
+        shown = [", ".join(map(str, size(row) or ())), f"{row['precision']} {row['mode']}"]
+        shown += [entry_columns(ours)[0], entry_columns(padded)[0], *ratios, entry_columns(theirs)[0]]
+        lines.append("| " + " | ".join(shown) + " |")
+    return lines
+
+
+def floors(result: Result) -> list[str]:
+    """How the floors stand, as far as they were measured."""
+    if result["device"] != "cuda":
+        return []
+    rows = [row for row in result["rows"] if row["group"] == "gpu" and row["precision"] in FLOOR_PRECISIONS]
+    deep = [row for row in rows if (size(row) or (0,))[0] >= FLOOR_LAYERS]
+    packed = [row for row in result["rows"] if row["group"] == "packed"]
+
+    def ours(key: str) -> Callable[[Result], float | None]:
+        return lambda row: row["contestants"].get(OURS, {}).get(key)
+
+    def host(row: Result) -> float | None:
+        return (row["contestants"].get(OURS, {}).get("host_us") or {}).get("median")
+
+    lines = ["## Floors", "", "| floor | rows that meet it | the worst |", "| --- | ---: | --- |"]
+    for text, where, value, bound, least in (
+        ("L ≥ 4, 16 bits: no slower than nn.LSTM, wall", deep, ours("speedup"), 1.0, True),
+        ("the same, on the GPU", deep, ours("gpu_speedup"), 1.0, True),
+        (f"host cost at most {HOST_MOST_US:.0f} µs", rows, host, HOST_MOST_US, False),
+        (
+            f"packed at most {PACKED_MOST} times padded, wall",
+            packed,
+            lambda r: r.get("packed_over_padded"),
+            PACKED_MOST,
+            False,
+        ),
+        ("the same, on the GPU", packed, lambda r: r.get("packed_over_padded_gpu"), PACKED_MOST, False),
+    ):
+        lines.append(f"| {text} | {standing(where, value, bound, least)} |")
+    lines += ["", f"{len(deep)} of the floor's 240 rows were measured."]
+    return lines
+
+
+def standing(rows: Iterable[Result], value: Callable[[Result], float | None], bound: float, at_least: bool) -> str:
+    """ "3 of 4 | 0.71 at L4 …": how many rows meet a bound, and which is the furthest from it."""
+    found = [(number, f"{row['name']} {row['mode']}") for row in rows if (number := value(row)) is not None]
+    if not found:
+        return "not measured | "
+    met = sum(number >= bound if at_least else number <= bound for number, _ in found)
+    number, name = (min if at_least else max)(found)
+    return f"{met} of {len(found)} | {number:.3g} at {name}"
+
+
+def profile_table(result: Result) -> list[str]:
+    """Which kernels ran."""
+    lines = []
+    for entry in result.get("profile", []):
+        lines += ["", f"{entry['contestant']}, {entry['name']}, {entry['mode']}:", ""]
+        lines += ["| kernel | launches | µs |", "| --- | ---: | ---: |"]
+        for kernel in entry["kernels"]:
+            name = one_line(kernel["kernel"])[:100].replace("`", "'")
+            lines.append(f"| `{name}` | {kernel['launches']} | {kernel['us']:.0f} |")
+    return ["## Kernels of one call", *lines] if lines else []
+
+
+def left_out(result: Result) -> list[str]:
+    names = result["left_out"]
+    if not names:
+        return []
+    shown = names[:6] + [f"and {len(names) - 6} more"] * (len(names) > 6)
+    lines = [f"Not measured: {'; '.join(shown)}."]
+    timed = [entry for row in result["rows"] for entry in row["contestants"].values() if "median" in entry]
+    rounds, disturbed = (sum(entry[key] for entry in timed) for key in ("rounds", "disturbed"))
+    if rounds and disturbed / rounds > BUSY:
+        lines.append(f"Other processes ran on the CPU during {100 * disturbed / rounds:.0f} % of the rounds.")
+    return lines
+
+
+def contestants(rows: Iterable[Result]) -> list[str]:
+    return list({name: None for row in rows for name in row["contestants"]})
+
+
+def size(row: Result) -> tuple[int, ...] | None:
+    case = row.get("case")
+    return tuple(case[key] for key in ("layers", "batch", "steps", "hidden_size")) if case else None
+
+
+def milliseconds(value: float | None) -> str:
+    """Three significant digits."""
+    if value is None:
+        return "–"
+    return f"{value:.{max(0, min(4, 2 - math.floor(math.log10(value))))}f}" if value > 0 else "0"
+
+
+def times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.report", description="Print a result's tables.")
+    parser.add_argument("result", type=Path)
+    print(markdown(json.loads(parser.parse_args().result.read_text())), end="")
+
+
+if __name__ == "__main__":
+    main()
