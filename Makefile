@@ -1,8 +1,10 @@
 # `make` lists the targets. Each does all it needs, from an empty machine on, and does nothing twice.
 
-TORCH  ?= 2.13.0
-PYTHON ?= python3
-ARGS   ?=
+TORCH      ?= 2.13.0
+CUDA_TORCH ?= 2.14.1
+PYTHON     ?= python3
+GPU_PYTHON ?= $(PYTHON)
+ARGS       ?=
 ifeq ($(origin CXX),default)
 CXX := c++
 endif
@@ -11,26 +13,30 @@ endif
 python_version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 build_settings := $(CURDIR) $(CXX) $(CXXFLAGS) $(CUDA_HOME) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(STACKED_LSTM_EXT_WERROR)
 build_key      := $(firstword $(shell echo '$(build_settings)' | cksum))
-VENV  := .venv
-READY := $(VENV)/ready-python-$(python_version)-torch-$(TORCH)
-BUILT := build/built-python-$(python_version)-torch-$(TORCH)-$(build_key)
+VENV       := .venv
+READY      := $(VENV)/ready-python-$(python_version)-torch-$(TORCH)
+BUILT      := build/built-python-$(python_version)-torch-$(TORCH)-$(build_key)
+CUDA_READY := $(VENV)/ready-cuda-$(python_version)
 
 sources := setup.py build_support.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 cpp     := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 py      := $(VENV)/bin/python
 
 export CXX
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+machine_path := $(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: help venv build test bench lint format sanitize clean distclean
+.PHONY: help venv build test bench lint format sanitize nvcc cuda-check cuda-link gpu clean distclean
 
 help:  ## list the targets (the default)
-	@sed -n 's/^\([a-z]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
 	@echo
 	@echo '  TORCH=$(TORCH)     the torch release in $(VENV); another one: make TORCH=2.14.1 test'
+	@echo '  CUDA_TORCH=$(CUDA_TORCH)  the torch release for cuda-link'
 	@echo '  PYTHON=$(PYTHON)   the Python that $(VENV) is made from (3.10 or newer)'
+	@echo '  GPU_PYTHON=$(GPU_PYTHON)  the Python for gpu, with a CUDA build of torch'
 	@echo '  ARGS=…           more arguments for pytest or benchmarks: make test ARGS="-k packed"'
 
 venv: $(READY)  ## .venv with torch and the pinned tools
@@ -56,14 +62,28 @@ format: $(READY)  ## let clang-format and ruff rewrite the sources
 sanitize: $(BUILT)  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers
 	@$(py) -m tests.sanitize $(ARGS)
 
+nvcc: $(CUDA_READY)  ## the CUDA compiler and disassemblers from PyPI, into .venv (a build that needs a compiler does so itself)
+
+cuda-check: $(CUDA_READY)  ## compile the CUDA kernels for every architecture; list and check registers, spills, instructions
+	@$(py) -m tests.cuda_check $(ARGS)
+
+cuda-link: $(READY)  ## build against a CUDA build of torch (CUDA_TORCH, in .venv-cuda), check its symbols, run tests there
+	@$(py) -m tests.cuda_link --torch $(CUDA_TORCH) --python $(PYTHON) $(ARGS)
+
+# With the torch that the machine has; where it has none, with that of .venv (from PyPI, a CUDA build on Linux).
+gpu:  ## on a GPU, in 8 minutes: build, test, sanitize and measure; the result goes to benchmarks/results
+	@export PATH='$(machine_path)'; \
+	  if $(GPU_PYTHON) -c 'import torch' 2>/dev/null; then exec $(GPU_PYTHON) -m benchmarks.gpu $(ARGS); fi; \
+	  $(MAKE) --no-print-directory venv && exec $(abspath $(py)) -m benchmarks.gpu $(ARGS)
+
 clean:  ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info stacked_lstm_ext/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-distclean: clean  ## remove .venv too
-	rm -rf $(VENV)
+distclean: clean  ## remove .venv and .venv-cuda too
+	rm -rf $(VENV) .venv-cuda
 
 # torch goes in by exact release, in the same call as all else: pip never gets to choose one.
-$(READY): $(wildcard requirements/*.txt)
+$(READY): $(filter-out requirements/cuda.txt,$(wildcard requirements/*.txt))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo "error: '$(PYTHON)' is $$($(PYTHON) -V 2>&1 || true); Python 3.10 or newer is needed: make PYTHON=python3.12 …" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -74,11 +94,17 @@ $(READY): $(wildcard requirements/*.txt)
 	@$(py) -m pip install torch==$(TORCH) $(foreach file,$(sort $^),-r $(file))
 	@touch $@
 
+# nvcc and the disassemblers from PyPI, whatever torch there is.
+$(CUDA_READY): requirements/cuda.txt $(READY)
+	@$(py) -m pip install -r $<
+	@touch $@
+
 $(BUILT): $(READY) $(sources)
 	@echo 'int main() { return [](auto x) requires(sizeof(x) > 0) { return 0; }(1); }' | $(CXX) -std=c++20 -x c++ -fsyntax-only - 2>/dev/null || \
 	  { echo "error: '$(CXX)' is no C++20 compiler (GCC 11 or newer is one); on Debian and Ubuntu: apt-get install g++; or name one: make CXX=g++-12 …" >&2; exit 1; }
 	@$(py) -c 'import os, sys, sysconfig as s; p = s.get_path("include"); sys.exit(not os.path.exists(p + "/Python.h"))' || \
 	  { echo "error: '$(PYTHON)' has no header files (Python.h); on Debian and Ubuntu: apt-get install python3-dev" >&2; exit 1; }
+	@if $(py) build_support.py wants-compiler; then echo 'no nvcc here fits torch; one from PyPI does'; $(py) -m pip install -r requirements/cuda.txt; fi
 	@mkdir -p build && rm -f build/built-*
 	@touch build/started  # becomes the stamp: what is edited while the compiler runs is newer, and compiled next time
 	@echo 'compiling (log: build/build.log)'

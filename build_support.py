@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,12 +120,21 @@ def nvcc_flags(werror: bool) -> list[str]:
 # -- CUDA -------------------------------------------------------------------------------------------------------------
 
 
+# requirements/cuda.txt: nvcc from PyPI, for the CUDA that PyPI's builds of torch are made for. Of older CUDAs PyPI has no
+# complete nvcc.
+PYPI_CUDA = "13.0"
+
+
 @dataclass(frozen=True)
 class Nvcc:
-    """A CUDA compiler that runs: its toolkit's folder (``home``/bin/nvcc exists) and its release, like "13.0"."""
+    """A CUDA compiler that runs: its toolkit's folder (``home``/bin/nvcc exists) and its release, like "13.0".
+
+    ``trouble``: why it compiles nothing, or "".
+    """
 
     home: Path
     release: str
+    trouble: str = ""
 
     @property
     def path(self) -> Path:
@@ -173,21 +183,51 @@ def _release_of(nvcc: Path) -> str | None:
     return release.group(1) if release and run.returncode == 0 else None
 
 
+# Which of NVIDIA's wheels a file belongs to that nvcc may find missing; the first that is named counts.
+WHEEL_OF = {
+    "cicc": "nvidia-nvvm",
+    "ptxas": "nvidia-cuda-nvcc",
+    "crt/host_config.h": "nvidia-cuda-crt",
+    "cuda_runtime.h": "nvidia-cuda-runtime",
+}
+
+
+def nvcc_trouble(nvcc: Path) -> str:
+    """Why ``nvcc`` cannot compile an empty file, in one line, or "".
+
+    An nvcc that can tell its version may still lack its other half, which comes in wheels of its own, or may not like
+    the C++ compiler that it finds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "empty.cu"
+        source.touch()
+        command = [str(nvcc), "-cubin", str(source), "-o", str(source.with_suffix(".cubin"))]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode == 0:
+        return ""
+    lines = [line.strip() for line in (run.stderr + run.stdout).splitlines() if line.strip()]
+    said = next((line for line in lines if re.search("error|not found|No such file", line)), lines[0] if lines else "failed")
+    return said + next((f" (PyPI: {wheel})" for part, wheel in WHEEL_OF.items() if part in said), "")
+
+
 def nvidia_wheels() -> list[Path]:
     """The folders that NVIDIA's wheels from PyPI share: site-packages/nvidia."""
     spec = importlib.util.find_spec("nvidia")
     return [Path(place) for place in spec.submodule_search_locations or []] if spec else []
 
 
-def nvcc_candidates(environ: Mapping[str, str], wheels: Sequence[Path], default: Path) -> list[Path]:
-    """Where an nvcc may lie, best first. A CUDA_HOME (or CUDA_PATH) that is set is the only place."""
+def nvcc_candidates(torch_cuda: str, environ: Mapping[str, str], wheels: Sequence[Path], default: Path) -> list[Path]:
+    """Where an nvcc may lie, best first. A CUDA_HOME (or CUDA_PATH) that is set is the only place.
+
+    Of the wheels only those of torch's major version count: others came along with other packages.
+    """
     home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     if home:
         return [Path(home) / "bin" / "nvcc"]
     on_path = shutil.which("nvcc", path=environ.get("PATH", ""))
     found = [Path(on_path)] if on_path else []
     for place in wheels:
-        found += sorted(place.glob("cu*/bin/nvcc"))  # nvidia/cu13/bin/nvcc and its successors
+        found += sorted(place.glob(f"cu{_major(torch_cuda) or '*'}/bin/nvcc"))  # nvidia/cu13/bin/nvcc
     return [*found, default / "bin" / "nvcc"]
 
 
@@ -197,19 +237,49 @@ def find_nvcc(
     wheels: Sequence[Path] | None = None,
     default: Path = Path("/usr/local/cuda"),
 ) -> Nvcc | None:
-    """The first nvcc of torch's major version, else the first that runs at all, else None."""
-    other = None
-    for candidate in nvcc_candidates(environ, nvidia_wheels() if wheels is None else wheels, default):
+    """The first nvcc of torch's major version that compiles, else the first of that version, else any, else None."""
+    troubled = other = None
+    for candidate in nvcc_candidates(torch_cuda, environ, nvidia_wheels() if wheels is None else wheels, default):
         if not os.access(candidate, os.X_OK):
             continue
         home = _toolkit_of(candidate)
         release = _release_of(home / "bin" / "nvcc")
         if release is None:
             continue
-        if _major(release) == _major(torch_cuda):
-            return Nvcc(home, release)
-        other = other or Nvcc(home, release)
-    return other
+        if _major(release) != _major(torch_cuda):
+            other = other or Nvcc(home, release)
+            continue
+        nvcc = Nvcc(home, release, nvcc_trouble(home / "bin" / "nvcc"))
+        if not nvcc.trouble:
+            return nvcc
+        troubled = troubled or nvcc
+    return troubled or other
+
+
+def wants_compiler(
+    torch_cuda: str | None,
+    environ: Mapping[str, str],
+    sources: Sequence[str],
+    wheels: Sequence[Path] | None = None,
+    default: Path = Path("/usr/local/cuda"),
+) -> bool:
+    """Whether a build would gain from the nvcc of requirements/cuda.txt: torch has that CUDA, and no nvcc here fits it."""
+    if torch_cuda is None or _major(torch_cuda) != _major(PYPI_CUDA) or not sources:
+        return False
+    if switched_on(environ, "FORCE_CUDA") is False or environ.get("CUDA_HOME") or environ.get("CUDA_PATH"):
+        return False
+    nvcc = find_nvcc(torch_cuda, environ, wheels, default)
+    return nvcc is None or bool(nvcc.trouble) or _major(nvcc.release) != _major(torch_cuda)
+
+
+def installed_torch_cuda() -> str | None:
+    """The CUDA version that the installed torch is built for, read without importing it; None without either."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    version = Path(spec.origin).with_name("version.py").read_text()
+    found = re.search(r"^cuda\b[^=]*= *'([\d.]+)'", version, re.MULTILINE)
+    return found.group(1) if found else None
 
 
 def plan_cuda(
@@ -254,15 +324,27 @@ def plan_cuda(
             f"{torch_cuda}: the major versions must be the same. Point CUDA_HOME at a CUDA {_major(torch_cuda)} "
             "toolkit, or set FORCE_CUDA=0 to build the CPU part only"
         )
+    elif nvcc.trouble:
+        missing.append(f"an nvcc that works ({nvcc.path}: {nvcc.trouble})")
     if not sources:
         missing.append("CUDA kernels (csrc/cuda holds none)")
 
     if missing:
         if force:
             raise BuildError(f"FORCE_CUDA=1, but the CUDA part cannot be built without {' and '.join(missing)}")
-        return CudaPlan(None, why_not="no " + missing[0].removeprefix("a "))
+        return CudaPlan(None, why_not="no " + missing[0].removeprefix("an ").removeprefix("a "))
     archs = environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(sorted(set(visible_archs))) or DEFAULT_CUDA_ARCHS
     return CudaPlan(nvcc, archs=archs)
+
+
+def cuda_includes(nvcc: Nvcc, wheels: Sequence[Path] | None = None) -> list[Path]:
+    """Folders with CUDA's headers: the toolkit's, then that of the wheels that torch brought.
+
+    torch's own headers include those of cuBLAS and its kind, which a small toolkit lacks.
+    """
+    places = nvidia_wheels() if wheels is None else wheels
+    found = [nvcc.home / "include", *(place / f"cu{_major(nvcc.release)}" / "include" for place in places)]
+    return [path for path in dict.fromkeys(found) if path.is_dir()]
 
 
 def cudart_link_args(home: Path, major: str) -> tuple[list[str], list[str]]:
@@ -288,3 +370,9 @@ def require_torch(version: str) -> None:
 def say(text: str) -> None:
     """One line for the person who builds."""
     print(f"stacked_lstm_ext: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":  # the Makefile asks: exit status 0 where requirements/cuda.txt should be installed
+    if sys.argv[1:] != ["wants-compiler"]:
+        sys.exit("usage: python build_support.py wants-compiler")
+    sys.exit(not wants_compiler(installed_torch_cuda(), os.environ, cuda_sources(Path(__file__).parent)))

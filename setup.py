@@ -111,7 +111,7 @@ class BuildStackedLSTM(BuildExtension):
             extension.library_dirs += folders
             extension.libraries += ["c10_cuda", "torch_cuda"]
             extension.extra_link_args += arguments
-            includes += [str(plan.nvcc.home / "include")]
+            includes += [str(path) for path in support.cuda_includes(plan.nvcc)]
             nvcc_flags = support.nvcc_flags(werror)
         extension.extra_compile_args = {"cxx": support.cxx_flags(openmp, includes, werror), "nvcc": nvcc_flags}
 

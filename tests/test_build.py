@@ -169,6 +169,92 @@ def test_a_cuda_home_that_is_set_is_the_only_place_looked_at(plan, tmp_path, nam
     assert nothing.why_not == f"no nvcc (none runs at {tmp_path}/bin/nvcc)"
 
 
+def test_wheels_of_another_major_version_are_no_ones_choice_and_are_passed_over(plan, tmp_path):
+    wheel = toolkit(tmp_path / "site-packages" / "nvidia" / "cu13", "13.0")
+    assert plan("12.8", wheels=[wheel.parent]).why_not.startswith("no nvcc (none on PATH")
+
+
+def incomplete(home, release, *says):
+    """A toolkit whose nvcc tells its version but compiles nothing."""
+    toolkit(home, release)
+    lines = [f"echo '{line}' >&2;" for line in says]
+    version = f"Cuda compilation tools, release {release}, V{release}.88"
+    script(home / "bin" / "nvcc", f'if [ "$1" = -cubin ]; then {" ".join(lines)} exit 1; else echo "{version}"; fi')
+    return home
+
+
+NO_CRT = ("In file included from <command-line>:", "/x/include/cuda_runtime.h:82:10: fatal error: crt/host_config.h: No such file")
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        (["sh: 1: /x/nvvm/bin/cicc: not found"], "sh: 1: /x/nvvm/bin/cicc: not found (PyPI: nvidia-nvvm)"),
+        (NO_CRT, f"{NO_CRT[1]} (PyPI: nvidia-cuda-crt)"),
+        (["error: cuda_runtime.h: No such file"], "error: cuda_runtime.h: No such file (PyPI: nvidia-cuda-runtime)"),
+        (["gcc: No such file or directory", "nvcc fatal   : Failed to preprocess"], "gcc: No such file or directory"),
+        (["something unheard of"], "something unheard of"),
+        ([], "failed"),
+    ],
+    ids=["nvvm", "crt", "runtime", "gcc", "unknown", "silent"],
+)
+def test_an_nvcc_that_compiles_nothing_is_passed_over_and_the_reason_given(plan, tmp_path, says, reason):
+    broken = incomplete(tmp_path / "cuda", "13.0", *says)
+    assert plan(PATH=str(broken / "bin")).why_not == f"no nvcc that works ({broken}/bin/nvcc: {reason})"
+    with pytest.raises(support.BuildError, match=r"FORCE_CUDA=1, but .* without an nvcc that works"):
+        plan(PATH=str(broken / "bin"), FORCE_CUDA="1")
+    wheel = toolkit(tmp_path / "site-packages" / "nvidia" / "cu13", "13.0")
+    assert plan(PATH=str(broken / "bin"), wheels=[wheel.parent]).nvcc.home == wheel
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "nvcc", "environ", "wanted"),
+    [
+        ("13.0", None, {}, True),
+        ("13.2", None, {}, True),  # a minor version apart is compatible
+        ("13.0", "12.4", {}, True),
+        ("13.0", "13.0", {}, False),
+        ("13.0", None, {"FORCE_CUDA": "1"}, True),
+        ("13.0", None, {"FORCE_CUDA": "0"}, False),
+        ("13.0", None, {"CUDA_HOME": "/no/cuda/here"}, False),  # whoever sets it wants no other
+        ("12.8", None, {}, False),  # PyPI has no complete nvcc 12
+        (None, None, {}, False),
+    ],
+)
+def test_make_installs_a_compiler_where_torch_has_cuda_and_no_nvcc_fits_it(tmp_path, torch_cuda, nvcc, environ, wanted):
+    if nvcc:
+        environ = {**environ, "PATH": str(toolkit(tmp_path / "cuda", nvcc) / "bin")}
+    nowhere = tmp_path / "no-cuda-here"
+    assert support.wants_compiler(torch_cuda, environ, KERNEL, [], nowhere) == wanted
+    assert not support.wants_compiler(torch_cuda, environ, [], [], nowhere)  # nothing to compile
+
+
+def test_a_compiler_is_wanted_in_place_of_one_that_does_not_work(tmp_path):
+    broken = incomplete(tmp_path / "cuda", "13.0", "cicc: not found")
+    assert support.wants_compiler("13.0", {"PATH": str(broken / "bin")}, KERNEL, [], tmp_path)
+
+
+def test_the_pinned_compiler_is_complete_and_of_the_version_that_make_installs_it_for():
+    lines = (ROOT / "requirements" / "cuda.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    compiler = {"nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime"}
+    assert {name for name, release in pins.items() if release.startswith(f"{support.PYPI_CUDA}.")} == compiler
+    assert set(pins) - compiler == {"nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"}
+
+
+def test_torchs_cuda_version_is_read_without_importing_torch(monkeypatch):
+    assert support.installed_torch_cuda() == torch.version.cuda
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
+    assert support.installed_torch_cuda() is None
+
+
+def test_headers_that_a_small_toolkit_lacks_come_from_torchs_wheels(tmp_path):
+    nvcc = support.Nvcc(toolkit(tmp_path / "cuda", "13.0"), "13.0")
+    wheel = toolkit(tmp_path / "site-packages" / "nvidia" / "cu13", "13.0")
+    assert support.cuda_includes(nvcc, [wheel.parent]) == [nvcc.home / "include", wheel / "include"]
+    assert support.cuda_includes(support.Nvcc(wheel, "13.0"), [wheel.parent]) == [wheel / "include"]
+
+
 def test_an_nvcc_that_does_not_run_counts_as_none(plan, tmp_path):
     script(tmp_path / "bin" / "nvcc", "exit 1")
     assert plan(PATH=str(tmp_path / "bin")).why_not.startswith("no nvcc")
@@ -439,7 +525,7 @@ def test_without_torch_an_sdist_is_made_and_a_build_says_what_to_do(tmp_path):
 def sdist(tmp_path_factory):
     """This repository's source distribution, unpacked."""
     place = tmp_path_factory.mktemp("sdist")
-    leave_out = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache")
+    leave_out = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, place / "repository", ignore=leave_out)
     status, output = python("setup.py", "--quiet", "sdist", "--dist-dir", place, cwd=place / "repository")
     assert status == 0, output
@@ -520,7 +606,7 @@ def make(*arguments, cwd):
 @needs_make
 def test_make_alone_lists_the_targets(tmp_path):
     shown = make(cwd=small_project(tmp_path)).stdout
-    for target in ("venv", "build", "test", "bench", "lint", "format", "sanitize", "clean"):
+    for target in ("venv", "build", "test", "bench", "lint", "format", "sanitize", "nvcc", "cuda-check", "cuda-link", "clean"):
         assert f"make {target} " in shown
 
 
@@ -568,7 +654,22 @@ def test_make_installs_once_and_follows_torch_and_the_requirements(ready):
 
     assert would_install() == []
     assert would_install("TORCH=2.14.1") == ["torch==2.14.1"]
+    assert "requirements/cuda.txt" not in make("--dry-run", "TORCH=2.14.1", f"PYTHON={sys.executable}", "venv", cwd=ready).stdout
     (requirement,) = (ready / "requirements").glob("test.txt")
     stamp = next((ready / ".venv").glob("ready-*")).stat()
     os.utime(requirement, (stamp.st_atime, stamp.st_mtime + 10))
     assert would_install() == ["torch==2.13.0"]
+
+
+@needs_make
+def test_the_cuda_compiler_is_installed_once_and_again_after_another_torch(ready):
+    def would_install(*arguments):
+        run = make("--dry-run", f"PYTHON={sys.executable}", *arguments, "nvcc", cwd=ready)
+        assert run.returncode == 0, run.stderr
+        return "pip install -r requirements/cuda.txt" in run.stdout
+
+    assert would_install()
+    major, minor = sys.version_info[:2]
+    (ready / ".venv" / f"ready-cuda-{major}.{minor}").touch()
+    assert not would_install()
+    assert would_install("TORCH=2.14.1")

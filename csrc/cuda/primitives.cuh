@@ -313,7 +313,8 @@ __device__ __forceinline__ To bits_as(const From& from) {
 template <typename Element, typename T>
 __device__ __forceinline__ T load_whole(const T* from) {
   using Piece = typename primitives_detail::PieceOfElements<Element, sizeof(T)>::type;
-  return primitives_detail::bits_as<T>(*reinterpret_cast<const Piece*>(from));
+  const Piece piece = *reinterpret_cast<const Piece*>(from);  // a copy: through a reference it would come byte by byte
+  return primitives_detail::bits_as<T>(piece);
 }
 template <typename Element, typename T>
 __device__ __forceinline__ void store_whole(T* to, const T& value) {

@@ -1,0 +1,45 @@
+"""``python -m tests.cuda_check [sources]``: every CUDA kernel compiled for every architecture, listed and judged."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from . import ARCHS, ROOT, CheckError, examine_all, failures_of, find_tools, stale_rows, support, table_of
+from .meant import MEANT
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.cuda_check", description=__doc__.splitlines()[0])
+    parser.add_argument("sources", nargs="*", type=Path, help="default: csrc/cuda/*.cu")
+    parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all")
+    arguments = parser.parse_args()
+    sources = arguments.sources or [ROOT / source for source in support.cuda_sources(ROOT)]
+    archs = arguments.arch or list(ARCHS)
+    if not sources:
+        print("csrc/cuda holds no kernels")
+        return 0
+    start = time.monotonic()
+    try:
+        tools = find_tools()
+        print(f"nvcc {tools.nvcc.release} ({tools.nvcc.path}), sm_{', '.join(archs)}", flush=True)
+        kernels, failures = examine_all(sources, archs, tools)
+    except CheckError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if kernels:
+        print(table_of(kernels))
+    failures += failures_of(kernels, MEANT)
+    if not arguments.sources:
+        failures += stale_rows(kernels, MEANT)
+    for text in failures:
+        print(f"FAILED {text}")
+    count = len({kernel.name for kernel in kernels})
+    print(f"{count} kernels for {len(archs)} architectures, {len(failures)} failures, {time.monotonic() - start:.0f} s")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,567 @@
+"""csrc/diagonal.cpp: the diagonal schedule's driver, on the CPU, with the host's kernels and with the emulated CUDA ones.
+
+The truth is stock ``nn.LSTM`` in float64, as everywhere. For the 16-bit dtypes there is a second, tighter one: float64,
+but rounded wherever the schedule rounds (``rounded_truth``).
+"""
+
+import contextlib
+import ctypes
+import functools
+import math
+
+import emulator
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    OPTION_GRID,
+    Case,
+    assert_matches,
+    assert_same_bits,
+    backward_arguments,
+    case_tolerance,
+    dropout_mask,
+    forward_arguments,
+    gradient_names,
+    make_input,
+    operator_truth,
+    option_name,
+    results,
+    run_operators,
+    truth,
+    upstream_gradients,
+    with_saving,
+)
+from test_kernels import AWKWARD, LAYOUTS, TARGETS, strided
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from stacked_lstm_ext import _C, StackedLSTM, backend
+
+ops = torch.ops.stacked_lstm_ext
+SAVING = ["full", "recompute"]
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kernels, chunks, tolerances
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Everything here is small: a second thread would cost more than it does."""
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def gate_library():
+    sources = [emulator.ROOT / "csrc/cuda/gates.cu"]
+    path = emulator.build("gates_library", sources, shared=True, host_sources=[emulator.HERE / "gates_library.cpp"])
+    library = ctypes.CDLL(str(path))
+    library.emulated_gate_kernels.restype = ctypes.c_void_p
+    library.emulated_gate_calls.restype = ctypes.c_int64
+    return library
+
+
+@pytest.fixture
+def emulated():
+    """The real CUDA kernels, on the emulator, take the place of the host's."""
+    library = gate_library()
+    _C._use_gate_kernels(library.emulated_gate_kernels())
+    library.emulated_gate_calls()
+    yield library
+    _C._use_gate_kernels(0)
+
+
+@pytest.fixture(params=["host", "emulated"])
+def kernels(request):
+    return request.getfixturevalue("emulated") if request.param == "emulated" else None
+
+
+@contextlib.contextmanager
+def chunks_of(steps):
+    _C.force_diagonal_chunk(steps)
+    try:
+        yield
+    finally:
+        _C.force_diagonal_chunk(None)
+
+
+def diagonal_arguments(case, dtype=torch.float64, saving="full", **kwargs):
+    return forward_arguments(case, dtype, saving, backend="diagonal", **kwargs)
+
+
+def tolerance(case: Case, dtype: torch.dtype, dropout=0.0) -> float:
+    """As in helpers.py, but what is rounded to 16 bits inside counts too.
+
+    Those are h, what dropout and a projection make of it, and the gradients of gates: four in a layer. Each is off by
+    half an eps at most, on average (a root of 3) less, and elements are about a third of the largest. A product of many
+    is off by the same share. Another layer, or step, adds less than half of what it gets: 2 for all of them. Errors are
+    independent, and the largest of some thousand is at 4 standard deviations.
+    """
+    tol = case_tolerance(case, dtype)
+    if dtype in SIXTEEN_BITS:
+        tol += 4 * math.sqrt(4 * 2) * torch.finfo(dtype).eps / 2 / math.sqrt(3) / 3
+    # A kept value is scaled by 1 / (1 - p), its error too.
+    return tol / (1 - dropout) ** (case.layers - 1)
+
+
+def check(case: Case, dtype: torch.dtype, saving: str, dropout=0.0, expected=None) -> dict:
+    seed = 0x123456789ABCDEF if dropout else None
+    arguments = diagonal_arguments(case, dtype, saving, dropout=dropout, seed=seed)
+    actual = run_operators(arguments)
+    assert {t.dtype for t in actual.values()} == {dtype}
+    expected = operator_truth(case, arguments) if expected is None else expected
+    assert_matches(actual, expected, tolerance(case, dtype, dropout), case.directions)
+    assert _C.last_run()["backend"] == "diagonal"
+    return actual
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Against float64
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def awkward_truth(case: Case, dtype: torch.dtype):
+    return operator_truth(case, diagonal_arguments(case, dtype))
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layers, batch, steps, input_size, hidden", AWKWARD)
+def test_every_result_and_gradient_matches_float64(layers, batch, steps, input_size, hidden, dtype, saving):
+    case = Case(layers, batch, steps, input_size, hidden)
+    check(case, dtype, saving, expected=awkward_truth(case, dtype))
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("lengths", [None, (7, 7, 5, 2, 1, 1)], ids=["padded", "packed"])
+@pytest.mark.parametrize("options", OPTION_GRID, ids=option_name)
+def test_every_option_matches_float64(options, lengths, dropout, dtype, saving):
+    check(Case(3, 6, 7, 4, 9, lengths=lengths, **options), dtype, saving, dropout)
+
+
+EMULATED = [
+    Case(3, 5, 6, 4, 7),
+    Case(2, 3, 4, 5, 16),
+    Case(3, 6, 7, 4, 9, lengths=(7, 7, 5, 2, 1, 1)),
+    Case(2, 5, 4, 4, 8, lengths=(4, 4, 2, 1, 1), bidirectional=True),
+    Case(2, 3, 4, 5, 18, bidirectional=True, proj=3, bias=False),
+    Case(2, 4, 5, 5, 20, proj=4, lengths=(5, 3, 3, 1)),
+    Case(2, 17, 3, 33, 65),
+]
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("case", EMULATED, ids=str)
+def test_the_cuda_kernels_match_float64_in_the_same_driver(case, dropout, dtype, saving, emulated):
+    actual = check(case, dtype, saving, dropout)
+    assert emulated.emulated_gate_calls() >= _C.last_run()["launches"] > 0
+    _C._use_gate_kernels(0)
+    assert_same_bits(actual, check(case, dtype, saving, dropout, expected=actual))
+    assert emulated.emulated_gate_calls() == 0
+
+
+def test_more_lanes_than_a_launch_takes_match_float64_with_the_cuda_kernels(emulated):
+    check(Case(66, 1, 68, 2, 2), torch.float32, "full")
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("states", [True, False], ids=["states", "no states"])
+@pytest.mark.parametrize("lengths", [None, (3, 7, 1, 7, 2)], ids=["padded", "unsorted"])
+@pytest.mark.parametrize("options", OPTION_GRID, ids=option_name)
+def test_the_module_matches_stock(options, lengths, states, saving):
+    case = Case(3, 5, 7, 4, 6, lengths=lengths, initial_state=states, **options)
+    module = StackedLSTM(**case.arguments(), dtype=torch.float64, recompute=saving == "recompute")
+    x, hx = make_input(case)
+    with backend("diagonal"):
+        actual = results(module, x, hx, lengths)
+    assert _C.last_run()["backend"] == "diagonal"
+    expected = truth(module, x, hx, lengths)
+    assert_matches(actual, expected, case_tolerance(case, torch.float64), case.directions)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sixteen bits: float64 that is rounded where the schedule rounds
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def rounded_truth(case: Case, arguments: list) -> dict:
+    """What ``run_operators`` gives if nothing is rounded but what is stored in 16 bits. Padded batches only.
+
+    Stored in 16 bits are h of every step (before and after a projection), what dropout makes of it, the gradients of
+    the gates, that of h where a projection is to come, and the results.
+    """
+    x, _, h_0, c_0, weights, seed, bias, layers, _, proj, p, *_ = arguments
+    dtype = x.dtype
+
+    def rounded(t):
+        return t.to(dtype).double()
+
+    directions, steps, hidden = case.directions, case.steps, case.hidden
+    each = 2 + 2 * bias + (proj > 0)
+    lanes = [[w.double() for w in weights[n * each : (n + 1) * each]] for n in range(layers * directions)]
+    inputs, kept, h_n, c_n = [x.double()], [], [], []
+    for k in range(layers):
+        outputs = []
+        for d in range(directions):
+            w = lanes[k * directions + d]
+            h, c = h_0[k * directions + d].double(), c_0[k * directions + d].double()
+            cells, output = {}, [torch.empty(0)] * steps
+            for t in range(steps) if d == 0 else reversed(range(steps)):
+                a = inputs[k][t] @ w[0].T + h @ w[1].T + (w[2] + w[3] if bias else 0)
+                i, f, o = (a[:, n * hidden : (n + 1) * hidden].sigmoid() for n in (0, 1, 3))
+                g = a[:, 2 * hidden : 3 * hidden].tanh()
+                before, c = c, f * c + i * g
+                cell_h = rounded(o * c.tanh())
+                cells[t] = (i, f, g, o, before, c, h, cell_h)
+                h = rounded(cell_h @ w[-1].T) if proj else cell_h
+                output[t] = h
+            outputs.append(torch.stack(output))
+            h_n.append(h)
+            c_n.append(rounded(c))
+            kept.append(cells)
+        output = torch.cat(outputs, -1)
+        mask = torch.ones_like(output)
+        if k + 1 < layers and p > 0:
+            mask = dropout_mask(int(seed), k, steps, case.batch, output.size(-1), p)
+        inputs.append(rounded(output * mask) if k + 1 < layers else output)
+
+    named = {"output": inputs[-1], "h_n": torch.stack(h_n), "c_n": torch.stack(c_n)}
+    grad_output, grad_h_n, grad_c_n = (g.double() for g in upstream_gradients(named, dtype))
+    grad_h_0, grad_c_0 = torch.empty_like(grad_h_n), torch.empty_like(grad_c_n)
+    grad_weights = [[torch.zeros_like(w) for w in lane] for lane in lanes]
+    above = grad_output
+    for k in reversed(range(layers)):
+        below = torch.zeros_like(inputs[k])
+        for d in range(directions):
+            n = k * directions + d
+            w, grad = lanes[n], grad_weights[n]
+            recurrent, dc = grad_h_n[n], grad_c_n[n]
+            for t in reversed(range(steps)) if d == 0 else range(steps):
+                i, f, g, o, before, c, h, cell_h = kept[n][t]
+                dh = above[t, :, d * case.out : (d + 1) * case.out] + recurrent
+                if proj:
+                    dh = rounded(dh)
+                    grad[-1] += dh.T @ cell_h
+                    dh = dh @ w[-1]
+                dc = dc + dh * o * (1 - c.tanh() ** 2)
+                gates = [dc * g * i * (1 - i), dc * before * f * (1 - f), dc * i * (1 - g * g)]
+                gates = rounded(torch.cat([*gates, dh * c.tanh() * o * (1 - o)], -1))
+                dc = dc * f
+                recurrent = gates @ w[1]
+                below[t] += gates @ w[0]
+                grad[0] += gates.T @ inputs[k][t]
+                grad[1] += gates.T @ h
+                if bias:
+                    grad[2] += gates.sum(0)
+                    grad[3] += gates.sum(0)
+            grad_h_0[n], grad_c_0[n] = recurrent, dc
+        above = below
+        if k > 0 and p > 0:
+            above = above * dropout_mask(int(seed), k - 1, steps, case.batch, above.size(-1), p)
+    flat = [above, grad_h_0, grad_c_0, *(w for lane in grad_weights for w in lane)]
+    named |= dict(zip(gradient_names(len(weights)), flat, strict=True))
+    return {name: rounded(value) for name, value in named.items()}
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("options", OPTION_GRID, ids=option_name)
+def test_sixteen_bits_are_rounded_where_they_are_said_to_be(options, dropout, dtype, saving):
+    """float32 inside, where the truth has float64, moves one rounding in eps / eps32 over to the next number, for each
+    of its own errors. Some ten of them in every sum, some hundred sums behind a result: the mean says how many."""
+    case = Case(3, 6, 7, 4, 9, **options)
+    seed = 99 if dropout else None
+    arguments = diagonal_arguments(case, dtype, saving, dropout=dropout, seed=seed)
+    actual, expected = run_operators(arguments), rounded_truth(case, arguments)
+    eps = torch.finfo(dtype).eps
+    assert_matches(actual, expected, 1.5 * eps, case.directions)
+    moved = 1000 * torch.finfo(torch.float32).eps / eps  # 0.016 for bfloat16, where plain float64 is 0.2 off
+    for name, wanted in expected.items():
+        off = ((actual[name].double() - wanted).abs().mean() / wanted.abs().max() / eps).item()
+        assert off < moved, f"{name}: off by {off:.3f} eps of its largest element on average"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The schedule changes nothing
+# --------------------------------------------------------------------------------------------------------------------
+
+CHUNKED = [
+    Case(3, 4, 11, 5, 7),
+    Case(4, 3, 7, 5, 8, proj=3),
+    Case(5, 2, 3, 4, 6),
+    Case(1, 3, 9, 4, 6),
+    Case(3, 4, 9, 5, 7, bidirectional=True),
+    Case(3, 6, 9, 5, 7, lengths=(9, 8, 8, 4, 4, 1)),
+    Case(3, 6, 9, 5, 7, lengths=(9, 8, 8, 4, 4, 1), bidirectional=True, proj=3),
+]
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("case", CHUNKED, ids=str)
+def test_a_chunk_of_any_length_gives_the_same_results(case, saving, kernels):
+    expected = None
+    for steps in (1, 2, 3, 4, case.steps - 1, case.steps, case.steps + 5):
+        arguments = diagonal_arguments(case, torch.float64, saving, dropout=0.3, seed=5)
+        expected = expected or operator_truth(case, arguments)
+        with chunks_of(steps):
+            actual = run_operators(arguments)
+            assert _C.last_run()["chunk_steps"] == min(steps, case.steps)
+        assert_matches(actual, expected, case_tolerance(case, torch.float64) * 2, case.directions)
+
+
+def test_a_forced_chunk_is_positive_and_of_this_thread_alone():
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="chunk"):
+            _C.force_diagonal_chunk(wrong)
+    from threading import Thread
+
+    found = []
+    with chunks_of(3):
+        for action in (lambda: run_operators(diagonal_arguments(Case(2, 2, 7))), lambda: found.append(_C.last_run())):
+            thread = Thread(target=action)
+            thread.start()
+            thread.join()
+        run_operators(diagonal_arguments(Case(2, 2, 7)))
+        assert _C.last_run()["chunk_steps"] == 3
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("lengths", [None, (7, 7, 5, 2, 1, 1)], ids=["padded", "packed"])
+@pytest.mark.parametrize("options", OPTION_GRID, ids=option_name)
+def test_both_backends_agree_in_float64(options, lengths, saving, dropout):
+    """To rounding, which means: with the same dropout masks."""
+    case = Case(3, 6, 7, 4, 9, lengths=lengths, **options)
+    cpu, diagonal = (
+        run_operators(forward_arguments(case, saving=saving, dropout=dropout, seed=-7, backend=name))
+        for name in ("cpu", "diagonal")
+    )
+    assert_matches(diagonal, cpu, 1e-12, case.directions)
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CHUNKED, ids=str)
+def test_every_result_is_bitwise_the_same_from_run_to_run(case, dtype, saving):
+    arguments = diagonal_arguments(case, dtype, saving, dropout=0.25, seed=7)
+    first = run_operators(arguments)
+    for _ in range(3):
+        junk = [torch.randn(1000 + i) for i in range(20)]  # other memory, other contents
+        assert_same_bits(run_operators(arguments), first)
+        del junk
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("case", CHUNKED, ids=str)
+def test_uninitialised_memory_is_never_read(case, saving, kernels):
+    """torch can fill what it allocates without values with NaN: it must not show."""
+    arguments = diagonal_arguments(case, torch.float32, saving, dropout=0.25, seed=7)
+    plain = run_operators(arguments)
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert_same_bits(run_operators(arguments), plain)
+
+
+@pytest.mark.parametrize("options", OPTION_GRID, ids=option_name)
+def test_each_sequence_gives_what_it_gives_alone(options):
+    lengths = (3, 7, 1, 7, 2)
+    case = Case(2, 5, 7, 4, 6, **options)
+    module = StackedLSTM(**case.arguments(), dtype=torch.float64)
+    x, (h_0, c_0) = make_input(case)
+    x = x.detach()
+    for b, length in enumerate(lengths):
+        x[length:, b] = float("nan")
+    with backend("diagonal"), torch.no_grad():
+        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+        output, (h_n, c_n) = module(packed, (h_0, c_0))
+        output, _ = pad_packed_sequence(output)
+        for b, length in enumerate(lengths):
+            alone, (h, c) = module(x[:length, b], (h_0[:, b], c_0[:, b]))
+            assert_matches(
+                {"output": output[:length, b], "h_n": h_n[:, b], "c_n": c_n[:, b]},
+                {"output": alone, "h_n": h, "c_n": c},
+                case_tolerance(case, torch.float64),
+            )
+            assert (output[length:, b] == 0).all()
+
+
+def test_a_step_does_not_depend_on_later_ones_and_a_row_not_on_its_neighbours():
+    case = Case(3, 4, 40, 6, 18)
+    module = StackedLSTM(**case.arguments())
+    x = make_input(case, torch.float32)[0].detach()
+    other = x.clone()
+    other[23:, 1:] = float("nan")
+    with backend("diagonal"), torch.no_grad():
+        whole, changed = module(x)[0], module(other)[0]
+    assert torch.equal(changed[:23], whole[:23]) and torch.equal(changed[:, 0], whole[:, 0])
+    assert changed[23:, 1:].isnan().all()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Edges
+# --------------------------------------------------------------------------------------------------------------------
+
+EDGES = [
+    Case(3, 2, 1, 5, 7),  # one step: every layer is at its first and at its last
+    Case(9, 2, 3, 5, 7),  # fewer steps than layers
+    Case(66, 1, 68, 2, 3),  # more lanes at once than a launch takes
+    Case(70, 1, 2, 3, 4, bidirectional=True),  # more lanes in all, two at once
+    Case(1, 1, 1, 1, 1, bidirectional=True, proj=0),
+    Case(3, 4, 1, 5, 7, bidirectional=True, proj=2, lengths=(1, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", EDGES, ids=str)
+def test_stacks_at_the_edge_match_float64(case, dtype, saving):
+    check(case, dtype, saving)
+
+
+@pytest.mark.parametrize("saving", ["none", *SAVING])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTION_GRID, ids=option_name)
+def test_a_batch_of_nobody_gives_empty_results_and_zero_gradients(options, dtype, saving):
+    case = Case(2, 0, 5, 4, 6, **options)
+    actual = run_operators(diagonal_arguments(case, dtype, saving))
+    assert actual["output"].shape == (5, 0, case.directions * case.out)
+    assert actual["h_n"].shape == (2 * case.directions, 0, case.out)
+    for name, value in actual.items():
+        assert (value == 0).all() and value.dtype == dtype, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTION_GRID, ids=option_name)
+def test_every_saving_mode_gives_the_same_results(options, dtype, kernels):
+    case = Case(3, 4, 6, 4, 9, **options)
+    arguments = diagonal_arguments(case, dtype, dropout=0.3, seed=1)
+    full, recompute = (run_operators(with_saving(arguments, saving)) for saving in SAVING)
+    inference = run_operators(with_saving(arguments, "none"))
+    assert_same_bits({n: full[n] for n in inference}, inference)
+    assert_same_bits({n: recompute[n] for n in inference}, inference)
+    assert_matches(recompute, full, tolerance(case, dtype, 0.3), case.directions)
+
+
+OPTIONS = [{}, {"bidirectional": True, "proj": 3}, {"lengths": (4, 2, 1)}]
+OPTION_IDS = ["plain", "options", "packed"]
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("layout", [strided(row[1]) for row in LAYOUTS], ids=[row[0] for row in LAYOUTS])
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
+def test_strides_and_addresses_do_not_matter(options, layout, target, saving, kernels):
+    case = Case(2, 3, 4, 5, 16, **options)
+    arguments = diagonal_arguments(case, torch.float32, saving)
+    plain = run_operators(arguments)
+    place = {"input": 0, "h_0": 2, "c_0": 3, "weights": 4}.get(target)
+    if target == "weights":
+        arguments[4] = [layout(w) for w in arguments[4]]
+    elif place is not None:
+        arguments[place] = layout(arguments[place])
+    output, h_n, c_n, reserve = ops.forward(*arguments)
+    named = {"output": output, "h_n": h_n, "c_n": c_n}
+    upstream = upstream_gradients(named, torch.float32)
+    if target == "upstream":
+        upstream = [layout(g) for g in upstream]
+    gradient = ops.backward(*backward_arguments(upstream, arguments, output, reserve))
+    named |= dict(zip(gradient_names(len(arguments[4])), [*gradient[:3], *gradient[3]], strict=True))
+    assert_matches(named, plain, case_tolerance(case, torch.float32), case.directions)
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
+def test_a_missing_upstream_gradient_is_a_zero_gradient(options, saving, kernels):
+    case = Case(2, 3, 4, 5, 18, **options)
+    arguments = diagonal_arguments(case, torch.float32, saving)
+    output, h_n, c_n, reserve = ops.forward(*arguments)
+    upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, torch.float32)
+    for given in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
+        got = []
+        for absent in (lambda g: None, torch.zeros_like):
+            fed = [g if on else absent(g) for g, on in zip(upstream, given, strict=True)]
+            gradient = ops.backward(*backward_arguments(fed, arguments, output, reserve))
+            got.append(dict(zip(gradient_names(len(arguments[4])), [*gradient[:3], *gradient[3]], strict=True)))
+        assert_same_bits(*got)
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
+def test_gradients_that_are_not_asked_for_are_not_made(options, saving):
+    case = Case(3, 3, 4, 5, 18, **options)
+    arguments = diagonal_arguments(case, torch.float32, saving, dropout=0.4, seed=1)
+    everything = run_operators(arguments)
+    output, h_n, c_n, reserve = ops.forward(*arguments)
+    upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, torch.float32)
+    for input_grad in (True, False):
+        for weight_grad in (True, False):
+            x, h_0, c_0, weights = ops.backward(
+                *backward_arguments(upstream, arguments, output, reserve, input_grad, weight_grad)
+            )
+            assert torch.equal(h_0, everything["grad of h_0"]) and torch.equal(c_0, everything["grad of c_0"])
+            assert torch.equal(x, everything["grad of input"]) if input_grad else x.shape == (0,)
+            assert len(weights) == (len(arguments[4]) if weight_grad else 0)
+            for i, w in enumerate(weights):
+                assert torch.equal(w, everything[f"grad of weights[{i}]"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a run costs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def profiled(call, memory=False):
+    """How many products `call` ran, and how many tensors it allocated."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=memory) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    products = sum(event.name() == "aten::bmm" for event in events)
+    allocations = sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events)
+    return products, allocations
+
+
+COSTED = [Case(3, 4, 11, 5, 7), Case(4, 3, 7, 5, 8, proj=3), Case(3, 4, 9, 5, 7, bidirectional=True), Case(1, 2, 1, 3, 4)]
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("chunk", [None, 1, 2, 4])
+@pytest.mark.parametrize("case", COSTED, ids=str)
+def test_launches_and_products_are_as_many_as_planned_and_as_reported(case, chunk, saving, emulated):
+    arguments = diagonal_arguments(case, torch.float32, saving, dropout=0.5, seed=3)
+    sizes = (case.input_size, case.hidden, case.proj, case.layers, case.bidirectional, case.steps, case.batch)
+    counted = ("diagonals", "launches", "products", "chunk_steps", "input_steps")
+    with chunks_of(chunk):
+        kept = []
+        products, _ = profiled(lambda: kept.extend(ops.forward(*arguments)))
+        run, planned = _C.last_run(), _C.diagonal_plan(*sizes, False, False, saving, 0.5)
+        assert {n: run[n] for n in counted} == {n: planned[n] for n in counted}
+        assert (emulated.emulated_gate_calls(), products) == (run["launches"], run["products"])
+
+        output, h_n, c_n, reserve = kept
+        upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, torch.float32)
+        products, _ = profiled(lambda: ops.backward(*backward_arguments(upstream, arguments, output, reserve)))
+        run, planned = _C.last_run(), _C.diagonal_plan(*sizes, False, True, saving, 0.5)
+        assert {n: run[n] for n in counted} == {n: planned[n] for n in counted}
+        assert (emulated.emulated_gate_calls(), products) == (run["launches"], run["products"])
+    extra = (1 + (case.proj > 0)) * run["diagonals"]
+    assert run["launches"] - extra <= 2 * case.layers, "two launches a diagonal with a projection, one without"
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"proj": 3}], ids=["plain", "bidir", "proj"])
+def test_a_longer_sequence_allocates_no_more_tensors(options, saving):
+    def allocations(steps):
+        arguments = diagonal_arguments(Case(3, 4, steps, 8, 16, **options), torch.float32, saving, dropout=0.5, seed=3)
+        with chunks_of(4):
+            return profiled(lambda: run_operators(arguments), memory=True)[1]
+
+    allocations(8)
+    assert 0 < allocations(64) <= allocations(16)
