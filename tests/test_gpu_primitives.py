@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.gpu import primitives
+from benchmarks.gpu import primitives, report
 from benchmarks.gpu.parts import Exit
 from tests import emulator
 
@@ -64,3 +64,11 @@ def test_the_part_of_make_gpu_tells_good_runs_from_bad(code, output, expected, w
     exit_code, summary, _ = primitives.judge(code, output, "what it said")
     assert exit_code == expected
     assert words in summary
+
+
+def test_the_figures_stand_in_the_table_and_what_failed_is_seen(figures):
+    lines = report.primitives_table({"primitives": {"figures": figures | {"odd": {"error": "too many blocks"}}}})
+    assert len(lines) == 4 + len(figures) + 1
+    assert any(line.startswith("| barrier of the grid |") and line.endswith("| ns |") for line in lines)
+    assert lines[-1] == "| odd | **FAILED** | – | – | too many blocks |"
+    assert report.primitives_table({}) == []

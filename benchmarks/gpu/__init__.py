@@ -7,7 +7,8 @@ results.py      the result file, rewritten after every step, and the Markdown ma
 build.py        part 1: the extension, in place, for this GPU
 test.py         part 2: the tests marked ``gpu``, a process a file
 sanitize.py     part 3: compute-sanitizer over sanitized.py
-measure.py      part 4: ours, cuDNN and the reference, verified and then timed
+primitives.py   part 4: what flags, barriers, exchanges and launches cost
+measure.py      part 5: ours, cuDNN and the reference, verified and then timed
 cells.py        which shapes, in which precision, in order of importance
 timing.py       wall clock, host cost, GPU time and CUDA graphs, in turns
 report.py       the tables

@@ -1,4 +1,4 @@
-"""Part 4: every target in inference and in training, each contestant verified against float64 and only then timed.
+"""Part 5: every target in inference and in training, each contestant verified against float64 and only then timed.
 
 The result file is rewritten after every row. Before anything that may hang or spoil the CUDA context, a note beside it
 says who is at work; a process that finds such a note knows what killed the last one, writes that down, and goes on

@@ -1,4 +1,4 @@
-"""Part: what the primitives cost on this GPU: flags through L2, barriers, exchanges in a cluster, rates, launches.
+"""Part 4: what the primitives cost on this GPU: flags through L2, barriers, exchanges in a cluster, rates, launches.
 
 Compiles benchmarks/primitives.cu, a program of its own, with the nvcc that setup.py would take, and runs it. The cost
 model of the schedules plans with such figures.

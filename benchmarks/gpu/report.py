@@ -22,6 +22,7 @@ def markdown(result: Result) -> str:
     """Everything a reader should see; what matters most comes last, where a terminal stops."""
     sections = [
         [f"# {title(result)}", "", caption(result)],
+        primitives_table(result),
         profile_table(result),
         left_out(result),
         *(mode_table(result, *key) for key in measured(result)),
@@ -63,6 +64,22 @@ def caption(result: Result) -> str:
         "ahead, *graph* of a CUDA graph's replay on the GPU; *host* is what the call costs the CPU. × is how many times as "
         f"fast as `{BASELINE}` (cuDNN) ours is; ± half the distance of the quartiles."
     )
+
+
+def primitives_table(result: Result) -> list[str]:
+    """What flags, barriers, exchanges and launches cost; see benchmarks/primitives.cu."""
+    figures = (result.get("primitives") or {}).get("figures") or {}
+    if not figures:
+        return []
+    lines = ["## Primitives", "", "| | median | least | most | |", "| --- | ---: | ---: | ---: | --- |"]
+    for name, figure in figures.items():
+        if "error" in figure:
+            lines.append(f"| {name} | **FAILED** | – | – | {one_line(figure['error'])} |")
+            continue
+        unit = figure["unit"] + f", **{figure['wrong']} WRONG**" * bool(figure["wrong"])
+        numbers = " | ".join(f"{figure[key]:.4g}" for key in ("median", "min", "max"))
+        lines.append(f"| {name} | {numbers} | {unit} |")
+    return lines
 
 
 def failures(result: Result) -> list[str]:

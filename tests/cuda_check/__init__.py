@@ -1,10 +1,10 @@
 """What the CUDA kernels became: compiled for every architecture, and looked at, on a machine that needs no GPU.
 
-nvcc compiles each ``csrc/cuda/*.cu`` once an architecture, with the flags of ``setup.py`` and warnings as errors. What is
-then known of a kernel comes from three places: ptxas' own report (registers, stack, spills, shared memory), cuobjdump
-(parameters, launch bounds) and nvdisasm (the instructions). ``MEANT`` in ``meant.py`` says what each kernel should be;
-``complaints`` compares. Findings are kept in ``build/cuda-check`` and made again only when something they depend on has
-changed.
+nvcc compiles each ``csrc/cuda/*.cu``, and the program that measures primitives, once an architecture, with the flags of
+``setup.py`` and warnings as errors. What is then known of a kernel comes from three places: ptxas' own report (registers,
+stack, spills, shared memory), cuobjdump (parameters, launch bounds) and nvdisasm (the instructions). ``MEANT`` in
+``meant.py`` says what each kernel should be; ``complaints`` compares. Findings are kept in ``build/cuda-check`` and made
+again only when something they depend on has changed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ import build_support as support  # noqa: E402
 ARCHS = ("80", "86", "89", "90a", "100", "120")
 OLDEST_NVCC = (12, 8)  # the first that knows sm_100 and sm_120
 REGISTERS_OF_A_BLOCK = 65536
+# All that they include lies in csrc.
+KNOWN_SOURCES = (*(ROOT / source for source in support.cuda_sources(ROOT)), ROOT / "benchmarks" / "primitives.cu")
 
 
 class CheckError(Exception):
@@ -205,7 +207,7 @@ def examine(source: Path, arch: str, tools: Tools, versions: str, folder: Path) 
     place = folder / f"{source.stem}-sm_{arch}.json"
     try:
         kept = json.loads(place.read_text())
-        if kept["key"] == key and source.is_relative_to(ROOT / "csrc"):  # elsewhere nobody knows what it includes
+        if kept["key"] == key and source in KNOWN_SOURCES:  # of others nobody knows what they include
             return [Kernel(**kernel) for kernel in kept["kernels"]]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing kept, or by another version of this file
