@@ -31,16 +31,14 @@ struct Mbarrier {
   bool valid = true;
   Location made;
 
-  // The init is visible to the cluster when its thread has fenced it, or when the cluster's barrier has completed the
-  // first phase at which that thread arrived afterwards.
+  // Copies and peers may signal it once its thread has fenced the init. (The release of a cluster's barrier may do for
+  // peers' plain arrivals, but not for the copy engine, which is another proxy. Here it never does.)
   const Thread* initialiser = nullptr;
   bool fenced = false;
-  uint64_t visible_at_cluster_phase = 0;
 
   WaitList waiting;
   char sync[2] = {};  // to ThreadSanitizer, phases are objects by turns
 
-  bool visible() const { return fenced || block->cluster->phase >= visible_at_cluster_phase; }
   char* sync_of(uint64_t n) { return &sync[n & 1]; }
 };
 
@@ -249,7 +247,7 @@ Mbarrier& own_barrier(uint32_t address, const char* what, Location at) {
 // A barrier that is signalled from elsewhere, by another block or by a copy: its init must have been made visible.
 Mbarrier& visible_barrier(uint32_t address, const char* what, Location at) {
   Mbarrier& barrier = find_barrier(address, what, at);
-  if (!barrier.visible()) {
+  if (!barrier.fenced) {
     fail(
         Kind::async_misuse, at,
         "%s: the init of the mbarrier at offset %u of block %u is not visible to the cluster: no mbarrier_init_fence()",
@@ -569,8 +567,6 @@ void mbarrier_init(uint32_t address, uint32_t count, Location at) {
   barrier->made = at;
   barrier->count = barrier->pending = count;
   barrier->initialiser = &this_thread();
-  // A thread that has arrived at the cluster's barrier already publishes only with the phase after that.
-  barrier->visible_at_cluster_phase = block.cluster->phase + (this_thread().cluster_arrived ? 2 : 1);
   tsan::write(memory, kBarrierBytes);
   std::memcpy(memory, &kBarrierMark, sizeof kBarrierMark);
   for_each_granule(block, offset, kBarrierBytes, [&](Granule& granule) {

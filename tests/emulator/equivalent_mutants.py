@@ -34,23 +34,6 @@ SAMPLES = "tests/emulator/samples/"
 
 EQUIVALENT: list[Equivalent] = [
     Equivalent(
-        file=SAMPLES + "bulk_pipeline.cuh",
-        function="bulk_pipeline",
-        kind="fence",
-        change="removed",
-        code="mbarrier_init_fence()",
-        reason="the cluster barrier that follows releases all that was written before; the fence is there for the barriers' use"
-        " by the copy engine, which the emulator does not tell from their use by the peers",
-    ),
-    Equivalent(
-        file=SAMPLES + "cluster_recurrence.cuh",
-        function="cluster_recurrence",
-        kind="fence",
-        change="removed",
-        code="mbarrier_init_fence()",
-        reason="as in bulk_pipeline",
-    ),
-    Equivalent(
         file=SAMPLES + "chunk_flags.cuh",
         function="hand_chunks_on",
         kind="guard",
