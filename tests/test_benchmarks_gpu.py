@@ -41,6 +41,15 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _switches():
+    """torch's own test classes, collected in the same process, forbid to set any; and ours are to be as they were."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    with torch.backends.__allow_nonbracketed_mutation():
+        yield
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 def program(*lines):
     """A part's command: a Python program without torch. Its arguments are those that a part gets."""
     return (sys.executable, "-c", "\n".join(["import os, signal, subprocess, sys, time", *lines]))

@@ -30,7 +30,7 @@ SYNCHRONISATION = re.compile(
     """,
     re.VERBOSE,
 )
-FORBIDDEN_HEADERS = re.compile(r"cooperative_groups.*|cuda/(?!std/).*|cuda_(pipeline|awbarrier).*|mma\.h|.*ptx.*")
+FORBIDDEN_HEADERS = re.compile(r"cooperative_groups.*|cuda/(?!std/|(primitives|launch)\.cuh$).*|cuda_(pipeline|awbarrier).*|mma\.h|.*ptx.*")
 TORCH_HEADERS = re.compile(r"(torch|ATen|c10|caffe2|pybind11)/.*")
 
 

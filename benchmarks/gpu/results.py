@@ -64,7 +64,8 @@ def save(path: Path, result: Result) -> None:
 
 def scrub(text: str) -> str:
     """`text` without the folders of this machine: result files are published."""
-    for folder, name in ((str(ROOT), "."), (sys.prefix, "<python>"), (str(Path.home()), "~")):
+    folders = {str(Path.home()): "~", str(ROOT): ".", sys.prefix: "<python>"}
+    for folder, name in sorted(folders.items(), key=lambda item: -len(item[0])):  # .venv lies in the repository
         if len(folder) > 1:
             text = text.replace(folder, name)
     return text
