@@ -53,6 +53,7 @@ class Target:
 
 SAMPLES = ["row_shares", "warp_roles", "chunk_flags", "tagged_words", "tile_product", "mbarrier_ring"]
 SAMPLES += ["cluster_recurrence", "bulk_pipeline", "column_sums"]
+PERSISTENT_CASES = ("two_steps", "l2_one", "ragged", "l2_ragged", "forty", "one_block", "full_batch", "refusals", "packing")
 GATE_PARTS = ("options", "sizes", "alignment", "dropout", "cells", "specials", "huge", "refusal")
 TARGETS = [
     Target(
@@ -71,6 +72,16 @@ TARGETS = [
         variants=tuple(("--stop", "--quick", part) for part in GATE_PARTS),
         thorough=("--order", "priorities"),
         stages=(None, "address"),  # its threads share nothing
+    ),
+]
+# Kernels that nothing uses yet, whose mutants would take more time than all others together: `--target persistent`.
+ON_DEMAND = [
+    Target(
+        name="persistent",
+        mutated=("csrc/cuda/persistent.cuh", "csrc/cuda/persistent_forward.cuh"),
+        sources=("tests/emulator/persistent_instances.cu", "tests/emulator/persistent.cpp"),
+        variants=tuple((name,) for name in PERSISTENT_CASES),
+        sanitized=("--order", "random", "--exact"),
     ),
 ]
 # What a mutated program is compiled with besides the emulator's flags. Its switches make conditions that compilers warn
@@ -285,13 +296,16 @@ def main() -> int:
     parser.add_argument("-j", "--jobs", type=int, default=0, help="runs at a time; default: one a processor")
     parser.add_argument("--thorough", action="store_true", help="more orders of the threads, and sanitizers for the listed mutants too")
     parser.add_argument("-v", "--verbose", action="store_true", help="print what became of every mutant, and why")
+    named = {target.name: target for target in [*TARGETS, *ON_DEMAND]}
+    parser.add_argument("--target", action="append", default=[], choices=named, help="default: what the tests run")
     options = parser.parse_args()
+    targets = [named[name] for name in options.target] or TARGETS
     if options.list:
-        for target in TARGETS:
+        for target in targets:
             files = target.files(options.only)
             print(*(mutant for mutant in write_tree(target)[1] if mutant.file in files), sep="\n")
         return 0
-    outcome = hunt(only=options.only, jobs=options.jobs, thorough=options.thorough)
+    outcome = hunt(targets, only=options.only, jobs=options.jobs, thorough=options.thorough)
     if options.verbose:
         for verdict in outcome.verdicts:
             print(f"{verdict.fate:12}{verdict.mutant}\n{'':12}{verdict.detail}")
