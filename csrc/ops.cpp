@@ -32,7 +32,9 @@
 #include "call.h"
 #include "cpu/kernels.h"
 #include "cpu/stack_cpu.h"
+#include "device.h"
 #include "diagonal.h"
+#include "persistent.h"
 #include "stack.h"
 #include "wavefront.h"
 
@@ -496,6 +498,72 @@ StackShape padded_shape(int64_t input_size, int64_t hidden_size, int64_t proj_si
   return shape;
 }
 
+py::dict describe(const persistent::Terms& terms) {
+  py::dict all;
+  for (const persistent::Terms::Named& term : persistent::Terms::kAll) all[term.name] = terms.*term.field;
+  return all;
+}
+
+py::dict describe(const persistent::Pass& pass, const StackShape& shape) {
+  py::list layers;
+  for (const persistent::LayerPlan& layer : pass.layers) {
+    const int64_t hidden = shape.layers[static_cast<size_t>(layer.layer)].hidden;
+    py::list units;
+    for (int64_t b = 0; b < layer.blocks; ++b) {
+      units.append(py::make_tuple(pass.first_unit(hidden, b), pass.first_unit(hidden, b + 1)));
+    }
+    layers.append(py::dict(
+        py::arg("layer") = layer.layer, py::arg("hidden") = hidden, py::arg("blocks") = layer.blocks,
+        py::arg("first_block") = layer.first_block, py::arg("units") = units, py::arg("k_steps") = layer.k_steps,
+        py::arg("registers_thread") = layer.registers_thread, py::arg("weight_registers") = layer.weight_registers,
+        py::arg("registers_bytes") = layer.registers_bytes, py::arg("shared_bytes") = layer.shared_bytes,
+        py::arg("w_ih") = name_of(layer.w_ih), py::arg("w_ih_bytes") = layer.w_ih_bytes,
+        py::arg("l2_bytes") = layer.l2_bytes, py::arg("step_us") = layer.step_us));
+  }
+  return py::dict(py::arg("first_layer") = pass.first_layer, py::arg("last_layer") = pass.last_layer,
+                  py::arg("exchange") = name_of(pass.exchange), py::arg("cluster") = pass.cluster,
+                  py::arg("groups") = pass.groups, py::arg("splits") = pass.splits,
+                  py::arg("units_block") = pass.units_block(), py::arg("threads") = pass.threads,
+                  py::arg("registers_thread") = pass.registers_thread, py::arg("shared_bytes") = pass.shared_bytes,
+                  py::arg("chunk_steps") = pass.chunk_steps, py::arg("blocks_copy") = pass.blocks_copy,
+                  py::arg("copies") = pass.copies, py::arg("rounds") = pass.rounds, py::arg("blocks") = pass.blocks(),
+                  py::arg("makespan_us") = pass.makespan_us, py::arg("step_us") = pass.step_us,
+                  py::arg("terms") = describe(pass.terms), py::arg("layers") = layers);
+}
+
+// The timeline's entries are (pass, batch_group, layer, direction, chunk, first_block, blocks, needs_layer, needs_chunks,
+// start_us, end_us).
+py::dict describe(const persistent::Plan& plan, const StackShape& shape, bool timeline) {
+  py::list passes, sequences, work;
+  for (const persistent::Pass& pass : plan.passes) passes.append(describe(pass, shape));
+  if (plan.why_not.empty()) {
+    for (int64_t g = 0; g < plan.batch_groups; ++g) {
+      sequences.append(py::make_tuple(plan.first_sequence(shape.batch, g), plan.first_sequence(shape.batch, g + 1)));
+    }
+  }
+  if (timeline) {
+    for (const persistent::Work& w : persistent::timeline(plan, shape, Costs{})) {
+      work.append(py::make_tuple(w.pass, w.batch_group, w.layer, w.direction, w.chunk, w.first_block, w.blocks,
+                                 w.needs_layer, w.needs_chunks, w.start_us, w.end_us));
+    }
+  }
+  return py::dict(py::arg("why_not") = plan.why_not, py::arg("tiles") = plan.tiles,
+                  py::arg("batch_groups") = plan.batch_groups, py::arg("sequences") = sequences,
+                  py::arg("passes") = passes, py::arg("terms") = describe(plan.terms),
+                  py::arg("predicted_us") = plan.predicted_us, py::arg("step_us") = plan.step_us,
+                  py::arg("limit_us") = plan.limit_us, py::arg("binds") = plan.binds, py::arg("timeline") = work);
+}
+
+py::dict describe(const Device& device) {
+  return py::dict(py::arg("name") = device.name, py::arg("full_name") = device.full_name,
+                  py::arg("capability") = py::make_tuple(device.major, device.minor), py::arg("sms") = device.sms,
+                  py::arg("registers_sm") = device.registers_sm, py::arg("shared_block") = device.shared_block,
+                  py::arg("shared_sm") = device.shared_sm, py::arg("l2_bytes") = device.l2_bytes,
+                  py::arg("max_cluster") = device.max_cluster, py::arg("gpcs") = device.gpcs,
+                  py::arg("sms_gpc") = device.sms_gpc, py::arg("clock_mhz") = device.clock_mhz,
+                  py::arg("memory_gb_s") = device.memory_gb_s, py::arg("mma_rate") = device.mma_rate);
+}
+
 py::dict build_info() {
   py::list isas;
   isas.append("default");
@@ -627,6 +695,30 @@ PYBIND11_MODULE(_C, m) {
         padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
     const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
     return describe(diagonal::predict(shape, options, double_precision ? 8 : 4, backward, true, true));
+  });
+  // What the persistent kernel would do on a GPU that need not be here, and its cost: predicted only, nothing runs it yet.
+  m.def("persistent_devices", [] {
+    py::list devices;
+    for (const Device& device : kDevices) devices.append(describe(device));
+    return devices;
+  });
+  m.def("persistent_plan", [](const std::string& device, int64_t input_size, const std::vector<int64_t>& hidden_sizes,
+                              int64_t proj_size, bool bidirectional, int64_t seq_len, int64_t batch_size,
+                              int64_t element_bytes, bool training, bool timeline) {
+    const Device* found = device_named(device);
+    std::string names;
+    for (const Device& known : kDevices) names += (names.empty() ? "" : ", ") + std::string(known.name);
+    TORCH_CHECK_VALUE(found, "device should be one of ", names, ", got: ", device);
+    TORCH_CHECK_VALUE(input_size >= 1, "input_size should be at least 1, got: ", input_size);
+    StackShape shape;
+    shape.steps = seq_len, shape.batch = batch_size, shape.directions = bidirectional ? 2 : 1;
+    int64_t input = input_size;
+    for (const int64_t hidden : hidden_sizes) {
+      TORCH_CHECK_VALUE(hidden >= 1, "hidden sizes should be at least 1, got: ", hidden);
+      shape.layers.push_back({input, hidden, proj_size});
+      input = shape.directions * shape.layers.back().output();
+    }
+    return describe(persistent::plan(shape, *found, Costs{}, element_bytes, training), shape, timeline);
   });
   m.def("force_diagonal_chunk", [](std::optional<int64_t> steps) {
     TORCH_CHECK_VALUE(!steps || *steps > 0, "a chunk should have at least one step, got: ", steps.value_or(0));

@@ -51,6 +51,27 @@ def diagonal_plan(
 def force_diagonal_chunk(steps: int | None) -> None:
     """Run the diagonals of this thread in chunks of so many steps; ``None`` goes back to the chunks as planned."""
 
+def persistent_devices() -> list[dict[str, Any]]:
+    """The GPUs that ``persistent_plan`` knows: ``csrc/device.h``, whose figures are published ones."""
+
+def persistent_plan(
+    device: str,
+    input_size: int,
+    hidden_sizes: list[int],
+    proj_size: int,
+    bidirectional: bool,
+    seq_len: int,
+    batch_size: int,
+    element_bytes: int,
+    training: bool,
+    timeline: bool,
+) -> dict[str, Any]:
+    """What the persistent kernel, which does not run in this version, would do (``csrc/persistent.h``): all predicted.
+
+    ``why_not`` is one sentence if it cannot run the stack. ``timeline`` asks for the entries ``(pass, batch_group, layer,
+    direction, chunk, first_block, blocks, needs_layer, needs_chunks, start_us, end_us)``. ``ValueError`` for a device that
+    is not known and for sizes below 1."""
+
 def cuda_obstacle(major: int, minor: int, archs: str | None = None) -> str:
     """Why a GPU of this compute capability cannot run kernels built for ``archs`` (a ``TORCH_CUDA_ARCH_LIST``; of this
     build by default), in words; empty if it can."""

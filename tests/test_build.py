@@ -567,7 +567,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
 @pytest.mark.slow
 def test_a_wheel_builds_from_the_sdist_and_works(sdist, tmp_path):
     names = wheel_of(sdist)
-    assert {f"stacked_lstm_ext/{p.name}" for p in (ROOT / "stacked_lstm_ext").glob("*.py")} <= set(names)
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "stacked_lstm_ext").rglob("*.py")} <= set(names)
     (wheel,) = (sdist / "dist").glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = "import torch, stacked_lstm_ext as s; y, _ = s.StackedLSTM(3, 5, 4)(torch.ones(7, 2, 3)); print(s.__file__, *y.shape)"

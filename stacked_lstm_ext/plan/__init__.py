@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .ops import _C, reference_run, reserve_numel
+from ..ops import _C, reference_run, reserve_numel
 
 __all__ = [
     "BACKENDS",
