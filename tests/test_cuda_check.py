@@ -301,6 +301,7 @@ def test_what_has_not_changed_is_not_compiled_again(monkeypatch, tmp_path):
     source.write_text("first")
     compiled = []
     monkeypatch.setattr(cuda_check, "ROOT", tmp_path)
+    monkeypatch.setattr(cuda_check, "KNOWN_SOURCES", (source,))
     monkeypatch.setattr(cuda_check, "compile_one", lambda source, arch, tools, cubin: compiled.append(arch) or [kernel(arch=arch)])
 
     def examine(arch="80", versions="13.0"):
