@@ -32,7 +32,8 @@ __all__ = ["KERNEL_BACKENDS", "backward", "forward", "reference_run", "reserve_n
 forward = torch.ops.stacked_lstm_ext.forward.default
 backward = torch.ops.stacked_lstm_ext.backward.default
 
-KERNEL_BACKENDS = ("cpu", "diagonal")
+# "auto" is whichever of "persistent" and "diagonal" is predicted to be faster for the sizes that a call turns out to have.
+KERNEL_BACKENDS = ("cpu", "diagonal", "persistent", "auto")
 
 # Rows of the unit dimension are padded in the reserve so that every one starts on a vector of the widest instruction
 # set.
@@ -54,7 +55,7 @@ def reserve_numel(
     Args:
         rows: ``T·B``, or the length of the packed data.
         saving: ``"none"``, ``"full"`` (h, c and the four gates) or ``"recompute"`` (h and c).
-        backend: ``"cpu"`` or ``"diagonal"``: what runs both passes.
+        backend: what runs both passes, one of ``KERNEL_BACKENDS``. All but ``"cpu"`` keep the same.
     """
     if backend not in KERNEL_BACKENDS:
         raise ValueError(f"backend should be one of {', '.join(KERNEL_BACKENDS)}, got: {backend}")
@@ -69,7 +70,7 @@ def reserve_numel(
     outputs = rows * (num_layers - 1) * width
     if dtype.itemsize > 2:
         return cells + outputs
-    if backend == "diagonal":
+    if backend != "cpu":
         return cells + (outputs + 1) // 2  # h is rounded to 16 bits at every step: two in an element
     return cells + outputs + rows * width  # h is not rounded inside, but the output is, so all of it is kept
 
