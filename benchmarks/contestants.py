@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import stacked_lstm_ext
@@ -46,6 +47,10 @@ class Contestant:
         """Why this contestant cannot run, or None when it can."""
         raise NotImplementedError
 
+    def eps(self, case: Case, mode: Mode, dtype: torch.dtype) -> float | None:
+        """What verify.tolerance takes for the dtype's own rounding, for who rounds more often; or None."""
+        return None
+
     def prepare(self, problem: Problem, mode: Mode, threads: int) -> Prepared:
         raise NotImplementedError
 
@@ -60,7 +65,17 @@ class StackedLSTM(Contestant):
         self.name = "StackedLSTM" if backend == "auto" else f"StackedLSTM ({backend})"
 
     def obstacle(self, case: Case, mode: Mode, dtype: torch.dtype, device: torch.device) -> str | None:
-        return None  # it runs everything; what it falls back to shows in the facts
+        if self.backend == "auto":
+            return None  # it runs everything; what it falls back to shows in the facts
+        sizes = (case.input_size, case.hidden_size, case.layers)
+        options: dict[str, Any] = {"proj_size": case.proj_size, "bidirectional": case.bidirectional}
+        try:
+            with stacked_lstm_ext.backend(self.backend):
+                module = skip_init(stacked_lstm_ext.StackedLSTM, *sizes, **options, device=device, dtype=dtype)
+                module.plan(case.batch, case.steps, training=mode == "training")
+        except (RuntimeError, ValueError) as error:  # it is not there, or it is and does not take this
+            return str(error)
+        return None
 
     def prepare(self, problem: Problem, mode: Mode, threads: int) -> Prepared:
         prepared = prepare_module(stacked_lstm_ext.StackedLSTM, problem, mode)
