@@ -76,7 +76,7 @@ Watchdog expected(Watchdog::What what, int lane, int step, int for_lane, int for
   return w;
 }
 
-constexpr uint64_t kSoon = 20, kNever = std::numeric_limits<uint64_t>::max();
+constexpr uint64_t kSoon = 60, kNever = std::numeric_limits<uint64_t>::max();
 
 template <Exchange exchange, uint64_t limit>
 std::string nobody_is_late() {
