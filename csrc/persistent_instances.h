@@ -54,7 +54,8 @@ constexpr auto joined(const std::array<Instance, N>&... lists) {
 
 inline constexpr Product kTensor[] = {Product::tensor}, kExact[] = {Product::exact},
                          kBothProducts[] = {Product::tensor, Product::exact};
-inline constexpr Exchange kBothExchanges[] = {Exchange::cluster, Exchange::l2}, kThroughL2[] = {Exchange::l2};
+inline constexpr Exchange kBothExchanges[] = {Exchange::cluster, Exchange::l2}, kCluster[] = {Exchange::cluster},
+                          kThroughL2[] = {Exchange::l2};
 
 #if defined(STACKED_LSTM_FEW_INSTANCES)
 
@@ -82,17 +83,22 @@ constexpr auto backward() {
 
 #else
 
-// 6 pieces would serve no width that 4 or 8 do not serve with other splits; 8 leave no registers for 4 tiles.
+// 6 pieces would serve no width that 4 or 8 do not serve with other splits; 8 leave no registers for 4 tiles. Through L2,
+// where a thread has words under way, there are fewer left: for exact products 6 pieces in forward (hidden ≤ 768), and in
+// backward none of the widest (hidden ≤ 512); of 16 bits in backward not the most weights with the most tiles (kMost16).
 inline constexpr Registers kForward[] = {{2, 0}, {4, 0}}, kForwardMost[] = {{8, 0}},
-                           kForward32[] = {{2, 0}, {4, 0}, {8, 0}};
-inline constexpr Registers kNarrow16[] = {{4, 1}, {4, 2}, {4, 4}}, kWide16[] = {{2, 6}, {2, 8}};
-inline constexpr Registers kNarrow32[] = {{4, 1}, {4, 2}, {8, 2}}, kWide32[] = {{4, 4}, {2, 8}};
+                           kForward32[] = {{2, 0}, {4, 0}, {8, 0}}, kForwardExact[] = {{2, 0}, {4, 0}, {6, 0}};
+inline constexpr Registers kNarrow16[] = {{4, 1}, {4, 2}, {4, 4}}, kLess16[] = {{4, 1}, {4, 2}, {2, 6}, {2, 8}},
+                           kMost16[] = {{4, 4}};
+inline constexpr Registers kNarrow32[] = {{4, 1}, {4, 2}, {8, 2}}, kLess32[] = {{4, 1}, {4, 2}, {4, 4}},
+                           kMost32[] = {{8, 2}, {2, 8}};
 inline constexpr int kTiles16[] = {1, 2, 4}, kTiles32[] = {1, 2};
 
 template <typename T>
 constexpr auto forward() {
   if constexpr (std::is_same_v<T, float>) {
-    return all_of(kBothProducts, kBothExchanges, kForward32, kTiles32);
+    return joined(all_of(kTensor, kBothExchanges, kForward32, kTiles32), all_of(kExact, kCluster, kForward32, kTiles32),
+                  all_of(kExact, kThroughL2, kForwardExact, kTiles32));
   } else {
     return joined(all_of(kTensor, kBothExchanges, kForward, kTiles16),
                   all_of(kTensor, kBothExchanges, kForwardMost, kTiles32));
@@ -102,10 +108,11 @@ constexpr auto forward() {
 template <typename T>
 constexpr auto backward() {
   if constexpr (std::is_same_v<T, float>) {
-    return joined(all_of(kBothProducts, kBothExchanges, kNarrow32, kTiles32),
-                  all_of(kBothProducts, kThroughL2, kWide32, kTiles32));
+    return joined(all_of(kBothProducts, kCluster, kNarrow32, kTiles32),
+                  all_of(kBothProducts, kThroughL2, kLess32, kTiles32), all_of(kTensor, kThroughL2, kMost32, kTiles32));
   } else {
-    return joined(all_of(kTensor, kBothExchanges, kNarrow16, kTiles16), all_of(kTensor, kThroughL2, kWide16, kTiles16));
+    return joined(all_of(kTensor, kCluster, kNarrow16, kTiles16), all_of(kTensor, kThroughL2, kLess16, kTiles16),
+                  all_of(kTensor, kThroughL2, kMost16, kTiles32));
   }
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import cuda_check
 import pytest
-from cuda_check import ARCHS, CheckError, Kernel, Meant, complaints, failures_of, sass, slots, stale_rows
+from cuda_check import ARCHS, CheckError, Kernel, Meant, complaints, failures_of, sass, slots, stale_rows, stale_slots
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -314,6 +314,19 @@ def test_slots_are_counted_by_part_and_cycles_follow_the_schedule(step):
     assert high == pytest.approx((85.67 + 690) / 1830, abs=1e-3)
     assert middle == pytest.approx((low + high) / 2, abs=1e-3)
     assert "a case" in slots.table([counted], "13.0")
+
+
+def test_a_written_table_of_slots_that_is_not_what_was_counted_is_noticed(monkeypatch, step, tmp_path):
+    case = slots.Case("a case", "k", "k.cu", blocks=16, warps=4, bytes=6400, cluster=True, sends=1)
+    monkeypatch.setattr(slots, "CASES", (case,))
+    counted, text = slots.count(case, step, registers=40), tmp_path / "slots.txt"
+    assert "--slots" in stale_slots([counted], "13.0", text)[0]  # not there at all
+    slots.write([counted], "13.0", text, text.with_suffix(".json"))
+    assert stale_slots([counted], "13.0", text) == []
+    counted.total += 1
+    assert "--slots" in stale_slots([counted], "13.0", text)[0]
+    assert stale_slots([counted], "13.2", text) == []  # of another compiler: not to be compared
+    assert "--slots" in stale_slots([], "13.0", text)[0]
 
 
 # -- tools ------------------------------------------------------------------------------------------------------------

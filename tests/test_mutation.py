@@ -1,5 +1,6 @@
 """The emulator's tests notice every barrier, fence, wait, arrival and bounds check that is missing from a kernel."""
 
+import dataclasses
 import re
 import textwrap
 
@@ -139,6 +140,20 @@ def test_a_hunt_tells_what_became_of_every_mutant(tmp_path):
         ("unused", "off by one"): "not reached",
     }
     assert len(outcome.problems) == 5
+
+
+def test_a_second_program_kills_what_the_first_does_not_reach(tmp_path):
+    functions = "one", "other"
+    (tmp_path / "thing.h").write_text("\n".join(f"inline int {name}(int a) {{ return a > 0 ? 1 : 2; }}" for name in functions))
+    for name in functions:
+        (tmp_path / f"{name}.cpp").write_text(f'#include "thing.h"\nint main() {{ return {name}(0) != 2 || {name}(1) != 1; }}')
+    first = mutate.Target("two", ("thing.h",), ("one.cpp",), variants=((),), stages=(None,), root=tmp_path, folders=(".",))
+    both = dataclasses.replace(first, more_programs=(("other.cpp",),))
+    for target, missed in ((first, ["other"] * 3), (both, [])):
+        outcome = mutate.hunt([target], equivalents=[])
+        assert len(outcome.verdicts) == 6
+        assert [verdict.mutant.function for verdict in outcome.verdicts if verdict.fate == "not reached"] == missed
+        assert all(verdict.killed for verdict in outcome.verdicts if verdict.fate != "not reached")
 
 
 # ---- The rewriter

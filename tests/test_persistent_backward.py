@@ -5,10 +5,11 @@ import functools
 import emulator
 import pytest
 
-KERNELS = [emulator.HERE / "persistent_backward_instances.cu"]
+KERNELS = [emulator.HERE / "persistent_backward_16.cu", emulator.HERE / "persistent_backward_32.cu"]
 CHECKS = [emulator.HERE / "persistent_backward.cpp"]
-# Small ones, in which every line of the kernel and every way to wait is.
-SMALL = ["two_steps", "dropout", "reverse", "both", "tf32_odd", "float", "l2_one", "l2_ragged", "l2_batch", "l2_float"]
+# Small ones, in which every line of the kernel and every way to wait is; and of these, every way that threads meet.
+SMALL = ["two_steps", "dropout", "reverse", "both", "tf32_odd", "float", "l2_one", "l2_two", "l2_ragged", "l2_batch", "l2_float"]
+MEETING = ["two_steps", "dropout", "both", "tf32_odd", "l2_one", "l2_two", "l2_float"]
 
 
 @functools.cache
@@ -57,4 +58,4 @@ def test_no_access_is_out_of_bounds_or_misaligned():
 
 @pytest.mark.parametrize("order", ["forward", "priorities"])
 def test_no_two_threads_race(order):
-    succeeds("--order", order, *SMALL, sanitizer="thread")
+    succeeds("--order", order, *MEETING, sanitizer="thread")

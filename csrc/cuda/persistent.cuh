@@ -42,8 +42,11 @@ struct Place {
 };
 
 // A number that all lanes of the warp have, and want at once in every step: from a register. (Of a kernel's argument the
-// compiler would rather load it again and again, which takes 30 cycles. From a shuffle there is no way back.)
-__device__ __forceinline__ int in_register(int value) { return shuffle(kFullWarp, value, 0); }
+// compiler would rather load it again and again, which takes 30 cycles. From a shuffle there is no way back, unless it sees
+// that all lanes bring the same.)
+__device__ __forceinline__ int in_register(int value) {
+  return shuffle(kFullWarp, threadIdx.x % kWarpThreads == 0 ? value : 0, 0);
+}
 
 // The counter of a block, in chunks_done.
 template <typename Arguments>
@@ -55,6 +58,14 @@ __device__ __forceinline__ uint32_t* chunk_counter(const Arguments& arguments, i
 __device__ __forceinline__ int time_of(const Sizes& sizes, bool reverse, int s) {
   return reverse ? sizes.steps - 1 - s : s;
 }
+
+// An address that has two values, for even and odd steps, in turn. It is carried from step to step: what can be computed
+// from a step's number, the compiler computes anew in each, just when it is wanted.
+struct InTurn {
+  int at, to_other;
+
+  __device__ __forceinline__ void next() { at += to_other, to_other = -to_other; }
+};
 
 // The sequences of a batch group: `count` of them, from `first` on. Column b of the block is sequence first + b.
 struct Sequences {

@@ -491,7 +491,8 @@ __device__ __forceinline__ void stage(const BackwardBlock<C>& block, const T* gr
     const T* from = grad_gates + (there ? (row + column) * sizes.gates_stride + int64_t{quarter} * sizes.hidden : 0);
     T* at = to + quarter_at<C>(column, piece, quarter);
     if (kLater && fits) {
-      copy_async<16>(shared_address(at), from + (there ? unit : 0), there ? 16 : 0);
+      const int bytes = there ? 16 : 0;  // the others of the 16 become zeros
+      copy_async<16>(shared_address(at), from + (there ? unit : 0), bytes);
     } else {
       *reinterpret_cast<uint4*>(at) =
           operands<T, C::kProduct>(load_quarter<Memory::written>(from, unit, there ? sizes.hidden : 0, fits));
@@ -1055,8 +1056,8 @@ std::string backward_misfit(const BackwardArguments<typename C::T>& arguments) {
     }
     if (lane.h_column % 4 != 0) return where + "begins at column " + number(lane.h_column) + ", no multiple of 4";
     int above = n;
-    for (int steps = 0; steps <= s.lanes && above >= 0 && above < s.lanes; ++steps) above = arguments.lane[above].over;
-    if (above >= 0) return where + "above itself";
+    for (int steps = 0; steps < s.lanes && above >= 0 && above < s.lanes; ++steps) above = arguments.lane[above].over;
+    if (above >= 0 && above < s.lanes) return where + "above itself";
   }
   return "";
 }

@@ -4,8 +4,9 @@
 //   start()                 once, by all threads, after they have filled both h: what arrives in them comes later
 //   expect(s)               by all warps, at the start of a step that will send
 //   receive(s)              by all warps: h(s-1) of the whole lane is in h[s mod 2], for this thread to read. h(-1) always is
-//   send(s, staged, n)      by the warp of split 0 of a group, whose lanes have all staged their h(s): the first n columns.
-//                           n = 0 at the last step: nobody waits for that h
+//   send(s, staged, share)  by the warp of split 0 of a group, whose lanes have all staged their h(s). `share` is this
+//                           thread's share() of it; or 0 at the last step: nobody waits for that h
+//   next()                  by all threads, after each step
 //   finish()                once, by all threads
 //
 // Columns that no sequence has are neither sent nor awaited: they stay zeros.
@@ -45,14 +46,29 @@ class ClusterExchange : Exchanged<T> {
   static constexpr int kWords = kTileColumns * Tiles * kColumnWords;
   static constexpr int kShare = kWords < kWarpThreads ? kWords : kWarpThreads;
   static constexpr int kSenders = kWarpThreads / kShare;  // lanes that have the same word
-  int blocks_;
+  static constexpr int kMostPushes = kMaxCluster / kSenders;
+  int column_, first_peer_;  // of the lane's first word
+  int pushes_;               // of each of its words
+  InTurn to_;                // where its first word goes in every block: shared address
   using Exchanged<T>::cut, Exchanged<T>::place, Exchanged<T>::waiting, Exchanged<T>::h, Exchanged<T>::arrived;
 
  public:
   static constexpr bool kCluster = true;
 
   explicit __device__ __forceinline__ ClusterExchange(const Exchanged<T>& exchanged, uint64_t*)
-      : Exchanged<T>(exchanged), blocks_(in_register(cut.blocks)) {}
+      : Exchanged<T>(exchanged),
+        column_(place.warp_lane % kShare / kColumnWords),
+        first_peer_(place.warp_lane / kShare),
+        pushes_((cut.blocks - first_peer_ + kSenders - 1) / kSenders) {
+    const int unit = this->unit + place.warp_lane % kColumnWords * kQuarter<T>;
+    const int bytes = kTileColumns * Tiles * this->pitch * static_cast<int>(sizeof(T));          // of an h
+    to_ = {static_cast<int>(shared_address(h + column_ * this->pitch + unit)) + bytes, -bytes};  // h(0) goes to h[1]
+  }
+
+  // How many pushes of each word this thread makes. With one word a lane: 0 where no sequence has its column.
+  __device__ __forceinline__ int share() const {
+    return kWords <= kWarpThreads && column_ >= this->columns ? 0 : pushes_;
+  }
 
   __device__ __forceinline__ void start() const {
     if (place.thread == 0) {
@@ -78,34 +94,35 @@ class ClusterExchange : Exchanged<T> {
     waiting.for_phase(barrier_of(s), static_cast<uint32_t>(s) / 2 % 2, s);
   }
 
-  __device__ __forceinline__ void send(int s, const T* staged, int columns) const {
+  __device__ __forceinline__ void send(int s, const T* staged, int share) const {
     if (waiting.given_up()) return;
     const uint32_t barrier = barrier_of(s + 1);
+    auto to = static_cast<uint32_t>(to_.at);
 #pragma unroll
     for (int first = 0; first < kWords; first += kShare) {
-      const int word = first + place.warp_lane % kShare, column = word / kColumnWords;
-      if (column >= columns) continue;
-      const uint4 value = operands<T, product>(reinterpret_cast<const uint4*>(staged)[word]);
-      const uint32_t to = shared_address(h + ((s + 1) % 2 * kTileColumns * Tiles + column) * this->pitch + this->unit +
-                                         word % kColumnWords * kQuarter<T>);
-      const auto push = [&](int peer) {
-        const auto rank = static_cast<uint32_t>(peer);
+      if (kWords > kWarpThreads && column_ + first / kColumnWords >= this->columns) break;
+      if (first > 0) to += static_cast<uint32_t>(kShare / kColumnWords * this->pitch * static_cast<int>(sizeof(T)));
+      const uint4 value =
+          operands<T, product>(reinterpret_cast<const uint4*>(staged)[first + place.warp_lane % kShare]);
+      const auto push = [&](int n) {
+        const auto rank = static_cast<uint32_t>(first_peer_ + n * kSenders);
         store_async(peer_address(to, rank), value, peer_address(barrier, rank));
       };
       // The usual numbers of blocks without a branch for each peer.
-      const int first_peer = place.warp_lane / kShare;
-      if (blocks_ == kMaxCluster) {
+      if (share == kMostPushes) {
 #pragma unroll
-        for (int n = 0; n < kMaxCluster; n += kSenders) push(first_peer + n);
-      } else if (blocks_ == kMaxCluster / 2) {
+        for (int n = 0; n < kMostPushes; ++n) push(n);
+      } else if (share == kMostPushes / 2) {
 #pragma unroll
-        for (int n = 0; n < kMaxCluster / 2; n += kSenders) push(first_peer + n);
+        for (int n = 0; n < kMostPushes / 2; ++n) push(n);
       } else {
 #pragma unroll 1
-        for (int peer = first_peer; peer < blocks_; peer += kSenders) push(peer);
+        for (int n = 0; n < share; ++n) push(n);
       }
     }
   }
+
+  __device__ __forceinline__ void next() { to_.next(); }
 
   // Every block has received the last h that was sent: no push is under way to a block, or from one, that exits.
   __device__ __forceinline__ void finish() const { cluster_barrier(); }
@@ -129,13 +146,20 @@ class L2Exchange : Exchanged<T> {
   static constexpr int kGroupWords = kGroupUnits / kElements;        // of a column
   using Exchanged<T>::cut, Exchanged<T>::place, Exchanged<T>::waiting, Exchanged<T>::columns, Exchanged<T>::pitch;
 
+  static_assert(kWarpThreads % kGroupWords == 0, "a lane has the same word of several columns");
+
   uint64_t* words_;  // [s mod 2][column][word]
+  uint64_t* to_;     // the first that this lane sends in a step
+  int to_other_;     // how far it is to that of the next step
 
  public:
   static constexpr bool kCluster = false;
 
   __device__ __forceinline__ L2Exchange(const Exchanged<T>& exchanged, uint64_t* words)
-      : Exchanged<T>(exchanged), words_(words) {}
+      : Exchanged<T>(exchanged), words_(words), to_other_(kTileColumns * Tiles * forward_row_words<T>(cut)) {
+    const int column = place.warp_lane / kGroupWords, word = place.warp_lane % kGroupWords;
+    to_ = words + column * forward_row_words<T>(cut) + this->unit / kElements + word;
+  }
 
   __device__ __forceinline__ void start() const {}  // words of 0 have no step's tag: whoever comes first waits
 
@@ -179,14 +203,17 @@ class L2Exchange : Exchanged<T> {
     block_barrier();
   }
 
-  __device__ __forceinline__ void send(int s, const T* staged, int columns) const {
+  // Of all columns, the words that this lane has.
+  __device__ __forceinline__ int share() const { return columns; }
+
+  __device__ __forceinline__ void send(int s, const T* staged, int share) const {
     if (waiting.given_up()) return;  // its h means nothing
-    const int row_words = forward_row_words<T>(cut);
-    uint64_t* to = words_ + s % 2 * kTileColumns * Tiles * row_words + this->unit / kElements;
+    uint64_t* to = to_;
 #pragma unroll
     for (int n = 0; n < kTileColumns * Tiles * kGroupWords; n += kWarpThreads) {
-      const int word = n + place.warp_lane, column = word / kGroupWords;
-      if (column >= columns) break;
+      const int word = n + place.warp_lane;
+      if (word / kGroupWords >= share) break;
+      if (n > 0) to += kWarpThreads / kGroupWords * forward_row_words<T>(cut);
       const T* mine = staged + word * kElements;
       uint32_t value;
       if constexpr (sizeof(T) == 4) {
@@ -194,10 +221,11 @@ class L2Exchange : Exchanged<T> {
       } else {
         value = *reinterpret_cast<const uint32_t*>(mine);
       }
-      store_relaxed<Scope::device>(to + column * row_words + word % kGroupWords,
-                                   static_cast<uint64_t>(s + 1) << 32 | value);
+      store_relaxed<Scope::device>(to, static_cast<uint64_t>(s + 1) << 32 | value);
     }
   }
+
+  __device__ __forceinline__ void next() { to_ += to_other_, to_other_ = -to_other_; }
 
   __device__ __forceinline__ void finish() const {}
 };

@@ -289,7 +289,7 @@ class Meeting {
   unsigned char* bytes_;
   int id_, threads_, others_;
   bool gathers_;
-  int first_, both_;  // where the sums of split 1, or this warp's own, are, in even steps; and how far on in odd ones
+  InTurn sums_;  // where the sums of split 1, or this warp's own, lie: bytes of shared memory
 
  public:
   __device__ __forceinline__ Meeting(const Cut& cut, const Place& place, const GroupWarp& warp,
@@ -297,21 +297,21 @@ class Meeting {
       : bytes_(shared.bytes), id_(1 + warp.group), others_(in_register(cut.splits) - 1) {
     constexpr int kBytes = kWords * ForwardLayout<T>::kTileBytes;  // of a warp
     gathers_ = kept(static_cast<int>(warp.split == 0 && others_ > 0)) != 0;
-    first_ = static_cast<int>(shared.layout.partial) + place.warp_lane * static_cast<int>(sizeof(float4)) +
-             (warp.group * others_ + (warp.split > 0 ? warp.split - 1 : 0)) * kBytes;
-    both_ = in_register(cut.groups * others_ * kBytes);
+    sums_ = {static_cast<int>(shared.layout.partial) + place.warp_lane * static_cast<int>(sizeof(float4)) +
+                 (warp.group * others_ + (warp.split > 0 ? warp.split - 1 : 0)) * kBytes,
+             cut.groups * others_ * kBytes};
     threads_ = in_register(cut.splits * kWarpThreads);
   }
 
   // Whether this warp adds up: that of split 0, where there are others.
   __device__ __forceinline__ bool gathers() const { return gathers_; }
 
-  // Where a step's sums lie: bytes of shared memory.
-  __device__ __forceinline__ int place_of(int s) const { return first_ + s % 2 * both_; }
+  // After each step.
+  __device__ __forceinline__ void next() { sums_.next(); }
 
   // By the warps of split 1 and following.
-  __device__ __forceinline__ void give(const GateSums<Tiles>& d, int at) const {
-    auto* to = reinterpret_cast<float4*>(bytes_ + at);
+  __device__ __forceinline__ void give(const GateSums<Tiles>& d) const {
+    auto* to = reinterpret_cast<float4*>(bytes_ + sums_.at);
 #pragma unroll
     for (int n = 0; n < kWords; ++n) {
       const float (&v)[4] = d[n / 2][n % 2];
@@ -322,21 +322,30 @@ class Meeting {
   }
 
   // By the warp that gathers().
-  __device__ __forceinline__ void gather(GateSums<Tiles>& d, int at) const {
+  __device__ __forceinline__ void gather(GateSums<Tiles>& d) const {
     // All warps of the group have read h(s-1), and written their sums, which are read next.
     named_barrier_sync(id_, threads_);
-    const auto* from = reinterpret_cast<const float4*>(bytes_ + at);
-    int left = others_;
-#pragma unroll 1
-    do {
+    const auto* from = reinterpret_cast<const float4*>(bytes_ + sums_.at);
+    const auto add = [&](const float4(&v)[kWords]) {
 #pragma unroll
       for (int n = 0; n < kWords; ++n) {
-        const float4 v = from[n * kWarpThreads];
         float (&sum)[4] = d[n / 2][n % 2];
-        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+        sum[0] += v[n].x, sum[1] += v[n].y, sum[2] += v[n].z, sum[3] += v[n].w;
       }
+    };
+    // Read a split ahead: behind the last sums there is no branch to wait for.
+    float4 ahead[kWords];
+#pragma unroll
+    for (int n = 0; n < kWords; ++n) ahead[n] = from[n * kWarpThreads];
+#pragma unroll 1
+    for (int left = others_; left > 1; --left) {
       from += kWords * kWarpThreads;
-    } while (--left > 0);
+      float4 v[kWords];
+#pragma unroll
+      for (int n = 0; n < kWords; ++n) v[n] = ahead[n], ahead[n] = from[n * kWarpThreads];
+      add(v);
+    }
+    add(ahead);
   }
 };
 
@@ -496,7 +505,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
       cut,     place,           waiting,         shared.h(),
       h_pitch, sequences.count, warp.first_unit, shared_address(shared.bytes + shared.layout.arrived)};
   const int64_t words = int64_t{2} * cut.columns() * forward_row_words<T>(cut);  // of a lane
-  const ExchangeOf<T, product, exchange, Tiles> peers(
+  ExchangeOf<T, product, exchange, Tiles> peers(
       exchanged, arguments.words + (int64_t{place.copy} * sizes.lanes + place.lane) * words);
   bool has_reader = false;
   for (int n = 0; n < sizes.lanes; ++n) has_reader |= arguments.lane[n].below == place.lane;
@@ -515,17 +524,23 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   }
   fill_shared<T, product>(arguments, lane, place, sequences, shared);
   peers.start();
-  const int saves = kept((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0));
+  const int saves = in_register((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0));
   // Of column 0 at this step, and how far it is to the next one; in a packed batch it is read anew every step.
   int64_t row = sequences.row(time_of(sizes, lane.reverse, 0));
   const int row_step = kept(lane.reverse ? -sizes.batch : sizes.batch);
-  const Meeting<T, Tiles> meeting(cut, place, warp, shared);
-  // Where the warp's part of h begins for this thread, in bytes: see multiply().
-  const int first_h =
-      static_cast<int>(sizeof(T)) * (warp.split * Pieces * kPieceElements<T> + place.warp_lane % 4 * kQuarter<T>);
+  Meeting<T, Tiles> meeting(cut, place, warp, shared);
+  // In bytes of shared memory: where the warp's part of h(s-1) begins for this thread, see multiply_own(), and where the
+  // group stages h(s).
+  constexpr int kElement = static_cast<int>(sizeof(T));
+  InTurn h_at = {kElement * (own_column<product>(place.warp_lane) * h_pitch + warp.split * Pieces * kPieceElements<T> +
+                             place.warp_lane % 4 * kQuarter<T>),
+                 kElement * kTileColumns * Tiles * h_pitch};
+  constexpr int kStaged = kElement * kTileColumns * Tiles * kGroupUnits;
+  InTurn staged_at = {static_cast<int>(shared.layout.staged) + warp.group * kStaged, cut.groups * kStaged};
+  const int share = peers.share();
 
   int pass = 0, next_pass = 0;  // the first steps of this one and of the next
-  for (int s = 0; s < sizes.steps; ++s) {
+  for (int s = 0; s < sizes.steps; ++s, h_at.next(), staged_at.next(), meeting.next(), peers.next()) {
     if (s == next_pass) {
       const int in_chunk = s % cut.chunk_steps;
       // All threads of the block have written their h of the steps before, which may be published next, and read the x
@@ -557,30 +572,22 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     }
     GateSums<Tiles> d;
     load_projected<T, Tiles>(d, place, shared, (s - pass) * Tiles);
-    // Addresses that are wanted as soon as h is here.
-    const int h_at = kept(first_h + s % 2 * kTileColumns * Tiles * h_pitch * static_cast<int>(sizeof(T)));
-    const int sums_at = kept(meeting.place_of(s));
-    const int pushed = kept(sends ? sequences.count : 0);
+    const int share_here = kept(sends ? share : 0);
     peers.receive(s);
-    multiply<T, product, Pieces, 2, Tiles>(d, weights, reinterpret_cast<const T*>(shared.bytes + h_at), h_pitch,
-                                           place.warp_lane);
-    const T* before = staged_h<T, Tiles>(cut, warp, shared, s - 1);
+    multiply_own<T, product>(d, weights, reinterpret_cast<const T*>(shared.bytes + h_at.at), h_pitch, place.warp_lane);
     if (meeting.gathers()) {
-      cells.recall(warp, before);
-      meeting.gather(d, sums_at);
+      meeting.gather(d);
     } else if (warp.split > 0) {
-      meeting.give(d, sums_at);
+      meeting.give(d);
       continue;
-    } else {
-      cells.recall(warp, before);
     }
-
-    T* staged = staged_h<T, Tiles>(cut, warp, shared, s);
+    cells.recall(warp, reinterpret_cast<const T*>(shared.bytes + staged_at.at + staged_at.to_other));
+    T* staged = reinterpret_cast<T*>(shared.bytes + staged_at.at);
     cells.update(d, warp, active, staged);
     // The lanes' h(s) are staged, for each lane to send some of them; and with one split, whose warp meets nobody, all
     // lanes have read h(s-1). What was staged two steps ago was read before the warp met here in the last step.
     warp_barrier();
-    peers.send(s, staged, pushed);
+    peers.send(s, staged, share_here);
     cells.store(sizes, lane, warp, row, active, saves);
     if (saves & kAbove) {
       const int t = time_of(sizes, lane.reverse, s);

@@ -227,13 +227,19 @@ class Sums<float, Product::exact, MTiles, kTwoChains> {
   }
 };
 
-// d += weights, `Pieces` pieces in registers, by Tiles batch tiles in shared memory. `first`: quarter lane % 4 of the first
-// piece of column 0; `pitch`: elements from a column to the next.
+// The column of a batch tile that a lane reads, of products on tensor cores; exact ones read all, from the first on.
+template <Product product>
+__device__ __forceinline__ int own_column(int lane) {
+  return product == Product::exact ? 0 : lane / 4;
+}
+
+// d += weights, `Pieces` pieces in registers, by Tiles batch tiles in shared memory. `own`: quarter lane % 4 of the first
+// piece of own_column(); `pitch`: elements from a column to the next.
 template <typename T, Product product, int Pieces, int MTiles, int Tiles>
-__device__ __forceinline__ void multiply(float (&d)[Tiles][MTiles][4], const Fragment (&weights)[Pieces][MTiles],
-                                         const T* first, int pitch, int lane) {
+__device__ __forceinline__ void multiply_own(float (&d)[Tiles][MTiles][4], const Fragment (&weights)[Pieces][MTiles],
+                                             const T* own, int pitch, int lane) {
   const auto quarter = [&](int tile, int n, int piece) {
-    return *reinterpret_cast<const uint4*>(first + (tile * kTileColumns + n) * pitch + piece * kPieceElements<T>);
+    return *reinterpret_cast<const uint4*>(own + (tile * kTileColumns + n) * pitch + piece * kPieceElements<T>);
   };
   if constexpr (product == Product::exact) {
     // Four columns at a time, those that are the lanes' first in d, then their second ones: few sums, beside the weights.
@@ -259,12 +265,19 @@ __device__ __forceinline__ void multiply(float (&d)[Tiles][MTiles][4], const Fra
     for (int piece = 0; piece < Pieces; ++piece) {
 #pragma unroll
       for (int tile = 0; tile < Tiles; ++tile) {
-        sums[tile].add(weights[piece], lane, [&](int n) { return quarter(tile, n, piece); });
+        sums[tile].add(weights[piece], lane, [&](int) { return quarter(tile, 0, piece); });
       }
     }
 #pragma unroll
     for (int tile = 0; tile < Tiles; ++tile) sums[tile].finish(d[tile], lane);
   }
+}
+
+// The same from `first`, quarter lane % 4 of the first piece of column 0.
+template <typename T, Product product, int Pieces, int MTiles, int Tiles>
+__device__ __forceinline__ void multiply(float (&d)[Tiles][MTiles][4], const Fragment (&weights)[Pieces][MTiles],
+                                         const T* first, int pitch, int lane) {
+  multiply_own<T, product>(d, weights, first + own_column<product>(lane) * pitch, pitch, lane);
 }
 
 }  // namespace stacked_lstm::cuda::persistent

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -214,7 +215,7 @@ def look_at_step(kernel: Kernel, function: sass.Function) -> None:
 def compile_one(source: Path, arch: str, tools: Tools, cubin: Path, includes: Sequence[Path] = ()) -> list[Kernel]:
     """Compile ``source`` into ``cubin``; its kernels."""
     includes = [ROOT / "csrc", *includes]
-    command = [*compile_flags(arch), *(f"-I{path}" for path in includes), source, "-o", cubin]
+    command: list[str | Path] = [*compile_flags(arch), *(f"-I{path}" for path in includes), source, "-o", cubin]
     done = subprocess.run([tools.nvcc.path, *command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CheckError(f"{source.name}, sm_{arch}: nvcc failed\n{done.stdout}{done.stderr}")
@@ -222,9 +223,8 @@ def compile_one(source: Path, arch: str, tools: Tools, cubin: Path, includes: Se
     bounds = read_elf(run(tools.cuobjdump, "--dump-elf", cubin))
     opcodes = read_sass(run(tools.nvdisasm, "--emit-json", cubin))
     names = dict(zip(resources, map(readable, run("c++filt", *resources).splitlines() if resources else [])))
-    kernels = {
-        mangled: Kernel(name, arch, **resources[mangled], **bounds[mangled], opcodes=opcodes[mangled]) for mangled, name in names.items()
-    }
+    numbers: dict[str, dict[str, Any]] = {mangled: resources[mangled] | bounds[mangled] for mangled in names}
+    kernels = {mangled: Kernel(name, arch, opcodes=opcodes[mangled], **numbers[mangled]) for mangled, name in names.items()}
     if any(map(PERSISTENT.fullmatch, names.values())):
         functions = sass.parse(run(tools.nvdisasm, "-c", "-hex", "-gi", cubin))
         for mangled, kernel in kernels.items():
@@ -293,6 +293,17 @@ def steps_of(kernels: Sequence[Kernel], folder: Path = ROOT / "build" / "cuda-ch
             functions[case.source] = dict(zip(names, code.values()))
         steps.append(slots.count(case, functions[case.source][case.kernel], found[case.kernel].registers))
     return steps
+
+
+def stale_slots(steps: Sequence[slots.Step], release: str, text: Path) -> list[str]:
+    """Whether ``text``, a table of ``slots.py`` by this release of nvcc, says something else than ``steps``."""
+    again = f"`python -m tests.cuda_check --slots` counts anew what {text.name} says"
+    written = text.read_text() if text.exists() else ""
+    if not written or len(steps) != len(slots.CASES):
+        return [again]
+    if not written.startswith(slots.heading(release)):
+        return []  # another compiler's machine code
+    return [] if written == slots.table(steps, release) else [again]
 
 
 # -- judging ----------------------------------------------------------------------------------------------------------

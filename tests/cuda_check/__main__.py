@@ -7,7 +7,20 @@ import sys
 import time
 from pathlib import Path
 
-from . import ARCHS, KNOWN_SOURCES, ROOT, CheckError, examine_all, failures_of, find_tools, slots, stale_rows, steps_of, table_of
+from . import (
+    ARCHS,
+    KNOWN_SOURCES,
+    ROOT,
+    CheckError,
+    examine_all,
+    failures_of,
+    find_tools,
+    slots,
+    stale_rows,
+    stale_slots,
+    steps_of,
+    table_of,
+)
 from .meant import MEANT
 
 SLOTS = ROOT / "docs" / "slots.txt"  # and .json
@@ -41,6 +54,8 @@ def main() -> int:
     failures += failures_of(kernels, MEANT)
     if not arguments.sources:
         failures += stale_rows(kernels, MEANT)
+        if "90a" in archs:
+            failures += stale_slots(steps_of(kernels, tools=tools), tools.nvcc.release, SLOTS)
     for text in failures:
         print(f"FAILED {text}")
     count = len({kernel.name for kernel in kernels})

@@ -50,8 +50,16 @@ def multiplications(element: str, product: str, tiles: int, fragments: int) -> t
     return shape, 2 * fragments * tiles
 
 
-def persistent(direction: str, shape: tuple[int, ...], m_tiles: int, elements: str, tiles: Sequence[int]) -> Iterator[Meant]:
-    """Rows for the instances of one kernel, with ``m_tiles`` tiles of weights a warp, and pieces of K: the last of ``shape``."""
+def persistent(
+    direction: str,
+    shape: tuple[int, ...],
+    m_tiles: int,
+    elements: str,
+    tiles: Sequence[int],
+    only: tuple[str, str] | None = None,
+) -> Iterator[Meant]:
+    """Rows for the instances of one kernel, with ``m_tiles`` tiles of weights a warp, and pieces of K: the last of ``shape``.
+    ``only``: of this product and exchange."""
     pieces = shape[-1]
     fragments = m_tiles * pieces  # 8 registers each
     for element in elements.split():
@@ -60,8 +68,11 @@ def persistent(direction: str, shape: tuple[int, ...], m_tiles: int, elements: s
                 what, products = multiplications(element, product, tile, fragments)
                 numbers = ", ".join(map(str, (*shape, tile)))
                 for exchange, archs in (("cluster", CLUSTERS), ("l2", ARCHS)):
-                    wide = (direction, element, shape) in THROUGH_L2
-                    if exchange == "cluster" and wide:
+                    if only and only != (product, exchange):
+                        continue
+                    if exchange == "cluster" and (direction, element, shape) in THROUGH_L2:
+                        continue
+                    if exchange == "l2" and (direction, element, product, shape, tile) in NOT_THROUGH_L2:
                         continue
                     # h comes from shared memory 16 bytes at a time.
                     least = {what: products, "LDS 128": pieces * tile if product == "tensor" else 8}
@@ -94,11 +105,20 @@ THROUGH_L2 = {
 }
 
 
+# (direction, element, product, shape, tiles) that spilled with the registers that an exchange through L2 takes.
+NOT_THROUGH_L2 = {
+    *(("backward", element, "tensor", (4, 4), 4) for element in ("bfloat16", "float16")),
+    *(("backward", "float", "exact", shape, tile) for shape in ((2, 8), (8, 2)) for tile in (1, 2)),
+    *(("forward", "float", "exact", (8,), tile) for tile in (1, 2)),
+}
+
+
 def persistent_rows() -> Iterator[Meant]:
     """Forward: two tiles of gate rows by ``pieces``. Backward: ``m_tiles`` by ``pieces``."""
     for pieces in (2, 4, 8):
         yield from persistent("forward", (pieces,), 2, "bfloat16 float16", (1, 2, 4) if pieces < 8 else (1, 2))
         yield from persistent("forward", (pieces,), 2, "float", (1, 2))
+    yield from persistent("forward", (6,), 2, "float", (1, 2), only=("exact", "l2"))
     for m_tiles, pieces in ((1, 4), (2, 4), (4, 4), (6, 2), (8, 2)):
         yield from persistent("backward", (m_tiles, pieces), m_tiles, "bfloat16 float16", (1, 2, 4))
     for m_tiles, pieces in ((1, 4), (2, 4), (4, 4), (2, 8), (8, 2)):

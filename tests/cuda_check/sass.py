@@ -119,7 +119,8 @@ def register_widths(instruction: Instruction) -> tuple[int, ...]:
         return (4, 2 if halves else 4, 1 if halves else 2, 4)
     wide = 4 if ".128" in opcode else 8 if ".256" in opcode else 2 if re.search(r"\.64|\.WIDE", opcode) else 1
     if instruction.name == "LDSM":
-        wide = int(re.search(r"\.(\d)$", opcode).group(1)) if re.search(r"\.(\d)$", opcode) else 1
+        matrices = re.search(r"\.(\d)$", opcode)
+        wide = int(matrices[1]) if matrices else 1
     return (wide, 1, 1, 1)
 
 

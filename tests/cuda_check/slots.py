@@ -144,6 +144,7 @@ PARTS = {
     "expect": "wait",
     "receive": "wait",
     "multiply": "products",
+    "multiply_own": "products",
     "meet": "meet",
     "give": "meet",
     "gather": "meet",
@@ -215,6 +216,10 @@ CASES = (
 # -- showing ----------------------------------------------------------------------------------------------------------
 
 
+def heading(release: str) -> str:
+    return f"Machine code of nvcc {release} for sm_90a; predicted for an H100, never measured. `python -m tests.cuda_check --slots`"
+
+
 def table(steps: Sequence[Step], release: str) -> str:
     """The text that docs/kernels.md quotes."""
     names = list(dict.fromkeys(part for step in steps for part in step.slots))
@@ -235,12 +240,7 @@ def table(steps: Sequence[Step], release: str) -> str:
         )
     widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
     rows = ["  ".join([line[0].ljust(widths[0]), *(w.rjust(n) for w, n in zip(line[1:], widths[1:]))]).rstrip() for line in lines]
-    return (
-        f"Machine code of nvcc {release} for sm_90a; predicted for an H100, never measured. `python -m tests.cuda_check --slots`\n\n"
-        + "\n".join(rows)
-        + "\n\n"
-        + FIGURES
-    )
+    return "\n\n".join([heading(release), "\n".join(rows), FIGURES])
 
 
 def write(steps: Sequence[Step], release: str, text: Path, data: Path) -> None:

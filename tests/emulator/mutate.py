@@ -59,8 +59,10 @@ PERSISTENT_CASES = ["one_block", "two_steps", "l2_one", "refusals", "shifted", "
 PERSISTENT_CASES += ["exact", "copied", "rounds", "packed_groups", "ragged", "l2_ragged", "three_splits", "wide_batch"]
 PERSISTENT_CASES += ["wide_input", "capacity", "one", "ones_deep", "both", "largest", "l2_most_lanes", "independence"]
 PERSISTENT_CASES += ["eight", "l2_eighty"]
-PERSISTENT_BACKWARD_CASES = ["two_steps", "l2_one", "alone", "dropout", "both", "reverse", "packed", "tf32_odd", "l2_batch", "float"]
-PERSISTENT_BACKWARD_CASES += ["l2_float", "nothing_last", "ragged", "l2_ragged", "ninety_six", "refusals"]
+PERSISTENT_BACKWARD_CASES = ["refusals", "two_steps", "l2_one", "alone", "dropout", "both", "tf32_odd", "float", "nothing_last"]
+PERSISTENT_BACKWARD_CASES += ["deep", "sixteen"]
+PERSISTENT_BACKWARD_LARGE = ["packed", "reverse", "l2_float", "ninety_six", "ragged", "l2_ragged", "l2_batch"]  # in one order
+PERSISTENT_BACKWARD = [f"tests/emulator/persistent_backward{part}" for part in ("_16.cu", "_32.cu", ".cpp")]
 GATE_PARTS = ("options", "sizes", "alignment", "dropout", "cells", "specials", "huge", "refusal")
 TARGETS = [
     Target(
@@ -96,10 +98,14 @@ ON_DEMAND = [
     Target(
         name="persistent_backward",
         mutated=("csrc/cuda/persistent_backward.cuh",),
-        sources=("tests/emulator/persistent_backward_instances.cu", "tests/emulator/persistent_backward.cpp"),
-        variants=tuple((name,) for name in PERSISTENT_BACKWARD_CASES),
+        sources=tuple(PERSISTENT_BACKWARD),
+        variants=(
+            *((name,) for name in PERSISTENT_BACKWARD_CASES),
+            *(("--order", "random", name) for name in PERSISTENT_BACKWARD_LARGE),
+        ),
         sanitized=("--order", "random", "--exact"),
         defines=("FEW_KERNELS",),
+        more_programs=(("tests/emulator/persistent_backward_watchdog.cu",),),
     ),
 ]
 # What a mutated program is compiled with besides the emulator's flags. Its switches make conditions that compilers warn

@@ -99,16 +99,17 @@ constexpr Product kTensor = Product::tensor, kExact = Product::exact;
 const Case kCases[] = {
     //                     product   m p tiles           L   T   B   H blocks chunk
     {"one", bf16, kTensor, 1, 4, 1, kCluster, 1, 1, 1, 1, 1, 4, kAll},
-    {"alone", bf16, kTensor, 1, 4, 1, kCluster, 1, 3, 3, 40, 2, 4, kOutput},  // nobody wants grad_h_0
+    {"alone", bf16, kTensor, 1, 4, 1, kCluster, 1, 3, 8, 40, 2, 4, kOutput | kAbove},  // nobody wants grad_h_0
     {"two_steps", bf16, kTensor, 1, 4, 1, kCluster, 2, 2, 3, 40, 2, 4, kAll, 1},
-    {"deep", bf16, kTensor, 1, 4, 1, kCluster, 12, 3, 1, 1, 1, 1, kAll},  // fewer steps than lanes; chunks of one step
+    {"deep", bf16, kTensor, 1, 4, 1, kCluster, 32, 2, 1, 1, 1, 1, kAll},  // fewer steps than lanes; chunks of one step
     {"ragged", bf16, kTensor, 1, 4, 1, kCluster, 3, 11, 3, 40, 2, 4, kAll | kRecompute | kBias, 5},
     {"ninety_six", bf16, kTensor, 1, 4, 1, kCluster, 2, 3, 3, 96, 4, 2, kAll | kAbove | kDropout, 2},  // 128 units
     {"dropout", bf16, kTensor, 1, 4, 1, kCluster, 3, 3, 3, 41, 2, 2, (kAll | kDropout | kMisaligned) & ~kShared},
     {"packed", bf16, kTensor, 1, 4, 1, kCluster, 2, 7, 5, 40, 2, 3, kAll | kPacked, 2},
     {"reverse", bf16, kTensor, 1, 4, 1, kCluster, 2, 7, 5, 40, 2, 3, kAll | kPacked | kReverse, 2},
     {"nothing_last", bf16, kTensor, 1, 4, 1, kCluster, 1, 7, 5, 40, 2, 3, kOutput | kFirst | kPacked | kReverse, 3},
-    {"both", bf16, kTensor, 1, 4, 1, kCluster, 2, 5, 4, 37, 2, 2, kAll | kBoth | kPacked | kAbove | kDropout, 2},
+    {"both", bf16, kTensor, 1, 4, 1, kCluster, 2, 5, 4, 37, 2, 2,
+     kAll | kBoth | kPacked | kAbove | kDropout | kRecompute, 2},
     {"full", bf16, kTensor, 2, 4, 4, kCluster, 2, 3, 29, 200, 7, 2, kAll | kOutput, 0},  // four cells a thread
     {"groups", bf16, kTensor, 2, 4, 4, kCluster, 2, 3, 17, 40, 2, 2, kAll | kPacked, 2, 3,
      2},  // the last round has one
@@ -116,12 +117,15 @@ const Case kCases[] = {
     {"half", f16, kTensor, 2, 4, 1, kCluster, 2, 4, 8, 200, 7, 3, kAll, 3},
     {"tf32", f32, kTensor, 1, 4, 2, kCluster, 3, 4, 13, 40, 3, 2, kAll, 2},
     {"tf32_odd", f32, kTensor, 1, 4, 2, kCluster, 2, 3, 9, 17, 2, 2, (kAll | kRecompute) & ~kShared, 2},
-    {"float", f32, kExact, 2, 4, 1, kCluster, 2, 3, 3, 40, 3, 2, kAll | kRecompute | kBias, 2},
-    {"l2_one", bf16, kTensor, 1, 4, 1, kL2, 3, 3, 1, 1, 1, 2, kAll},
+    {"float", f32, kExact, 2, 2, 1, kCluster, 2, 3, 3, 37, 5, 2, kAll | kRecompute | kBias,
+     2},  // the last tile is a half
+    {"sixteen", f32, kExact, 2, 2, 1, kCluster, 1, 2, 1, 128, 16, 2, kAll},
+    {"l2_one", bf16, kTensor, 1, 4, 1, kL2, 3, 3, 1, 1, 1, 1, kAll & ~kOutput, 2},
+    {"l2_two", bf16, kTensor, 1, 4, 1, kL2, 2, 3, 3, 40, 2, 2, kAll | kPacked},
     {"l2_ragged", bf16, kTensor, 1, 4, 1, kL2, 3, 11, 3, 40, 2, 4, kAll | kPacked, 5},
     {"l2_batch", bf16, kTensor, 1, 4, 2, kL2, 2, 3, 17, 96, 3, 2, kAll | kReverse, 2, 2, 2},
     {"l2_tf32", f32, kTensor, 8, 2, 1, kL2, 2, 4, 5, 77, 10, 2, kAll, 2},  // four threads share a cell
-    {"l2_float", f32, kExact, 2, 2, 1, kL2, 2, 4, 5, 40, 5, 2, (kAll | kDropout) & ~kShared, 2},
+    {"l2_float", f32, kExact, 2, 2, 1, kL2, 2, 3, 5, 40, 5, 2, (kAll | kDropout | kPacked | kReverse) & ~kShared, 2},
     {"l2_768", bf16, kTensor, 6, 2, 1, kL2, 1, 2, 3, 768, 48, 2, kAll & ~kShared},
 };
 
@@ -244,8 +248,12 @@ struct Stack {
         for (int n = 0; n < c.lanes; ++n) {
           Memory& m = lanes[count(n)];
           BackwardLane<T>& lane = now.lane[n];
-          if (last < c.steps) lane.carried_h = m.carry_h.data(), lane.carried_c = m.carry_c.data();
-          if (first > 0) lane.carry_h = m.carry_h.data(), lane.carry_c = m.carry_c.data();
+          if (last < c.steps) lane.carried_c = m.carry_c.data();
+          if (first > 0) lane.carry_c = m.carry_c.data();
+          if (has(kPacked) && lane.reverse) {  // dh is carried only from and to where sequences begin
+            if (last < c.steps) lane.carried_h = m.carry_h.data();
+            if (first > 0) lane.carry_h = m.carry_h.data();
+          }
           if (first == 0 && has(kFirst)) lane.grad_h_0 = m.grad_h_0.data(), lane.grad_c_0 = m.grad_c_0.data();
         }
         const Outcome outcome = compiled->launch(now, nullptr);
@@ -476,6 +484,9 @@ std::string refusals() {
       fails("lane 0: no such lane above it: 1", [](Arguments& a) { a.lane[0].reverse = 1; }),
       fails("lane 0: no such lane above it: 1", [](Arguments& a) { a.lane[0].weight_ih_above = nullptr; }),
       fails("lane 0: begins at column 2, no multiple of 4", [](Arguments& a) { a.lane[0].h_column = 2; }),
+      fails("lane 1: no such lane above it: 0", [](Arguments& a) { a.lane[0].over = -1, a.lane[1].over = 0; }),
+      refused(l2, Outcome::failed, "lane 1: no such lane above it: 3",
+              [](Arguments& a, Device&) { a.lane[1].over = 3, a.lane[3].over = 0; }),
       fails("lane 0: above itself",
             [](Arguments& a) { a.lane[1].over = 0, a.lane[1].weight_ih_above = a.lane[0].weight_ih_above; }),
   };
