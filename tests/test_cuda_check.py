@@ -85,6 +85,20 @@ def test_instructions_are_counted_from_nvdisasm():
 
 
 @pytest.mark.parametrize(
+    ("target", "opcode"),
+    [
+        ("0xcf00", "BRA"),
+        ("$__internal_1_$__cuda_sm70_warpsync", "BRA"),
+        ("$__internal_0_$__cuda_sm70_shflsync_bfly_p", "BRA"),
+        ("$__internal_0_$__cuda_sm20_div_f64_slowpath_v2", "CALL.REL.NOINC"),
+        ("_Z7calledfv", "CALL.REL.NOINC"),
+    ],
+)
+def test_a_jump_that_ptxas_writes_as_a_call_is_no_call(target, opcode):
+    assert cuda_check.opcode_of({"opcode": "CALL.REL.NOINC", "operands": target}) == opcode
+
+
+@pytest.mark.parametrize(
     ("demangled", "name"),
     [
         ("copy(float*)", "copy"),

@@ -50,8 +50,9 @@ struct BackwardCut {
   static constexpr int kWarpCells = kWarpThreads / kShares;
   // Elements of a column of dgates in shared memory.
   static constexpr int kPitch = row_pieces(Pieces) * kPieceElements<T>;
-  // Tiles of weights that are multiplied side by side: enough chains of products, few registers of sums.
-  static constexpr bool kFewRegisters = kExchange == Exchange::l2 && kThreadCells > 2;
+  // Tiles of weights that are multiplied side by side: enough chains of products, few registers of sums. Fewer where a
+  // thread keeps the dgates of several cells, beside words under way.
+  static constexpr bool kFewRegisters = kExchange == Exchange::l2 && kThreadCells * sizeof(T) > 4;
   static constexpr int kMost = kProduct == Product::exact ? 1 : kFewRegisters ? 2 : 4;
   static constexpr int kAtOnce = MTiles <= kMost                ? MTiles
                                  : MTiles % kMost == 0          ? kMost
@@ -295,7 +296,8 @@ class L2Sums {
   }
 
   __device__ __forceinline__ void receive(uint32_t n, const CellPlace<C>& cells, CellSums<C>& sums, int step) {
-    constexpr int kAtOnce = C::kFewRegisters ? 2 : C::kThreadCells > 1 ? 4 : 8;  // words of a cell under way together
+    constexpr bool kFew = C::kThreadCells > 1 || C::kProduct == Product::exact;
+    constexpr int kAtOnce = C::kFewRegisters ? 2 : kFew ? 4 : 8;  // words of a cell under way together
     const uint64_t* from = words_ + (static_cast<uint32_t>(place_.rank) * per_owner_ + n % 2 * C::kCells +
                                      static_cast<uint32_t>(cells.patch * C::kPatch + cells.word_spot()));
 #pragma unroll
@@ -859,7 +861,8 @@ struct BackwardWeights {
     using T = typename C::T;
     const int warp_lane = block.place.warp_lane;
     const T* first = first_quarter<C>(grad_gates, warp_lane);
-#pragma unroll
+    // Of exact products a loop that stays one: else columns of the next tile would be loaded long before their turn.
+#pragma unroll(C::kProduct == Product::exact ? 1 : C::kTiles)
     for (int n = 0; n < C::kTiles; ++n) {
 #pragma unroll
       for (int part = 0; part < C::kMTiles / C::kAtOnce; ++part) {
@@ -872,7 +875,8 @@ struct BackwardWeights {
             d[0][m][0] = v.x, d[0][m][1] = v.y, d[0][m][2] = v.z, d[0][m][3] = v.w;
           }
         }
-        multiply<T, C::kProduct>(d, fragment[part], first + n * kTileColumns * C::kPitch, C::kPitch, warp_lane);
+        const T* columns = first + n * kTileColumns * C::kPitch;
+        multiply<T, C::kProduct>(d, fragment[part], columns, C::kPitch, warp_lane);
 #pragma unroll
         for (int m = 0; m < C::kAtOnce; ++m) {
           exchange.send(number, part * C::kAtOnce + m, n, d[0][m]);
@@ -891,8 +895,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   const Sizes& sizes = arguments.sizes;
   const BackwardLane<T>& lane = block.lane;
   const CellPlace<C> cell_place(place);
-  const bool over = lane.over >= 0;
-  const BackwardShared<C> shared(arguments.cut, over);
+  const BackwardShared<C> shared(arguments.cut, lane.over >= 0);
   Waiting waiting(arguments.watchdog, place);
   const int64_t lane_words = int64_t{2} * arguments.cut.blocks * arguments.cut.blocks * C::kCells;
   SumsOf<C> sums_of(arguments.cut, place, waiting, shared.sums, shared.arrived,
@@ -901,7 +904,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
 
   const BackwardWeights<C> weights(block);
   BackwardCells<C> cells(block, cell_place);
-  if (over && arguments.cut.inputs_in_shared) {
+  if (lane.over >= 0 && arguments.cut.inputs_in_shared) {
     const bool fits = pairs_fit(lane.weight_ih_above, sizes.hidden);
 #pragma unroll 1
     for (int n = 0; n < MTiles * Pieces; ++n) {
@@ -912,8 +915,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
       shared.weights[(2 * n + 1) * C::kThreads + place.thread] = f.lower;
     }
   }
-  bool read = false;  // by a lane below, in this launch
-  for (int n = 0; n < sizes.lanes; ++n) read |= arguments.lane[n].over == place.lane;
+  bool has_reader = false;  // a lane below, in this launch
+  for (int n = 0; n < sizes.lanes; ++n) has_reader |= arguments.lane[n].over == place.lane;
+  // Both in one register, from here on.
+  enum Neighbours : int { kOver = 1, kReader = 2 };
+  const int neighbours = in_register((lane.over >= 0 ? kOver : 0) | (has_reader ? kReader : 0));
+  const auto over = [&] { return (neighbours & kOver) != 0; };
+  const auto read = [&] { return (neighbours & kReader) != 0; };
 
   const int last = sizes.last_step, first = sizes.first_step, chunk_steps = arguments.cut.chunk_steps;
   constexpr int kStepGates = C::kColumns * C::kPitch;              // elements of dgates of a step
@@ -936,7 +944,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   };
   // What the accumulators of dh(s) start from.
   const auto from_above = [&](int s) -> const float4* {
-    return over ? shared.from_above + (last - 1 - s) % chunk_steps * kStepSums : nullptr;
+    return over() ? shared.from_above + (last - 1 - s) % chunk_steps * kStepSums : nullptr;
   };
 
   // Step s-1 will send dh(s-2): does that begin a chunk of what comes from above? (It lies on the chunk before, all of which
@@ -950,21 +958,21 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   // dh(last-1) has an exchange of its own, where anything comes from above or from a step that an earlier launch has done.
   // That one left dgates: their product is computed here, so that the sums are those of one launch, to the bit.
   const bool resumes = last < sizes.steps;
-  if (over) project_chunk(0, last);
-  if (over || resumes) {
+  if (over()) project_chunk(0, last);
+  if (over() || resumes) {
     T* grad_gates = shared.grad_gates + last % 2 * kStepGates;
     stage<false>(block, lane.grad_gates, last, grad_gates);
     sums_of.expect(0);
     block_barrier();  // dgates(last), which each thread has staged some of, are visible to all
     waiting.agree();
     weights.multiply_and_send(block, grad_gates, from_above(last - 1), sums_of, 0);
-    if (over) project_next(last);
+    if (over()) project_next(last);
   }
   cells.prefetch(last - 1);
 
   for (int s = last - 1; s >= first; --s) {
     // Hazard: what is sent has to be received. dh(first-1) is sent only for grad_h_0.
-    const bool receives = s + 1 < last || over || resumes, sends = s > first || (s == 0 && lane.grad_h_0);
+    const bool receives = s + 1 < last || over() || resumes, sends = s > first || (s == 0 && lane.grad_h_0);
     CellSums<C> sums = {};
     if (sends) sums_of.expect(number + receives);
     cells.prepare(s);
@@ -985,17 +993,17 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     cells.store(s);
     const int done = last - 1 - s;  // steps whose dgates all threads had written before the barrier
     // (By a thread of the last warp, which has the fewest tiles: a release takes its time.)
-    if (read && done > 0 && done % chunk_steps == 0 && place.thread == C::kThreads - 1) {
+    if (read() && done > 0 && done % chunk_steps == 0 && place.thread == C::kThreads - 1) {
       publish_chunks(arguments, place, done / chunk_steps);
     }
-    if (over) project_next(s);
+    if (over()) project_next(s);
     if (s > first) cells.prefetch(s - 1);
   }
 
   CellSums<C> sums = {};
   if (first == 0 && lane.grad_h_0) sums_of.receive(number, cell_place, sums, -1);
   cells.finish(sums);
-  if (read) {
+  if (read()) {
     block_barrier();  // all threads have written the last dgates, for the release
     if (place.thread == 0) publish_chunks(arguments, place, (last - first + chunk_steps - 1) / chunk_steps);
   }

@@ -356,8 +356,8 @@ __device__ __forceinline__ T* staged_h(const Cut& cut, const GroupWarp& warp, co
   return shared.staged() + ((s & 1) * cut.groups + warp.group) * kTileColumns * Tiles * kGroupUnits;
 }
 
-// What a lane saves besides h.
-enum Saves : int { kC = 1, kGates = 2, kAbove = 4 };
+// What a lane saves besides h; and whether a lane above it, in this launch, reads its chunks.
+enum Saves : int { kC = 1, kGates = 2, kAbove = 4, kChunks = 8 };
 
 // The cells of a thread, of split 0: [batch tile][0 or 1].
 template <typename T, int Tiles>
@@ -464,7 +464,7 @@ __device__ __forceinline__ void store_above(const ForwardArguments<T>& arguments
   const Sizes& sizes = arguments.sizes;
   const int64_t first = lane.h_column + warp.first_unit;  // element of the layer's output
   const int before = static_cast<int>(first % 4);         // elements of the first block that are not the group's
-  for (int n = place.warp_lane; n < kTileColumns * Tiles * 3; n += kWarpThreads) {
+  for (int n = kept(place.warp_lane); n < kTileColumns * Tiles * 3; n += kWarpThreads) {
     const int column = n / 3, unit = n % 3 * 4 - before;  // of the group: the first of four
     if (column >= active) break;
     float x[4] = {};
@@ -524,7 +524,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   }
   fill_shared<T, product>(arguments, lane, place, sequences, shared);
   peers.start();
-  const int saves = in_register((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0));
+  const int saves = in_register((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0) |
+                                (has_reader ? kChunks : 0));
   // Of column 0 at this step, and how far it is to the next one; in a packed batch it is read anew every step.
   int64_t row = sequences.row(time_of(sizes, lane.reverse, 0));
   const int row_step = kept(lane.reverse ? -sizes.batch : sizes.batch);
@@ -549,7 +550,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
       if (in_chunk == 0) {
         const int chunk = s / cut.chunk_steps;
         // The last thread's warp does it, since the first one's waits for the lane below.
-        if (has_reader && place.thread == static_cast<int>(blockDim.x) - 1) publish_chunks(arguments, place, chunk);
+        if ((saves & kChunks) && place.thread == static_cast<int>(blockDim.x) - 1)
+          publish_chunks(arguments, place, chunk);
         if (lane.below >= 0) {
           await_chunks(arguments, place, waiting, lane.below, chunk + 1, s);
           block_barrier();  // the chunk of the lane below, which a few threads have acquired, is visible to all of them
@@ -593,14 +595,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
       const int t = time_of(sizes, lane.reverse, s);
       store_above<T, Tiles>(arguments, lane, place, warp, sequences, row, t, sequences.active(t), staged);
     }
-    row += row_step;
+    row += kept(row_step);  // its sign is made here, and takes no register between the steps
   }
   if (warp.split == 0) {
     cells.store_last(lane, warp, sequences, columns, sizes.hidden,
                      staged_h<T, Tiles>(cut, warp, shared, sizes.steps - 1));
   }
   block_barrier();  // all threads have written the last chunk's h, for the release
-  if (has_reader && place.thread == static_cast<int>(blockDim.x) - 1) {
+  if ((saves & kChunks) && place.thread == static_cast<int>(blockDim.x) - 1) {
     publish_chunks(arguments, place, (sizes.steps + cut.chunk_steps - 1) / cut.chunk_steps);
   }
   peers.finish();

@@ -243,18 +243,24 @@ __device__ __forceinline__ void multiply_own(float (&d)[Tiles][MTiles][4], const
   };
   if constexpr (product == Product::exact) {
     // Four columns at a time, those that are the lanes' first in d, then their second ones: few sums, beside the weights.
+    // A loop that stays one, which turns d round: else columns would be loaded long before their turn.
 #pragma unroll
-    for (int half = 0; half < 2 * Tiles; ++half) {
-      LaneSums<MTiles, kTileColumns / 2> sums;
+    for (int tile = 0; tile < Tiles; ++tile) {
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        LaneSums<MTiles, kTileColumns / 2> sums;
 #pragma unroll
-      for (int piece = 0; piece < Pieces; ++piece) {
-        sums.add(weights[piece], [&](int n) { return quarter(half / 2, 2 * n + half % 2, piece); });
-      }
+        for (int piece = 0; piece < Pieces; ++piece) {
+          sums.add(weights[piece], [&](int n) { return quarter(tile, 2 * n + half, piece); });
+        }
 #pragma unroll
-      for (int row = 0; row < 2 * MTiles; ++row) {
-        float sum[1];
-        sums.total(sum, row, lane);
-        d[half / 2][row / 2][row % 2 * 2 + half % 2] += sum[0];
+        for (int row = 0; row < 2 * MTiles; ++row) {
+          float sum[1];
+          sums.total(sum, row, lane);
+          float &first = d[tile][row / 2][row % 2 * 2], &second = d[tile][row / 2][row % 2 * 2 + 1];
+          const float done = first + sum[0];
+          first = second, second = done;
+        }
       }
     }
   } else {

@@ -172,7 +172,16 @@ def read_elf(dump: str) -> dict[str, dict[str, int]]:
 def read_sass(disassembly: str) -> dict[str, dict[str, int]]:
     """How often each opcode stands in each function of ``nvdisasm --emit-json``, by mangled name."""
     _, functions = json.loads(disassembly)
-    return {f["function-name"]: dict(Counter(i["opcode"] for i in f["sass-instructions"])) for f in functions}
+    return {f["function-name"]: dict(Counter(map(opcode_of, f["sass-instructions"]))) for f in functions}
+
+
+def opcode_of(instruction: Mapping[str, Any]) -> str:
+    """The opcode; BRA of a CALL that is none. On the architectures before sm_90 ptxas leaves some loops by a CALL within the
+    function, and has a slow path for shuffles and barriers of a warp whose lanes have parted, behind a branch."""
+    opcode, target = instruction["opcode"], instruction.get("operands", "")
+    if opcode.startswith("CALL") and re.fullmatch(r"0x[0-9a-f]+|\$__internal_\d+_\$__cuda_sm70_(warpsync|shflsync_\w+)", target):
+        return "BRA"
+    return str(opcode)
 
 
 # Enumerations among the template arguments, as the demangler writes them, and their values' names.

@@ -29,8 +29,8 @@ def gates(kernel: str, registers: int, loads: tuple[int, int], stores: tuple[int
         if "LDG 64" in most:
             most["LDG 64"] = 1
         may_call = divides and element == "double"  # the slow path of a division of float64
-        yield Meant(rf"{kernel}<{element}, {units}, \d+>", least, most, registers, may_call)
-        yield Meant(rf"{kernel}<{element}, 1, \d+>", {}, {"LDG 128": 0, "STG 128": 0}, registers, may_call)
+        yield Meant(rf"{kernel}<{element}, {units}, \d+>", least, most, registers, may_call=may_call)
+        yield Meant(rf"{kernel}<{element}, 1, \d+>", {}, {"LDG 128": 0, "STG 128": 0}, registers, may_call=may_call)
 
 
 # Architectures with thread-block clusters; on the others such a kernel is a trap.
@@ -41,11 +41,12 @@ WITHOUT_CLUSTERS = ("80", "86", "89")
 # -- the persistent kernels: csrc/persistent_instances.h ---------------------------------------------------------------------
 
 
-def multiplications(element: str, product: str, tiles: int, fragments: int) -> tuple[str, int]:
-    """What a warp multiplies with in a step, and how often: ``fragments``, pieces of 64 bytes of K by tiles of 16 rows, times
-    ``tiles`` of the batch. A fragment is two products of matrices, or 2 rows x 4 neighbours x 8 columns multiply-adds."""
+def multiplications(direction: str, element: str, product: str, tiles: int, fragments: int) -> tuple[str, int]:
+    """What a warp multiplies with in a step, and how many such instructions there are: for ``fragments``, pieces of 64 bytes of
+    K by tiles of 16 rows, times ``tiles`` of the batch. A fragment is two products of matrices, or 2 rows x 4 neighbours x
+    8 columns multiply-adds: half of the columns in each turn of a loop, and in backward a tile of the batch too."""
     if product == "exact":
-        return "FFMA", 64 * fragments * tiles
+        return "FFMA", 32 * fragments * (tiles if direction == "forward" else 1)
     shape = {"bfloat16": r"HMMA\.16816\.F32\.BF16", "float16": r"HMMA\.16816\.F32", "float": r"HMMA\.1688\.F32\.TF32"}[element]
     return shape, 2 * fragments * tiles
 
@@ -65,7 +66,7 @@ def persistent(
     for element in elements.split():
         for product in ("tensor", "exact") if element == "float" else ("tensor",):
             for tile in tiles:
-                what, products = multiplications(element, product, tile, fragments)
+                what, products = multiplications(direction, element, product, tile, fragments)
                 numbers = ", ".join(map(str, (*shape, tile)))
                 for exchange, archs in (("cluster", CLUSTERS), ("l2", ARCHS)):
                     if only and only != (product, exchange):
@@ -77,6 +78,7 @@ def persistent(
                     # h comes from shared memory 16 bytes at a time.
                     least = {what: products, "LDS 128": pieces * tile if product == "tensor" else 8}
                     most: dict[str, int] = {}
+                    anywhere: dict[str, int] = {}  # in the kernel
                     if exchange == "cluster":
                         # Pushed into the peers, counted by an mbarrier whose wait leaves the L1 as it is; and in forward,
                         # nobody waits for the whole block.
@@ -84,10 +86,13 @@ def persistent(
                         most = {r"CCTL\.IVALL": 0, "BLOCK.BAR": 0 if direction == "forward" else 1}
                     else:
                         # The number of the step travels in the word: no fence, and one barrier of the block.
-                        least |= {r"STG\.E\.64\.STRONG\.GPU": 1, r"LDG?\.E\.64\.STRONG\.GPU": 1}
+                        least |= {r"STG\.E\.64\.STRONG\.GPU": 1}
+                        # In backward with 4 tiles the loop that polls may stand apart from the step's straight path.
+                        (least if direction == "forward" else anywhere)[r"LDG?\.E\.64\.STRONG\.GPU"] = 1
                         most = {r"MEMBAR\..*": 0, r"CCTL\.IVALL": 0, "BLOCK.BAR": 1}
                     yield Meant(
                         rf"{direction}<{element}, {product}, {exchange}, {numbers}>",
+                        anywhere,
                         weights=8 * fragments,
                         products=products,
                         step_at_least=least,

@@ -166,10 +166,18 @@ EQUIVALENT: list[Equivalent] = [
     Equivalent(
         file="csrc/cuda/persistent_exchange.cuh",
         function="send",
-        kind="bound",
+        kind="guard",
+        change="always true",
+        code="kWords > kWarpThreads",
+        reason="of at most one word a lane, share() is 0 where no sequence has its column",
+    ),
+    Equivalent(
+        file="csrc/cuda/persistent_exchange.cuh",
+        function="send",
+        kind="guard",
         change="off by one",
-        code="first < kWords",
-        reason="a column past all of the cut's, of which no sequence is",
+        code="kWords > kWarpThreads",
+        reason="of one word a lane, share() is 0 where no sequence has its column",
     ),
     Equivalent(
         file="csrc/cuda/persistent_exchange.cuh",
@@ -502,6 +510,14 @@ EQUIVALENT: list[Equivalent] = [
         change="off by one",
         code="tile >= block.tiles",
         reason="products of no units, which nobody reads",
+    ),
+    Equivalent(
+        file="csrc/cuda/persistent_backward.cuh",
+        function="BackwardCells",
+        kind="guard",
+        change="always true",
+        code="cells.first_share",
+        reason="settle() asks once more",
     ),
     Equivalent(
         file="csrc/cuda/persistent_backward.cuh",

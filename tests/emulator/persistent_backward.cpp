@@ -77,6 +77,7 @@ enum : unsigned {
   kBoth = 1024,  // both directions of one layer, instead of a stack of lanes
   kDropout = 2048,
   kMisaligned = 4096,  // weights and gradients at odd addresses, as far as their type allows
+  kTopFirst = 8192,    // lane 0 is the top one, instead of the last
   kAll = kInitial | kOutput | kLast | kFirst | kShared,
 };
 enum class Number { bf16, f16, f32 };
@@ -120,11 +121,12 @@ const Case kCases[] = {
     {"float", f32, kExact, 2, 2, 1, kCluster, 2, 3, 3, 37, 5, 2, kAll | kRecompute | kBias,
      2},  // the last tile is a half
     {"sixteen", f32, kExact, 2, 2, 1, kCluster, 1, 2, 1, 128, 16, 2, kAll},
-    {"l2_one", bf16, kTensor, 1, 4, 1, kL2, 3, 3, 1, 1, 1, 1, kAll & ~kOutput, 2},
+    {"l2_one", bf16, kTensor, 1, 4, 1, kL2, 3, 3, 1, 1, 1, 1, (kAll & ~kOutput) | kTopFirst, 2},
     {"l2_two", bf16, kTensor, 1, 4, 1, kL2, 2, 3, 3, 40, 2, 2, kAll | kPacked},
     {"l2_ragged", bf16, kTensor, 1, 4, 1, kL2, 3, 11, 3, 40, 2, 4, kAll | kPacked, 5},
-    {"l2_batch", bf16, kTensor, 1, 4, 2, kL2, 2, 3, 17, 96, 3, 2, kAll | kReverse, 2, 2, 2},
-    {"l2_tf32", f32, kTensor, 8, 2, 1, kL2, 2, 4, 5, 77, 10, 2, kAll, 2},  // four threads share a cell
+    {"l2_batch", bf16, kTensor, 2, 4, 2, kL2, 2, 3, 17, 136, 5, 2, kAll | kReverse, 2, 2, 2},
+    {"l2_seventeen", f32, kExact, 2, 2, 1, kL2, 1, 2, 1, 136, 17, 2, kAll},  // a warp's second tile has owners, too
+    {"l2_tf32", f32, kTensor, 8, 2, 1, kL2, 2, 4, 5, 77, 10, 2, kAll, 2},    // four threads share a cell
     {"l2_float", f32, kExact, 2, 2, 1, kL2, 2, 3, 5, 40, 5, 2, (kAll | kDropout | kPacked | kReverse) & ~kShared, 2},
     {"l2_768", bf16, kTensor, 6, 2, 1, kL2, 1, 2, 3, 768, 48, 2, kAll & ~kShared},
 };
@@ -204,8 +206,8 @@ struct Stack {
     for (int n = 0; n < c.lanes; ++n) {
       Memory& m = lanes[count(n)];
       BackwardLane<T>& lane = arguments.lane[n];
-      lane.over = has(kBoth) || n + 1 == c.lanes ? -1 : n + 1;
-      lane.layer = has(kBoth) ? 3 : n;
+      lane.over = has(kBoth) ? -1 : has(kTopFirst) ? n - 1 : n + 1 < c.lanes ? n + 1 : -1;
+      lane.layer = has(kBoth) ? 3 : has(kTopFirst) ? c.lanes - 1 - n : n;
       lane.reverse = has(kBoth) ? n : has(kReverse);
       lane.h_column = has(kBoth) ? n * hidden : 0;
       lane.weight_hh = m.weight_hh.data() + odd;
@@ -261,7 +263,8 @@ struct Stack {
         const int chunks = (last - first + c.chunk_steps - 1) / c.chunk_steps;
         for (size_t n = 0; n < chunks_done.size(); ++n) {
           const int lane = static_cast<int>(n) / c.blocks % c.lanes;
-          const bool read = !has(kBoth) && lane > 0;  // by a lane below
+          const bool read =
+              std::any_of(arguments.lane, arguments.lane + c.lanes, [&](auto& l) { return l.over == lane; });
           if (chunks_done[n] != static_cast<uint32_t>(read ? chunks : 0)) {
             return {Outcome::failed, "wrong numbers: the counter of a block of lane " + number(lane)};
           }
@@ -485,6 +488,11 @@ std::string refusals() {
       fails("lane 0: no such lane above it: 1", [](Arguments& a) { a.lane[0].weight_ih_above = nullptr; }),
       fails("lane 0: begins at column 2, no multiple of 4", [](Arguments& a) { a.lane[0].h_column = 2; }),
       fails("lane 1: no such lane above it: 0", [](Arguments& a) { a.lane[0].over = -1, a.lane[1].over = 0; }),
+      refused(l2, Outcome::failed, "lane 2: weights, c, gates",  // lane 0 may well be above lane 1
+              [](Arguments& a, Device&) {
+                a.lane[0].over = -1, a.lane[1].over = 0, a.lane[1].weight_ih_above = a.lane[0].weight_ih_above;
+                a.lane[2].c = nullptr;
+              }),
       refused(l2, Outcome::failed, "lane 1: no such lane above it: 3",
               [](Arguments& a, Device&) { a.lane[1].over = 3, a.lane[3].over = 0; }),
       fails("lane 0: above itself",

@@ -8,7 +8,7 @@ const std::vector<BackwardKernel<bfloat16>>& backward_kernels<bfloat16>() {
   using T = bfloat16;
   static const std::vector<BackwardKernel<T>> all = {
       kernel<T, kTensor, kCluster, 1, 4, 1>(), kernel<T, kTensor, kL2, 1, 4, 1>(),
-      kernel<T, kTensor, kL2, 1, 4, 2>(),
+      kernel<T, kTensor, kL2, 2, 4, 2>(),
 #if !defined(FEW_KERNELS)
       kernel<T, kTensor, kCluster, 2, 4, 4>(), kernel<T, kTensor, kCluster, 4, 4, 1>(),
       kernel<T, kTensor, kL2, 6, 2, 1>(),

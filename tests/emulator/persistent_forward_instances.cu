@@ -24,9 +24,9 @@ template <>
 const std::vector<ForwardEntry<bfloat16>>& forward_entries<bfloat16>() {
   using T = bfloat16;
   static const std::vector<ForwardEntry<T>> all = {
-      entry<T, kTensor, kCluster, 2, 1>(), entry<T, kTensor, kL2, 2, 1>(), entry<T, kTensor, kCluster, 2, 2>(),
+      entry<T, kTensor, kCluster, 2, 1>(), entry<T, kTensor, kL2, 2, 1>(), entry<T, kTensor, kCluster, 2, 4>(),
 #if !defined(FEW_KERNELS)
-      entry<T, kTensor, kL2, 2, 2>(),      entry<T, kTensor, kL2, 8, 1>(), entry<T, kTensor, kCluster, 2, 4>(),
+      entry<T, kTensor, kL2, 2, 2>(),      entry<T, kTensor, kL2, 8, 1>(), entry<T, kTensor, kCluster, 2, 2>(),
 #endif
   };
   return all;
@@ -48,10 +48,9 @@ template <>
 const std::vector<ForwardEntry<float>>& forward_entries<float>() {
   using T = float;
   static const std::vector<ForwardEntry<T>> all = {
-      entry<T, kTensor, kL2, 2, 1>(),      entry<T, kExact, kCluster, 2, 1>(),
+      entry<T, kTensor, kL2, 2, 1>(),      entry<T, kExact, kCluster, 2, 1>(), entry<T, kTensor, kCluster, 2, 4>(),
 #if !defined(FEW_KERNELS)
-      entry<T, kTensor, kCluster, 2, 1>(), entry<T, kTensor, kCluster, 2, 4>(),
-      entry<T, kExact, kL2, 2, 1>(),       entry<T, kExact, kL2, 2, 2>(),
+      entry<T, kTensor, kCluster, 2, 1>(), entry<T, kExact, kL2, 2, 1>(),      entry<T, kExact, kL2, 2, 2>(),
 #endif
   };
   return all;
