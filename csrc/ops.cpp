@@ -34,6 +34,7 @@
 #include "cpu/stack_cpu.h"
 #include "device.h"
 #include "diagonal.h"
+#include "packed_cache.h"
 #include "persistent.h"
 #include "stack.h"
 #include "wavefront.h"
@@ -308,7 +309,9 @@ Results forward_cpu(const Call& call, const std::string& saving) {
   ForwardCall<T> kernel;
   kernel.shape = shape;
   kernel.input = operands.input(call.input, shape, call.packed);
-  kernel.weights = operands.weights(call.weights, call.options);
+  const bool may_keep = call.options.saving == Saving::none;  // training changes the weights at every step
+  const auto packed = may_keep ? find_packed<T>(call.weights, shape) : KeptWeights<T>{};
+  if (!packed.ready()) kernel.weights = operands.weights(call.weights, call.options);
   kernel.h_0 = operands.take(call.h_0);
   kernel.c_0 = operands.take(call.c_0);
   kernel.dropout = dropout_on_host(call);
@@ -318,8 +321,10 @@ Results forward_cpu(const Call& call, const std::string& saving) {
   kernel.h_n = h_n.mutable_data_ptr<T>();
   kernel.c_n = c_n.mutable_data_ptr<T>();
   kernel.reserve = reserve.mutable_data_ptr<T>();
+  const bool keep = packed.stack && !packed.ready();
   TorchPlatform platform;
-  remember(cpu::forward(kernel, workers_for(shape), platform), call, saving, false);
+  remember(cpu::forward(kernel, workers_for(shape), platform, packed.stack.get()), call, saving, false);
+  if (keep) keep_packed(call.weights, shape, packed);
   if (keep_top && call.options.saving != Saving::none) {  // the last part of the reserve; see stack.h
     reserve.narrow(0, reserve.numel() - output.numel(), output.numel()).copy_(output.flatten());
   }
@@ -688,6 +693,12 @@ PYBIND11_MODULE(_C, m) {
     return run;
   });
   m.def("clear_last_run", [] { last_run.reset(); });
+  m.def("drop_packed", [](uintptr_t first_weight) { drop_packed(reinterpret_cast<const void*>(first_weight)); });
+  m.def("packed_counts", [] {
+    const PackedCounts counts = packed_counts();
+    return py::dict(py::arg("stacks") = counts.stacks, py::arg("bytes") = counts.bytes, py::arg("noted") = counts.noted,
+                    py::arg("hits") = counts.hits);
+  });
   m.def("diagonal_plan", [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
                             bool bidirectional, int64_t seq_len, int64_t batch_size, bool double_precision,
                             bool backward, const std::string& saving, double dropout) {

@@ -85,3 +85,8 @@ def cpu_maths(x: int, n: int, sigmoid: int, tanh: int, double_precision: bool) -
 
 def last_run() -> dict[str, Any] | None: ...
 def clear_last_run() -> None: ...
+def drop_packed(first_weight: int) -> None:
+    """Forget the packed weights of stacks whose first weight is, or was, the tensor with this ``_cdata``."""
+
+def packed_counts() -> dict[str, int]:
+    """Packed weights in the cache: ``stacks`` kept, their ``bytes``, ``noted`` (seen once), ``hits`` since the start."""

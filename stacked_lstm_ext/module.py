@@ -132,6 +132,14 @@ class StackedLSTM(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Nothing: no kernel here wants its weights in the one buffer that cuDNN does."""
 
+    def drop_packed_weights(self) -> None:
+        """Forget the weights that calls without gradients have packed for the CPU; the next call packs them anew.
+
+        Only a write that torch does not see needs this: a few elements changed through ``.data``, or through memory
+        that another library owns. Any in-place operation, ``load_state_dict`` and optimisers are noticed.
+        """
+        ops.drop_packed(self._current_weights()[0])
+
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
@@ -251,6 +259,8 @@ class StackedLSTM(nn.RNNBase):
         if name == "reference":
             return ops.run_reference(input, batch_sizes, h_0, c_0, weights, seed, *options, reason=reason)
         saving = choose_saving(_needs_grad(tensors), self.recompute)
+        if saving == "none" and not torch.compiler.is_compiling():
+            ops.drop_packed_with(self, weights[0])
         return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options, saving, kernel_backend(name))
 
     def _dropout_in_effect(self) -> float:

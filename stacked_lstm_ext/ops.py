@@ -10,6 +10,7 @@ pass itself (``create_graph=True``), it differentiates :mod:`.reference` instead
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,7 +28,17 @@ except ImportError as error:
         "built in the environment it runs in: pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
-__all__ = ["KERNEL_BACKENDS", "backward", "forward", "reference_run", "reserve_numel", "run_kernel", "run_reference"]
+__all__ = [
+    "KERNEL_BACKENDS",
+    "backward",
+    "drop_packed",
+    "drop_packed_with",
+    "forward",
+    "reference_run",
+    "reserve_numel",
+    "run_kernel",
+    "run_reference",
+]
 
 forward = torch.ops.stacked_lstm_ext.forward.default
 backward = torch.ops.stacked_lstm_ext.backward.default
@@ -328,6 +339,45 @@ class _EagerLSTM(torch.autograd.Function):
         needs = (needs_input, needs_h_0, needs_c_0, *needs_weights)
         grad_input, grad_h_0, grad_c_0, grad_weights = _gradients(ctx, grad_outputs, needs)
         return grad_input, None, grad_h_0, grad_c_0, None, None, *grad_weights
+
+
+class _Owner(weakref.ref[Any]):
+    """A module whose packed weights go when it does."""
+
+    __slots__ = ("first_weights", "key")
+    key: int
+    first_weights: set[int]
+
+
+_owners: dict[int, _Owner] = {}
+
+
+def _owner_died(owner: Any, owners: dict[int, _Owner] = _owners, drop: Callable[[int], None] = _C.drop_packed) -> None:
+    owners.pop(owner.key, None)
+    for first_weight in owner.first_weights:
+        drop(first_weight)
+
+
+def drop_packed_with(module: Any, first_weight: Tensor) -> None:
+    """Have the packed weights of the stack that begins with this weight freed when ``module`` dies.
+
+    Without, the cache frees them when it next meets weights that it does not know. The weight itself is not watched:
+    ``torch.utils.swap_tensors`` refuses tensors that have a weak reference.
+    """
+    key = id(module)
+    owner = _owners.get(key)
+    if owner is None:
+        owner = _owners[key] = _Owner(module, _owner_died)
+        owner.key = key
+        owner.first_weights = set()
+    elif len(owner.first_weights) > 64:  # weights that live for one call, at ever new addresses: the cache will look
+        owner.first_weights.clear()
+    owner.first_weights.add(first_weight._cdata)
+
+
+def drop_packed(first_weight: Tensor) -> None:
+    """Forget the packed weights of stacks that begin with this weight."""
+    _C.drop_packed(first_weight._cdata)
 
 
 def run_kernel(

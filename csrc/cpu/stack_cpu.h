@@ -50,10 +50,16 @@ struct Workers {
   const Schedule* forced = nullptr;  // run this instead of the cheapest; why_not(…) must be null
 };
 
+template <typename T>
+class PackedStack;  // packed.h
+
 // Fill what the call points to; return the schedule that was run, which is another when fewer threads came.
 // Throw std::runtime_error when there is no memory for the workspace, before anything is written.
+// With `packed`, forward reads the weights there, once they are ready; the first call with it puts them there. Without,
+// it packs them for itself.
 template <typename T>
-Schedule forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform);
+Schedule forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform,
+                 PackedStack<T>* packed = nullptr);
 template <typename T>
 Schedule backward(const BackwardCall<T>& call, const Workers& workers, Platform& platform);
 

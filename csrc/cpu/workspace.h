@@ -22,7 +22,10 @@ class Workspace {
     return static_cast<T*>(take_bytes(count, sizeof(T)));
   }
 
-  Workspace() = default;
+  // Where a workspace is used again and again, every block is huge pages; one that is kept for long takes them only
+  // where it fills them.
+  enum class Pages { huge, as_needed };
+  explicit Workspace(Pages pages = Pages::huge) : pages_(pages) {}
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace();
@@ -37,6 +40,7 @@ class Workspace {
   void* take_bytes(int64_t count, int64_t element);
   void reset();
 
+  const Pages pages_;
   std::vector<Block> blocks_;
 };
 

@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/cpu/packed.h"
 #include "../../csrc/cpu/stack_cpu.h"
 
 using namespace stacked_lstm;
@@ -84,6 +85,7 @@ struct Problem {
   std::vector<T> input, h_0, c_0, grad_output, grad_h_n, grad_c_n;
   std::vector<std::vector<T>> weights;               // five a lane
   std::vector<T> output, h_n, c_n, reserve;          // forward
+  std::vector<T> inferred[2];                        // the output again, without a reserve: packs, then finds it packed
   std::vector<T> grad_input[2], grad_h_0, grad_c_0;  // backward
   std::vector<std::vector<T>> gradients;
 
@@ -138,6 +140,14 @@ struct Problem {
     cpu::forward(ForwardCall<T>{shape, x, lane_weights, h_0.data(), c_0.data(), dropout, saving, false, output.data(),
                                 h_n.data(), c_n.data(), reserve.data()},
                  workers, platform);
+    cpu::PackedStack<T> packed(shape);
+    for (std::vector<T>& again : inferred) {
+      again.assign(output.size(), nan);
+      std::vector<T> h(h_n.size()), c(c_n.size());
+      cpu::forward(ForwardCall<T>{shape, x, packed.ready() ? std::vector<LaneWeights<T>>{} : lane_weights, h_0.data(),
+                                  c_0.data(), dropout, Saving::none, false, again.data(), h.data(), c.data(), nullptr},
+                   workers, platform, &packed);
+    }
     cpu::backward(BackwardCall<T>{shape,
                                   x,
                                   lane_weights,
@@ -159,7 +169,8 @@ struct Problem {
   }
 
   std::vector<std::vector<T>> results() const {
-    std::vector<std::vector<T>> all{output, h_n, c_n, grad_input[0], grad_input[1], grad_h_0, grad_c_0};
+    std::vector<std::vector<T>> all{output,        h_n,           c_n,      inferred[0], inferred[1],
+                                    grad_input[0], grad_input[1], grad_h_0, grad_c_0};
     all.insert(all.end(), gradients.begin(), gradients.end());
     return all;
   }
@@ -198,6 +209,11 @@ int run_case(const Case& c, const char* type) {
       ++failures;
       break;
     }
+  }
+  for (const std::vector<T>& again : problem.inferred) {
+    if (again == problem.output) continue;
+    std::printf("FAILED %s (%s): inference differs from the forward pass of training\n", c.name, type);
+    ++failures;
   }
   int runs = 1;
   const int64_t depth = c.layers;

@@ -1,0 +1,257 @@
+// csrc/packed_cache.cpp: see packed_cache.h.
+#include "packed_cache.h"
+
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/TensorImpl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <mutex>
+#include <optional>
+#include <unordered_map>
+#include <utility>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace stacked_lstm {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;  // 2^64 / φ: its multiples spread evenly, whatever the row length
+constexpr int64_t kSample = 32;                   // elements of a weight in its fingerprint
+
+bool keepable(const Tensor& weight) {
+  return !weight.is_inference() && weight.is_contiguous() && weight.numel() > 0 && weight.has_storage() &&
+         weight.storage().data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
+}
+
+template <typename Bits>
+uint64_t sample(const void* data, uint64_t elements) {
+  uint64_t sum = 0;
+  for (uint64_t n = 1; n <= kSample; ++n) {
+    const uint64_t spread = n * kGolden;
+    const auto at = static_cast<uint64_t>(static_cast<unsigned __int128>(spread) * elements >> 64);
+    Bits bits;
+    std::memcpy(&bits, static_cast<const char*>(data) + at * sizeof bits, sizeof bits);
+    sum += (spread | 1) * bits;  // no load waits for another
+  }
+  return sum;
+}
+
+uint64_t fingerprint_of(TensorList weights) {
+  uint64_t all = 0;
+  for (const Tensor& weight : weights) {
+    const void* data = weight.const_data_ptr();
+    const auto elements = static_cast<uint64_t>(weight.numel());
+    const uint64_t one = weight.element_size() == 8   ? sample<uint64_t>(data, elements)
+                         : weight.element_size() == 4 ? sample<uint32_t>(data, elements)
+                                                      : sample<uint16_t>(data, elements);
+    all = (all ^ one) * kGolden;
+    all ^= all >> 32;
+  }
+  return all;
+}
+
+// A weight as it was. No weak reference to it: torch.utils.swap_tensors refuses tensors that have one.
+struct Known {
+  const c10::TensorImpl* tensor;
+  const void* data;
+  int64_t rows, elements;
+  c10::VariableVersion counter;  // the weight's own: no tensor that comes to stand at its address later has it
+  uint32_t version;
+
+  explicit Known(const Tensor& weight)
+      : tensor(weight.unsafeGetTensorImpl()),
+        data(weight.const_data_ptr()),
+        rows(weight.size(0)),
+        elements(weight.numel()),
+        counter(tensor->version_counter()),
+        version(counter.current_version()) {}
+
+  bool same_tensor(const Tensor& weight) const { return tensor == weight.unsafeGetTensorImpl(); }
+  bool unchanged(const Tensor& weight) const {
+    return !dead() && data == weight.const_data_ptr() && rows == weight.size(0) && elements == weight.numel() &&
+           version == counter.current_version() && version == tensor->version_counter().current_version();
+  }
+  // Nobody but this counts: the weight and its views are gone.
+  bool dead() const { return counter.unique(); }
+};
+
+template <typename T>
+struct Entry {
+  std::vector<Known> weights;
+  c10::ScalarType type;
+  int64_t width;  // of the recurrent panels
+  uint64_t fingerprint;
+  std::shared_ptr<cpu::PackedStack<T>> stack;  // null: noted only
+
+  bool about(TensorList tensors, int64_t panel_width) const {
+    return width == panel_width && type == tensors[0].scalar_type() && weights.size() == tensors.size() &&
+           std::equal(weights.begin(), weights.end(), tensors.begin(),
+                      [](const Known& known, const Tensor& tensor) { return known.same_tensor(tensor); });
+  }
+  bool unchanged(TensorList tensors) const {
+    return std::equal(weights.begin(), weights.end(), tensors.begin(),
+                      [](const Known& known, const Tensor& tensor) { return known.unchanged(tensor); });
+  }
+  bool dead() const {
+    return std::any_of(weights.begin(), weights.end(), [](const Known& known) { return known.dead(); });
+  }
+};
+
+template <typename T>
+struct Table {
+  // By the address of the first weight.
+  std::unordered_map<const void*, std::vector<Entry<T>>> entries;
+
+  Entry<T>* find(TensorList weights, int64_t width) {
+    const auto found = entries.find(weights[0].unsafeGetTensorImpl());
+    if (found == entries.end()) return nullptr;
+    for (Entry<T>& entry : found->second) {
+      if (entry.about(weights, width)) return &entry;
+    }
+    return nullptr;
+  }
+  void remove_dead(std::vector<Entry<T>>& removed) {
+    for (auto list = entries.begin(); list != entries.end();) {
+      auto& some = list->second;
+      const auto alive = std::stable_partition(some.begin(), some.end(), [](const auto& e) { return !e.dead(); });
+      std::move(alive, some.end(), std::back_inserter(removed));
+      some.erase(alive, some.end());
+      list = some.empty() ? entries.erase(list) : std::next(list);
+    }
+  }
+  void remove(const void* first_weight, std::vector<Entry<T>>& removed) {
+    const auto found = entries.find(first_weight);
+    if (found == entries.end()) return;
+    removed = std::move(found->second);
+    entries.erase(found);
+  }
+  void count(PackedCounts& counts) const {
+    for (const auto& [address, list] : entries) {
+      for (const Entry<T>& entry : list) {
+        entry.stack ? ++counts.stacks : ++counts.noted;
+        if (entry.stack) counts.bytes += entry.stack->bytes();
+      }
+    }
+  }
+};
+
+// Taken out of the tables under the lock, destroyed after it: freeing large memory takes its time.
+struct Removed {
+  std::vector<Entry<float>> floats;
+  std::vector<Entry<double>> doubles;
+};
+
+class Cache {
+ public:
+  // Never destroyed: threads may outlive the end of main().
+  static Cache& instance() {
+    static Cache* const cache = new Cache;
+    return *cache;
+  }
+
+  template <typename T>
+  Table<T>& table() {
+    if constexpr (sizeof(T) == 8) {
+      return doubles;
+    } else {
+      return floats;
+    }
+  }
+
+  void remove_dead(Removed& removed) {
+    floats.remove_dead(removed.floats);
+    doubles.remove_dead(removed.doubles);
+  }
+  void remove(const void* first_weight, Removed& removed) {
+    floats.remove(first_weight, removed.floats);
+    doubles.remove(first_weight, removed.doubles);
+  }
+
+  std::mutex mutex;
+  Table<float> floats;
+  Table<double> doubles;
+  int64_t hits = 0;
+
+ private:
+  Cache() {
+#if defined(__unix__) || defined(__APPLE__)
+    // Whoever forks holds the lock meanwhile, so that the child's copy is whole and its lock is free.
+    pthread_atfork([] { instance().mutex.lock(); }, [] { instance().mutex.unlock(); },
+                   [] { instance().mutex.unlock(); });
+#endif
+  }
+};
+
+}  // namespace
+
+template <typename T>
+KeptWeights<T> find_packed(TensorList weights, const StackShape& shape) {
+  if (!std::all_of(weights.begin(), weights.end(), keepable)) return {};
+  const int64_t width = cpu::recurrent_width(shape.batch);
+  const uint64_t fingerprint = fingerprint_of(weights);
+  Cache& cache = Cache::instance();
+  Removed removed;  // outlives the lock
+  std::optional<Entry<T>> replaced;
+  {
+    const std::lock_guard<std::mutex> lock(cache.mutex);
+    Table<T>& table = cache.table<T>();
+    Entry<T>* entry = table.find(weights, width);
+    if (!entry) {
+      cache.remove_dead(removed);
+      table.entries[weights[0].unsafeGetTensorImpl()].push_back(
+          {std::vector<Known>(weights.begin(), weights.end()), weights[0].scalar_type(), width, fingerprint, nullptr});
+      return {};
+    }
+    if (!entry->unchanged(weights) || entry->fingerprint != fingerprint) {
+      replaced = std::move(*entry);
+      *entry = {std::vector<Known>(weights.begin(), weights.end()), weights[0].scalar_type(), width, fingerprint,
+                nullptr};
+      return {};
+    }
+    if (entry->stack) {
+      ++cache.hits;
+      return {entry->stack, fingerprint};
+    }
+  }
+  return {std::make_shared<cpu::PackedStack<T>>(shape), fingerprint};
+}
+template KeptWeights<float> find_packed(TensorList, const StackShape&);
+template KeptWeights<double> find_packed(TensorList, const StackShape&);
+
+template <typename T>
+void keep_packed(TensorList weights, const StackShape& shape, const KeptWeights<T>& packed) {
+  Cache& cache = Cache::instance();
+  const std::lock_guard<std::mutex> lock(cache.mutex);
+  Entry<T>* entry = cache.table<T>().find(weights, cpu::recurrent_width(shape.batch));
+  // Unless they have changed since, or another thread was first.
+  if (entry && !entry->stack && entry->unchanged(weights) && entry->fingerprint == packed.fingerprint) {
+    entry->stack = packed.stack;
+  }
+}
+template void keep_packed(TensorList, const StackShape&, const KeptWeights<float>&);
+template void keep_packed(TensorList, const StackShape&, const KeptWeights<double>&);
+
+void drop_packed(const void* first_weight) {
+  Cache& cache = Cache::instance();
+  Removed removed;  // outlives the lock
+  const std::lock_guard<std::mutex> lock(cache.mutex);
+  cache.remove(first_weight, removed);
+}
+
+PackedCounts packed_counts() {
+  Cache& cache = Cache::instance();
+  const std::lock_guard<std::mutex> lock(cache.mutex);
+  PackedCounts counts{0, 0, 0, cache.hits};
+  cache.floats.count(counts);
+  cache.doubles.count(counts);
+  return counts;
+}
+
+}  // namespace stacked_lstm
