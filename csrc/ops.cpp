@@ -4,13 +4,9 @@
 // The schemas are part of the interface: stacked_lstm_ext/ops.py has their fakes and their autograd.
 #include <ATen/Config.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -32,6 +28,7 @@
 #include "call.h"
 #include "cpu/kernels.h"
 #include "cpu/stack_cpu.h"
+#include "cpu/workspace.h"
 #include "device.h"
 #include "diagonal.h"
 #include "packed_cache.h"
@@ -83,7 +80,7 @@ struct Run {
 };
 thread_local std::optional<Run> last_run;
 
-// ---- torch's threads and BLAS for the CPU kernels -------------------------------------------------------------------
+// ---- torch's threads for the CPU kernels ----------------------------------------------------------------------------
 
 class TorchPlatform : public cpu::Platform {
  public:
@@ -96,25 +93,6 @@ class TorchPlatform : public cpu::Platform {
 #else
     return false;  // a pool's threads may be busy
 #endif
-  }
-  void multiply(const cpu::GradientProduct<float>& product) override { multiply(product, at::kFloat); }
-  void multiply(const cpu::GradientProduct<double>& product) override { multiply(product, at::kDouble); }
-
- private:
-  template <typename T>
-  static void multiply(const cpu::GradientProduct<T>& p, at::ScalarType type) {
-    // A pool's thread has no dispatch state of its own, and the caller's may ask for autocast.
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const auto options = at::TensorOptions().dtype(type);
-    const Tensor a = at::from_blob(const_cast<T*>(p.a), {p.m, p.rows}, {1, p.lda}, options);
-    const Tensor b = at::from_blob(const_cast<T*>(p.b), {p.rows, p.n}, {p.ldb, 1}, options);
-    Tensor c = at::from_blob(p.c, {p.m, p.n}, {p.ldc, 1}, options);
-    if (p.accumulate) {
-      at::addmm_out(c, c, a, b);
-    } else {
-      at::mm_out(c, a, b);
-    }
   }
 };
 
@@ -288,6 +266,12 @@ class Operands {
   std::vector<Tensor> kept_;
 };
 
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor fresh = at::empty(sizes, options);
+  cpu::prefer_huge_pages(fresh.mutable_data_ptr(), static_cast<int64_t>(fresh.nbytes()));
+  return fresh;
+}
+
 void remember(std::variant<Schedule, diagonal::Counts> how, const Call& call, const std::string& saving,
               bool backward) {
   const StackShape& shape = call.shape;
@@ -301,9 +285,9 @@ Results forward_cpu(const Call& call, const std::string& saving) {
   const auto floats = call.input.options().dtype(type);
   const bool keep_top = type != call.input.scalar_type();
   const StackShape& shape = call.shape;
-  const Tensor output = at::empty(call.output_sizes(), floats);
-  const Tensor h_n = at::empty(call.h_0.sizes(), floats), c_n = at::empty(call.c_0.sizes(), floats);
-  const Tensor reserve = at::empty({reserve_size(shape, call.options.saving, keep_top).total()}, floats);
+  const Tensor output = empty(call.output_sizes(), floats);
+  const Tensor h_n = empty(call.h_0.sizes(), floats), c_n = empty(call.c_0.sizes(), floats);
+  const Tensor reserve = empty({reserve_size(shape, call.options.saving, keep_top).total()}, floats);
 
   Operands<T> operands(type);
   ForwardCall<T> kernel;
@@ -358,15 +342,15 @@ Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradien
   Tensor grad_input[2];
   for (int64_t d = 0; d < 2; ++d) {
     const bool wanted = input_grad && d < shape.directions;
-    if (wanted) grad_input[d] = at::empty(call.input.sizes(), floats);
+    if (wanted) grad_input[d] = empty(call.input.sizes(), floats);
     kernel.grad_input[d] = wanted ? grad_input[d].mutable_data_ptr<T>() : nullptr;
   }
-  const Tensor grad_h_0 = at::empty(call.h_0.sizes(), floats), grad_c_0 = at::empty(call.c_0.sizes(), floats);
+  const Tensor grad_h_0 = empty(call.h_0.sizes(), floats), grad_c_0 = empty(call.c_0.sizes(), floats);
   kernel.grad_h_0 = grad_h_0.mutable_data_ptr<T>();
   kernel.grad_c_0 = grad_c_0.mutable_data_ptr<T>();
   std::vector<Tensor> grad_weights;
   if (weight_grad) {
-    for (const Tensor& w : call.weights) grad_weights.push_back(at::empty(w.sizes(), floats));
+    for (const Tensor& w : call.weights) grad_weights.push_back(empty(w.sizes(), floats));
     const int64_t a_lane = options.weights_a_lane();
     for (int64_t lane = 0; lane < shape.lanes(); ++lane) {
       const auto at = [&](int64_t n) {
@@ -380,7 +364,7 @@ Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradien
   TorchPlatform platform;
   remember(cpu::backward(kernel, workers_for(shape), platform), call, saving, true);
   const auto out = call.input.scalar_type();
-  if (!input_grad) grad_input[0] = at::empty({0}, floats);
+  if (!input_grad) grad_input[0] = empty({0}, floats);
   if (input_grad && shape.directions == 2) grad_input[0].add_(grad_input[1]);
   for (Tensor& g : grad_weights) g = g.to(out);
   return {grad_input[0].to(out), grad_h_0.to(out), grad_c_0.to(out), std::move(grad_weights)};

@@ -66,7 +66,8 @@ class BackwardWave : Wave<T> {
   }
 
  private:
-  // Rows of x or h that are copied at a time where a weight gradient cannot read them in place.
+  // Rows of x or h that are copied at a time where a weight gradient cannot read them in place. Sums go piece by piece,
+  // so this must not depend on the schedule.
   static constexpr int64_t kGradientRows = 256;
 
   struct Lane {
@@ -495,13 +496,12 @@ class BackwardWave : Wave<T> {
                      int64_t rows, bool accumulate) {
       const T* a = dgates_ + first_row * lddg_;
       if (units.size() == hidden_ && padded_ == hidden_) {  // all gate rows in one product
-        w_.platform_.multiply(GradientProduct<T>{c, columns, a, lddg_, b, ldb, rows, 4 * hidden_, columns, accumulate});
+        w_.kernels_.gradient({c, columns, a, lddg_, b, ldb, rows, 4 * hidden_, columns, accumulate});
         return;
       }
       for (int64_t gate = 0; gate < 4; ++gate) {
-        w_.platform_.multiply(GradientProduct<T>{c + (gate * hidden_ + units.first) * columns, columns,
-                                                 a + gate * padded_ + units.first, lddg_, b, ldb, rows, units.size(),
-                                                 columns, accumulate});
+        w_.kernels_.gradient({c + (gate * hidden_ + units.first) * columns, columns, a + gate * padded_ + units.first,
+                              lddg_, b, ldb, rows, units.size(), columns, accumulate});
       }
     }
 
@@ -564,7 +564,7 @@ class BackwardWave : Wave<T> {
       int64_t row = 0;
       for (int64_t t = 0; t < shape.steps;) {
         int64_t last = t + 1;
-        while (last < shape.steps && shape.first_row(last + 1) - shape.first_row(t) <= w_.staged_rows_) ++last;
+        while (last < shape.steps && shape.first_row(last + 1) - shape.first_row(t) <= kGradientRows) ++last;
         const int64_t rows = stage(Range{t, last}, scratch_.staged, ldo);
         add_product(c, columns, units, row, scratch_.staged, ldo, rows, row > 0);
         row += rows, t = last;
@@ -573,8 +573,8 @@ class BackwardWave : Wave<T> {
 
     // dW_hr = dhᵀ·(o·tanh(c)).
     void projection_gradient(const LaneGradients<T>& g, const Range& own) {
-      w_.platform_.multiply(GradientProduct<T>{g.weight_hr + own.first * hidden_, hidden_, dh_rows_ + own.first, lddr_,
-                                               hidden_rows_, ldm_, w_.shape_.rows(), own.size(), hidden_, false});
+      w_.kernels_.gradient({g.weight_hr + own.first * hidden_, hidden_, dh_rows_ + own.first, lddr_, hidden_rows_, ldm_,
+                            w_.shape_.rows(), own.size(), hidden_, false});
     }
 
     BackwardWave& w_;

@@ -77,6 +77,19 @@ struct StepBackward {
   int64_t ldm;
 };
 
+// c[m][n] = Σ over rows of a[row][m]·b[row][n], added to c with `accumulate`: a weight gradient.
+template <typename T>
+struct GradientProduct {
+  T* c;
+  int64_t ldc;
+  const T* a;
+  int64_t lda;
+  const T* b;
+  int64_t ldb;
+  int64_t rows, m, n;
+  bool accumulate;
+};
+
 template <typename T>
 struct Kernels {
   int64_t lanes;
@@ -94,6 +107,7 @@ struct Kernels {
   void (*step_backward)(const StepBackward<T>&);
   // Pre-activations to activations, in place, for unit blocks first … last-1.
   void (*activate)(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_block, int64_t last_block);
+  void (*gradient)(const GradientProduct<T>&);
   // sum[n] = Σ over rows of a[row][n], n < columns.
   void (*sum_rows)(const T* a, int64_t lda, int64_t rows, int64_t columns, T* sum);
   // sigmoid and tanh of n numbers, for tests.

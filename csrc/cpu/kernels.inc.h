@@ -236,6 +236,86 @@ void sum_rows(const T* a, int64_t lda, int64_t rows, int64_t columns, T* sum) {
   }
 }
 
+// ---- Weight gradients -----------------------------------------------------------------------------------------------
+//
+//       two vectors              dW = dGᵀ·x sums over the rows of both, so a tile broadcasts along a row of dG, not down a
+//      ┌───────────┐             column. A block of rows of x, two vectors of it, is copied to where the first-level cache
+//  row │ panel (L1)│             holds it for all of a block of dG, and that stays in the second-level cache for all of x.
+//      └───────────┘
+//  row ▒▒▒▒▒ dG → broadcast a[row][m]
+
+inline constexpr int64_t kGradientRows = 128;      // a block of rows: 16 KiB of a panel
+inline constexpr int64_t kGradientColumns = 1024;  // of dG: with that many rows, half a megabyte
+inline constexpr int kGradientAhead = 8;           // rows of dG to ask for ahead of their use
+
+template <typename T, int Rows>
+void gradient_tile(const T* __restrict a, int64_t lda, const T* __restrict panel, int64_t rows, T* c, int64_t ldc,
+                   int64_t columns, bool accumulate) {
+  constexpr int V = kLanes<T>, Width = 2;
+  Vec<T> sum[Rows * Width] = {};
+  for (int64_t row = 0; row < rows; ++row, a += lda, panel += Width * V) {
+    const Vec<T> x[Width] = {load(panel), load(panel + V)};
+    __builtin_prefetch(a + kGradientAhead * lda);
+    __builtin_prefetch(a + kGradientAhead * lda + Rows - 1);
+    unroll<Rows>([&](auto m) INLINE_LAMBDA {
+      const Vec<T> g = broadcast(a[m]);
+      unroll<Width>([&](auto v) INLINE_LAMBDA { sum[m * Width + v] = x[v] * g + sum[m * Width + v]; });
+    });
+  }
+  alignas(STACKED_LSTM_VECTOR_BYTES) T sums[Rows * Width * V];
+  unroll<Rows * Width>([&](auto n) INLINE_LAMBDA { store(sums + n * V, sum[n]); });
+  for (int64_t m = 0; m < Rows; ++m) {
+    for (int64_t n = 0; n < Width * V && n < columns; n += V) {
+      const int64_t left = columns - n;
+      T* to = c + m * ldc + n;
+      Vec<T> total = load(sums + m * Width * V + n);
+      if (accumulate) total = total + (left < V ? load_first(to, left) : load(to));
+      store_first(to, total, left);
+    }
+  }
+}
+
+template <typename T>
+using GradientTile = void (*)(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t, bool);
+template <typename T>
+struct GradientTiles {
+  GradientTile<T> of[kTileRows<2> + 1];
+};
+template <typename T, int... row>
+constexpr GradientTiles<T> gradient_tiles_of(std::integer_sequence<int, row...>) {
+  return {{nullptr, gradient_tile<T, row + 1>...}};
+}
+template <typename T>
+constexpr GradientTiles<T> kGradientTiles = gradient_tiles_of<T>(std::make_integer_sequence<int, kTileRows<2>>{});
+
+// Every element is the sum of its blocks' sums, in their order: how m and n were shared out cannot be seen in it.
+template <typename T>
+void gradient(const GradientProduct<T>& p) {
+  constexpr int V = kLanes<T>, columns = 2 * V;
+  alignas(STACKED_LSTM_VECTOR_BYTES) T panel[kGradientRows * columns];
+  int64_t first = 0;
+  do {  // once without any rows, for zeros
+    const int64_t rows = p.rows - first < kGradientRows ? p.rows - first : kGradientRows;
+    for (int64_t m0 = 0; m0 < p.m; m0 += kGradientColumns) {
+      const int64_t some = p.m - m0 < kGradientColumns ? p.m - m0 : kGradientColumns;
+      for (int64_t n = 0; n < p.n; n += columns) {
+        for (int64_t row = 0; row < rows; ++row) {
+          for (int64_t v = 0; v < columns; v += V) {
+            const int64_t left = p.n - n - v;
+            const T* x = p.b + (first + row) * p.ldb + n + v;
+            store(panel + row * columns + v, left >= V ? load(x) : left > 0 ? load_first(x, left) : Vec<T>{});
+          }
+        }
+        share_rows(some, kTileRows<2>, [&](int64_t m, int64_t count) INLINE_LAMBDA {
+          kGradientTiles<T>.of[count](p.a + first * p.lda + m0 + m, p.lda, panel, rows, p.c + (m0 + m) * p.ldc + n,
+                                      p.ldc, p.n - n, p.accumulate || first > 0);
+        });
+      }
+    }
+    first += kGradientRows;
+  } while (first < p.rows);
+}
+
 // ---- Packing --------------------------------------------------------------------------------------------------------
 
 // `lanes` rows of W, of which `count` exist, to `lanes` columns of a panel.
@@ -324,5 +404,5 @@ void maths(const T* x, int64_t n, T* sigmoid, T* tanh) {
 template <typename T>
 constexpr Kernels<T> kTable = {
     kLanes<T>,       pack_gates<T>,    pack_rows<T>,     pack_columns<T>, pack_bias<T>, product<T>,
-    step_forward<T>, step_backward<T>, activate_rows<T>, sum_rows<T>,     maths<T>,
+    step_forward<T>, step_backward<T>, activate_rows<T>, gradient<T>,     sum_rows<T>,  maths<T>,
 };

@@ -22,6 +22,15 @@ thread_local std::unique_ptr<Workspace> kept;
 
 }  // namespace
 
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  const auto start = reinterpret_cast<uintptr_t>(data), page = static_cast<uintptr_t>(kPage);
+  const uintptr_t first = (start + page - 1) / page * page,
+                  last = (start + static_cast<uintptr_t>(bytes)) / page * page;
+  if (bytes > kPage && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 void* Workspace::take_bytes(int64_t count, int64_t element) {
   int64_t bytes;
   if (count < 0 || __builtin_mul_overflow(count, element, &bytes) ||

@@ -40,20 +40,8 @@ class PlainPlatform : public cpu::Platform {
     for (std::thread& thread : threads) thread.join();
   }
   bool at_the_same_time() const override { return pool_ != Pool::one_after_another; }
-  void multiply(const cpu::GradientProduct<float>& p) override { plain(p); }
-  void multiply(const cpu::GradientProduct<double>& p) override { plain(p); }
 
  private:
-  template <typename T>
-  static void plain(const cpu::GradientProduct<T>& p) {
-    for (int64_t m = 0; m < p.m; ++m) {
-      for (int64_t n = 0; n < p.n; ++n) {
-        T sum = 0;
-        for (int64_t row = 0; row < p.rows; ++row) sum += p.a[row * p.lda + m] * p.b[row * p.ldb + n];
-        p.c[m * p.ldc + n] = p.accumulate ? p.c[m * p.ldc + n] + sum : sum;
-      }
-    }
-  }
   const Pool pool_;
 };
 
