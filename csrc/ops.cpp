@@ -70,6 +70,15 @@ Backend backend_of(const std::string& name, const at::Device& device) {
   return Backend::diagonal;
 }
 
+// Whether the CPU kernels are to store packed weights in 16 bits: where the caller asks to have them rounded so, and
+// where they are bfloat16 anyway and lose nothing.
+bool stores_bf16(bool asked, Backend kind, const Tensor& input) {
+  TORCH_CHECK_VALUE(!asked || (kind == Backend::cpu && input.scalar_type() == at::kFloat),
+                    "bf16_weights needs backend cpu and float32, got: ", input.scalar_type(),
+                    kind == Backend::cpu ? "" : " and another backend");
+  return asked || (kind == Backend::cpu && input.scalar_type() == at::kBFloat16);
+}
+
 // The last call of this thread, for `last_run`.
 struct Run {
   std::variant<Schedule, diagonal::Counts> how;
@@ -293,8 +302,9 @@ Results forward_cpu(const Call& call, const std::string& saving) {
   ForwardCall<T> kernel;
   kernel.shape = shape;
   kernel.input = operands.input(call.input, shape, call.packed);
+  const cpu::Storage storage = call.options.bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same;
   const bool may_keep = call.options.saving == Saving::none;  // training changes the weights at every step
-  const auto packed = may_keep ? find_packed<T>(call.weights, shape) : KeptWeights<T>{};
+  const auto packed = may_keep ? find_packed<T>(call.weights, shape, storage) : KeptWeights<T>{};
   if (!packed.ready()) kernel.weights = operands.weights(call.weights, call.options);
   kernel.h_0 = operands.take(call.h_0);
   kernel.c_0 = operands.take(call.c_0);
@@ -305,6 +315,7 @@ Results forward_cpu(const Call& call, const std::string& saving) {
   kernel.h_n = h_n.mutable_data_ptr<T>();
   kernel.c_n = c_n.mutable_data_ptr<T>();
   kernel.reserve = reserve.mutable_data_ptr<T>();
+  kernel.bf16_weights = call.options.bf16_weights;
   const bool keep = packed.stack && !packed.ready();
   TorchPlatform platform;
   remember(cpu::forward(kernel, workers_for(shape), platform, packed.stack.get()), call, saving, false);
@@ -361,6 +372,7 @@ Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradien
     }
   }
 
+  kernel.bf16_weights = options.bf16_weights;
   TorchPlatform platform;
   remember(cpu::backward(kernel, workers_for(shape), platform), call, saving, true);
   const auto out = call.input.scalar_type();
@@ -377,9 +389,11 @@ using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 ForwardResult forward(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0,
                       TensorList weights, const OptionalTensor& seed, bool bias, int64_t num_layers, bool bidirectional,
-                      int64_t proj_size, double dropout, const std::string& saving, const std::string& backend) {
+                      int64_t proj_size, double dropout, const std::string& saving, const std::string& backend,
+                      bool bf16_weights) {
   const Backend kind = backend_of(backend, input.device());
-  const Options options{bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
+  const Options options{
+      bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving), stores_bf16(bf16_weights, kind, input)};
   const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
   const Call call{input, batch_sizes.has_value(), h_0, c_0, weights, seed_of(seed, input, options), options, shape};
   Results results;
@@ -399,9 +413,10 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                         const Tensor& h_0, const Tensor& c_0, TensorList weights, const OptionalTensor& seed,
                         const Tensor& output, const Tensor& reserve, bool bias, int64_t num_layers, bool bidirectional,
                         int64_t proj_size, double dropout, const std::string& saving, bool input_grad, bool weight_grad,
-                        const std::string& backend) {
+                        const std::string& backend, bool bf16_weights) {
   const Backend kind = backend_of(backend, input.device());
-  const Options options{bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
+  const Options options{
+      bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving), stores_bf16(bf16_weights, kind, input)};
   TORCH_CHECK_VALUE(options.saving != Saving::none,
                     "backward needs a forward with saving \"full\" or \"recompute\", got: ", saving);
   const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
@@ -582,15 +597,15 @@ py::dict build_info() {
 TORCH_LIBRARY(stacked_lstm_ext, m) {
   m.def(
       "forward(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, bool bias, "
-      "int num_layers, bool bidirectional, int proj_size, float dropout, str saving, str backend) "
-      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)",
+      "int num_layers, bool bidirectional, int proj_size, float dropout, str saving, str backend, "
+      "bool bf16_weights=False) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, Tensor "
       "h_0, "
       "Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, Tensor reserve, bool bias, int num_layers, "
-      "bool bidirectional, int proj_size, float dropout, str saving, bool input_grad, bool weight_grad, str backend) "
-      "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)",
+      "bool bidirectional, int proj_size, float dropout, str saving, bool input_grad, bool weight_grad, str backend, "
+      "bool bf16_weights=False) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -688,7 +703,7 @@ PYBIND11_MODULE(_C, m) {
                             bool backward, const std::string& saving, double dropout) {
     const StackShape shape =
         padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
-    const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
+    const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving), false};
     return describe(diagonal::predict(shape, options, double_precision ? 8 : 4, backward, true, true));
   });
   // What the persistent kernel would do on a GPU that need not be here, and its cost: predicted only, nothing runs it yet.

@@ -82,16 +82,26 @@ struct Known {
   bool dead() const { return counter.unique(); }
 };
 
+// How weights are packed.
+struct Form {
+  int64_t width;  // of the recurrent panels
+  cpu::Storage storage;
+
+  bool operator==(const Form&) const = default;
+};
+
+Form form_of(int64_t batch, cpu::Storage storage) { return {cpu::recurrent_width(batch), storage}; }
+
 template <typename T>
 struct Entry {
   std::vector<Known> weights;
   c10::ScalarType type;
-  int64_t width;  // of the recurrent panels
+  Form form;
   uint64_t fingerprint;
   std::shared_ptr<cpu::PackedStack<T>> stack;  // null: noted only
 
-  bool about(TensorList tensors, int64_t panel_width) const {
-    return width == panel_width && type == tensors[0].scalar_type() && weights.size() == tensors.size() &&
+  bool about(TensorList tensors, const Form& wanted) const {
+    return form == wanted && type == tensors[0].scalar_type() && weights.size() == tensors.size() &&
            std::equal(weights.begin(), weights.end(), tensors.begin(),
                       [](const Known& known, const Tensor& tensor) { return known.same_tensor(tensor); });
   }
@@ -109,11 +119,11 @@ struct Table {
   // By the address of the first weight.
   std::unordered_map<const void*, std::vector<Entry<T>>> entries;
 
-  Entry<T>* find(TensorList weights, int64_t width) {
+  Entry<T>* find(TensorList weights, const Form& form) {
     const auto found = entries.find(weights[0].unsafeGetTensorImpl());
     if (found == entries.end()) return nullptr;
     for (Entry<T>& entry : found->second) {
-      if (entry.about(weights, width)) return &entry;
+      if (entry.about(weights, form)) return &entry;
     }
     return nullptr;
   }
@@ -192,9 +202,9 @@ class Cache {
 }  // namespace
 
 template <typename T>
-KeptWeights<T> find_packed(TensorList weights, const StackShape& shape) {
+KeptWeights<T> find_packed(TensorList weights, const StackShape& shape, cpu::Storage storage) {
   if (!std::all_of(weights.begin(), weights.end(), keepable)) return {};
-  const int64_t width = cpu::recurrent_width(shape.batch);
+  const Form form = form_of(shape.batch, storage);
   const uint64_t fingerprint = fingerprint_of(weights);
   Cache& cache = Cache::instance();
   Removed removed;  // outlives the lock
@@ -202,16 +212,16 @@ KeptWeights<T> find_packed(TensorList weights, const StackShape& shape) {
   {
     const std::lock_guard<std::mutex> lock(cache.mutex);
     Table<T>& table = cache.table<T>();
-    Entry<T>* entry = table.find(weights, width);
+    Entry<T>* entry = table.find(weights, form);
     if (!entry) {
       cache.remove_dead(removed);
       table.entries[weights[0].unsafeGetTensorImpl()].push_back(
-          {std::vector<Known>(weights.begin(), weights.end()), weights[0].scalar_type(), width, fingerprint, nullptr});
+          {std::vector<Known>(weights.begin(), weights.end()), weights[0].scalar_type(), form, fingerprint, nullptr});
       return {};
     }
     if (!entry->unchanged(weights) || entry->fingerprint != fingerprint) {
       replaced = std::move(*entry);
-      *entry = {std::vector<Known>(weights.begin(), weights.end()), weights[0].scalar_type(), width, fingerprint,
+      *entry = {std::vector<Known>(weights.begin(), weights.end()), weights[0].scalar_type(), form, fingerprint,
                 nullptr};
       return {};
     }
@@ -220,16 +230,28 @@ KeptWeights<T> find_packed(TensorList weights, const StackShape& shape) {
       return {entry->stack, fingerprint};
     }
   }
-  return {std::make_shared<cpu::PackedStack<T>>(shape), fingerprint};
+  return {std::make_shared<cpu::PackedStack<T>>(shape, storage), fingerprint};
 }
-template KeptWeights<float> find_packed(TensorList, const StackShape&);
-template KeptWeights<double> find_packed(TensorList, const StackShape&);
+template KeptWeights<float> find_packed(TensorList, const StackShape&, cpu::Storage);
+template KeptWeights<double> find_packed(TensorList, const StackShape&, cpu::Storage);
+
+template <typename T>
+std::shared_ptr<const cpu::PackedStack<T>> peek_packed(TensorList weights, int64_t batch, cpu::Storage storage) {
+  Cache& cache = Cache::instance();
+  const std::lock_guard<std::mutex> lock(cache.mutex);
+  const Entry<T>* entry = cache.table<T>().find(weights, form_of(batch, storage));
+  if (!entry || !entry->stack || !entry->unchanged(weights) || entry->fingerprint != fingerprint_of(weights)) return {};
+  ++cache.hits;
+  return entry->stack;
+}
+template std::shared_ptr<const cpu::PackedStack<float>> peek_packed(TensorList, int64_t, cpu::Storage);
+template std::shared_ptr<const cpu::PackedStack<double>> peek_packed(TensorList, int64_t, cpu::Storage);
 
 template <typename T>
 void keep_packed(TensorList weights, const StackShape& shape, const KeptWeights<T>& packed) {
   Cache& cache = Cache::instance();
   const std::lock_guard<std::mutex> lock(cache.mutex);
-  Entry<T>* entry = cache.table<T>().find(weights, cpu::recurrent_width(shape.batch));
+  Entry<T>* entry = cache.table<T>().find(weights, form_of(shape.batch, packed.stack->storage()));
   // Unless they have changed since, or another thread was first.
   if (entry && !entry->stack && entry->unchanged(weights) && entry->fingerprint == packed.fingerprint) {
     entry->stack = packed.stack;

@@ -37,7 +37,12 @@ struct KeptWeights {
 
 // Throws std::runtime_error when there is no memory for what is to be kept.
 template <typename T>
-KeptWeights<T> find_packed(at::TensorList weights, const StackShape& shape);
+KeptWeights<T> find_packed(at::TensorList weights, const StackShape& shape, cpu::Storage storage);
+
+// The stack that is kept for these weights and such a batch, or null. Takes no note of weights that it does not know,
+// and no memory.
+template <typename T>
+std::shared_ptr<const cpu::PackedStack<T>> peek_packed(at::TensorList weights, int64_t batch, cpu::Storage storage);
 
 // Keeps a stack that find_packed returned and the call has packed.
 template <typename T>

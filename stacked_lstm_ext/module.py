@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan
+from .reference import round_to_bf16
 from .transplant import obstacle_to_replacing, transplant
 
 __all__ = ["StackedLSTM"]
@@ -43,6 +44,11 @@ class StackedLSTM(nn.RNNBase):
         dtype: of the parameters. float32, float64, bfloat16 and float16 have kernels.
         recompute: keep only h and c for the backward pass and compute the gates again there: about a third of the
             memory for about one more product per layer.
+        bf16_weights: let the products see the weight matrices rounded to bfloat16. Parameters, gradients, biases,
+            states and all arithmetic stay in the module's dtype. The CPU kernels then read half the bytes of float32
+            weights, which is what a small batch of a wide stack waits for; elsewhere the numbers are the same and
+            nothing is gained. Each rounding is off by at most 2^-8 of the weight (docs/cpu.md has what that does to
+            results). A bfloat16 module gains as much without the option.
 
     Inputs:
         * **input**: ``(T, N, input_size)``, ``(N, T, input_size)`` if ``batch_first``, ``(T, input_size)`` unbatched,
@@ -69,6 +75,7 @@ class StackedLSTM(nn.RNNBase):
     """
 
     recompute: bool
+    bf16_weights: bool
 
     def __init__(
         self,
@@ -84,9 +91,11 @@ class StackedLSTM(nn.RNNBase):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        bf16_weights: bool = False,
     ) -> None:
-        if not isinstance(recompute, bool):
-            raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
+        for name, option in (("recompute", recompute), ("bf16_weights", bf16_weights)):
+            if not isinstance(option, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(option).__name__}")
         super().__init__(
             "LSTM",
             input_size,
@@ -101,9 +110,10 @@ class StackedLSTM(nn.RNNBase):
             dtype,
         )
         self.recompute = recompute
+        self.bf16_weights = bf16_weights
 
     @classmethod
-    def from_torch(cls, lstm: nn.LSTM, *, recompute: bool = False) -> StackedLSTM:
+    def from_torch(cls, lstm: nn.LSTM, *, recompute: bool = False, bf16_weights: bool = False) -> StackedLSTM:
         """A new module that shares the very same ``Parameter`` objects with ``lstm``.
 
         Parametrizations, hooks (those of weight norm and pruning among them) and the training flag are taken over;
@@ -118,16 +128,17 @@ class StackedLSTM(nn.RNNBase):
         obstacle = obstacle_to_replacing(lstm, nn.LSTM)
         if obstacle:
             raise TypeError(f"cannot make a {cls.__name__} of this LSTM: {obstacle}")
-        return transplant(lstm, cls, recompute=recompute, take_hooks=False)
+        return transplant(lstm, cls, options={"recompute": recompute, "bf16_weights": bf16_weights}, take_hooks=False)
 
     def to_torch(self) -> nn.LSTM:
         """A new ``torch.nn.LSTM`` that shares the very same ``Parameter`` objects: :meth:`from_torch` undone."""
-        return transplant(self, nn.LSTM, recompute=None, take_hooks=False)
+        return transplant(self, nn.LSTM, options={}, take_hooks=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # The pickle of an nn.LSTM, or of this module before it had the setting.
+        # The pickle of an nn.LSTM, or of this module before it had the settings.
         self.__dict__.setdefault("recompute", False)
+        self.__dict__.setdefault("bf16_weights", False)
 
     def flatten_parameters(self) -> None:
         """Nothing: no kernel here wants its weights in the one buffer that cuDNN does."""
@@ -141,7 +152,8 @@ class StackedLSTM(nn.RNNBase):
         ops.drop_packed(self._current_weights()[0])
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+        options = "".join(f", {name}=True" for name in ("recompute", "bf16_weights") if getattr(self, name))
+        return super().extra_repr() + options
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
         """The shape that ``c_0`` must have: ``(D·num_layers, N, hidden_size)``."""
@@ -256,12 +268,16 @@ class StackedLSTM(nn.RNNBase):
         tensors = (input, h_0, c_0, *weights)
         name, reason = choose_backend(input.device, input.dtype, _transform(tensors))
         options = (self.bias, self.num_layers, self.bidirectional, self.proj_size, dropout)
+        bf16_kernels = self.bf16_weights and name == "cpu" and input.dtype == torch.float32
+        if self.bf16_weights and not bf16_kernels:
+            weights = round_to_bf16(weights)
         if name == "reference":
             return ops.run_reference(input, batch_sizes, h_0, c_0, weights, seed, *options, reason=reason)
         saving = choose_saving(_needs_grad(tensors), self.recompute)
         if saving == "none" and not torch.compiler.is_compiling():
             ops.drop_packed_with(self, weights[0])
-        return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options, saving, kernel_backend(name))
+        options = (*options, saving, kernel_backend(name), bf16_kernels)
+        return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options)
 
     def _dropout_in_effect(self) -> float:
         return self.dropout if self.training and self.num_layers > 1 else 0.0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import lstm_reference
+from .reference import lstm_reference, round_to_bf16
 
 try:
     from . import _C as _C
@@ -120,6 +120,7 @@ def _forward_fake(
     dropout: float,
     saving: str,
     backend: str,
+    bf16_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_devices(input, batch_sizes, h_0, c_0, weights, seed, backend)
     hidden_size = c_0.size(-1)
@@ -157,6 +158,7 @@ def _backward_fake(
     input_grad: bool,
     weight_grad: bool,
     backend: str,
+    bf16_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     _check_devices(input, batch_sizes, h_0, c_0, weights, seed, backend)
     return (
@@ -168,10 +170,11 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, reserve: Tensor) -> None:
-    input, batch_sizes, h_0, c_0, weights, seed, *options, saving, backend = inputs
+    input, batch_sizes, h_0, c_0, weights, seed, *options, saving, backend, bf16_weights = inputs
     ctx.options = tuple(options)
     ctx.saving = saving
     ctx.backend = backend
+    ctx.bf16_weights = bf16_weights
     ctx.set_materialize_grads(False)
     if saving != "none":
         ctx.save_for_backward(input, batch_sizes, h_0, c_0, seed, output, reserve, *weights)
@@ -198,7 +201,7 @@ def _gradients(
     reason = "" if torch.compiler.is_compiling() else _obstacle_to_kernel(grad_outputs)
     if reason:
         inputs = (input, batch_sizes, h_0, c_0, weights, seed)
-        return _reference_gradients(grad_outputs, inputs, needs, ctx.options, reason)
+        return _reference_gradients(grad_outputs, inputs, needs, ctx.options, ctx.bf16_weights, reason)
 
     needs_input, needs_h_0, needs_c_0, *needs_weights = needs
     any_weight = any(needs_weights)
@@ -217,6 +220,7 @@ def _gradients(
         needs_input,
         any_weight,
         ctx.backend,
+        ctx.bf16_weights,
     )
     if not any_weight:
         grad_weights = [None] * len(weights)
@@ -243,6 +247,7 @@ def _reference_gradients(
     inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], Tensor | None],
     needs: Sequence[bool],
     options: tuple[Any, ...],
+    bf16_weights: bool,
     reason: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
     """The same gradients as functions of everything they depend on, by way of the reference.
@@ -255,6 +260,8 @@ def _reference_gradients(
     with torch.enable_grad():
         tensors = [tensor.view_as(tensor) if needed else tensor for tensor, needed in zip((input, h_0, c_0, *weights), needs, strict=True)]
         input, h_0, c_0, *weights = tensors
+        if bf16_weights:
+            weights = round_to_bf16(weights)
         results = run_reference(input, batch_sizes, h_0, c_0, weights, seed, *options, direction="backward", reason=reason)
         flowing = [(result, grad) for result, grad in zip(results, grad_outputs, strict=True) if grad is not None]
         found = iter(
@@ -392,9 +399,10 @@ def run_kernel(
     """The operator ``forward`` without its reserve, in the cheapest way that this moment allows.
 
     Args:
-        options: what follows ``seed`` in the operator's schema, the saving mode and the backend last.
+        options: what follows ``seed`` in the operator's schema; the last are the saving mode, the backend and
+            ``bf16_weights``.
     """
-    if options[-2] == "none" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if options[-3] == "none" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         output, h_n, c_n, _ = forward(input, batch_sizes, h_0, c_0, weights, seed, *options)
         return output, h_n, c_n
     return _EagerLSTM.apply(input, batch_sizes, h_0, c_0, seed, options, *weights)

@@ -29,9 +29,11 @@ class ForwardWave : Wave<T> {
         platform_(platform),
         reserve_(call.reserve, reserve_size(call.shape, call.saving, call.keep_top)),
         packed_(packed),
-        width_(recurrent_width(call.shape.batch)) {
+        width_(recurrent_width(call.shape.batch)),
+        storage_(storage_of(call)) {
     // Nothing is written to the caller's memory before all of this is there.
-    weights_ = packed ? packed->lanes() : lay_out<T>(shape_, [&](int64_t n) { return memory_->take<T>(n); });
+    weights_ =
+        packed ? packed->lanes() : lay_out<T>(shape_, storage_, [&](int64_t n) { return memory_->take<char>(n); });
     for (int64_t lane = 0; lane < this->lane_count_; ++lane) lanes_.push_back(make_lane(lane));
     if (call.saving == Saving::none && shape_.depth() > 1) {
       const int64_t elements = shape_.rows() * shape_.directions * this->widest_output_;
@@ -97,13 +99,13 @@ class ForwardWave : Wave<T> {
     const Range own = this->share_packing(blocks, place);
     const auto panels = [&](int64_t width) { return Range{own.first * 4 / width, own.last * 4 / width}; };
     kernels_.pack_gates(w.weight_ih, layer.hidden, layer.input, kWidth, panels(kWidth).first, panels(kWidth).last,
-                        packed.weight_ih);
+                        storage_, packed.weight_ih);
     kernels_.pack_gates(w.weight_hh, layer.hidden, layer.output(), width_, panels(width_).first, panels(width_).last,
-                        packed.weight_hh);
+                        storage_, packed.weight_hh);
     kernels_.pack_bias(w.bias_ih, w.bias_hh, layer.hidden, own.first, own.last, packed.bias);
     if (layer.projection > 0) {
       const Range columns = this->share_packing(this->own_panels(position, place, layer.projection, kWidth), place);
-      kernels_.pack_rows(w.weight_hr, layer.projection, layer.hidden, kWidth, columns.first, columns.last,
+      kernels_.pack_rows(w.weight_hr, layer.projection, layer.hidden, kWidth, columns.first, columns.last, storage_,
                          packed.weight_hr);
     }
     this->packing_done(position, place);
@@ -157,7 +159,7 @@ class ForwardWave : Wave<T> {
           this->stage_input(call_.input, call_.dropout, layer_index ? output_of(layer_index - 1) : nullptr, index,
                             sequences, steps, scratch.staged, lda);
       kernels_.product({
-          .panels = weights.weight_ih,
+          .panels = {weights.weight_ih, storage_},
           .width = kWidth,
           .first_panel = blocks.first * 4 / kWidth,
           .last_panel = blocks.last * 4 / kWidth,
@@ -176,7 +178,7 @@ class ForwardWave : Wave<T> {
         T *from = h[s & 1], *to = h[(s + 1) & 1];
         this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 1);
         StepForward<T> step{
-            .panels = weights.weight_hh,
+            .panels = {weights.weight_hh, storage_},
             .width = width_,
             .first_block = blocks.first,
             .last_block = blocks.last,
@@ -203,7 +205,7 @@ class ForwardWave : Wave<T> {
           this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 2);
           const Range panels = this->own_panels(position, place, out, kWidth);
           kernels_.product({
-              .panels = weights.weight_hr,
+              .panels = {weights.weight_hr, storage_},
               .width = kWidth,
               .first_panel = panels.first,
               .last_panel = panels.last,
@@ -236,6 +238,7 @@ class ForwardWave : Wave<T> {
   const Reserve<T> reserve_;
   PackedStack<T>* const packed_;
   const int64_t width_;
+  const Storage storage_;
   std::vector<PackedLane<T>> weights_;
   std::vector<Lane> lanes_;
   std::vector<Scratch> scratch_;

@@ -36,6 +36,12 @@ struct Progress {
   Count done;    // 1: nothing of the lane is read any more
 };
 
+// How a call's weights are packed.
+template <typename Call>
+Storage storage_of(const Call& call) {
+  return call.bf16_weights ? Storage::bf16 : Storage::same;
+}
+
 // The state that all workers of a call share, and the arithmetic of who owns what.
 template <typename T>
 class Wave {
@@ -144,6 +150,11 @@ class Wave {
   }
   int64_t panel_elements(int64_t columns, int64_t inner, int64_t width) const {
     return cpu::panel_elements(columns, inner, width, kernels_.lanes);
+  }
+
+  static void* take_panels(Workspace::Lease& memory, int64_t elements, Storage storage) {
+    if (storage == Storage::bf16) return memory->take<uint16_t>(elements);
+    return memory->take<T>(elements);
   }
 
   // This batch slice's share of a packing job; all of them need all of it.
