@@ -360,11 +360,13 @@ struct RowsOf {
   const T* first;
   int64_t count;
 
-  // Columns k … k + lanes - 1 of them, as vectors of rows.
+  // Columns k … k + lanes - 1 of them, as vectors of rows. The rows are short, so no prefetcher finds its way: the
+  // rows that follow are asked for here. Of W's gate rows those are the next to be packed but three.
   INLINE void columns(int64_t k, int64_t inner, Vec<T> (&v)[kLanes<T>]) const {
     constexpr int V = kLanes<T>;
     for (int64_t n = 0; n < V; ++n) {
       const T* p = first + n * inner + k;
+      __builtin_prefetch(p + V * inner);
       v[n] = n >= count ? Vec<T>{} : inner - k >= V ? load(p) : load_first(p, inner - k);
     }
     transpose<T>(v);
@@ -430,14 +432,19 @@ void pack_columns(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_
                   int64_t width, int64_t first, int64_t last, Storage storage, void* panels) {
   constexpr int V = kLanes<T>;
   const int64_t ldo = width * V;
+  constexpr int64_t kTogether =
+      4;  // panels: a row is read in pieces of some cache lines, and few pages are written at once
   with_storage<T>(storage, panels, [&](auto* data) INLINE_LAMBDA {
-    for (int64_t panel = first; panel < last; ++panel) {
-      auto* out = data + panel * blocks * padded_rows * ldo;
-      for (int64_t block = 0; block < blocks; ++block) {
-        for (int64_t row = 0; row < padded_rows; ++row, out += ldo) {
+    for (int64_t some = first; some < last; some += kTogether) {
+      const int64_t end = last - some < kTogether ? last : some + kTogether;
+      for (int64_t to = 0; to < blocks * padded_rows; ++to) {
+        const int64_t block = to / padded_rows, row = to % padded_rows;
+        const T* from = w + (block * rows_per_block + row) * columns;
+        for (int64_t panel = some; panel < end; ++panel) {
+          auto* out = data + (panel * blocks * padded_rows + to) * ldo;
           const auto vector = [&](int64_t v) INLINE_LAMBDA {
             const int64_t column = (panel * width + v) * V, left = columns - column;
-            const T* p = w + (block * rows_per_block + row) * columns + column;
+            const T* p = from + column;
             return row >= rows_per_block || left <= 0 ? Vec<T>{} : left >= V ? load(p) : load_first(p, left);
           };
           for (int64_t v = 0; v < width; v += 2) store_pair(out + v * V, vector(v), vector(v + 1));
