@@ -148,12 +148,12 @@ def check(
         started = time.perf_counter()
         results = prepared.step()
         prepared.step_s = time.perf_counter() - started
-        verdict = verify(problem.case, problem.dtype, mode, prepared.tensors(results), expected)
+        verdict = verify(problem.case, problem.dtype, mode, prepared.tensors(results), expected, contestant.eps)
         if verdict.correct and prepared.step_s < LONG_STEP_S:
             started = time.perf_counter()
             results = prepared.step()
             prepared.step_s = time.perf_counter() - started
-            verdict = verify(problem.case, problem.dtype, mode, prepared.tensors(results), expected)
+            verdict = verify(problem.case, problem.dtype, mode, prepared.tensors(results), expected, contestant.eps)
         return prepared, verdict, prepared.facts()
 
 

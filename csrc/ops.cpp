@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -34,6 +35,7 @@
 #include "packed_cache.h"
 #include "persistent.h"
 #include "stack.h"
+#include "step.h"
 #include "wavefront.h"
 
 namespace stacked_lstm {
@@ -568,6 +570,29 @@ py::dict describe(const Device& device) {
                   py::arg("memory_gb_s") = device.memory_gb_s, py::arg("mma_rate") = device.mma_rate);
 }
 
+// (output, h_n, c_n), or None where `step` (step.h) declines.
+py::object step_once(const Tensor& input, const Tensor& h_0, const Tensor& c_0, const py::list& weights, bool bias,
+                     int64_t num_layers, int64_t proj_size, bool bf16_weights) {
+  thread_local std::vector<Tensor> tensors;  // keeps its memory, but no tensor
+  tensors.clear();
+  for (const py::handle weight : weights) tensors.push_back(weight.cast<Tensor>());
+  const StepArguments arguments{input, h_0, c_0, tensors, bias, num_layers, proj_size, bf16_weights};
+  std::optional<StepResults> results;
+  std::exception_ptr failure;
+  try {
+    const py::gil_scoped_release others_may_run;
+    TorchPlatform platform;
+    results = step(arguments, free_threads(), platform);
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  tensors.clear();
+  if (failure) std::rethrow_exception(failure);
+  if (!results) return py::none();
+  last_run = Run{results->schedule, "cpu", false, "none", num_layers, 1, results->batch, 1};
+  return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
+}
+
 py::dict build_info() {
   py::list isas;
   isas.append("default");
@@ -691,6 +716,7 @@ PYBIND11_MODULE(_C, m) {
     run["batch_size"] = last_run->batch;
     return run;
   });
+  m.def("step", &step_once);
   m.def("clear_last_run", [] { last_run.reset(); });
   m.def("drop_packed", [](uintptr_t first_weight) { drop_packed(reinterpret_cast<const void*>(first_weight)); });
   m.def("packed_counts", [] {

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 def build_info() -> dict[str, Any]: ...
 def isa() -> str: ...
 def cpu_plan(
@@ -90,3 +92,14 @@ def drop_packed(first_weight: int) -> None:
 
 def packed_counts() -> dict[str, int]:
     """Packed weights in the cache: ``stacks`` kept, their ``bytes``, ``noted`` (seen once), ``hits`` since the start."""
+def step(
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: list[Tensor],
+    bias: bool,
+    num_layers: int,
+    proj_size: int,
+    bf16_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``(output, h_n, c_n)`` of one step, or ``None`` where ``csrc/step.h`` declines."""

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan
+from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan, runs_on_cpu
 from .reference import round_to_bf16
 from .transplant import obstacle_to_replacing, transplant
 
@@ -227,6 +227,54 @@ class StackedLSTM(nn.RNNBase):
             return output.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
         return output, (h_n, c_n)
 
+    def step(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One time step, its state carried over: what streaming does, for which a call of the module is too slow.
+
+        ``output, hx = lstm.step(x[t], hx)`` over all t gives what ``lstm(x, hx)`` gives, to rounding. It is the same
+        function, so it has gradients and works in ``torch.compile``, on a GPU and with every option but
+        ``bidirectional``; forward hooks, which belong to calls of the module, do not run.
+
+        Where no gradient is recorded (``torch.no_grad``, ``torch.inference_mode``, or nothing requires one), CPU
+        tensors take a path of their own: it reads the packed weights that the first two steps leave behind, shares a
+        wide stack's units out to torch's threads, and allocates nothing but its results. That path needs contiguous
+        states, no dropout in effect, and parameters that are no inference tensors; whatever else comes is served as
+        an ordinary call of one step.
+
+        Args:
+            input: ``(N, input_size)``, or ``(input_size,)`` unbatched, whatever ``batch_first``.
+            hx: ``(h, c)`` as for a call; zeros by default.
+
+        Returns:
+            ``(output, (h, c))``: output ``(N, proj_size or hidden_size)``, without N when unbatched, and the state for
+            the next step. They share no memory.
+
+        Raises:
+            RuntimeError: for a bidirectional stack, whose second direction begins with the last step; and as a call.
+            ValueError: for an input that is neither 1-D nor 2-D, and as a call.
+        """
+        if hx is not None and not torch.compiler.is_compiling():
+            result = self._fast_step(input, hx)
+            if result is not None:
+                output, h, c = result
+                return output, (h, c)
+        if self.bidirectional:
+            raise RuntimeError("step needs a stack of one direction: a bidirectional one begins with the last step as well")
+        if input.dim() not in (1, 2):
+            raise ValueError(f"step: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        time = 1 if self.batch_first and input.dim() == 2 else 0
+        output, state = self.forward(input.unsqueeze(time), hx)
+        return output.squeeze(time), state
+
+    def _fast_step(self, input: Tensor, hx: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """One step by ``csrc/step.h``, or nothing where that declines; the common case, so every look-up counts."""
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            return None
+        if self.bidirectional or self._dropout_in_effect() or not runs_on_cpu() or _transform(hx):
+            return None
+        h, c = hx
+        weights = self._current_weights()
+        return ops.step(input, h, c, weights, self.bias, self.num_layers, self.proj_size, self.bf16_weights)
+
     def _forward_packed(self, packed: PackedSequence, hx: Sequence[Tensor] | None) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         # Unlike torch, which checks nothing here and reads on with a wrong feature size.
@@ -276,8 +324,8 @@ class StackedLSTM(nn.RNNBase):
         saving = choose_saving(_needs_grad(tensors), self.recompute)
         if saving == "none" and not torch.compiler.is_compiling():
             ops.drop_packed_with(self, weights[0])
-        options = (*options, saving, kernel_backend(name), bf16_kernels)
-        return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options)
+        how = (saving, kernel_backend(name), bf16_kernels)
+        return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options, *how)
 
     def _dropout_in_effect(self) -> float:
         return self.dropout if self.training and self.num_layers > 1 else 0.0

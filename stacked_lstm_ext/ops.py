@@ -38,8 +38,10 @@ __all__ = [
     "reserve_numel",
     "run_kernel",
     "run_reference",
+    "step",
 ]
 
+step = _C.step
 forward = torch.ops.stacked_lstm_ext.forward.default
 backward = torch.ops.stacked_lstm_ext.backward.default
 

@@ -26,6 +26,7 @@ __all__ = [
     "gpu_obstacle",
     "kernel_backend",
     "last_run",
+    "runs_on_cpu",
 ]
 
 BACKENDS = ("auto", "reference", "cpu", "diagonal")
@@ -108,6 +109,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype, transform: str = ""
     if device.type == "cuda":
         return "diagonal", "the tensors are on a GPU"
     return "cpu", "the tensors are on the CPU"
+
+
+def runs_on_cpu() -> bool:
+    """Whether the backend that is forced, if one is, lets plain CPU tensors go to the CPU kernels."""
+    return _selection.name in ("auto", "cpu")
 
 
 def kernel_backend(choice: str) -> str:

@@ -4,6 +4,7 @@
 // Small stacks with every option run under every kind of schedule and every kind of pool: one thread a worker, all
 // workers on one thread, and threads that come one after another. What is checked beside the sanitizer's own findings:
 // every output is written (they start as NaN), and every schedule gives the same bits as one worker alone.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -17,7 +18,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/packed.h"
-#include "../../csrc/cpu/stack_cpu.h"
+#include "../../csrc/cpu/step.h"
 
 using namespace stacked_lstm;
 
@@ -70,10 +71,12 @@ struct Problem {
   StackShape shape;
   Dropout dropout;
   Saving saving;
+  bool bf16_weights = false;
   std::vector<T> input, h_0, c_0, grad_output, grad_h_n, grad_c_n;
   std::vector<std::vector<T>> weights;               // five a lane
   std::vector<T> output, h_n, c_n, reserve;          // forward
   std::vector<T> inferred[2];                        // the output again, without a reserve: packs, then finds it packed
+  std::vector<T> stepped;                            // and again, step by step, where that can be
   std::vector<T> grad_input[2], grad_h_0, grad_c_0;  // backward
   std::vector<std::vector<T>> gradients;
 
@@ -126,15 +129,20 @@ struct Problem {
                                 gradients[n + 3].data(), gradients[n + 4].data()});
     }
     cpu::forward(ForwardCall<T>{shape, x, lane_weights, h_0.data(), c_0.data(), dropout, saving, false, output.data(),
-                                h_n.data(), c_n.data(), reserve.data()},
+                                h_n.data(), c_n.data(), reserve.data(), bf16_weights},
                  workers, platform);
-    cpu::PackedStack<T> packed(shape);
+    cpu::PackedStack<T> packed(shape, bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same);
     for (std::vector<T>& again : inferred) {
       again.assign(output.size(), nan);
       std::vector<T> h(h_n.size()), c(c_n.size());
       cpu::forward(ForwardCall<T>{shape, x, packed.ready() ? std::vector<LaneWeights<T>>{} : lane_weights, h_0.data(),
-                                  c_0.data(), dropout, Saving::none, false, again.data(), h.data(), c.data(), nullptr},
+                                  c_0.data(), dropout, Saving::none, false, again.data(), h.data(), c.data(), nullptr,
+                                  bf16_weights},
                    workers, platform, &packed);
+    }
+    if (shape.directions == 1 && !shape.packed() && !dropout.active()) {
+      stepped.assign(output.size(), nan);
+      take_steps(packed, pool == Pool::one_thread ? 1 : workers.threads, platform);
     }
     cpu::backward(BackwardCall<T>{shape,
                                   x,
@@ -152,13 +160,47 @@ struct Problem {
                                   {grad_input[0].data(), shape.directions == 2 ? grad_input[1].data() : nullptr},
                                   grad_h_0.data(),
                                   grad_c_0.data(),
-                                  lane_gradients},
+                                  lane_gradients,
+                                  bf16_weights},
                   workers, platform);
+  }
+
+  void take_steps(const cpu::PackedStack<T>& packed, int64_t workers, PlainPlatform& platform) {
+    StackShape one = shape;
+    one.steps = 1;
+    const int64_t row = shape.batch * shape.layers[0].input, out = shape.batch * shape.layers.back().output();
+    std::vector<T> h = h_0, c = c_0, next_h(h.size()), next_c(c.size());
+    for (int64_t t = 0; t < shape.steps; ++t) {
+      cpu::step(cpu::StepCall<T>{one, packed, input.data() + t * row, shape.layers[0].input, h.data(), c.data(),
+                                 stepped.data() + t * out, next_h.data(), next_c.data()},
+                workers, platform);
+      h.swap(next_h), c.swap(next_c);
+    }
+    for (int64_t n = 0; n < out; ++n) {
+      const auto at = static_cast<size_t>(n);
+      step_error = std::max(step_error, std::abs(double{stepped[at]} - double{output[at]}));
+    }
+  }
+  double step_error = 0;  // of the first step; weights as large as these make much of it later
+
+  void round_weights() {
+    for (size_t n = 0; n < weights.size(); ++n) {
+      if (n % 5 == 2 || n % 5 == 3) continue;  // biases
+      for (T& w : weights[n]) {
+        uint32_t bits;
+        const auto narrow = static_cast<float>(w);
+        std::memcpy(&bits, &narrow, sizeof bits);
+        bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+        float rounded;
+        std::memcpy(&rounded, &bits, sizeof rounded);
+        w = static_cast<T>(rounded);
+      }
+    }
   }
 
   std::vector<std::vector<T>> results() const {
     std::vector<std::vector<T>> all{output,        h_n,           c_n,      inferred[0], inferred[1],
-                                    grad_input[0], grad_input[1], grad_h_0, grad_c_0};
+                                    grad_input[0], grad_input[1], grad_h_0, grad_c_0,    stepped};
     all.insert(all.end(), gradients.begin(), gradients.end());
     return all;
   }
@@ -185,8 +227,9 @@ void compare(const Problem<T>& problem, const std::vector<std::vector<T>>& expec
 }
 
 template <typename T>
-int run_case(const Case& c, const char* type) {
+int run_case(const Case& c, const char* type, bool bf16_weights = false) {
   Problem<T> problem(c);
+  problem.bf16_weights = bf16_weights;
   const Schedule alone = cpu::plan(problem.shape, 1, sizeof(T), false);
   problem.run({1, &alone}, Pool::threads);
   const auto expected = problem.results();
@@ -197,6 +240,16 @@ int run_case(const Case& c, const char* type) {
       ++failures;
       break;
     }
+  }
+  if (problem.step_error > (sizeof(T) == 4 ? 1e-5 : 1e-13)) {
+    std::printf("FAILED %s (%s): the first step is off by %g\n", c.name, type, problem.step_error);
+    ++failures;
+  }
+  if (bf16_weights) {
+    Problem<T> rounded(c);
+    rounded.round_weights();
+    rounded.run({1, &alone}, Pool::threads);
+    compare(rounded, expected, std::string(c.name) + " (" + type + "), weights rounded beforehand");
   }
   for (const std::vector<T>& again : problem.inferred) {
     if (again == problem.output) continue;
@@ -254,7 +307,10 @@ int run_side_by_side() {
 
 int main() {
   int runs = 0;
-  for (const Case& c : kCases) runs += run_case<float>(c, "float32") + run_case<double>(c, "float64");
+  for (const Case& c : kCases) {
+    runs += run_case<float>(c, "float32") + run_case<double>(c, "float64");
+    runs += run_case<float>(c, "float32, weights stored as bfloat16", true);
+  }
   runs += run_side_by_side();
   std::printf("%d runs, %d failures\n", runs, failures);
   return failures > 0;
