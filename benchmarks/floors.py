@@ -70,13 +70,13 @@ def training(module: nn.Module, x: Any) -> Step:
     return step
 
 
-def medians(*steps: Step, seconds: float = SECONDS) -> list[float]:
+def medians(*steps: Step) -> list[float]:
     """Milliseconds of each, taken in turns."""
     times: list[list[float]] = [[] for _ in steps]
     for step in steps:
         for _ in range(2):
             step()
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + SECONDS
     while time.perf_counter() < end or len(times[0]) < 5:
         for step, taken in zip(steps, times, strict=True):
             started = time.perf_counter()
@@ -93,7 +93,8 @@ def packed_training() -> dict[str, Any]:
 
 
 def bf16_storage() -> dict[str, Any]:
-    half, full = StackedLSTM(512, 512, BF16.layers, bf16_weights=True), StackedLSTM(512, 512, BF16.layers)
+    (full,) = modules(BF16, StackedLSTM)
+    (half,) = modules(BF16, StackedLSTM, bf16_weights=True)
     half.load_state_dict(full.state_dict())
     x = an_input(BF16)
     a, b = medians(inference(half, x), inference(full, x))
@@ -172,8 +173,8 @@ def memory_recompute() -> dict[str, Any]:
 
 
 def time_recompute() -> dict[str, Any]:
-    less = StackedLSTM(256, 256, MEMORY.layers, recompute=True)
-    full = StackedLSTM(256, 256, MEMORY.layers)
+    (less,) = modules(MEMORY, StackedLSTM, recompute=True)
+    (full,) = modules(MEMORY, StackedLSTM)
     x = an_input(MEMORY)
     a, b = medians(training(less, x), training(full, x))
     return {"ours": a, "other": b, "ratio": a / b, "at most": 1.25}
@@ -190,12 +191,12 @@ FLOORS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.floors", description=__doc__)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=Path("out", "benchmarks"))
     parser.add_argument("--peak-of", choices=("full", "recompute", "stock"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     if options.peak_of:

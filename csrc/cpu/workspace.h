@@ -11,7 +11,7 @@
 namespace stacked_lstm::cpu {
 
 // For large memory that is about to be written for the first time: small pages, one fault each, would cost a training
-// step up to a quarter of its time. Whole huge pages inside the range only, so that nothing grows.
+// step a good part of its time. Whole huge pages inside the range only, so that nothing grows.
 void prefer_huge_pages(void* data, int64_t bytes);
 
 class Workspace {

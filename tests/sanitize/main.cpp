@@ -58,6 +58,7 @@ const Case kCases[] = {
     {"fewer steps than layers", 5, 2, 3, 5, 7, 0, false, false, true, Saving::full},
     {"no size a multiple of a vector", 3, 5, 9, 13, 21, 0, false, false, false, Saving::recompute},
     {"several panels", 2, 9, 6, 33, 150, 0, false, false, false, Saving::full},
+    {"two rows, several panels", 2, 2, 6, 9, 150, 0, false, false, false, Saving::full},
     {"lengths", 3, 7, 8, 9, 20, 0, false, true, true, Saving::full},
     {"lengths, both directions", 2, 4, 7, 6, 70, 0, true, true, true, Saving::recompute},
     {"projection", 3, 3, 8, 10, 140, 37, false, false, false, Saving::full},
