@@ -47,7 +47,7 @@ class StackedLSTM(nn.RNNBase):
         bf16_weights: let the products see the weight matrices rounded to bfloat16. Parameters, gradients, biases,
             states and all arithmetic stay in the module's dtype. The CPU kernels then read half the bytes of float32
             weights, which is what a small batch of a wide stack waits for; elsewhere the numbers are the same and
-            nothing is gained. Each rounding is off by at most 2^-8 of the weight (docs/cpu.md has what that does to
+            nothing is gained. Each rounding is off by at most 2^-8 of the weight (docs/api.md has what that does to
             results). A bfloat16 module gains as much without the option.
 
     Inputs:

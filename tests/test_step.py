@@ -1,5 +1,7 @@
 """``StackedLSTM.step``: one time step, the state carried over by the caller."""
 
+import multiprocessing
+import os
 import threading
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from helpers import Case, assert_matches, case_tolerance, make_input, pair, results, truth
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset
 
 import stacked_lstm_ext
 from stacked_lstm_ext import StackedLSTM
@@ -337,12 +340,42 @@ def test_many_threads_stream_with_one_module():
     assert not failures
 
 
+class Streams(Dataset):
+    """Items that are streamed inside a DataLoader's worker, through weights that the parent process has packed."""
+
+    def __init__(self):
+        self.module = StackedLSTM(8, 256, 2)
+        self.x, self.hx = torch.randn(4, 5, 1, 8), (torch.zeros(2, 1, 256), torch.zeros(2, 1, 256))
+        ready(self.module, self.x[0], self.hx)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        with torch.no_grad():
+            return run_steps(self.module, self.x[i], self.hx)["output"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_dataloader_workers_stream():
+    torch.set_num_threads(2)  # the parent's pool is up when it forks
+    data = Streams()
+    expected = torch.stack([data[i] for i in range(len(data))])
+    context = multiprocessing.get_context("fork")
+    loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context=context, timeout=120)
+    assert torch.equal(torch.cat(list(loader)), expected)
+    assert torch.equal(torch.stack([data[i] for i in range(len(data))]), expected), "the parent still works"
+
+
 @pytest.mark.parametrize("bf16_weights", [False, True])
-def test_a_converted_module_steps(bf16_weights):
+def test_a_converted_module_steps(bf16_weights, monkeypatch):
     stock = torch.nn.LSTM(3, 20, 2)
     ours = StackedLSTM.from_torch(stock, bf16_weights=bf16_weights)
     x, hx = torch.randn(1, 2, 3), (torch.randn(2, 2, 20), torch.randn(2, 2, 20))
     ready(ours, x, hx)
+    taken = fast_calls(ours, monkeypatch)
     with torch.no_grad():
         expected = results(ours, x, hx, gradients=False)
         torch.testing.assert_close(ours.step(x[0], hx)[0], expected["output"][0])
+    assert taken == [True]
