@@ -11,7 +11,7 @@ endif
 
 # What is installed and built lies in .venv and build; the name of each stamp tells from what it was made.
 python_version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
-build_settings := $(CURDIR) $(CXX) $(CXXFLAGS) $(CUDA_HOME) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(STACKED_LSTM_EXT_WERROR)
+build_settings := $(CURDIR) $(CXX) $(CXXFLAGS) $(CUDA_HOME) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(STACKED_LSTM_EXT_WERROR) $(STACKED_LSTM_EXT_WATCHDOG)
 build_key      := $(firstword $(shell echo '$(build_settings)' | cksum))
 VENV       := .venv
 READY      := $(VENV)/ready-python-$(python_version)-torch-$(TORCH)

@@ -88,6 +88,8 @@ class BuildStackedLSTM(BuildExtension):
         includes = cpp_extension.include_paths()
         openmp, remark = support.openmp_flags(sys.platform, macros, Path(includes[0]))
         extension.define_macros += [("STACKED_LSTM_EXT_VERSION", f'"{version}"'), ("NDEBUG", None)]
+        if support.switched_on(os.environ, "STACKED_LSTM_EXT_WATCHDOG"):
+            extension.define_macros.append(("STACKED_LSTM_WATCHDOG", None))
         extension.library_dirs += cpp_extension.library_paths()
         extension.libraries += ["c10", "torch", "torch_cpu", "torch_python"]
         nvcc_flags: list[str] = []

@@ -8,5 +8,6 @@ limits.py         how long it must take on this machine, from probes of its prod
 environment.py    what it ran on
 suite.py          the run: verify, then time, cell by cell, within a budget
 report.py         the table at the end; compare.py what moved since an older run; table.py the table of the README
-plots.py          speed-up by shape, time against depth, share of the limit
+plots.py          speed-up by shape, time against depth, share of the limit, the ladder
+ladder.py         python -m benchmarks.ladder: naive loop, fused gates, diagonal, persistent: what each rung gains
 """

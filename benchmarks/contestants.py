@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import stacked_lstm_ext
@@ -40,12 +41,15 @@ class Contestant:
 
     name: str
     ours = False
-    eps: float | None = None  # of the weights, where they are rounded to fewer bits than the dtype has
     settle_s = 0.003  # idle after its calls: its worker threads stop spinning and leave the cores to the next one
 
     def obstacle(self, case: Case, mode: Mode, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this contestant cannot run, or None when it can."""
         raise NotImplementedError
+
+    def eps(self, case: Case, mode: Mode, dtype: torch.dtype) -> float | None:
+        """What verify.tolerance takes for the dtype's own rounding, for who rounds more often, or to fewer bits; or None."""
+        return None
 
     def prepare(self, problem: Problem, mode: Mode, threads: int) -> Prepared:
         raise NotImplementedError
@@ -61,7 +65,17 @@ class StackedLSTM(Contestant):
         self.name = "StackedLSTM" if backend == "auto" else f"StackedLSTM ({backend})"
 
     def obstacle(self, case: Case, mode: Mode, dtype: torch.dtype, device: torch.device) -> str | None:
-        return None  # it runs everything; what it falls back to shows in the facts
+        if self.backend == "auto":
+            return None  # it runs everything; what it falls back to shows in the facts
+        sizes = (case.input_size, case.hidden_size, case.layers)
+        options: dict[str, Any] = {"proj_size": case.proj_size, "bidirectional": case.bidirectional}
+        try:
+            with stacked_lstm_ext.backend(self.backend):
+                module = skip_init(stacked_lstm_ext.StackedLSTM, *sizes, **options, device=device, dtype=dtype)
+                module.plan(case.batch, case.steps, training=mode == "training")
+        except (RuntimeError, ValueError) as error:  # it is not there, or it is and does not take this
+            return str(error)
+        return None
 
     def prepare(self, problem: Problem, mode: Mode, threads: int) -> Prepared:
         prepared = prepare_module(stacked_lstm_ext.StackedLSTM, problem, mode)
@@ -81,11 +95,12 @@ class StackedLSTM(Contestant):
 class Bf16Weights(StackedLSTM):
     """Ours with the option ``bf16_weights``: held to what rounded weights can be right to."""
 
-    eps = torch.finfo(torch.bfloat16).eps
-
     def __init__(self) -> None:
         super().__init__()
         self.name = "StackedLSTM (bf16 weights)"
+
+    def eps(self, case: Case, mode: Mode, dtype: torch.dtype) -> float | None:
+        return torch.finfo(torch.bfloat16).eps  # that of its weights
 
     def obstacle(self, case: Case, mode: Mode, dtype: torch.dtype, device: torch.device) -> str | None:
         if dtype != torch.float32 or device.type != "cpu":

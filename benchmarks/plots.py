@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, PercentFormatter, ScalarFormatter
 
 from benchmarks.cases import MODES
-from benchmarks.report import mean_speedup, names, select, thread_counts
+from benchmarks.report import mean_speedup, milliseconds, names, select, thread_counts
 from benchmarks.suite import BASELINE, Result
 
 COLOURS = {"StackedLSTM": "#c2410c", BASELINE: "#1d4ed8", "ONNX Runtime": "#64748b"}
@@ -45,6 +46,37 @@ def draw(result: Result, folder: Path) -> list[Path]:
                 plt.close(figure)
                 drawn.append(folder / name)
     return drawn
+
+
+def draw_ladder(result: Result, path: Path) -> list[Path]:
+    """A bar a rung, and the gain over the one before; a panel a mode. Nothing where no rung was timed."""
+    rows = [row for row in result["rows"] if any("median" in entry for entry in row["contestants"].values())]
+    if not rows:
+        return []
+    with plt.rc_context(STYLE):
+        most = max(len(row["contestants"]) for row in rows)
+        figure, panels = plt.subplots(1, len(rows), figsize=(5.4 * len(rows), 1.4 + 0.36 * most), squeeze=False)
+        figure.suptitle(f"The ladder: {rows[0]['name']}, {result['dtype']}")
+        for panel, row in zip(panels[0], rows):
+            rungs = [rung["name"] for rung in row["ladder"] if has(row, rung["name"], "median")]
+            shown = [*rungs, *([BASELINE] if has(row, BASELINE, "median") else [])]
+            medians = [row["contestants"][name]["median"] for name in shown]
+            colours = [COLOURS[BASELINE] if name == BASELINE else COLOURS["StackedLSTM"] for name in shown]
+            drawn = panel.barh(shown, medians, 0.7, color=colours)
+            gains = [None, *(before / own for before, own in pairwise(medians[: len(rungs)]))]
+            gains += [None] * (len(shown) - len(gains))
+            texts = [f"{milliseconds(ms)} ms" + (f", {gain:.2f}×" if gain else "") for ms, gain in zip(medians, gains)]
+            panel.bar_label(drawn, texts, padding=3, fontsize=7)
+            panel.set_xscale("log")
+            panel.set_xlim(min(medians) / 2, max(medians) * 12)  # room for the numbers
+            panel.invert_yaxis()
+            panel.grid(axis="y", visible=False)
+            panel.set_xlabel("milliseconds; × the rung before")
+            panel.set_title(row["mode"])
+        figure.supxlabel(source(result), fontsize=6, color="0.4")
+        figure.savefig(path)
+        plt.close(figure)
+    return [path]
 
 
 def source(result: Result) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +25,8 @@ SCHEMA = 1
 Result = dict[str, Any]
 BASELINE = "nn.LSTM"  # what ratios are taken against
 MIN_ROUNDS = 3  # of a cell, though it may take longer than its share
+# Times those who were right: prepared, contestants, device, seconds, threads -> what goes into each one's entry.
+Race = Callable[[dict[str, Prepared], Sequence[Contestant], torch.device, float, int], dict[str, Result]]
 LONG_STEP_S = 1.0  # a step that is verified once, not twice
 
 
@@ -94,6 +96,7 @@ def measure_cell(
     contestants: list[Contestant],
     seconds: float,
     report: Callable[[Cell, str], None],
+    race: Race | None = None,
 ) -> Result:
     """Verify, then time. A contestant that is wrong, or raises, is reported as such and never timed."""
     case, mode, device = cell.case, cell.mode, problem.device
@@ -103,11 +106,11 @@ def measure_cell(
     entries: dict[str, Result] = {}
     correct: dict[str, Prepared] = {}
     for contestant in contestants:
-        if reason := contestant.obstacle(case, mode, problem.dtype, device):
-            entries[contestant.name] = {"status": "skipped", "reason": reason}
-            continue
-        report(cell, f"verifying {contestant.name}")
         try:
+            if reason := contestant.obstacle(case, mode, problem.dtype, device):
+                entries[contestant.name] = {"status": "skipped", "reason": reason}
+                continue
+            report(cell, f"verifying {contestant.name}")
             prepared, verdict, facts = check(contestant, problem, mode, cell.threads, expected)
         except Exception as error:  # whatever a contestant raises belongs into the report
             entries[contestant.name] = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
@@ -117,11 +120,9 @@ def measure_cell(
             correct[contestant.name] = prepared
     report(cell, "timing")
     if correct:
-        settle = {c.name: c.settle_s if cell.threads > 1 else 0.0 for c in contestants}
         left = seconds - (time.perf_counter() - started)
-        timings = interleave(correct, device, left, settle, MIN_ROUNDS)
-        for name, timing in timings.items():
-            entries[name] |= {"spread": timing.spread, **asdict(timing)}
+        for name, timing in (race or timed_in_rounds)(correct, contestants, device, left, cell.threads).items():
+            entries[name] |= timing
     for contestant in contestants:
         entries[contestant.name]["ours"] = contestant.ours
     shape = {**asdict(case), "lengths": list(case.lengths) if case.packed else None}
@@ -135,6 +136,15 @@ def measure_cell(
     }
 
 
+def timed_in_rounds(
+    prepared: dict[str, Prepared], contestants: Sequence[Contestant], device: torch.device, seconds: float, threads: int
+) -> dict[str, Result]:
+    """Everybody's calls in interleaved rounds; see timing.py."""
+    settle = {c.name: c.settle_s if threads > 1 else 0.0 for c in contestants}
+    timings = interleave(prepared, device, seconds, settle, MIN_ROUNDS)
+    return {name: {"spread": timing.spread, **asdict(timing)} for name, timing in timings.items()}
+
+
 def check(
     contestant: Contestant, problem: Problem, mode: Mode, threads: int, expected: dict[str, torch.Tensor]
 ) -> tuple[Prepared, Verdict, Result]:
@@ -143,17 +153,18 @@ def check(
     One has to do where a step takes `LONG_STEP_S` or more; the smaller cases of the suite have seen two.
     """
     gc.collect()
+    eps = contestant.eps(problem.case, mode, problem.dtype)
     prepared = contestant.prepare(problem, mode, threads)
     with prepared.context():
         started = time.perf_counter()
         results = prepared.step()
         prepared.step_s = time.perf_counter() - started
-        verdict = verify(problem.case, problem.dtype, mode, prepared.tensors(results), expected, contestant.eps)
+        verdict = verify(problem.case, problem.dtype, mode, prepared.tensors(results), expected, eps)
         if verdict.correct and prepared.step_s < LONG_STEP_S:
             started = time.perf_counter()
             results = prepared.step()
             prepared.step_s = time.perf_counter() - started
-            verdict = verify(problem.case, problem.dtype, mode, prepared.tensors(results), expected, contestant.eps)
+            verdict = verify(problem.case, problem.dtype, mode, prepared.tensors(results), expected, eps)
         return prepared, verdict, prepared.facts()
 
 

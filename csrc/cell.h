@@ -9,7 +9,8 @@
 // Sak, Senior & Beaufays 2014.
 //
 // T is a number, or a vector of them: anything with + - * and a constructor-like conversion from 1. How σ and tanh are
-// computed is the business of Math, which has `static T sigmoid(T)` and `static T tanh(T)`.
+// computed is the business of Math, which has `static T sigmoid(T)` and `static T tanh(T)`; or, if its σ of a cell share
+// work, `static Gates<T> activate(Gates<T>)` instead of sigmoid.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -28,7 +29,11 @@ struct Gates {
 // Pre-activations to activations.
 template <typename Math, typename T>
 STACKED_LSTM_HOST_DEVICE Gates<T> activate(const Gates<T>& a) {
-  return {Math::sigmoid(a.i), Math::sigmoid(a.f), Math::tanh(a.g), Math::sigmoid(a.o)};
+  if constexpr (requires { Math::activate(a); }) {
+    return Math::activate(a);
+  } else {
+    return {Math::sigmoid(a.i), Math::sigmoid(a.f), Math::tanh(a.g), Math::sigmoid(a.o)};
+  }
 }
 
 // One step of one unit: takes c to c', in place, and returns h.
@@ -52,6 +57,28 @@ STACKED_LSTM_HOST_DEVICE Gates<T> cell_backward(const Gates<T>& y, const T& c, c
       dc_next * y.i * (1 - y.g * y.g),
       dh * tanh_c * y.o * (1 - y.o),
   };
+}
+
+// The same in two parts, for a kernel that knows dh late and everything else early: what each result is a multiple of …
+template <typename T>
+struct CellSlopes {
+  T c_next;   // d c'/d h: o·(1 - tanh²c')
+  T i, f, g;  // of dc', the whole gradient of c'
+  T o;        // of dh
+  T c;        // of dc'
+};
+template <typename Math, typename T>
+STACKED_LSTM_HOST_DEVICE CellSlopes<T> cell_slopes(const Gates<T>& y, const T& c, const T& c_next) {
+  const T tanh_c = Math::tanh(c_next);
+  return {y.o * (1 - tanh_c * tanh_c), y.g * y.i * (1 - y.i),    c * y.f * (1 - y.f),
+          y.i * (1 - y.g * y.g),       tanh_c * y.o * (1 - y.o), y.f};
+}
+// … and five products. dh and dc as in cell_backward.
+template <typename T>
+STACKED_LSTM_HOST_DEVICE Gates<T> cell_backward(const CellSlopes<T>& slope, const T& dh, T& dc) {
+  const T dc_next = dc + dh * slope.c_next;
+  dc = dc_next * slope.c;
+  return {dc_next * slope.i, dc_next * slope.f, dc_next * slope.g, dh * slope.o};
 }
 
 }  // namespace stacked_lstm

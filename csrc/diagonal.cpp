@@ -13,78 +13,24 @@
 // largest has. The surplus rows of the others are old or never written; nothing reads what comes of them.
 #include "diagonal.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <vector>
 
-#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "driver.h"
 
 namespace stacked_lstm::diagonal {
 namespace {
 
-using at::Tensor;
-
-// Copies are gathered into launches of so many.
-constexpr int64_t kCopiesALaunch = 64;
+using namespace driver;
 
 thread_local std::optional<int64_t> forced_chunk;
 const gates::Table* replaced_host_kernels = nullptr;
-
-template <typename T>
-constexpr at::ScalarType scalar_type();
-template <>
-constexpr at::ScalarType scalar_type<float>() {
-  return at::kFloat;
-}
-template <>
-constexpr at::ScalarType scalar_type<double>() {
-  return at::kDouble;
-}
-template <>
-constexpr at::ScalarType scalar_type<bfloat16>() {
-  return at::kBFloat16;
-}
-template <>
-constexpr at::ScalarType scalar_type<float16>() {
-  return at::kHalf;
-}
-
-template <typename T>
-T* data(const Tensor& tensor) {
-  return tensor.defined() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
-}
-template <typename T>
-const T* const_data(const Tensor& tensor) {
-  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
-}
-
-// The batch of one matrix.
-Tensor single(const Tensor& matrix) { return matrix.unsqueeze(0); }
-
-const gates::Table& kernels_for(const at::Device& device) {
-#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
-  if (device.is_cuda()) return gates::cuda_kernels();
-#endif
-  TORCH_CHECK(device.is_cpu(), "this build of stacked_lstm_ext has no kernels for ", device);
-  return replaced_host_kernels ? *replaced_host_kernels : gates::host_kernels();
-}
-
-void* stream_for([[maybe_unused]] const at::Device& device) {
-#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
-  if (device.is_cuda()) return c10::cuda::getCurrentCUDAStream(device.index()).stream();
-#endif
-  return nullptr;
-}
 
 // What forward and backward have in common.
 template <typename T>
@@ -100,9 +46,10 @@ class Driver {
       : call_(call),
         shape_(call.shape),
         plan_(plan(call.shape, sizeof(A))),
-        kernels_(kernels_for(call.input.device()).of<T>()),
+        kernels_(gate_kernels(call.input.device()).of<T>()),
         stream_(stream_for(call.input.device())),
         counts_(counts),
+        products_(counts.products),
         storage_(call.input.options().dtype(scalar_type<T>())),
         accumulator_(call.input.options().dtype(scalar_type<A>())),
         directions_(call.shape.directions),
@@ -118,10 +65,7 @@ class Driver {
     // No chunk has more rows: an earlier step never has fewer sequences than a later one.
     chunk_rows_ = shape_.first_row(std::min(plan_.chunk_steps, shape_.steps));
     input_ = call.input.reshape({rows_, call.input.size(-1)}).contiguous();
-    if (call.options.dropout > 0 && call.seed) {
-      const Dropout dropout{call.options.dropout, 0};
-      mask_ = {dropout.threshold(), dropout.scale(), const_data<int64_t>(*call.seed)};
-    }
+    mask_ = mask_of(call);
   }
 
   gates::Sizes sizes(int64_t width) const {
@@ -164,31 +108,9 @@ class Driver {
 
   gates::Element element(int64_t lane, int64_t t) const { return {t * batch_, column_of(lane), layer_of(lane)}; }
 
-  // result = a · b, a batch of products of T with sums and results in A.
-  void multiply(const Tensor& result, const Tensor& a, const Tensor& b) {
-    ++counts_.products;
-    Tensor out = result;
-    if (std::is_same_v<T, A>) {
-      at::bmm_out(out, a, b);
-    } else if (a.is_cuda()) {
-      at::bmm_out(out, a, b, scalar_type<A>());
-    } else {
-      at::bmm_out(out, a.to(scalar_type<A>()), b.to(scalar_type<A>()));
-    }
-  }
-  // The same, rounded to T at the end. `wide`: not by the product itself, whose sums over many rows may be split, and the
-  // parts rounded (torch's allow_bf16_reduced_precision_reduction).
+  void multiply(const Tensor& result, const Tensor& a, const Tensor& b) { products_.multiply(result, a, b); }
   void multiply_and_round(const Tensor& result, const Tensor& a, const Tensor& b, bool wide = true) {
-    if (std::is_same_v<T, A>) return multiply(result, a, b);
-    if (wide || !a.is_cuda()) {
-      const Tensor sums = at::empty(result.sizes(), accumulator_);
-      multiply(sums, a, b);
-      result.copy_(sums);
-      return;
-    }
-    ++counts_.products;
-    Tensor out = result;
-    at::bmm_out(out, a, b);
+    products_.multiply_and_round(result, a, b, wide);
   }
 
   template <typename Cell>
@@ -231,28 +153,12 @@ class Driver {
   const gates::Kernels<T>& kernels_;
   void* stream_;
   Counts& counts_;
+  const Products<T> products_;
   const at::TensorOptions storage_, accumulator_;
   const int64_t directions_, depth_, lanes_, batch_, rows_, hidden_, projection_, output_, padded_;
   int64_t chunk_rows_;
   Tensor input_;  // (rows, I)
   gates::Mask mask_;
-};
-
-// The parts of a reserve; see reserve_elements.
-template <typename T>
-struct Parts {
-  using A = Accumulator<T>;
-  const A* c = nullptr;
-  const A* gates = nullptr;
-  const T* h = nullptr;
-
-  Parts(const Tensor& reserve, const StackShape& shape, Saving saving) {
-    if (saving == Saving::none) return;
-    const int64_t cells = shape.rows() * shape.lanes() * shape.layers[0].padded_hidden();
-    c = const_data<A>(reserve);
-    if (saving == Saving::full) gates = c + cells;
-    h = reinterpret_cast<const T*>(c + (saving == Saving::full ? 5 : 1) * cells);
-  }
 };
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
@@ -496,8 +402,6 @@ class Backward : Driver<T> {
   }
 
  private:
-  static Tensor contiguous(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
-
   void allocate() {
     bias_ = recompute_ ? Base::stacked_bias() : Tensor();
     grad_c_ = incoming_.c_n ? at::empty({lanes_, batch_, hidden_}, accumulator_).copy_(*incoming_.c_n)
@@ -539,7 +443,6 @@ class Backward : Driver<T> {
   // them.
   void prepare_inputs() {
     if (!weight_grad_ && !recompute_) return;
-    const int64_t stride = directions_ * output_;
     previous_ = at::empty({lanes_, rows_, output_}, storage_);
     std::vector<gates::CopyCell<T>> copies;
     const auto flush = [&](int64_t limit, int64_t width) {
@@ -548,46 +451,29 @@ class Backward : Driver<T> {
       copies.clear();
     };
     for (int64_t lane = 0; lane < lanes_; ++lane) {
-      const T* const h = h_of(Base::layer_of(lane)) + Base::column_of(lane);
-      const T* const h_0 = const_data<T>(h_0_) + lane * batch_ * output_;
-      const auto copy = [&](int64_t t, int64_t steps) {  // a run of steps whose rows all follow the same way
-        const int64_t row = shape_.first_row(t), rows = shape_.first_row(t + steps) - row;
-        const int64_t continued = continued_rows(lane, t), before = lane % directions_ ? t + 1 : t - 1;
-        const T* const source = continued > 0 ? h + shape_.first_row(before) * stride : nullptr;
-        T* const target = data<T>(previous_) + (lane * rows_ + row) * output_;
-        copies.push_back({source, stride, h_0, target, output_, rows, steps > 1 ? rows : continued, false, {}});
-        flush(kCopiesALaunch - 1, output_);
-      };
-      const int64_t first = lane % directions_ ? shape_.steps - 1 : 0;  // the lane's first step
-      if (shape_.packed()) {
-        for (int64_t t = 0; t < shape_.steps; ++t) copy(t, 1);
-      } else {
-        copy(first, 1);
-        if (shape_.steps > 1) copy(lane % directions_ ? 0 : 1, shape_.steps - 1);
-      }
+      copies_of_previous(shape_, lane, h_of(Base::layer_of(lane)) + Base::column_of(lane),
+                         const_data<T>(h_0_) + lane * batch_ * output_, data<T>(previous_) + lane * rows_ * output_,
+                         [&](const gates::CopyCell<T>& cell) {
+                           copies.push_back(cell);
+                           flush(kCopiesALaunch - 1, output_);
+                         });
     }
     flush(0, output_);
 
     if (!Base::mask_.seed) return;
+    const int64_t stride = directions_ * output_;
     masked_ = at::empty({depth_ - 1, rows_, stride}, storage_);
     for (int64_t layer = 0; layer + 1 < depth_; ++layer) {
-      const int64_t runs = shape_.packed() ? shape_.steps : 1;
-      for (int64_t t = 0; t < runs; ++t) {
-        const int64_t row = shape_.first_row(t), rows = shape_.packed() ? shape_.active(t) : rows_;
-        T* const target = data<T>(masked_) + (layer * rows_ + row) * stride;
-        copies.push_back(
-            {h_of(layer) + row * stride, stride, nullptr, target, stride, rows, rows, true, {t * batch_, 0, layer}});
-        flush(kCopiesALaunch - 1, stride);
-      }
+      copies_of_masked(shape_, layer, h_of(layer), data<T>(masked_) + layer * rows_ * stride,
+                       [&](const gates::CopyCell<T>& cell) {
+                         copies.push_back(cell);
+                         flush(kCopiesALaunch - 1, stride);
+                       });
     }
     flush(0, stride);
   }
 
-  // The rows of step t of a lane that it had in the step before, too. The others begin at t.
-  int64_t continued_rows(int64_t lane, int64_t t) const {
-    if (lane % directions_ == 0) return t > 0 ? shape_.active(t) : 0;
-    return t + 1 < shape_.steps ? shape_.active(t + 1) : 0;
-  }
+  int64_t continued_rows(int64_t lane, int64_t t) const { return driver::continued_rows(shape_, lane, t); }
   // Those that go on to the step after. The others end at t.
   int64_t carried_rows(int64_t lane, int64_t t) const {
     if (lane % directions_ == 0) return t + 1 < shape_.steps ? shape_.active(t + 1) : 0;
@@ -598,14 +484,7 @@ class Backward : Driver<T> {
   Tensor input_of(int64_t layer) const {
     if (layer == 0) return Base::input_;
     if (masked_.defined()) return masked_.select(0, layer - 1);
-    const int64_t stride = directions_ * output_;
-    // Layers below the top lie in the reserve.
-    const int64_t at =
-        reinterpret_cast<const char*>(h_of(layer - 1)) - static_cast<const char*>(reserve_.const_data_ptr());
-    return reserve_.view(at::kByte)
-        .narrow(0, at, rows_ * stride * static_cast<int64_t>(sizeof(T)))
-        .view(scalar_type<T>())
-        .view({rows_, stride});
+    return h_in_reserve<T>(reserve_, shape_, call_.options.saving, layer - 1);
   }
 
   // Gradients of all steps of a lane's gates: (rows, 4H), rows D·4H apart.
@@ -784,14 +663,6 @@ auto with_storage(at::ScalarType type, Run&& run) {
   }
 }
 
-// Work below autograd and autocast, on the tensors' device.
-struct Guards {
-  explicit Guards(const at::Device& device) : device_guard(device) {}
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-  c10::DeviceGuard device_guard;
-};
-
 }  // namespace
 
 int64_t reserve_elements(const StackShape& shape, Saving saving, int64_t storage_bytes, int64_t accumulator_bytes) {
@@ -854,9 +725,18 @@ Counts predict(const StackShape& shape, const Options& options, int64_t accumula
 
 void use_host_kernels(const gates::Table* table) { replaced_host_kernels = table; }
 
+const gates::Table& gate_kernels(const at::Device& device) {
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+  if (device.is_cuda()) return gates::cuda_kernels();
+#endif
+  TORCH_CHECK(device.is_cpu(), "this build of stacked_lstm_ext has no kernels for ", device);
+  return replaced_host_kernels ? *replaced_host_kernels : gates::host_kernels();
+}
+
 Results forward(const Call& call, Counts& counts) {
   const Guards guards(call.input.device());
   if (call.shape.batch == 0) {
+    counts.schedule = plan(call.shape, call.input.scalar_type() == at::kDouble ? sizeof(double) : sizeof(float));
     const auto empty = [&](at::IntArrayRef sizes) { return at::empty(sizes, call.input.options()); };
     const auto type = call.input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     return {empty(call.output_sizes()), empty(call.h_0.sizes()), empty(call.c_0.sizes()),
@@ -869,6 +749,7 @@ Gradients backward(const Call& call, const Kept& kept, const IncomingGradients& 
                    bool weight_grad, Counts& counts) {
   const Guards guards(call.input.device());
   if (call.shape.batch == 0) {
+    counts.schedule = plan(call.shape, call.input.scalar_type() == at::kDouble ? sizeof(double) : sizeof(float));
     const auto zeros = [&](at::IntArrayRef sizes) { return at::zeros(sizes, call.input.options()); };
     Gradients none{
         input_grad ? zeros(call.input.sizes()) : zeros({0}), zeros(call.h_0.sizes()), zeros(call.c_0.sizes()), {}};

@@ -38,4 +38,7 @@ Gradients backward(const Call& call, const Kept& kept, const IncomingGradients& 
 // Tests put other kernels in the place of those for the CPU; null: back to these.
 void use_host_kernels(const gates::Table* table);
 
+// The kernels for tensors of this device.
+const gates::Table& gate_kernels(const at::Device& device);
+
 }  // namespace stacked_lstm::diagonal

@@ -255,13 +255,16 @@ STACKED_LSTM_HOST_DEVICE void apply_mask(A (&x)[V], const Sizes& sizes, const El
                                       static_cast<uint32_t>(seed >> 32));
   const A scale = static_cast<A>(sizes.mask.scale);
   const uint32_t first = static_cast<uint32_t>(column % 4);
+  uint32_t kept = 0;  // a bit for each word. Every index is a constant: `random` stays in registers
   STACKED_LSTM_UNROLL
-  for (uint32_t word = 0; word < 4; ++word) {  // every index a constant: `random` stays in registers
-    STACKED_LSTM_UNROLL
-    for (int n = 0; n < V; ++n) {
-      // A product, so that a NaN is seen even where it is dropped.
-      if (first + n == word) x[n] *= random.word[word] >= sizes.mask.threshold ? scale : A(0);
-    }
+  for (int word = 0; word < 4; ++word) {
+    const uint32_t keeps = random.word[word] >= sizes.mask.threshold ? 1 : 0;
+    kept |= keeps << word;
+  }
+  STACKED_LSTM_UNROLL
+  for (int n = 0; n < V; ++n) {
+    // A product, so that a NaN is seen even where it is dropped.
+    x[n] *= kept >> (first + static_cast<uint32_t>(n)) & 1 ? scale : A(0);
   }
 }
 

@@ -18,6 +18,9 @@
 #endif
 
 #include <algorithm>
+#include <limits>
+#include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -34,6 +37,8 @@
 #include "diagonal.h"
 #include "packed_cache.h"
 #include "persistent.h"
+#include "persistent_bindings.h"
+#include "persistent_plan.h"
 #include "stack.h"
 #include "step.h"
 #include "wavefront.h"
@@ -53,12 +58,19 @@ Saving saving_of(const std::string& name) {
   return Saving::recompute;
 }
 
-enum class Backend { cpu, diagonal };
+enum class Backend { cpu, diagonal, persistent, automatic };
+constexpr std::pair<const char*, Backend> kBackends[] = {{"cpu", Backend::cpu},
+                                                         {"diagonal", Backend::diagonal},
+                                                         {"persistent", Backend::persistent},
+                                                         {"auto", Backend::automatic}};
 
-// Checks that there are kernels of this backend for the tensors' device.
+// Checks that there may be kernels of this backend for the tensors' device.
 Backend backend_of(const std::string& name, const at::Device& device) {
-  TORCH_CHECK_VALUE(name == "cpu" || name == "diagonal", "backend should be one of cpu, diagonal, got: ", name);
-  if (name == "cpu") {
+  const auto* found = std::find_if(std::begin(kBackends), std::end(kBackends),
+                                   [&](const auto& backend) { return name == backend.first; });
+  TORCH_CHECK_VALUE(found != std::end(kBackends),
+                    "backend should be one of cpu, diagonal, persistent, auto, got: ", name);
+  if (found->second == Backend::cpu) {
     TORCH_CHECK_VALUE(device.is_cpu(), "backend cpu needs tensors on the CPU, got: ", device);
     return Backend::cpu;
   }
@@ -69,25 +81,37 @@ Backend backend_of(const std::string& name, const at::Device& device) {
     TORCH_CHECK(obstacle.empty(), device, " (", properties->name, ") cannot run the kernels: ", obstacle);
   }
 #endif
-  return Backend::diagonal;
+  return found->second;
+}
+
+// What runs a call of the backends `persistent` and `auto`; null: the diagonal schedule. Both have the same reserve.
+// ValueError where the persistent kernels are asked for and cannot run it: nothing is allocated or launched by then.
+std::shared_ptr<const persistent::Decision> persistent_decision(Backend kind, const Call& call) {
+  if (kind != Backend::persistent && kind != Backend::automatic) return nullptr;
+  auto decision = persistent::decide({call.shape, call.options, call.input.scalar_type(), call.input.device()});
+  if (kind == Backend::automatic) return decision->choice.persistent ? decision : nullptr;
+  TORCH_CHECK_VALUE(decision->why_not.empty(), "the persistent kernel cannot run this call: ", decision->why_not);
+  return decision;
 }
 
 // Whether the CPU kernels are to store packed weights in 16 bits: where the caller asks to have them rounded so, and
 // where they are bfloat16 anyway and lose nothing.
-bool stores_bf16(bool asked, Backend kind, const Tensor& input) {
+bool stores_bf16(bool asked, const std::string& backend, Backend kind, const Tensor& input) {
   TORCH_CHECK_VALUE(!asked || (kind == Backend::cpu && input.scalar_type() == at::kFloat),
-                    "bf16_weights needs backend cpu and float32, got: ", input.scalar_type(),
-                    kind == Backend::cpu ? "" : " and another backend");
+                    "bf16_weights needs backend cpu and dtype float32 (others take weights that are rounded already), "
+                    "got: ",
+                    backend, " and ", input.scalar_type());
   return asked || (kind == Backend::cpu && input.scalar_type() == at::kBFloat16);
 }
 
 // The last call of this thread, for `last_run`.
 struct Run {
-  std::variant<Schedule, diagonal::Counts> how;
+  std::variant<Schedule, diagonal::Counts, persistent::Counts> how;
   std::string device;
   bool backward;
   std::string saving;
-  int64_t layers, steps, batch, directions;
+  StackShape shape;
+  at::ScalarType type;
 };
 thread_local std::optional<Run> last_run;
 
@@ -283,11 +307,8 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return fresh;
 }
 
-void remember(std::variant<Schedule, diagonal::Counts> how, const Call& call, const std::string& saving,
-              bool backward) {
-  const StackShape& shape = call.shape;
-  last_run = Run{std::move(how), call.input.device().str(), backward, saving, shape.depth(), shape.steps,
-                 shape.batch,    shape.directions};
+void remember(decltype(Run::how) how, const Call& call, const std::string& saving, bool backward) {
+  last_run = Run{std::move(how), call.input.device().str(), backward, saving, call.shape, call.input.scalar_type()};
 }
 
 template <typename T>
@@ -394,12 +415,21 @@ ForwardResult forward(const Tensor& input, const OptionalTensor& batch_sizes, co
                       int64_t proj_size, double dropout, const std::string& saving, const std::string& backend,
                       bool bf16_weights) {
   const Backend kind = backend_of(backend, input.device());
-  const Options options{
-      bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving), stores_bf16(bf16_weights, kind, input)};
+  const Options options{bias,
+                        num_layers,
+                        bidirectional,
+                        proj_size,
+                        dropout,
+                        saving_of(saving),
+                        stores_bf16(bf16_weights, backend, kind, input)};
   const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
   const Call call{input, batch_sizes.has_value(), h_0, c_0, weights, seed_of(seed, input, options), options, shape};
   Results results;
-  if (kind == Backend::diagonal) {
+  if (auto decision = persistent_decision(kind, call)) {
+    persistent::Counts counts;
+    results = persistent::forward(call, std::move(decision), counts);
+    remember(counts, call, saving, false);
+  } else if (kind != Backend::cpu) {
     diagonal::Counts counts;
     results = diagonal::forward(call, counts);
     remember(counts, call, saving, false);
@@ -417,8 +447,13 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                         int64_t proj_size, double dropout, const std::string& saving, bool input_grad, bool weight_grad,
                         const std::string& backend, bool bf16_weights) {
   const Backend kind = backend_of(backend, input.device());
-  const Options options{
-      bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving), stores_bf16(bf16_weights, kind, input)};
+  const Options options{bias,
+                        num_layers,
+                        bidirectional,
+                        proj_size,
+                        dropout,
+                        saving_of(saving),
+                        stores_bf16(bf16_weights, backend, kind, input)};
   TORCH_CHECK_VALUE(options.saving != Saving::none,
                     "backward needs a forward with saving \"full\" or \"recompute\", got: ", saving);
   const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
@@ -429,18 +464,22 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   check_shape(output, sizes, "output");
   TORCH_CHECK_VALUE(reserve.scalar_type() == type && reserve.device() == input.device(), "reserve should be ", type,
                     " on ", input.device(), ", got: ", reserve.scalar_type(), " on ", reserve.device());
-  const int64_t kept =
-      kind == Backend::diagonal
-          ? diagonal::reserve_elements(shape, options.saving, static_cast<int64_t>(input.element_size()),
-                                       static_cast<int64_t>(reserve.element_size()))
-          : reserve_size(shape, options.saving, type != input.scalar_type()).total();
+  const int64_t kept = kind != Backend::cpu ? diagonal::reserve_elements(shape, options.saving,
+                                                                         static_cast<int64_t>(input.element_size()),
+                                                                         static_cast<int64_t>(reserve.element_size()))
+                                            : reserve_size(shape, options.saving, type != input.scalar_type()).total();
   check_shape(reserve, {kept}, "reserve");
   const IncomingGradients incoming{grad_output, grad_h_n, grad_c_n};
   if (grad_output) check_same(*grad_output, input, "grad_output"), check_shape(*grad_output, sizes, "grad_output");
   if (grad_h_n) check_same(*grad_h_n, input, "grad_h_n"), check_shape(*grad_h_n, h_0.sizes(), "grad_h_n");
   if (grad_c_n) check_same(*grad_c_n, input, "grad_c_n"), check_shape(*grad_c_n, c_0.sizes(), "grad_c_n");
   Gradients gradients;
-  if (kind == Backend::diagonal) {
+  if (auto decision = persistent_decision(kind, call)) {
+    persistent::Counts counts;
+    gradients =
+        persistent::backward(call, {output, reserve}, incoming, input_grad, weight_grad, std::move(decision), counts);
+    remember(counts, call, saving, true);
+  } else if (kind != Backend::cpu) {
     diagonal::Counts counts;
     gradients = diagonal::backward(call, {output, reserve}, incoming, input_grad, weight_grad, counts);
     remember(counts, call, saving, true);
@@ -491,6 +530,45 @@ py::dict describe(const diagonal::Counts& counts) {
                   py::arg("binds") = "two launches a diagonal");
 }
 
+const char* name_of(persistent::Product product, at::ScalarType type) {
+  if (type != at::kFloat) return "tensor cores";
+  return product == persistent::Product::tensor ? "tensor cores, as TF32" : "multiply-adds of float32";
+}
+
+// A pass of a plan, as what runs: which blocks each layer has, how h (or dh) goes from block to block, and when it is handed on.
+py::dict describe_launches(const persistent::Pass& pass, const StackShape& shape, bool backward) {
+  const persistent::Cut& cut = pass.cut;
+  const int64_t last = pass.last_layer - 1, lanes = (pass.last_layer - pass.first_layer) * shape.directions;
+  py::list layers;
+  for (int64_t layer = pass.first_layer; layer <= last; ++layer) {  // backward begins at the top
+    const int64_t before = (backward ? last - layer : layer - pass.first_layer) * shape.directions;
+    layers.append(py::dict(py::arg("layer") = layer, py::arg("first_block") = before * cut.blocks,
+                           py::arg("blocks") = shape.directions * cut.blocks));
+  }
+  py::dict described(
+      py::arg("first_layer") = pass.first_layer, py::arg("last_layer") = pass.last_layer, py::arg("layers") = layers,
+      py::arg("exchange") = cut.exchange == persistent::Exchange::cluster ? "cluster" : "l2",
+      py::arg("blocks") = pass.copies * lanes * cut.blocks, py::arg("blocks_lane") = cut.blocks,
+      py::arg("units_block") = cut.block_units(), py::arg("splits") = cut.splits, py::arg("pieces") = cut.pieces,
+      py::arg("m_tiles") = cut.m_tiles, py::arg("tiles") = cut.tiles, py::arg("chunk_steps") = cut.chunk_steps,
+      py::arg("inputs_in_shared") = cut.inputs_in_shared, py::arg("batch_groups") = pass.batch_groups,
+      py::arg("copies") = pass.copies, py::arg("rounds") = pass.rounds);
+  if (backward) described["segment_steps"] = pass.segment_steps;
+  return described;
+}
+
+py::dict describe_launches(const persistent::Decision& decision, const StackShape& shape, at::ScalarType type,
+                           bool backward) {
+  const persistent::Plan& plan = decision.plan(backward);
+  py::list passes;
+  for (const persistent::Pass& pass : plan.passes) passes.append(describe_launches(pass, shape, backward));
+  return py::dict(py::arg("backend") = "persistent", py::arg("passes") = passes,
+                  py::arg("launches") = persistent::launches(plan, shape),
+                  py::arg("product") = name_of(decision.product, type), py::arg("predicted_us") = plan.predicted_us,
+                  py::arg("step_us") = plan.step_us, py::arg("binds") = plan.binds,
+                  py::arg("why") = decision.choice.reason);
+}
+
 StackShape padded_shape(int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
                         bool bidirectional, int64_t seq_len, int64_t batch_size) {
   StackShape shape;
@@ -504,70 +582,56 @@ StackShape padded_shape(int64_t input_size, int64_t hidden_size, int64_t proj_si
   return shape;
 }
 
-py::dict describe(const persistent::Terms& terms) {
-  py::dict all;
-  for (const persistent::Terms::Named& term : persistent::Terms::kAll) all[term.name] = terms.*term.field;
-  return all;
+persistent::Pass pass_of(const py::dict& d) {
+  const auto number = [&](const char* name, int64_t otherwise) {
+    return d.contains(name) ? d[name].cast<int64_t>() : otherwise;
+  };
+  const auto small = [&](const char* name, int otherwise) { return static_cast<int>(number(name, otherwise)); };
+  persistent::Pass pass;
+  pass.first_layer = number("first_layer", 0);
+  pass.last_layer = number("last_layer", 1);
+  pass.cut.product = number("exact", 0) ? persistent::Product::exact : persistent::Product::tensor;
+  pass.cut.exchange = number("l2", 0) ? persistent::Exchange::l2 : persistent::Exchange::cluster;
+  pass.cut.tiles = small("tiles", 1);
+  pass.cut.pieces = small("pieces", 2);
+  pass.cut.splits = small("splits", 1);
+  pass.cut.m_tiles = small("m_tiles", 0);
+  pass.cut.groups = small("groups", 1);
+  pass.cut.blocks = small("blocks", 1);
+  pass.cut.chunk_steps = small("chunk_steps", 1);
+  pass.cut.inputs_in_shared = number("inputs_in_shared", 1) != 0;
+  pass.batch_groups = number("batch_groups", 1);
+  pass.copies = number("copies", pass.batch_groups);
+  pass.rounds = (pass.batch_groups + pass.copies - 1) / std::max<int64_t>(pass.copies, 1);
+  pass.segment_steps = number("segment_steps", std::numeric_limits<int>::max());
+  return pass;
 }
 
-py::dict describe(const persistent::Pass& pass, const StackShape& shape) {
-  py::list layers;
-  for (const persistent::LayerPlan& layer : pass.layers) {
-    const int64_t hidden = shape.layers[static_cast<size_t>(layer.layer)].hidden;
-    py::list units;
-    for (int64_t b = 0; b < layer.blocks; ++b) {
-      units.append(py::make_tuple(pass.first_unit(hidden, b), pass.first_unit(hidden, b + 1)));
-    }
-    layers.append(py::dict(
-        py::arg("layer") = layer.layer, py::arg("hidden") = hidden, py::arg("blocks") = layer.blocks,
-        py::arg("first_block") = layer.first_block, py::arg("units") = units, py::arg("k_steps") = layer.k_steps,
-        py::arg("registers_thread") = layer.registers_thread, py::arg("weight_registers") = layer.weight_registers,
-        py::arg("registers_bytes") = layer.registers_bytes, py::arg("shared_bytes") = layer.shared_bytes,
-        py::arg("w_ih") = name_of(layer.w_ih), py::arg("w_ih_bytes") = layer.w_ih_bytes,
-        py::arg("l2_bytes") = layer.l2_bytes, py::arg("step_us") = layer.step_us));
-  }
-  return py::dict(py::arg("first_layer") = pass.first_layer, py::arg("last_layer") = pass.last_layer,
-                  py::arg("exchange") = name_of(pass.exchange), py::arg("cluster") = pass.cluster,
-                  py::arg("groups") = pass.groups, py::arg("splits") = pass.splits,
-                  py::arg("units_block") = pass.units_block(), py::arg("threads") = pass.threads,
-                  py::arg("registers_thread") = pass.registers_thread, py::arg("shared_bytes") = pass.shared_bytes,
-                  py::arg("chunk_steps") = pass.chunk_steps, py::arg("blocks_copy") = pass.blocks_copy,
-                  py::arg("copies") = pass.copies, py::arg("rounds") = pass.rounds, py::arg("blocks") = pass.blocks(),
-                  py::arg("makespan_us") = pass.makespan_us, py::arg("step_us") = pass.step_us,
-                  py::arg("terms") = describe(pass.terms), py::arg("layers") = layers);
+at::ScalarType dtype_named(const std::string& name) {
+  if (name == "float32") return at::kFloat;
+  if (name == "float64") return at::kDouble;
+  if (name == "bfloat16") return at::kBFloat16;
+  TORCH_CHECK_VALUE(name == "float16", "dtype should be float32, float64, bfloat16 or float16, got: ", name);
+  return at::kHalf;
 }
 
-// The timeline's entries are (pass, batch_group, layer, direction, chunk, first_block, blocks, needs_layer, needs_chunks,
-// start_us, end_us).
-py::dict describe(const persistent::Plan& plan, const StackShape& shape, bool timeline) {
-  py::list passes, sequences, work;
-  for (const persistent::Pass& pass : plan.passes) passes.append(describe(pass, shape));
-  if (plan.why_not.empty()) {
-    for (int64_t g = 0; g < plan.batch_groups; ++g) {
-      sequences.append(py::make_tuple(plan.first_sequence(shape.batch, g), plan.first_sequence(shape.batch, g + 1)));
-    }
+// What the operators' backends `persistent` and `auto` do with such a call.
+py::dict gpu_plan(int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional,
+                  int64_t seq_len, int64_t batch_size, const std::string& dtype, const std::string& device,
+                  const std::string& saving, double dropout) {
+  const StackShape shape =
+      padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+  const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving), false};
+  const at::ScalarType type = dtype_named(dtype);
+  const auto decision = persistent::decide({shape, options, type, at::Device(device)});
+  py::dict plan(py::arg("persistent") = decision->choice.persistent, py::arg("why_not") = decision->why_not,
+                py::arg("reason") = decision->choice.reason, py::arg("persistent_us") = decision->choice.persistent_us,
+                py::arg("diagonal_us") = decision->choice.diagonal_us);
+  if (decision->why_not.empty()) {
+    plan["forward"] = describe_launches(*decision, shape, type, false);
+    if (options.saving != Saving::none) plan["backward"] = describe_launches(*decision, shape, type, true);
   }
-  if (timeline) {
-    for (const persistent::Work& w : persistent::timeline(plan, shape, Costs{})) {
-      work.append(py::make_tuple(w.pass, w.batch_group, w.layer, w.direction, w.chunk, w.first_block, w.blocks,
-                                 w.needs_layer, w.needs_chunks, w.start_us, w.end_us));
-    }
-  }
-  return py::dict(py::arg("why_not") = plan.why_not, py::arg("tiles") = plan.tiles,
-                  py::arg("batch_groups") = plan.batch_groups, py::arg("sequences") = sequences,
-                  py::arg("passes") = passes, py::arg("terms") = describe(plan.terms),
-                  py::arg("predicted_us") = plan.predicted_us, py::arg("step_us") = plan.step_us,
-                  py::arg("limit_us") = plan.limit_us, py::arg("binds") = plan.binds, py::arg("timeline") = work);
-}
-
-py::dict describe(const Device& device) {
-  return py::dict(py::arg("name") = device.name, py::arg("full_name") = device.full_name,
-                  py::arg("capability") = py::make_tuple(device.major, device.minor), py::arg("sms") = device.sms,
-                  py::arg("registers_sm") = device.registers_sm, py::arg("shared_block") = device.shared_block,
-                  py::arg("shared_sm") = device.shared_sm, py::arg("l2_bytes") = device.l2_bytes,
-                  py::arg("max_cluster") = device.max_cluster, py::arg("gpcs") = device.gpcs,
-                  py::arg("sms_gpc") = device.sms_gpc, py::arg("clock_mhz") = device.clock_mhz,
-                  py::arg("memory_gb_s") = device.memory_gb_s, py::arg("mma_rate") = device.mma_rate);
+  return plan;
 }
 
 // (output, h_n, c_n), or None where `step` (step.h) declines.
@@ -589,7 +653,10 @@ py::object step_once(const Tensor& input, const Tensor& h_0, const Tensor& c_0, 
   tensors.clear();
   if (failure) std::rethrow_exception(failure);
   if (!results) return py::none();
-  last_run = Run{results->schedule, "cpu", false, "none", num_layers, 1, results->batch, 1};
+  if (!last_run) last_run.emplace();
+  Run& run = *last_run;  // keeps its memory: a step allocates nothing but its results
+  run.how = results->schedule, run.device = "cpu", run.backward = false, run.saving = "none";
+  run.shape = *results->shape, run.type = input.scalar_type();
   return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
 }
 
@@ -706,14 +773,21 @@ PYBIND11_MODULE(_C, m) {
         });
   m.def("last_run", []() -> py::object {
     if (!last_run) return py::none();
-    const auto* counts = std::get_if<diagonal::Counts>(&last_run->how);
-    py::dict run = counts ? describe(*counts) : describe(std::get<Schedule>(last_run->how), last_run->directions);
-    run["device"] = last_run->device;
-    run["pass"] = last_run->backward ? "backward" : "forward";
-    run["saving"] = last_run->saving;
-    run["layers"] = last_run->layers;
-    run["seq_len"] = last_run->steps;
-    run["batch_size"] = last_run->batch;
+    const Run& last = *last_run;
+    py::dict run;
+    if (const auto* schedule = std::get_if<Schedule>(&last.how)) run = describe(*schedule, last.shape.directions);
+    if (const auto* counts = std::get_if<diagonal::Counts>(&last.how)) run = describe(*counts);
+    if (const auto* counts = std::get_if<persistent::Counts>(&last.how)) {
+      run = describe_launches(*counts->decision, last.shape, last.type, last.backward);
+      run["launches"] = counts->launches;
+      run["products"] = counts->products;
+    }
+    run["device"] = last.device;
+    run["pass"] = last.backward ? "backward" : "forward";
+    run["saving"] = last.saving;
+    run["layers"] = last.shape.depth();
+    run["seq_len"] = last.shape.steps;
+    run["batch_size"] = last.shape.batch;
     return run;
   });
   m.def("step", &step_once);
@@ -732,30 +806,8 @@ PYBIND11_MODULE(_C, m) {
     const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving), false};
     return describe(diagonal::predict(shape, options, double_precision ? 8 : 4, backward, true, true));
   });
-  // What the persistent kernel would do on a GPU that need not be here, and its cost: predicted only, nothing runs it yet.
-  m.def("persistent_devices", [] {
-    py::list devices;
-    for (const Device& device : kDevices) devices.append(describe(device));
-    return devices;
-  });
-  m.def("persistent_plan", [](const std::string& device, int64_t input_size, const std::vector<int64_t>& hidden_sizes,
-                              int64_t proj_size, bool bidirectional, int64_t seq_len, int64_t batch_size,
-                              int64_t element_bytes, bool training, bool timeline) {
-    const Device* found = device_named(device);
-    std::string names;
-    for (const Device& known : kDevices) names += (names.empty() ? "" : ", ") + std::string(known.name);
-    TORCH_CHECK_VALUE(found, "device should be one of ", names, ", got: ", device);
-    TORCH_CHECK_VALUE(input_size >= 1, "input_size should be at least 1, got: ", input_size);
-    StackShape shape;
-    shape.steps = seq_len, shape.batch = batch_size, shape.directions = bidirectional ? 2 : 1;
-    int64_t input = input_size;
-    for (const int64_t hidden : hidden_sizes) {
-      TORCH_CHECK_VALUE(hidden >= 1, "hidden sizes should be at least 1, got: ", hidden);
-      shape.layers.push_back({input, hidden, proj_size});
-      input = shape.directions * shape.layers.back().output();
-    }
-    return describe(persistent::plan(shape, *found, Costs{}, element_bytes, training), shape, timeline);
-  });
+  // What the persistent kernels would do on a GPU that need not be here, and what it is predicted to cost.
+  persistent::bind_persistent_plan(m);
   m.def("force_diagonal_chunk", [](std::optional<int64_t> steps) {
     TORCH_CHECK_VALUE(!steps || *steps > 0, "a chunk should have at least one step, got: ", steps.value_or(0));
     diagonal::force_chunk(steps);
@@ -776,6 +828,24 @@ PYBIND11_MODULE(_C, m) {
   // own), so that the CUDA kernels, emulated, can be seen at work.
   m.def("_use_gate_kernels",
         [](uintptr_t table) { diagonal::use_host_kernels(reinterpret_cast<const gates::Table*>(table)); });
+  // For tests: the persistent kernels' driver runs these on the CPU (the address of a persistent::Table; 0: none). `watchdog`:
+  // they tell of a wait that took too long.
+  m.def(
+      "_use_persistent_kernels",
+      [](uintptr_t table, bool watchdog) {
+        persistent::use_host_kernels(reinterpret_cast<const persistent::Table*>(table), watchdog);
+      },
+      py::arg("table"), py::arg("watchdog") = false);
+  m.def("gpu_plan", &gpu_plan);
+  m.def("force_persistent_device", [](const py::object& device) {
+    persistent::force_device(device.is_none() ? std::nullopt : std::optional(persistent::device_of(device)));
+  });
+  m.def("force_persistent_passes", [](bool backward, const std::optional<std::vector<py::dict>>& wanted) {
+    if (!wanted) return persistent::force_passes(backward, std::nullopt);
+    std::vector<persistent::Pass> passes;
+    for (const py::dict& pass : *wanted) passes.push_back(pass_of(pass));
+    persistent::force_passes(backward, std::move(passes));
+  });
   m.def("cpu_maths", [](uintptr_t x, int64_t n, uintptr_t sigmoid, uintptr_t tanh, bool double_precision) {
     if (double_precision) {
       cpu::kernels<double>().maths(reinterpret_cast<const double*>(x), n, reinterpret_cast<double*>(sigmoid),

@@ -147,7 +147,7 @@ std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Pl
   if (!shape_of(a, shape)) return {};
 
   StepResults results;
-  results.batch = shape.batch;
+  results.shape = &shape;
   bool done = false;
   if (type == at::kFloat) {
     done = run<float, float>(a, shape, threads, platform, results);

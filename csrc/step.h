@@ -28,7 +28,7 @@ struct StepArguments {
 struct StepResults {
   at::Tensor output, h_n, c_n;  // shaped like the arguments, output as wide as h
   Schedule schedule;
-  int64_t batch;
+  const StackShape* shape;  // of the calling thread, until its next step
 };
 
 // Nothing where a gradient may be wanted, a mode or subclass wants to see the call, the arguments do not fit each other

@@ -1,5 +1,6 @@
 """What ``csrc/ops.cpp`` exports beside the operators: facts that are not tensors."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -54,10 +55,21 @@ def force_diagonal_chunk(steps: int | None) -> None:
     """Run the diagonals of this thread in chunks of so many steps; ``None`` goes back to the chunks as planned."""
 
 def persistent_devices() -> list[dict[str, Any]]:
-    """The GPUs that ``persistent_plan`` knows: ``csrc/device.h``, whose figures are published ones."""
+    """The GPUs that the planner knows: ``csrc/device.h``, whose figures are published ones."""
+
+def persistent_device_from(told: dict[str, Any]) -> dict[str, Any]:
+    """The GPU that a driver describes: ``told`` holds members of ``DeviceProperties`` (``csrc/device.h``); what is missing
+    is that of a known GPU of the name, or of the nearest architecture."""
+
+def persistent_costs() -> dict[str, float]:
+    """The figures that the cost model plans with, where no others are given."""
+
+def persistent_instances(element_bytes: int, backward: bool) -> list[dict[str, Any]]:
+    """The kernels that are compiled (``csrc/persistent_instances.h``), and how many registers a thread of each is
+    predicted to have: ``weight_registers`` of W_hh, ``registers_thread`` in all."""
 
 def persistent_plan(
-    device: str,
+    device: str | dict[str, Any],
     input_size: int,
     hidden_sizes: list[int],
     proj_size: int,
@@ -65,14 +77,39 @@ def persistent_plan(
     seq_len: int,
     batch_size: int,
     element_bytes: int,
-    training: bool,
-    timeline: bool,
+    product: str = "tensor",
+    saving: str = "none",
+    backward: bool = False,
+    timeline: bool = False,
+    costs: dict[str, float] = {},
+    capacity: Callable[[bool, dict[str, Any], int, int, bool], int] | None = None,
 ) -> dict[str, Any]:
-    """What the persistent kernel, which does not run in this version, would do (``csrc/persistent.h``): all predicted.
+    """What the persistent kernels do with a stack, forward or backward (``csrc/persistent_plan.h``), and the predicted time.
 
-    ``why_not`` is one sentence if it cannot run the stack. ``timeline`` asks for the entries ``(pass, batch_group, layer,
-    direction, chunk, first_block, blocks, needs_layer, needs_chunks, start_us, end_us)``. ``ValueError`` for a device that
-    is not known and for sizes below 1."""
+    ``device`` is a name of ``persistent_devices()``, such a dictionary, or ``{"like": name, ...}``. ``product``: "tensor"
+    or "exact"; ``saving``: "none", "full" or "recompute". ``capacity(backward, cut, most_inputs, hidden, over)`` stands for
+    a driver that says how many blocks the device holds. ``why_not`` is one sentence if they cannot run the stack.
+    ``timeline`` asks for the entries ``(pass, batch_group, layer, direction, chunk, first_block, blocks, needs_layer,
+    needs_chunks, start_us, end_us)``. ``ValueError`` for a device, product, saving or cost that is not known and for sizes
+    below 1."""
+
+def persistent_choice(
+    device: str | dict[str, Any],
+    input_size: int,
+    hidden_sizes: list[int],
+    proj_size: int,
+    bidirectional: bool,
+    seq_len: int,
+    batch_size: int,
+    element_bytes: int,
+    product: str = "tensor",
+    saving: str = "none",
+    timeline: bool = False,
+    costs: dict[str, float] = {},
+    capacity: Callable[[bool, dict[str, Any], int, int, bool], int] | None = None,
+) -> dict[str, Any]:
+    """Both plans, what the diagonal schedule is predicted to take, and which of the two is ``persistent``, with the
+    ``reason``. ``saving`` "none": no backward."""
 
 def cuda_obstacle(major: int, minor: int, archs: str | None = None) -> str:
     """Why a GPU of this compute capability cannot run kernels built for ``archs`` (a ``TORCH_CUDA_ARCH_LIST``; of this
@@ -81,6 +118,33 @@ def cuda_obstacle(major: int, minor: int, archs: str | None = None) -> str:
 def _use_gate_kernels(table: int) -> None:
     """Put other kernels, the ``gates::Table`` at this address, in the place of those that run diagonals on the CPU; 0
     restores them."""
+
+def _use_persistent_kernels(table: int, watchdog: bool = False) -> None:
+    """Let these persistent kernels, the ``persistent::Table`` at this address, run on CPU tensors; 0: none do. With
+    ``watchdog`` they tell of a wait that took too long."""
+
+def gpu_plan(
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    seq_len: int,
+    batch_size: int,
+    dtype: str,
+    device: str,
+    saving: str,
+    dropout: float,
+) -> dict[str, Any]:
+    """What the operators' backends ``persistent`` and ``auto`` do with such a call; see ``plan.gpu_plan``."""
+
+def force_persistent_device(device: str | dict[str, Any] | None) -> None:
+    """Plan the persistent kernels for this device, wherever the tensors are, in all threads: one that
+    ``persistent_devices`` names, or ``{"like": name, "sms": 4, ...}``; ``None``: for theirs."""
+
+def force_persistent_passes(backward: bool, passes: list[dict[str, Any]] | None) -> None:
+    """Cut up the persistent kernels' forward (or backward) pass like this in all threads, where it can be; ``None``: as
+    planned. Keys are those of ``persistent::Pass`` and ``Cut``, and ``exact`` and ``l2``."""
 
 def cpu_maths(x: int, n: int, sigmoid: int, tanh: int, double_precision: bool) -> None:
     """The kernels' sigmoid and tanh of ``n`` numbers; the arguments are addresses (``Tensor.data_ptr()``)."""

@@ -45,7 +45,8 @@ step = _C.step
 forward = torch.ops.stacked_lstm_ext.forward.default
 backward = torch.ops.stacked_lstm_ext.backward.default
 
-KERNEL_BACKENDS = ("cpu", "diagonal")
+# "auto" is whichever of "persistent" and "diagonal" is predicted to be faster for the sizes that a call turns out to have.
+KERNEL_BACKENDS = ("cpu", "diagonal", "persistent", "auto")
 
 # Rows of the unit dimension are padded in the reserve so that every one starts on a vector of the widest instruction
 # set.
@@ -67,7 +68,7 @@ def reserve_numel(
     Args:
         rows: ``T·B``, or the length of the packed data.
         saving: ``"none"``, ``"full"`` (h, c and the four gates) or ``"recompute"`` (h and c).
-        backend: ``"cpu"`` or ``"diagonal"``: what runs both passes.
+        backend: what runs both passes, one of ``KERNEL_BACKENDS``. All but ``"cpu"`` keep the same.
     """
     if backend not in KERNEL_BACKENDS:
         raise ValueError(f"backend should be one of {', '.join(KERNEL_BACKENDS)}, got: {backend}")
@@ -82,12 +83,12 @@ def reserve_numel(
     outputs = rows * (num_layers - 1) * width
     if dtype.itemsize > 2:
         return cells + outputs
-    if backend == "diagonal":
+    if backend != "cpu":
         return cells + (outputs + 1) // 2  # h is rounded to 16 bits at every step: two in an element
     return cells + outputs + rows * width  # h is not rounded inside, but the output is, so all of it is kept
 
 
-def _check_devices(
+def _check_arguments(
     input: Tensor,
     batch_sizes: Tensor | None,
     h_0: Tensor,
@@ -95,9 +96,15 @@ def _check_devices(
     weights: Sequence[Tensor],
     seed: Tensor | None,
     backend: str,
+    bf16_weights: bool,
 ) -> None:
     """What ``csrc/ops.cpp`` would refuse, refused by the fakes, in its words: while tracing, not when it runs."""
     device = input.device
+    if bf16_weights and (backend != "cpu" or input.dtype != torch.float32):
+        raise ValueError(
+            "bf16_weights needs backend cpu and dtype float32 (others take weights that are rounded already), "
+            f"got: {backend} and {input.dtype}"
+        )
     if backend == "cpu" and device.type not in ("cpu", "meta"):
         raise ValueError(f"backend cpu needs tensors on the CPU, got: {device}")
     for name, tensor in (("h_0", h_0), ("c_0", c_0), *(("every weight", weight) for weight in weights), ("seed", seed)):
@@ -124,7 +131,7 @@ def _forward_fake(
     backend: str,
     bf16_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_devices(input, batch_sizes, h_0, c_0, weights, seed, backend)
+    _check_arguments(input, batch_sizes, h_0, c_0, weights, seed, backend, bf16_weights)
     hidden_size = c_0.size(-1)
     width = (2 if bidirectional else 1) * (proj_size or hidden_size)
     rows = input.size(0) if batch_sizes is not None else input.size(0) * input.size(1)
@@ -162,7 +169,7 @@ def _backward_fake(
     backend: str,
     bf16_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    _check_devices(input, batch_sizes, h_0, c_0, weights, seed, backend)
+    _check_arguments(input, batch_sizes, h_0, c_0, weights, seed, backend, bf16_weights)
     return (
         input.new_empty(input.shape if input_grad else (0,)),
         h_0.new_empty(h_0.shape),

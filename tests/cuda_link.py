@@ -35,7 +35,7 @@ BUILT = re.compile(r"/__pycache__/|\.(so|pyc)$")  # lies among the sources and i
 # Tests that would prove the same things again: what they compile or run has nothing to do with torch's release.
 LEFT_OUT = (
     *("benchmarks", "benchmarks_gpu", "build", "cuda_check", "cuda_link", "emulator", "examples", "gate_kernels"),
-    *("gpu_primitives", "mutation", "primitives", "sanitize"),
+    *("gpu_primitives", "ladder", "mutation", "persistent_backward", "persistent_kernel", "primitives", "sanitize"),
 )
 
 # What the extension may link to and take symbols from. Not among them: the driver (libcuda), which a machine without a
@@ -43,6 +43,18 @@ LEFT_OUT = (
 MAY_LINK = re.compile(
     r"(lib(c10|c10_cuda|torch|torch_cpu|torch_cuda|torch_python)\.so)|(libcudart(-\w+)?\.so[.\d]*)|"
     r"(lib(c|m|dl|rt|pthread|stdc\+\+|gcc_s|gomp|python[.\d]*)(-\w+)?\.so[.\d]*)|(ld-linux[-\w]*\.so[.\d]*)|(python[.\d]*)"
+)
+
+
+# Host functions that lead to every kernel, as their mangled names spell them: a missing source would leave one out.
+KERNEL_TABLES = (
+    "5gates12cuda_kernels",
+    "10persistent12cuda_kernels",
+    *(
+        f"10persistent{len(entry)}{entry}I{element}E6launch"
+        for entry in ("ForwardEntry", "BackwardEntry")
+        for element in ("f", "NS_8bfloat16E", "NS_7float16E")
+    ),
 )
 
 
@@ -65,6 +77,11 @@ def symbols(library: Path, which: str) -> set[str]:
     """Names of the dynamic symbols of ``library``: ``which`` is "undefined" (less the weak ones) or "defined"."""
     lines = output_of("nm", "-D", f"--{which}-only", "--format=posix", library).splitlines()
     return {line.split()[0].split("@")[0] for line in lines if which == "defined" or line.split()[1] == "U"}
+
+
+def all_symbols(library: Path) -> set[str]:
+    """Names of all symbols of ``library``, the hidden ones too."""
+    return {line.split()[0] for line in output_of("nm", "--format=posix", library).splitlines() if line}
 
 
 def needed(library: Path) -> list[str]:
@@ -134,6 +151,10 @@ def inspect() -> None:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"stacked_lstm_ext::{operator}", key):
                 raise LinkError(f"stacked_lstm_ext::{operator} is not registered for {key}")
     print("forward and backward are registered for CPU and CUDA")
+    for symbol in KERNEL_TABLES:
+        if not any(symbol in name for name in all_symbols(library)):
+            raise LinkError(f"{library.name} has no {symbol}: the kernels of a source are not linked in")
+    print("the tables of the gate kernels and of the persistent kernels are linked in")
 
     from tests.cuda_check import find_tools
 

@@ -567,6 +567,31 @@ def test_on_a_gpu_host_cost_events_graphs_and_memory_are_measured_too(result_fil
     assert rows[0]["contestants"]["StackedLSTM"]["graph_speedup"] > 0
 
 
+def test_on_a_gpu_a_target_has_both_schedules_the_ladder_and_what_was_predicted(result_file, faked_gpu, monkeypatch):
+    def obstacle(self, case, mode, dtype, device):
+        return "4096 hidden units do not fit" if self.backend == "persistent" else None
+
+    plan = {"persistent_us": 700.0, "diagonal_us": 4000.0, "reason": "faster", "why_not": "", "forward": {}}
+    monkeypatch.setattr(StackedLSTM, "obstacle", obstacle)
+    monkeypatch.setattr(measure, "gpu_plan", lambda *_: plan)
+    target = cells.Target(
+        Case(2, 3, 5, 8, group="targets"), cells.FP32, ladder=True, backends=("persistent", "diagonal"), flashrnn=True
+    )
+    measurement = measure.Measurement(result_file, faked_gpu(), 120.0, [StackedLSTM(), TorchLSTM()], lambda text: None)
+    assert measurement.run([target]) == Exit.OK
+    for found in results.load(result_file)["rows"]:
+        entries = found["contestants"]
+        for name in ("naive loop", "StackedLSTM (reference)", "fused gates", "StackedLSTM (diagonal)"):
+            assert entries[name]["gpu_median"] > 0 and entries[name]["graph"] is None
+        assert entries["StackedLSTM"]["graph"]["status"] == "ok"
+        assert entries["StackedLSTM (persistent)"]["reason"] == "4096 hidden units do not fit"
+        assert entries[report.FLASHRNN]["status"] == "skipped"
+        assert found["predicted"]["persistent_us"] == 700.0
+        assert found["ladder"][0]["name"] == "naive loop"
+    text = result_file.with_suffix(".md").read_text()
+    assert "| StackedLSTM (persistent) | – | – | – | – | not here: 4096 hidden units do not fit |" in text
+
+
 def test_a_graph_that_writes_nothing_is_wrong(result_file, faked_gpu):
     """Its results were right before it was captured; the NaN put over them is found."""
     status, rows = measured_on(faked_gpu(replays=False), result_file, StackedLSTM())
@@ -592,12 +617,109 @@ def test_the_most_telling_shapes_come_first_and_none_is_missing():
         for precision in ("bfloat16", "float16", "float32", "tf32")
     }
     assert grid <= set(names)
-    floor = {name for name in names if name.startswith("L4 ") and name.endswith("float16") and "packed" not in name}
+    floor = {
+        name
+        for name in names
+        if name.startswith("L4 ") and "T256" in name and name.endswith("float16") and "packed" not in name
+    }
     assert len(floor) == 40
-    assert max(names.index(name) for name in floor) < 80, "the floors at L = 4 come before all that is not one"
+    claims = [target.name for target in targets if target.case.group == "targets"]
+    assert max(map(names.index, claims)) < 60, "the targets come before the floors"
+    assert max(map(names.index, floor)) < 60 + 80, "the floors at L = 4 come before all that is neither"
     quick = [target.name for target in cells.targets(True, torch.device("cuda"))]
     assert quick == names[: len(quick)] and len(quick) <= 12
     assert any("packed" in name for name in quick)
+
+
+def test_every_target_is_measured_on_both_schedules_and_the_published_shape_first():
+    targets = [target for target in cells.targets(False, torch.device("cuda")) if target.case.group == "targets"]
+    names = {target.name for target in targets}
+    for precision in ("bfloat16", "float16"):
+        assert f"L1 B16 T1024 H768 {precision}" in names
+        for layers, batch, width in itertools.product((4, 8), (1, 8, 32), (256, 512, 1024)):
+            assert f"L{layers} B{batch} T512 H{width} {precision}" in names
+        for layers in (1, 2, 4, 8, 16):
+            assert f"L{layers} B8 T512 H256 {precision}" in names
+    assert {target.case.hidden_size for target in targets[:2]} == {768}
+    assert all(target.backends == ("persistent", "diagonal") for target in targets)
+    (ladder,) = [target for target in targets if target.ladder]
+    assert [target.name for target in targets if target.flashrnn] == ["L1 B16 T1024 H768 bfloat16"]
+    # A run that is cut short has seen every width, every batch and both ends of the depth series.
+    first = targets[:8]
+    assert ladder in first
+    assert {(t.case.layers, t.case.batch, t.case.hidden_size) for t in first} >= {(1, 8, 256), (16, 8, 256)}
+    assert {1, 8, 32} <= {t.case.batch for t in first} and {256, 512, 1024} <= {t.case.hidden_size for t in first}
+
+
+def test_the_report_judges_the_shapes_that_are_measured():
+    """The two lists are apart, so that tables can be made where torch is not to be imported."""
+    assert report.ONE_LAYER == cells.ONE_LAYER and report.GRID_STEPS == cells.TARGET_STEPS
+    assert (report.GRID_LAYERS, report.GRID_WIDTHS) == (cells.TARGET_LAYERS, cells.TARGET_WIDTHS)
+    assert report.GRID_BATCHES == cells.TARGET_BATCHES
+    grid = len(cells.TARGET_LAYERS) * len(cells.TARGET_WIDTHS) * len(cells.TARGET_BATCHES)
+    assert grid * len(report.FLOOR_PRECISIONS) == report.GRID_ROWS
+    ends = [(layers, cells.DEPTH_BATCH, cells.TARGET_STEPS, cells.DEPTH_WIDTH) for layers in (1, 16)]
+    assert tuple(ends) == report.DEPTH_ENDS
+
+
+def test_the_ladder_and_forced_backends_take_part_where_a_target_asks_for_them(result_file):
+    case = Case(2, 3, 5, 8, group="targets")
+    plain, asks = cells.Target(case, cells.BF16), cells.Target(case, cells.FP32, ladder=True)
+    status, result, _ = measured(result_file, StackedLSTM(), TorchLSTM(), targets=[plain, asks])
+    assert status == Exit.OK
+    for row in result["rows"]:
+        rungs = {"naive loop", "StackedLSTM (reference)", "StackedLSTM (cpu)"} & row["contestants"].keys()
+        assert len(rungs) == 3 * (row["precision"] == "float32")
+        if rungs:
+            assert all(row["contestants"][name]["median"] > 0 for name in rungs)
+            assert row["contestants"]["naive loop"]["graph"] is None, "its calls alone are timed"
+            assert row["contestants"]["StackedLSTM (persistent)"]["reason"] == "it is a GPU's kernel"
+    text = result_file.with_suffix(".md").read_text()
+    assert "## Ladder" in text and "| naive loop |" in text
+    tables = text.split("## float32, inference")[1].split("##")[0]
+    assert "naive loop" not in tables, "a rung has its place in the ladder, not among the contestants"
+
+
+def test_a_backend_that_auto_takes_is_not_measured_twice(result_file):
+    target = cells.Target(Case(2, 3, 5, 8, group="targets"), cells.FP32, backends=("cpu", "diagonal"))
+    status, result, _ = measured(result_file, StackedLSTM(), TorchLSTM(), targets=[target])
+    assert status == Exit.OK
+    for found in result["rows"]:
+        assert set(found["contestants"]) == {"StackedLSTM", "nn.LSTM", "StackedLSTM (diagonal)"}
+        assert report.on(found, "cpu") is found["contestants"]["StackedLSTM"]
+        assert report.on(found, "diagonal") is found["contestants"]["StackedLSTM (diagonal)"]
+
+
+def test_what_was_predicted_is_kept_beside_what_is_measured(monkeypatch):
+    asked = []
+
+    def plan(*arguments):
+        asked.append(arguments)
+        return {"persistent_us": 1.0, "diagonal_us": 2.0, "reason": "because", "why_not": "", "forward": {"passes": []}}
+
+    monkeypatch.setattr(measure, "gpu_plan", plan)
+    target = cells.target(4, 8, 256, cells.BF16)
+    found = measure.predicted(target, "training", torch.device("cuda"))
+    assert found == {"persistent_us": 1.0, "diagonal_us": 2.0, "reason": "because", "why_not": ""}
+    sizes, steps, batch, dtype, _, saving, dropout = asked[0]
+    assert sizes["num_layers"] == 4 and sizes["hidden_size"] == sizes["input_size"] == 256
+    assert (steps, batch, dtype, saving, dropout) == (512, 8, torch.bfloat16, "full", 0.0)
+    monkeypatch.setattr(measure, "gpu_plan", lambda *_: no_kernel(None))
+    assert "no kernel" in measure.predicted(target, "inference", torch.device("cuda"))["error"]
+
+
+def test_a_backend_that_cannot_run_a_target_says_why(result_file):
+    class Refusing(StackedLSTM):
+        def prepare(self, problem, mode, threads):
+            raise AssertionError("prepared, though it cannot run")
+
+    who = Refusing("persistent")
+    who.backend = "cuda_of_tomorrow"
+    status, result, _ = measured(result_file, who, TorchLSTM(), targets=TARGETS[:1])
+    assert status == Exit.OK
+    for found in result["rows"]:
+        entry = found["contestants"]["StackedLSTM (persistent)"]
+        assert entry["status"] == "skipped" and "'cuda_of_tomorrow'" in entry["reason"]
 
 
 # The tables -----------------------------------------------------------------------------------------------------------
@@ -630,6 +752,17 @@ def row(name="L4 B8 T256 H256 bfloat16", mode="inference", group="gpu", ours=1.0
         "threads": 0,
         "contestants": contestants,
     }
+
+
+def target_row(layers, batch, steps, hidden, precision, mode, ours, theirs, ran="persistent", **others):
+    name = f"L{layers} B{batch} T{steps} H{hidden} {precision}"
+    made = row(name, mode, "targets", ours, theirs)
+    made["case"] = {"layers": layers, "batch": batch, "steps": steps, "hidden_size": hidden}
+    made["contestants"]["StackedLSTM"]["ran"] = {"backend": ran}
+    made["predicted"] = {"persistent_us": 700.0, "diagonal_us": 4000.0, "reason": "it is faster", "why_not": ""}
+    for who, ms in others.items():
+        made["contestants"][who] = made["contestants"]["nn.LSTM"] | {"median": ms, "gpu_median": ms / 2}
+    return made
 
 
 def made_up_result(*rows):
@@ -668,6 +801,67 @@ def test_the_floors_are_counted_and_the_worst_is_named():
     assert "| host cost at most 60 µs | 1 of 2 | 90 at L8 B1 T256 H128 float16 training |" in text
     assert "| packed at most 1.2 times padded, wall | not measured |  |" in text
     assert "2 of the floor's 240 rows were measured." in text
+
+
+def test_the_targets_are_judged_one_by_one():
+    rows = [
+        target_row(1, 16, 1024, 768, "bfloat16", "inference", 1.6, 8.0, **{report.FLASHRNN: 4.0}),
+        target_row(1, 16, 1024, 768, "float16", "inference", 1.2, 2.0),
+        target_row(4, 8, 512, 256, "bfloat16", "inference", 1.0, 10.0),
+        target_row(8, 1, 512, 1024, "float16", "inference", 4.0, 6.0),
+        target_row(1, 8, 512, 256, "bfloat16", "training", 1.0, 1.0),
+        target_row(16, 8, 512, 256, "bfloat16", "training", 1.4, 14.0),
+        # of the same shape, but none of the targets' rows
+        row("L4 B8 T512 H256 bfloat16", ours=1.0, theirs=0.1),
+    ]
+    lines = {line.split(" | ")[0]: line for line in report.targets_table(made_up_result(*rows))}
+    one = "| one layer, H 768, B 16, T 1024, "
+    cells_of = {text: line.split(" | ")[2:] for text, line in lines.items() if "≥" in line or "≤" in line}
+    assert cells_of[f"{one}bfloat16, inference, ms"] == [
+        "1.60 **not met** (nn.LSTM 8.00)",
+        "0.800 met (nn.LSTM 4.00) |",
+    ]
+    assert cells_of[f"{one}float16, inference, ms"][0] == "1.20 met (nn.LSTM 2.00)"
+    assert cells_of[f"{one}float16, training, ms"] == ["not measured", "not measured |"]
+    least = cells_of["| L 4 and 8, H 256 to 1024, B 1 to 32, T 512, inference: × nn.LSTM, the least"][0]
+    assert least == "1.50 **not met**, at L8 B1 T512 H1024 float16; 1 of 2 rows reach it, of 36"
+    assert cells_of["| their geometric mean, inference"][0] == "3.87 **not met**, over 2 rows of 36"
+    deep = cells_of["| H 256, B 8, T 512, bfloat16, training: time of L 16 / L 1"][0]
+    assert deep == "1.40 met (nn.LSTM 14.00)"
+    assert cells_of[f"{one}inference: × FlashRNN"][0] == "2.50 **not met**, L1 B16 T1024 H768 bfloat16"
+    assert cells_of[f"{one}training: × FlashRNN"][0] == "not measured"
+
+
+def test_a_target_met_on_some_of_its_rows_is_met_so_far():
+    rows = [target_row(4, 8, 512, 256, "bfloat16", "training", 1.0, 5.0)]
+    text = "\n".join(report.targets_table(made_up_result(*rows)))
+    assert "| 5.00 met so far, at L4 B8 T512 H256 bfloat16; 1 of 1 rows reach it, of 36 |" in text
+    assert "| 5.00 met so far, over 1 rows of 36 |" in text
+
+
+def test_without_flashrnn_its_target_says_so():
+    made = target_row(1, 16, 1024, 768, "bfloat16", "inference", 1.0, 2.0)
+    made["contestants"][report.FLASHRNN] = {"status": "skipped", "reason": "flashrnn not installed", "ours": False}
+    text = report.markdown(made_up_result(made))
+    assert "× FlashRNN | ≥ 3 | not measured: flashrnn not installed | not measured: flashrnn not installed |" in text
+    assert report.FLASHRNN not in text, "who never ran has no column"
+
+
+def test_the_two_schedules_stand_side_by_side_with_what_was_predicted():
+    taken = target_row(4, 8, 512, 256, "bfloat16", "inference", 1.0, 5.0, **{"StackedLSTM (diagonal)": 3.0})
+    forced = target_row(
+        8, 8, 512, 256, "bfloat16", "training", 2.0, 5.0, "diagonal", **{"StackedLSTM (persistent)": 4.0}
+    )
+    del forced["predicted"]
+    lines = report.backends_table(made_up_result(taken, forced))
+    assert lines[-2] == (
+        "| 4, 8, 512, 256 | bfloat16 inference | 1.00 | 0.500 | 0.700 | 3.00 | 1.50 | 4.00 | 3.00 | 3.00 | persistent |"
+    )
+    assert (
+        lines[-1]
+        == "| 8, 8, 512, 256 | bfloat16 training | 4.00 | 2.00 | – | 2.00 | 1.00 | – | 0.50 | 0.50 | diagonal |"
+    )
+    assert report.backends_table(made_up_result(row())) == []
 
 
 def test_a_packed_batch_is_held_against_the_padded_one():

@@ -179,10 +179,10 @@ def test_the_setting_travels():
 
 def test_the_operators_refuse_what_they_cannot_store():
     arguments = forward_arguments(Case(2, 3, 4, 5, 6), torch.float64)
-    with pytest.raises(ValueError, match="bf16_weights needs backend cpu and float32"):
+    with pytest.raises(ValueError, match=r"bf16_weights needs backend cpu and dtype float32 .* got: cpu and Double"):
         torch.ops.stacked_lstm_ext.forward(*arguments, True)
     arguments = forward_arguments(Case(2, 3, 4, 5, 6), torch.float32, backend="diagonal")
-    with pytest.raises(ValueError, match="bf16_weights needs backend cpu and float32"):
+    with pytest.raises(ValueError, match=r"bf16_weights needs backend cpu and dtype float32 .* got: diagonal and Float"):
         torch.ops.stacked_lstm_ext.forward(*arguments, True)
 
 

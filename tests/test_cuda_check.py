@@ -10,7 +10,7 @@ from pathlib import Path
 
 import cuda_check
 import pytest
-from cuda_check import ARCHS, CheckError, Kernel, Meant, complaints, failures_of, stale_rows
+from cuda_check import ARCHS, CheckError, Kernel, Meant, complaints, failures_of, sass, slots, stale_rows, stale_slots
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,12 +85,31 @@ def test_instructions_are_counted_from_nvdisasm():
 
 
 @pytest.mark.parametrize(
+    ("target", "opcode"),
+    [
+        ("0xcf00", "BRA"),
+        ("$__internal_1_$__cuda_sm70_warpsync", "BRA"),
+        ("$__internal_0_$__cuda_sm70_shflsync_bfly_p", "BRA"),
+        ("$__internal_0_$__cuda_sm20_div_f64_slowpath_v2", "CALL.REL.NOINC"),
+        ("_Z7calledfv", "CALL.REL.NOINC"),
+    ],
+)
+def test_a_jump_that_ptxas_writes_as_a_call_is_no_call(target, opcode):
+    assert cuda_check.opcode_of({"opcode": "CALL.REL.NOINC", "operands": target}) == opcode
+
+
+@pytest.mark.parametrize(
     ("demangled", "name"),
     [
         ("copy(float*)", "copy"),
         ("void stacked_lstm::gates::copy<float, 4>(stacked_lstm::gates::Step<float>, long)", "copy<float, 4>"),
         ("void stacked_lstm::(anonymous namespace)::copy<stacked_lstm::bfloat16, (int)4>(int)", "copy<bfloat16, 4>"),
         ("void stacked_lstm::_GLOBAL__N__8f2_gates_cu::copy<true>(int)", "copy<true>"),
+        (
+            "void stacked_lstm::cuda::persistent::forward<stacked_lstm::bfloat16, (stacked_lstm::persistent::Product)0, "
+            "(stacked_lstm::persistent::Exchange)1, 8, 1>(stacked_lstm::persistent::ForwardArguments<stacked_lstm::bfloat16>)",
+            "forward<bfloat16, tensor, l2, 8, 1>",
+        ),
     ],
 )
 def test_a_kernel_is_called_as_a_person_would(demangled, name):
@@ -185,6 +204,143 @@ def test_the_table_shows_the_registers_of_each_architecture():
     first, second = cuda_check.table_of([kernel(), kernel(arch="90a", registers=44, stack=8)]).splitlines()
     assert first.split()[:3] == ["registers:", "sm_80", "sm_90a"]
     assert second.split()[2:] == ["40", "44", "8", "0", "0", "100", "128", "3", "1"]
+
+
+# -- the loop over time -------------------------------------------------------------------------------------------------
+# A step as nvdisasm -c -hex -gi writes it, much shortened. R8 to R15 hold weights; a chunk's projection multiplies by R16.
+
+STEP = [  # address, text, stall, scoreboard set, scoreboards waited for, function of the kernel's source
+    (0x00, "LDG.E.128 R8, desc[UR4][R2.64]", 1, 0, 0, "weights"),
+    (0x10, "LDG.E.128 R12, desc[UR4][R2.64+0x10]", 1, 0, 0, "weights"),
+    (0x20, ".L_x_1: ISETP.NE.AND P1, PT, R3, RZ, PT", 4, 7, 0, ""),
+    (0x30, "@P1 BRA `(.L_x_2)", 5, 7, 0, ""),
+    (0x40, "LDS.128 R16, [R4]", 1, 1, 0, "project"),
+    (0x50, "HMMA.16816.F32.BF16 R20, R16, R24, R20", 10, 7, 2, "project"),
+    (0x60, "BAR.SYNC.DEFER_BLOCKING 0x0", 5, 7, 0, "project"),
+    (0x70, ".L_x_2: SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R5+URZ], R6", 2, 0, 0, "receive"),
+    (0x80, "@!P0 BRA `(.L_x_4)", 5, 7, 1, "receive"),
+    (0x90, ".L_x_3: LDS.128 R24, [R7]", 2, 1, 0, "multiply"),
+    (0xA0, "HMMA.16816.F32.BF16 R20, R8, R24, R20", 2, 7, 2, "multiply"),
+    (0xB0, "HMMA.16816.F32.BF16 R28, R12, R26, RZ", 10, 7, 0, "multiply"),
+    (0xC0, "MUFU.EX2 R20, R20", 2, 2, 0, "update"),
+    (0xD0, "MUFU.EX2 R21, R21", 2, 2, 0, "update"),
+    (0xE0, "FADD R20, R20, R21", 4, 7, 4, "update"),
+    (0xF0, "STAS.128 [R30.64], R20", 2, 3, 0, "send"),
+    (0x100, "STG.E.U16 desc[UR4][R2.64], R20", 2, 3, 0, "store"),
+    (0x110, "@P2 BRA `(.L_x_1)", 5, 7, 0, ""),
+    (0x120, "EXIT", 5, 7, 0, ""),
+    (0x130, ".L_x_4: SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R5+URZ], R6", 2, 0, 0, "receive"),
+    (0x140, "@!P0 BRA `(.L_x_4)", 5, 7, 1, "receive"),
+    (0x150, "BRA `(.L_x_3)", 5, 7, 0, "receive"),
+    (0x160, ".L_x_5: BRA `(.L_x_5)", 5, 7, 0, ""),
+    (0x170, "NOP", 0, 7, 0, ""),
+]
+SOURCE = """
+struct Exchange {
+  explicit __device__ Exchange(int n) : n_(n) {}
+  void receive() const {
+    if (n_) { wait(); }
+  }
+};
+template <typename T, int N = (1 > 0)>
+__device__ void multiply(T* to) {
+  for (int n = 0; n < N; ++n) { to[n] = "a string {"[0]; }  // a comment {
+}
+void project() {}
+void update() {}
+void send() {}
+void store() {}
+__global__ void __launch_bounds__(8 * 32, 1)
+    kernel(int* x) {
+  multiply<int>(x);
+}
+"""
+LINES = {"receive": 4, "multiply": 9, "project": 12, "update": 13, "send": 14, "store": 15, "weights": 17, "": 17}
+
+
+@pytest.fixture
+def step(tmp_path):
+    source = tmp_path / "kernel.cuh"
+    source.write_text(SOURCE)
+    lines = [".text._Z6kernelPi:"]
+    for address, text, stall, sets, waits, function in STEP:
+        if match := sass.re.match(r"(\.L_x_\d+): (.*)", text):
+            lines.append(f"{match[1]}:")
+            text = match[2]
+        lines.append(f'\t//## File "{source}", line {LINES[function]} inlined at "{source}", line 17' if function else "")
+        lines.append(f'\t//## File "{source}", line 17')
+        control = (stall | sets << 5 | 7 << 8 | waits << 11) << 41
+        lines.append(f"        /*{address:04x}*/                   {text} ;    /* 0x0000000000000000 */")
+        lines.append(f"                                            /* 0x{control:016x} */")
+    return sass.parse("\n".join(lines))["_Z6kernelPi"]
+
+
+def test_instructions_are_read_with_their_control_bits_targets_and_functions(step):
+    assert len(step.code) == 23  # the padding is not code
+    branch, product = step.code[3], step.code[10]
+    assert (branch.predicate, branch.opcode, branch.target) == ("@P1", "BRA", 7)
+    assert (product.opcode, product.stall, product.sets, product.waits) == ("HMMA.16816.F32.BF16", 2, -1, 2)
+    assert step.code[9].sets == 1
+    assert sass.functions_around(product) == ["kernel", "multiply"]
+    assert sass.functions_around(step.code[7]) == ["kernel", "receive"]
+
+
+def test_weights_are_what_the_loop_over_time_never_writes(step):
+    loop = sass.step_loop(step.code)
+    assert [step.code[n].address for n in loop.recurrent] == [0xA0, 0xB0]
+    assert loop.weights == set(range(8, 16))
+    with pytest.raises(ValueError, match="no loop waits, multiplies, activates and sends"):
+        sass.step_loop(step.code, exact=True)
+
+
+def test_a_step_does_not_go_through_a_projection_nor_ask_twice(step):
+    path = [step.code[n].address for n in sass.step_loop(step.code).path()]
+    assert path == [0x20, 0x30, *range(0x70, 0x120, 0x10)]
+
+
+def test_weights_that_are_loaded_in_a_step_are_noticed(step):
+    step.code[9].operands = "R8, [R7]"  # instead of h
+    loop = sass.step_loop(step.code)
+    assert loop.weights == set(range(12, 16))
+    kernel = Kernel("k", "90a", 40, 0, 0, 0, 0, 128, {}, weights=len(loop.weights), products=len(loop.recurrent))
+    assert complaints(kernel, [Meant("k", weights=8, products=2)]) == [
+        "4 registers hold weights for the whole loop over time, 8 are meant",
+        "1 products of a step by weights in registers, 2 are meant",
+    ]
+
+
+def test_what_is_meant_of_a_step_does_not_count_what_stands_elsewhere():
+    kernel = Kernel("k", "90a", 40, 0, 0, 0, 0, 128, {"BLOCK.BAR": 2, "STAS.128": 4}, step={"STAS.128": 4})
+    assert complaints(kernel, [Meant("k", step_at_least={"STAS 128": 4}, step_at_most={"BLOCK.BAR": 0})]) == []
+    assert complaints(kernel, [Meant("k", step_at_least={"STAS 128": 5})]) == ["4 instructions STAS 128 in a step, at least 5 are meant"]
+
+
+def test_slots_are_counted_by_part_and_cycles_follow_the_schedule(step):
+    case = slots.Case("a case", "k", "k.cu", blocks=16, warps=4, bytes=6400, cluster=True, sends=1)
+    counted = slots.count(case, step, registers=40)
+    assert counted.slots == {"else": 3, "wait": 2, "products": 3, "gates": 3, "send": 1, "store": 1}
+    assert (counted.total, counted.chain_slots) == (13, 9)
+    # wait 2 + 5, load 30, the second product 4 or 6.67 behind the first, 10, MUFU 8 apart and 18, 4, 2
+    assert counted.chain_cycles == (83, 86)
+    assert counted.crossing_cycles == (280, 690)
+    low, middle, high = counted.us
+    assert low == pytest.approx((83 + 280) / 1830, abs=1e-3)
+    assert high == pytest.approx((85.67 + 690) / 1830, abs=1e-3)
+    assert middle == pytest.approx((low + high) / 2, abs=1e-3)
+    assert "a case" in slots.table([counted], "13.0")
+
+
+def test_a_written_table_of_slots_that_is_not_what_was_counted_is_noticed(monkeypatch, step, tmp_path):
+    case = slots.Case("a case", "k", "k.cu", blocks=16, warps=4, bytes=6400, cluster=True, sends=1)
+    monkeypatch.setattr(slots, "CASES", (case,))
+    counted, text = slots.count(case, step, registers=40), tmp_path / "slots.txt"
+    assert "--slots" in stale_slots([counted], "13.0", text)[0]  # not there at all
+    slots.write([counted], "13.0", text, text.with_suffix(".json"))
+    assert stale_slots([counted], "13.0", text) == []
+    counted.total += 1
+    assert "--slots" in stale_slots([counted], "13.0", text)[0]
+    assert stale_slots([counted], "13.2", text) == []  # of another compiler: not to be compared
+    assert "--slots" in stale_slots([], "13.0", text)[0]
 
 
 # -- tools ------------------------------------------------------------------------------------------------------------
@@ -316,6 +472,13 @@ def test_what_has_not_changed_is_not_compiled_again(monkeypatch, tmp_path):
     (tmp_path / "csrc" / "header.cuh").write_text("new")
     examine("90a", "13.2")
     assert compiled == ["80", *["90a"] * 4]
+
+
+def test_every_source_is_examined_with_and_without_clusters_and_most_for_all_architectures():
+    for source in cuda_check.KNOWN_SOURCES:
+        archs = set(cuda_check.archs_of(source))
+        assert archs == set(ARCHS) or (archs == {"80", "90a"} and source.name.startswith("persistent_"))
+    assert cuda_check.archs_of(ROOT / "csrc" / "cuda" / "persistent_forward_bf16.cu") == ARCHS
 
 
 def test_the_architectures_are_those_of_the_build():

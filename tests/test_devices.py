@@ -60,7 +60,8 @@ def test_a_gpu_that_can_runs_diagonals(gpus, options, dtype):
     gpus("13.0", (8, 0))
     module, x = lstm_on("cuda:0", dtype, **options), torch.empty(4, 2, 3, dtype=dtype, device="cuda:0")
     planned = module.plan(2, 4)
-    assert (planned.backend, planned.reason) == ("diagonal", "the tensors are on a GPU")
+    assert planned.backend == "diagonal" and planned.reason.startswith("the tensors are on a GPU; ")
+    assert planned.why_not, "this build has no persistent kernels, whatever it is made to say"
     assert (planned.device, planned.dtype, planned.isa, planned.threads) == (x.device, dtype, None, 0)
     output, (h_n, c_n) = module(x)
     on_meta = StackedLSTM(3, 5, 2, device="meta", dtype=dtype, **options)
@@ -184,7 +185,7 @@ def test_torch_compile_and_export_put_the_question_to_the_gpu_while_they_trace(g
     assert torch.compile(module, fullgraph=True, backend=counter)(x)[0].device == x.device
     assert counter.frame_count == 1
     for graph in (counter.graphs[0].graph, torch.export.export(module, (x,)).graph):
-        assert traced_backend(graph) == "diagonal"
+        assert traced_backend(graph) == "auto"  # the operator decides, by its sizes
     torch._dynamo.reset()
 
 

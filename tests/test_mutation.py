@@ -1,5 +1,6 @@
 """The emulator's tests notice every barrier, fence, wait, arrival and bounds check that is missing from a kernel."""
 
+import dataclasses
 import re
 import textwrap
 
@@ -141,6 +142,20 @@ def test_a_hunt_tells_what_became_of_every_mutant(tmp_path):
     assert len(outcome.problems) == 5
 
 
+def test_a_second_program_kills_what_the_first_does_not_reach(tmp_path):
+    functions = "one", "other"
+    (tmp_path / "thing.h").write_text("\n".join(f"inline int {name}(int a) {{ return a > 0 ? 1 : 2; }}" for name in functions))
+    for name in functions:
+        (tmp_path / f"{name}.cpp").write_text(f'#include "thing.h"\nint main() {{ return {name}(0) != 2 || {name}(1) != 1; }}')
+    first = mutate.Target("two", ("thing.h",), ("one.cpp",), variants=((),), stages=(None,), root=tmp_path, folders=(".",))
+    both = dataclasses.replace(first, more_programs=(("other.cpp",),))
+    for target, missed in ((first, ["other"] * 3), (both, [])):
+        outcome = mutate.hunt([target], equivalents=[])
+        assert len(outcome.verdicts) == 6
+        assert [verdict.mutant.function for verdict in outcome.verdicts if verdict.fate == "not reached"] == missed
+        assert all(verdict.killed for verdict in outcome.verdicts if verdict.fate != "not reached")
+
+
 # ---- The rewriter
 
 
@@ -157,6 +172,8 @@ FOUND = [  # code, its mutants
     ("cuda::warp_barrier();", ["barrier removed: cuda::warp_barrier()"]),
     ("fence<Scope::device>();", ["fence removed: fence<Scope::device>()"]),
     ("copy_async_commit();", ["commit removed: copy_async_commit()"]),
+    ("publish_chunks(a, place, 1);", ["arrive removed: publish_chunks(a, place, 1)"]),
+    ("waiting_.for_phase(bar, n % 2, s);", ["wait removed: waiting_.for_phase(bar, n % 2, s)"]),
     ("bulk_wait<0>();", ["wait removed: bulk_wait<0>()", "wait one group short: bulk_wait<0>()"]),
     ("mbarrier_wait(bar(a, b), t % 2);", ["wait removed: mbarrier_wait(bar(a, b), t % 2)", "wait for the other parity: t % 2"]),
     ("store_release<Scope::device>(p, 1u);", [f"{what}: store_release<Scope::device>(p, 1u)" for what in RELAXED]),
@@ -209,6 +226,14 @@ def test_what_is_no_site_is_left_alone(code):
 
 def test_only_what_stands_in_a_function_is_changed():
     assert mutants_of("template <int N, bool Small = (N < 4)>\nstruct S { int a[N > 2 ? 2 : N]; };", wrap=False) == []
+
+
+@pytest.mark.parametrize(
+    "parameters", ["class C", "class C, typename T = typename C::T", "typename T, template <typename> class Cell", "bool B = (4 < 5)"]
+)
+def test_parameters_of_a_template_are_no_part_of_its_function(parameters):
+    text = f"template <{parameters}>\n__device__ void stage(int n) {{\n  if (n > 0) block_barrier();\n}}"
+    assert {mutant.function for mutant in instrument(text, "f.cuh")[1]} == {"stage"}
 
 
 def test_the_host_side_of_a_condition_counts():

@@ -1,9 +1,11 @@
-"""The planner of the persistent kernel: no plan over any limit, nothing left out, no wait for what nobody makes.
+"""The planner of the persistent kernels: no plan over any limit, nothing left out, no wait for what nobody makes.
 
-Nothing runs the kernel yet, and nothing here needs a GPU: these are claims about plans (``csrc/persistent.h``).
+Nothing here needs a GPU: these are claims about plans (``csrc/persistent_plan.h``), forward and backward, for thousands of
+stacks on the GPUs of ``csrc/device.h``.
 """
 
 import itertools
+import json
 import math
 import os
 import random
@@ -15,17 +17,37 @@ import pytest
 from stacked_lstm_ext import _C
 
 DEVICES = {device["name"]: device for device in _C.persistent_devices()}
-ELEMENT_BYTES = (2, 4)
-KEYS = ("device", "input_size", "hidden", "proj", "bidirectional", "steps", "batch", "bytes", "training")
+FORMATS = ((2, "tensor"), (4, "tensor"), (4, "exact"))  # bytes of an element, products
+STACK_KEYS = ("device", "input_size", "hidden", "proj", "bidirectional", "steps", "batch", "bytes")
+OPTIONS = ("product", "saving", "costs", "capacity")
+INSTANCES = {
+    (bytes_, backward): {
+        (i["product"], i["exchange"], i["tiles"], i["pieces"], i["m_tiles"]): i for i in _C.persistent_instances(bytes_, backward)
+    }
+    for bytes_ in (2, 4)
+    for backward in (False, True)
+}
+
+
+def arguments(stack):
+    return [stack[key] for key in STACK_KEYS], {key: stack[key] for key in OPTIONS if key in stack}
 
 
 def plan(stack, timeline=False):
-    return _C.persistent_plan(*(stack[key] for key in KEYS), timeline)
+    positional, named = arguments(stack)
+    return _C.persistent_plan(*positional, **named, backward=stack["backward"], timeline=timeline)
+
+
+def choice(stack):
+    positional, named = arguments(stack)
+    return _C.persistent_choice(*positional, **named)
 
 
 def stack(device="h100", layers=1, hidden=512, **changes):
     hidden = hidden if isinstance(hidden, list) else [hidden] * layers
-    default = {"proj": 0, "bidirectional": False, "steps": 64, "batch": 8, "bytes": 2, "training": False}
+    default = {"proj": 0, "bidirectional": False, "steps": 64, "batch": 8, "bytes": 2, "product": "tensor", "saving": "none"}
+    default["backward"] = changes.get("backward", False)
+    default["saving"] = "full" if default["backward"] else "none"
     return default | {"device": device, "hidden": hidden, "input_size": hidden[0]} | changes
 
 
@@ -33,9 +55,11 @@ def random_stacks(count, seed):
     draw = random.Random(seed)
     widths = (1, 8, 40, 64, 96, 128, 200, 256, 384, 512, 650, 768, 1000, 1024, 1300)
     for _ in range(count):
-        layers = draw.choice((1, 1, 2, 3, 4, 5, 8, 12, 30))
+        layers = draw.choice((1, 1, 2, 3, 4, 5, 8, 12, 30, 40))
         same = draw.random() < 0.6
         hidden = [draw.choice(widths)] * layers if same else [draw.choice(widths) for _ in range(layers)]
+        bytes_, product = draw.choice(FORMATS)
+        backward = draw.random() < 0.5
         yield stack(
             draw.choice(list(DEVICES)),
             hidden=hidden,
@@ -43,19 +67,31 @@ def random_stacks(count, seed):
             bidirectional=draw.random() < 0.2,
             steps=draw.choice((1, 2, 3, 17, 40, 512, 2000)),
             batch=draw.choice((1, 3, 8, 17, 32, 33, 100, 128, 1000)),
-            bytes=draw.choice(ELEMENT_BYTES),
-            training=draw.random() < 0.3,
+            bytes=bytes_,
+            product=product,
+            backward=backward,
+            saving=draw.choice(("full", "recompute") if backward else ("none", "none", "full", "recompute")),
         )
 
 
-STACKS = list(random_stacks(4000, seed=4))
+STACKS = list(random_stacks(6000, seed=4))
 
 
 @pytest.fixture(scope="module")
 def plans():
     made = [(s, plan(s)) for s in STACKS]
-    assert sum(not p["why_not"] for _, p in made) > 3000, "too few of the stacks can be planned to test anything"
+    for backward in (False, True):
+        planned = sum(not p["why_not"] for s, p in made if s["backward"] == backward)
+        assert planned > 1500, f"too few of the stacks can be planned to test anything: {planned}, backward: {backward}"
     return [(s, p) for s, p in made if not p["why_not"]]
+
+
+def directions_of(stack):
+    return 1 + stack["bidirectional"]
+
+
+def inputs_of(stack):
+    return [stack["input_size"]] + [directions_of(stack) * h for h in stack["hidden"][:-1]]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -66,36 +102,46 @@ def plans():
 def over_a_limit(stack, plan):
     """What a launch of this plan would ask of a device beyond what it has, from published limits alone."""
     device = DEVICES[stack["device"]]
-    directions = 1 + stack["bidirectional"]
-    columns = 8 * plan["tiles"]
+    element = 64 // stack["bytes"]  # of a piece of K
     for p in plan["passes"]:
+        cut, columns = p["cut"], 8 * p["cut"]["tiles"]
+        units, hidden = 8 * cut["groups"], stack["hidden"][p["first_layer"]]
         allocated = math.ceil(p["registers_thread"] / 8) * 8 * p["threads"]
-        lanes = p["copies"] * len(p["layers"]) * directions
         yield "registers a thread", p["registers_thread"], 255
-        yield "threads", p["threads"], 1024
+        yield "weights in registers", p["weight_registers"], p["registers_thread"] - 4 * cut["tiles"]
+        yield "threads", p["threads"], 256
         yield "registers an SM", allocated, device["registers_sm"]
         yield "shared memory a block", p["shared_bytes"], device["shared_block"]
         yield "blocks, one an SM", p["blocks"], device["sms"]
-        yield "named barriers", p["groups"], 15
-        yield "cluster", p["cluster"], device["max_cluster"] if p["exchange"] == "cluster" else 1
-        if p["exchange"] == "cluster":
-            yield "clusters", lanes, device["gpcs"] * (device["sms_gpc"] // p["cluster"])
-        if p["exchange"] == "block":
-            yield "blocks of a lane that has no exchange", max(layer["blocks"] for layer in p["layers"]), 1
-        yield "L2", sum(layer["l2_bytes"] for layer in p["layers"]), device["l2_bytes"]
-        for layer in p["layers"]:
-            padded_k = 16 * p["splits"] * layer["k_steps"]
-            fragments = layer["weight_registers"] * 4 * p["threads"]
-            least = 2 * columns * layer["hidden"] * stack["bytes"]  # two buffers of h
-            if layer["w_ih"] == "shared":
-                least += layer["w_ih_bytes"] // (directions * layer["blocks"])
-            yield "registers of a layer", layer["registers_thread"], p["registers_thread"]
-            yield "fragments in registers", layer["weight_registers"] + 8 * plan["tiles"], layer["registers_thread"]
-            yield "shared memory of a layer", layer["shared_bytes"], p["shared_bytes"]
-            yield "h and W_ih in shared memory", least, layer["shared_bytes"]
-            yield "recurrent rows", layer["hidden"], padded_k
-            yield "W_hh in fragments", layer["registers_bytes"], fragments * layer["blocks"] * directions
-            yield "W_hh", 4 * layer["hidden"] ** 2 * stack["bytes"] * directions, layer["registers_bytes"]
+        yield "blocks, all of them", p["lanes"] * p["copies"] * cut["blocks"], p["blocks"]
+        yield "lanes of a launch", p["lanes"], 32
+        yield "L2", p["l2_bytes"], device["l2_bytes"]
+        yield "sequences of a group", max(last - first for first, last in p["sequences"]), columns
+        yield "units", hidden, cut["blocks"] * units
+        yield "blocks that own nothing", (cut["blocks"] - 1) * units + 1, hidden
+        if cut["exchange"] == "cluster":
+            yield "cluster", max(cut["blocks"], 2), min(device["max_cluster"], 16)  # 1: this device has none
+            clusters = device["gpcs"] * (device["sms_gpc"] // cut["blocks"]) if cut["blocks"] > 1 else device["sms"]
+            yield "clusters", p["lanes"] * p["copies"], clusters
+        if stack["backward"]:
+            least = 2 * columns * 4 * units * stack["bytes"]  # two buffers of the gates' gradients
+            if cut["exchange"] == "cluster":
+                least += 2 * columns * cut["blocks"] * units * 4  # and of partial sums that come in
+            if p["over"]:
+                least += cut["chunk_steps"] * columns * hidden * 4
+            yield "rows of all units", cut["blocks"] * units, 128 * cut["m_tiles"]
+            yield "K of the gates", 32 * cut["groups"], cut["pieces"] * element
+            yield "a warp's share of K", cut["pieces"] * element, 32 * cut["groups"]
+            yield "W_hh in registers", 4 * hidden * hidden, p["weight_registers"] * (4 // stack["bytes"]) * 256 * cut["blocks"]
+        else:
+            least = 2 * columns * hidden * stack["bytes"]  # two buffers of h
+            depth = cut["pieces"] * cut["splits"] * element
+            yield "recurrent rows", max(hidden, cut["blocks"] * units), depth
+            yield "warps", cut["groups"] * cut["splits"], 8
+            yield "W_hh in registers", 4 * hidden * hidden, p["weight_registers"] * (4 // stack["bytes"]) * p["threads"] * cut["blocks"]
+            if cut["inputs_in_shared"]:
+                least += 4 * units * max(layer["inputs"] for layer in p["layers"]) * stack["bytes"]
+        yield "what has to be in shared memory", least, p["shared_bytes"]
 
 
 def test_no_plan_is_over_any_limit(plans):
@@ -104,24 +150,53 @@ def test_no_plan_is_over_any_limit(plans):
             assert asked <= there, f"{what}: {asked} of {there}, for {s}"
 
 
+def test_every_cut_is_one_that_a_compiled_kernel_runs(plans):
+    used = set()
+    for s, p in plans:
+        instances = INSTANCES[s["bytes"], s["backward"]]
+        for each in p["passes"]:
+            cut = each["cut"]
+            key = tuple(cut[name] for name in ("product", "exchange", "tiles", "pieces", "m_tiles"))
+            assert key in instances and cut["product"] == s["product"], f"{cut} for {s}"
+            assert each["weight_registers"] == instances[key]["weight_registers"]
+            used.add((s["bytes"], s["backward"], key))
+    assert len(used) > sum(map(len, INSTANCES.values())) / 2, "a sweep that sees so few of the instances shows little"
+
+
 def test_every_layer_is_in_one_pass_and_every_unit_has_one_owner(plans):
     for s, p in plans:
         layers = [layer["layer"] for each in p["passes"] for layer in each["layers"]]
         assert layers == list(range(len(s["hidden"]))), s
         for each in p["passes"]:
             assert [layer["layer"] for layer in each["layers"]] == list(range(each["first_layer"], each["last_layer"]))
-            for layer in each["layers"]:
-                owned = [unit for first, last in layer["units"] for unit in range(first, last)]
-                assert owned == list(range(s["hidden"][layer["layer"]])), s
-                assert all(0 < last - first <= each["units_block"] for first, last in layer["units"]), s
-                assert len(layer["units"]) == layer["blocks"]
+            widths = {s["hidden"][layer["layer"]] for layer in each["layers"]}
+            assert widths == {each["layers"][0]["hidden"]}, "a launch has one width"
+            owned = [unit for first, last in each["units"] for unit in range(first, last)]
+            assert owned == list(range(max(widths))), s
+            assert all(0 < last - first <= 8 * each["cut"]["groups"] for first, last in each["units"]), s
+            assert len(each["units"]) == each["cut"]["blocks"]
 
 
-def test_every_sequence_is_in_one_batch_group(plans):
+def test_every_sequence_is_in_one_batch_group_and_every_group_in_one_round(plans):
     for s, p in plans:
-        assert [b for first, last in p["sequences"] for b in range(first, last)] == list(range(s["batch"]))
-        assert all(0 < last - first <= 8 * p["tiles"] for first, last in p["sequences"])
-        assert all(each["copies"] * each["rounds"] >= p["batch_groups"] for each in p["passes"])
+        for each in p["passes"]:
+            assert [b for first, last in each["sequences"] for b in range(first, last)] == list(range(s["batch"]))
+            assert len(each["sequences"]) == each["batch_groups"] and all(last > first for first, last in each["sequences"])
+            assert 1 <= each["copies"] <= each["batch_groups"]
+            assert each["rounds"] == math.ceil(each["batch_groups"] / each["copies"])
+
+
+def test_backward_that_computes_gates_again_has_them_in_memory_a_segment_at_a_time(plans):
+    for s, p in plans:
+        for each in p["passes"]:
+            steps = each["segment_steps"]
+            assert each["segments"] == math.ceil(s["steps"] / steps) and 1 <= steps <= s["steps"]
+            if not (s["backward"] and s["saving"] == "recompute"):
+                assert steps == s["steps"]
+                continue
+            assert steps == s["steps"] or steps % each["cut"]["chunk_steps"] == 0
+            a_step = s["batch"] * each["lanes"] * 4 * each["layers"][0]["hidden"] * 4
+            assert steps * a_step <= 256 << 20 or steps == 1, s
 
 
 def test_a_bidirectional_layer_is_a_pass_of_its_own(plans):
@@ -129,16 +204,26 @@ def test_a_bidirectional_layer_is_a_pass_of_its_own(plans):
         assert not s["bidirectional"] or all(len(each["layers"]) == 1 for each in p["passes"])
 
 
+def test_only_backward_of_several_layers_has_a_layer_over_another(plans):
+    for s, p in plans:
+        assert all(each["over"] == (s["backward"] and len(each["layers"]) > 1) for each in p["passes"])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Who waits for whom
 # --------------------------------------------------------------------------------------------------------------------
 
-SHORT = [s for s in STACKS if s["steps"] <= 40 and s["batch"] <= 128 and len(s["hidden"]) <= 12][:600]
+SHORT = [s for s in STACKS if s["steps"] <= 40 and s["batch"] <= 128 and len(s["hidden"]) <= 12][:800]
+SHORT += [  # several segments, in rounds, and in passes
+    stack("h100", 3, 256, steps=40, batch=2000, backward=True, saving="recompute"),
+    stack("h200", 6, 512, steps=37, batch=1500, backward=True, saving="recompute"),
+]
 
 
 @pytest.fixture(scope="module")
 def timelines():
     made = [(s, plan(s, timeline=True)) for s in SHORT]
+    assert all(max(each["segments"] for each in p["passes"]) > 1 for _, p in made[-2:])
     return [(s, p) for s, p in made if not p["why_not"]]
 
 
@@ -146,16 +231,18 @@ def test_every_chunk_is_worked_on_once_by_the_blocks_that_own_its_lane(timelines
     for s, p in timelines:
         expected, got = set(), [work[1:5] for work in p["timeline"]]
         for each in p["passes"]:
-            layers, directions = range(each["first_layer"], each["last_layer"]), range(1 + s["bidirectional"])
-            chunks = range(math.ceil(s["steps"] / each["chunk_steps"]))
-            expected |= set(itertools.product(range(p["batch_groups"]), layers, directions, chunks))
+            layers, directions = range(each["first_layer"], each["last_layer"]), range(directions_of(s))
+            chunks = range(math.ceil(s["steps"] / each["cut"]["chunk_steps"]))
+            expected |= set(itertools.product(range(each["batch_groups"]), layers, directions, chunks))
         assert len(got) == len(set(got)) and set(got) == expected, s
-        for number, _, layer, _, _, first, blocks, *_ in p["timeline"]:
+        for number, group, layer, direction, _, first, blocks, *_ in p["timeline"]:
             each = p["passes"][number]
             assert each["first_layer"] <= layer < each["last_layer"]
-            assert first >= 0 and first + blocks <= each["blocks"] <= DEVICES[s["device"]]["sms"]
-            # A cluster is as many neighbouring blocks, from a multiple of its size on.
-            assert each["exchange"] != "cluster" or first % each["cluster"] + blocks <= each["cluster"], s
+            assert blocks == each["cut"]["blocks"]
+            # The numbering of persistent_kernels.h.
+            lane = (layer - each["first_layer"]) * directions_of(s) + direction
+            assert first == (group % each["copies"] * each["lanes"] + lane) * blocks
+            assert first + blocks <= each["blocks"] <= DEVICES[s["device"]]["sms"]
 
 
 def test_no_block_works_for_two_lanes_at_once(timelines):
@@ -171,33 +258,41 @@ def test_no_block_works_for_two_lanes_at_once(timelines):
 
 def test_a_chunk_waits_for_what_its_layer_reads(timelines):
     for s, p in timelines:
+        beside = 1 if s["backward"] else -1
         for number, _, layer, _, chunk, _, _, needs_layer, needs_chunks, _, _ in p["timeline"]:
-            if layer == 0:
+            if not 0 <= layer + beside < len(s["hidden"]):
                 assert needs_layer == -1
                 continue
-            assert needs_layer == layer - 1
+            assert needs_layer == layer + beside
             here = p["passes"][number]
-            below = next(each for each in p["passes"] if each["first_layer"] <= layer - 1 < each["last_layer"])
-            there = min(needs_chunks * below["chunk_steps"], s["steps"])
-            last = s["steps"] if s["bidirectional"] else min((chunk + 1) * here["chunk_steps"], s["steps"])
-            assert there >= last, f"layer {layer} chunk {chunk} reads {last} steps and waits for {there}, for {s}"
+            there = next(each for each in p["passes"] if each["first_layer"] <= needs_layer < each["last_layer"])
+            done = min(needs_chunks * there["cut"]["chunk_steps"], s["steps"])
+            last = s["steps"] if there is not here else min((chunk + 1) * here["cut"]["chunk_steps"], s["steps"])
+            assert done >= last, f"layer {layer} chunk {chunk} reads {last} steps and waits for {done}, for {s}"
 
 
 def test_nobody_waits_for_ever(timelines):
     """Each lane's blocks take their chunks in order, passes one after another; whatever moves, all comes to the end."""
     for s, p in timelines:
-        done = {}
-        for number in range(len(p["passes"])):
+        done = {}  # chunks of a lane of a batch group; of a pass before this one, whose groups may differ: of all groups
+        numbers = range(len(p["passes"]))
+        for number in reversed(numbers) if s["backward"] else numbers:
             queues = {}
             for work in p["timeline"]:
                 if work[0] == number:
                     queues.setdefault(work[5], []).append(work)
+            here, finished = range(p["passes"][number]["first_layer"], p["passes"][number]["last_layer"]), {}
+            for (_, layer, direction), chunks in done.items():
+                finished[layer, direction] = min(chunks, finished.get((layer, direction), chunks))
             while queues:
                 moved = False
-                for place, queue in sorted(queues.items(), reverse=True):  # the upper layers first
+                for place, queue in sorted(queues.items(), reverse=not s["backward"]):  # those first that wait
                     _, group, layer, direction, chunk, _, _, needs_layer, needs_chunks, _, _ = queue[0]
-                    lanes = [(group, needs_layer, d) for d in range(1 + s["bidirectional"])] if needs_layer >= 0 else []
-                    if all(done.get(lane, 0) >= needs_chunks for lane in lanes):
+                    ready = all(
+                        (done.get((group, needs_layer, d), 0) if needs_layer in here else finished.get((needs_layer, d), 0)) >= needs_chunks
+                        for d in range(directions_of(s) if needs_layer >= 0 else 0)
+                    )
+                    if ready:
                         assert done.get((group, layer, direction), 0) == chunk, "the chunks of a lane come in order"
                         done[group, layer, direction] = chunk + 1
                         queue.pop(0)
@@ -209,16 +304,21 @@ def test_nobody_waits_for_ever(timelines):
 
 def test_the_timeline_keeps_its_waits_and_ends_when_predicted(timelines):
     for s, p in timelines:
-        ends = {}
-        for _, group, layer, direction, chunk, _, _, needs_layer, needs_chunks, start, end in p["timeline"]:
+        ends, passes_end = {}, {}
+        for number, group, layer, direction, chunk, _, _, needs_layer, needs_chunks, start, end in p["timeline"]:
             assert end > start
-            if needs_layer >= 0:
-                ready = max(ends[group, needs_layer, d, needs_chunks - 1] for d in range(1 + s["bidirectional"]))
+            each = p["passes"][number]
+            if each["first_layer"] <= needs_layer < each["last_layer"]:
+                ready = max(ends[group, needs_layer, d, needs_chunks - 1] for d in range(directions_of(s)))
                 assert start >= ready, f"layer {layer} chunk {chunk} starts before what it reads is there, for {s}"
+            elif needs_layer >= 0:
+                before = number + 1 if s["backward"] else number - 1
+                assert start >= passes_end[before] - 1e-6
             if chunk:
                 assert start >= ends[group, layer, direction, chunk - 1]
             ends[group, layer, direction, chunk] = end
-        assert max(ends.values()) == pytest.approx(p["predicted_us"], rel=1e-9), s
+            passes_end[number] = max(end, passes_end.get(number, 0))
+        assert max(ends.values()) + p["after_us"] == pytest.approx(p["predicted_us"], rel=1e-9), s
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -226,15 +326,30 @@ def test_the_timeline_keeps_its_waits_and_ends_when_predicted(timelines):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def physical_limit(s):
+    """Weights once from memory, and all multiply-adds at the published rates; backward: of dL/dh alone."""
+    device, directions = DEVICES[s["device"]], directions_of(s)
+    inputs = inputs_of(s)
+    if s["backward"]:
+        inputs[0] = 0
+    weights = sum(4 * h * (i + h) * directions for i, h in zip(inputs, s["hidden"], strict=True))
+    rate = device["fma_rate"] if s["product"] == "exact" else device["mma_rate"] / (s["bytes"] / 2)
+    per_us = device["sms"] * rate * device["clock_mhz"]
+    return max(weights * s["bytes"] / device["memory_gb_s"] / 1e3, weights * s["batch"] * s["steps"] / per_us)
+
+
 def test_no_prediction_is_below_the_physical_limit(plans):
     for s, p in plans:
-        device, directions = DEVICES[s["device"]], 1 + s["bidirectional"]
-        inputs = [s["input_size"]] + [directions * h for h in s["hidden"][:-1]]
-        weights = sum(4 * h * (i + h) * directions for i, h in zip(inputs, s["hidden"], strict=True))
-        per_us = device["sms"] * device["mma_rate"] * device["clock_mhz"] / (s["bytes"] / 2)
-        limit = max(weights * s["bytes"] / device["memory_gb_s"] / 1e3, weights * s["batch"] * s["steps"] / per_us)
-        assert p["limit_us"] == pytest.approx(limit)
-        assert p["predicted_us"] >= limit, s
+        assert p["limit_us"] == pytest.approx(physical_limit(s))
+        assert p["predicted_us"] >= p["limit_us"], s
+
+
+def test_no_prediction_of_the_diagonals_is_below_the_physical_limit():
+    for s in STACKS[:1500]:
+        chosen = choice(s)
+        cost = chosen["diagonal_backward" if s["backward"] else "diagonal_forward"]
+        assert cost["predicted_us"] >= physical_limit(s), s
+        assert cost["predicted_us"] >= max(cost["host_us"], cost["device_us"]) and cost["diagonals"] >= s["steps"]
 
 
 def test_the_terms_of_a_prediction_add_up(plans):
@@ -242,9 +357,11 @@ def test_the_terms_of_a_prediction_add_up(plans):
         assert all(us >= 0 for us in p["terms"].values()), s
         assert sum(p["terms"].values()) == pytest.approx(p["predicted_us"])
         assert p["terms"][p["binds"]] == max(p["terms"].values())
+        assert sum(sum(each["terms"].values()) for each in p["passes"]) + p["after_us"] == pytest.approx(p["predicted_us"])
         for each in p["passes"]:
             terms = each["terms"]
-            assert sum(terms.values()) == pytest.approx(terms["launch"] + terms["load"] + each["rounds"] * each["makespan_us"])
+            whole = terms["launch"] + terms["load"] + each["ahead_us"] + each["rounds"] * each["makespan_us"]
+            assert sum(terms.values()) == pytest.approx(whole), s
 
 
 @pytest.mark.parametrize(
@@ -256,15 +373,27 @@ def test_the_terms_of_a_prediction_add_up(plans):
         lambda s: s | {"steps": 2 * s["steps"]},
         lambda s: s | {"batch": s["batch"] + 1},
         lambda s: s | {"batch": s["batch"] + 100},
-        lambda s: s | {"training": True},
+        lambda s: s | {"saving": "recompute" if s["backward"] else "full"},
         lambda s: s | {"input_size": s["input_size"] + 100},
     ],
-    ids=["deeper", "deeper, 200 units", "a step longer", "twice as long", "a sequence more", "more sequences", "training", "wider input"],
+    ids=["deeper", "deeper, 200 units", "a step longer", "twice as long", "a sequence more", "more sequences", "saving", "wider input"],
 )
 def test_more_work_is_never_cheaper(plans, change):
-    for s, p in plans[:500]:
+    for s, p in plans[:600]:
         more = plan(change(s))
         assert more["why_not"] or more["predicted_us"] >= p["predicted_us"] * (1 - 1e-9), (s, change(s))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_better_device_is_never_slower(backward):
+    better = [("sms", 2, int), ("memory_gb_s", 1.5, float), ("l2_bytes", 2, int), ("mma_rate", 2, float), ("clock_mhz", 1.2, float)]
+    for s in [s for s in STACKS if s["backward"] == backward and not plan(s)["why_not"]][:150]:
+        device = DEVICES[s["device"]]
+        for name, times, kind in better:
+            # With twice the SMs come twice the GPCs: clusters lie inside one.
+            changed = {name: kind(device[name] * times)} | ({"gpcs": 2 * device["gpcs"]} if name == "sms" else {})
+            faster = plan(s | {"device": device | changed})
+            assert faster["predicted_us"] <= plan(s)["predicted_us"] * (1 + 1e-9), (name, s)
 
 
 def test_depth_is_nearly_free_where_the_layers_fit():
@@ -273,8 +402,145 @@ def test_depth_is_nearly_free_where_the_layers_fit():
 
 
 @pytest.mark.parametrize("hidden, low, high", [(512, 0.58, 0.93), (256, 0.47, 0.67)])
-def test_a_step_is_predicted_within_the_range_of_the_prototype(hidden, low, high):
-    assert low <= plan(stack("h100", 8, hidden, steps=512))["step_us"] <= high
+def test_a_step_without_the_projection_is_predicted_within_the_range_of_the_prototype(hidden, low, high):
+    steps = 512
+    (only,) = plan(stack("h100", 8, hidden, steps=steps))["passes"]
+    terms = only["terms"]
+    assert only["cut"]["exchange"] == "cluster"
+    assert low <= (terms["exchange"] + terms["products"] + terms["gates"]) / steps <= high
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which schedule
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_cheaper_schedule_is_chosen_and_the_reason_names_both():
+    chosen = set()
+    for s in STACKS[:1500]:
+        c = choice(s)
+        chosen.add(c["persistent"])
+        training = s["saving"] != "none"
+        assert c["diagonal_us"] == pytest.approx(c["diagonal_forward"]["predicted_us"] + c["diagonal_backward"]["predicted_us"] * training)
+        why_not = c["forward"]["why_not"] or c["backward"]["why_not"]
+        if why_not:
+            assert not c["persistent"] and why_not in c["reason"]
+            continue
+        assert c["persistent_us"] == pytest.approx(c["forward"]["predicted_us"] + c["backward"]["predicted_us"])
+        assert c["persistent"] == (c["persistent_us"] <= c["diagonal_us"])
+        assert str(round(c["persistent_us"])) in c["reason"] and str(round(c["diagonal_us"])) in c["reason"]
+        assert bool(c["backward"]["passes"]) == training
+    assert chosen == {True, False}
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        stack("h100", 1, 4096),
+        stack("l4", 2, 1024),
+        stack("h100", 2, 64, proj=20),
+        stack("h100", 1, 64, bytes=8),
+        stack("h100", 2, 1500, saving="full"),
+    ],
+    ids=["too wide", "too few SMs", "projection", "float64", "backward alone too wide"],
+)
+def test_what_the_persistent_kernel_cannot_run_goes_to_the_diagonals(what):
+    c = choice(what)
+    assert not c["persistent"] and c["diagonal_us"] > 0 and c["persistent_us"] == 0
+    assert c["reason"].startswith("the persistent kernel cannot run it: ")
+
+
+def test_a_stack_far_larger_than_the_chip_goes_to_whichever_is_faster():
+    small_steps, large_batch = (choice(stack("h100", 8, 1024, steps=512, batch=batch)) for batch in (8, 4096))
+    assert small_steps["persistent"] and len(small_steps["forward"]["passes"]) > 1
+    assert not large_batch["persistent"] and large_batch["forward"]["passes"][0]["rounds"] > 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Devices: as a driver describes them, and as it takes back what they promise
+# --------------------------------------------------------------------------------------------------------------------
+
+H100 = {
+    "name": "NVIDIA H100 80GB HBM3",
+    "major": 9,
+    "minor": 0,
+    "sms": 132,
+    "registers_sm": 65536,
+    "shared_block": 232448,
+    "shared_sm": 233472,
+    "l2_bytes": 50 << 20,
+    "clock_khz": 1980000,
+    "memory_clock_khz": 2619000,
+    "memory_bus_bits": 5120,
+}
+
+
+def test_a_driver_describes_the_h100_as_we_do():
+    device = _C.persistent_device_from(H100)
+    assert device["name"] == "h100" and device["full_name"] == H100["name"]
+    assert device["clock_mhz"] == 1980 and device["memory_gb_s"] == pytest.approx(3352, abs=1)
+    same = ("capability", "sms", "registers_sm", "shared_block", "shared_sm", "l2_bytes", "max_cluster", "gpcs", "mma_rate", "fma_rate")
+    assert {key: device[key] for key in same} == {key: DEVICES["h100"][key] for key in same}
+
+
+@pytest.mark.parametrize(
+    "told, expected",
+    [
+        (H100 | {"name": "NVIDIA H100 PCIe", "sms": 114}, {"name": "h100", "sms": 114, "gpcs": 7, "max_cluster": 16}),
+        (H100 | {"name": "NVIDIA GH100X"}, {"name": "sm_90", "max_cluster": 8, "mma_rate": 2048}),
+        (H100 | {"max_cluster": 4}, {"name": "h100", "max_cluster": 4}),
+        ({"name": "NVIDIA L40S", "major": 8, "minor": 9, "sms": 142}, {"name": "sm_89", "sms": 142, "max_cluster": 1}),
+        ({"name": "NVIDIA L4", "major": 8, "minor": 9}, {"name": "l4", "sms": 58, "memory_gb_s": 300}),
+        ({"name": "NVIDIA GeForce RTX 4090", "major": 8, "minor": 9}, {"name": "rtx4090", "mma_rate": 256}),
+        ({"name": "NVIDIA A100-SXM4-40GB", "major": 8, "minor": 0, "l2_bytes": 40 << 20}, {"name": "a100", "max_cluster": 1}),
+        ({"name": "NVIDIA RTX PRO", "major": 12, "minor": 0}, {"name": "sm_120", "max_cluster": 8, "capability": (12, 0)}),
+        ({"name": "Tesla V100", "major": 7, "minor": 0}, {"name": "sm_70", "capability": (7, 0)}),
+    ],
+    ids=lambda value: value["name"],
+)
+def test_any_gpu_is_a_device(told, expected):
+    device = _C.persistent_device_from(told)
+    assert {key: device[key] for key in expected} == expected
+    assert all(device[key] > 0 for key in device if key not in ("name", "full_name", "capability"))
+    why_not = plan(stack(device, 2, 64))["why_not"]
+    assert ("below 8.0" in why_not) == (told["major"] < 8)
+
+
+def test_what_the_driver_takes_back_is_planned_anew():
+    asked = []
+
+    def capacity(backward, cut, most_inputs, hidden, over):
+        asked.append((backward, cut, most_inputs, hidden, over))
+        return 0 if cut["exchange"] == "cluster" and cut["blocks"] == 16 else 96
+
+    free, held = (plan(stack("h100", 8, 512, input_size=40, **extra)) for extra in ({}, {"capacity": capacity}))
+    assert {p["cut"]["blocks"] for p in free["passes"]} == {16} and len(free["passes"]) == 1
+    assert held["passes"] and not any(p["cut"]["exchange"] == "cluster" and p["cut"]["blocks"] == 16 for p in held["passes"])
+    assert all(p["blocks"] <= 96 for p in held["passes"])
+    assert held["predicted_us"] >= free["predicted_us"]
+    assert {(backward, inputs, hidden, over) for backward, _, inputs, hidden, over in asked} == {(False, 512, 512, False)}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("blocks", [100, 48, 12, 6, 4])
+def test_a_plan_fits_whatever_the_driver_holds(blocks, backward):
+    p = plan(stack("h100", 4, 96, batch=40, backward=backward, capacity=lambda *_: blocks))
+    assert p["passes"] and all(each["blocks"] <= blocks for each in p["passes"])
+
+
+def test_clusters_of_16_that_a_chip_has_fewer_of_than_described_make_more_passes():
+    def seven(backward, cut, *_):
+        return 7 * 16 if cut["exchange"] == "cluster" and cut["blocks"] == 16 else 132
+
+    p = plan(stack("h100", 8, 512, steps=512, capacity=seven))
+    assert not p["why_not"] and sum(len(each["layers"]) for each in p["passes"]) == 8
+    assert all(each["blocks"] <= seven(False, each["cut"]) for each in p["passes"])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_driver_that_holds_nothing_is_a_reason_and_no_endless_search(backward):
+    p = plan(stack("h100", 8, 512, backward=backward, capacity=lambda *_: 0))
+    assert p["passes"] == [] and any(c.isdigit() for c in p["why_not"])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -282,39 +548,58 @@ def test_a_step_is_predicted_within_the_range_of_the_prototype(hidden, low, high
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_layers_of_different_widths_share_a_launch():
-    p = plan(stack("h100", hidden=[256, 64, 200, 128, 8], input_size=30))
-    (only,) = p["passes"]
-    assert [layer["hidden"] for layer in only["layers"]] == [256, 64, 200, 128, 8]
-    assert len({layer["blocks"] for layer in only["layers"]}) > 1 and only["exchange"] == "cluster"
-    assert [layer["first_block"] % only["cluster"] for layer in only["layers"]] == [0] * 5
+@pytest.mark.parametrize("backward", [False, True])
+def test_layers_of_different_widths_are_passes_of_their_own(backward):
+    p = plan(stack("h100", hidden=[256, 64, 64, 64, 128], input_size=30, backward=backward))
+    assert [(each["first_layer"], each["last_layer"]) for each in p["passes"]] == [(0, 1), (1, 4), (4, 5)]
+    assert all(each["cut"]["exchange"] == "cluster" for each in p["passes"])
 
 
-def test_what_does_not_fit_at_once_is_split_into_passes():
-    p = plan(stack("h100", 24, 512))
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_does_not_fit_at_once_is_split_into_passes(backward):
+    p = plan(stack("h100", 24, 512, backward=backward))
     assert [(each["first_layer"], each["last_layer"]) for each in p["passes"]] == [(0, 8), (8, 16), (16, 24)]
 
 
+def test_a_launch_takes_32_lanes():
+    p = plan(stack("b200", 40, 8, steps=512))
+    assert len(p["passes"]) == 2 and max(each["lanes"] for each in p["passes"]) <= 32
+
+
+def test_a_large_batch_runs_in_groups_side_by_side_and_in_rounds():
+    for p in plan(stack("h100", 2, 256, batch=5000))["passes"]:
+        assert p["copies"] > 1 and p["rounds"] > 1
+
+
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("device", sorted(DEVICES))
-def test_clusters_are_for_devices_that_have_them(device):
-    exchange = {each["exchange"] for each in plan(stack(device, 4, 256))["passes"]}
+def test_clusters_are_for_devices_that_have_them(device, backward):
+    exchange = {each["cut"]["exchange"] for each in plan(stack(device, 4, 256, backward=backward))["passes"]}
     assert exchange == ({"cluster"} if DEVICES[device]["capability"] >= (9, 0) else {"l2"})
 
 
-def test_a_layer_wider_than_a_cluster_goes_through_l2():
-    assert {each["exchange"] for each in plan(stack("h100", 2, 1024))["passes"]} == {"l2"}
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_layer_wider_than_a_cluster_goes_through_l2(backward):
+    assert {each["cut"]["exchange"] for each in plan(stack("h100", 2, 1024, backward=backward))["passes"]} == {"l2"}
 
 
-REFUSED = [  # what, and the numbers that its refusal names
-    (stack("l4", 2, 1024), ["1024", "64 blocks", "58 SMs"]),
+REFUSED = [  # what, and what its refusal names
+    (stack("l4", 2, 1024), ["1024", "forward", "blocks", "58 SMs"]),
+    (stack("l4", 2, 1024, backward=True), ["1024", "backward", "64 blocks", "58 SMs"]),
     (stack("h100", hidden=[64, 2000]), ["layer 1", "2000", "132 SMs"]),
     (stack("h100", 1, 4096), ["layer 0", "4096", "2048"]),
+    (stack("h100", 1, 1100, backward=True), ["layer 0", "1100", "1024"]),
     (stack("a100", 1, 1024, bytes=4), ["1024", "4 bytes", "128 blocks", "108 SMs"]),
     (stack("h100", 1, 64, bytes=8), ["8 bytes", "2 or 4"]),
+    (stack("h100", 1, 64, product="exact"), ["2 bytes", "exact", "forward"]),
     (stack("h100", 2, 64, proj=20), ["layer 0", "20"]),
     (stack("h100", 2, 64, steps=0), ["2 layers", "0 steps"]),
     (stack("h100", 2, 64, batch=0), ["batch 0"]),
+    (stack("h100", 2, 64, batch=1 << 20), ["1048576", "65536"]),
+    (stack("h100", 2, 64, input_size=1 << 23), ["layer 0", "8388608", "1048576"]),
     (stack("h100", 1, 1000, bidirectional=True, bytes=4), ["1000", "SMs"]),
+    (stack(DEVICES["h100"] | {"shared_block": 20000}, 1, 512), ["512", "bytes of shared memory", "20000"]),
+    (stack(DEVICES["h100"] | {"registers_sm": 8192}, 1, 512), ["512", "132 SMs", "at once"]),
 ]
 
 
@@ -327,18 +612,126 @@ def test_a_refusal_is_a_sentence_with_numbers(refused, numbers):
 
 
 def test_every_refusal_of_the_sweep_names_numbers():
-    refusals = {plan(s)["why_not"] for s in STACKS[:1500]} - {""}
+    refusals = {plan(s)["why_not"] for s in STACKS[:2000]} - {""}
     assert refusals and all(any(c.isdigit() for c in why) for why in refusals)
     assert not any(why.startswith("no partition") for why in refusals), "a reason is missing from obstacle()"
 
 
 @pytest.mark.parametrize(
     "wrong, message",
-    [({"device": "v100"}, "a100.*got: v100"), ({"hidden": [8, 0]}, "hidden.*got: 0"), ({"input_size": 0}, "got: 0")],
+    [
+        ({"device": "v100"}, "a100.*got: v100"),
+        ({"hidden": [8, 0]}, "hidden.*got: 0"),
+        ({"input_size": 0}, "got: 0"),
+        ({"product": "tf32"}, "tensor, exact, got: tf32"),
+        ({"saving": "some"}, "none, full, recompute, got: some"),
+        ({"costs": {"cluster_ms": 1.0}}, "no cost of the name cluster_ms"),
+        ({"costs": {"cluster_us": 0.0}}, "cluster_us should be a number above 0"),
+    ],
 )
 def test_what_is_no_stack_is_an_error(wrong, message):
     with pytest.raises(ValueError, match=message):
         plan(stack() | wrong)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Costs that `make gpu` has measured
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def figure(median, unit, **more):
+    return {"unit": unit, "median": median, "min": median, "max": median, "wrong": 0} | more
+
+
+def result_file(path, **changes):
+    """Made up, in the form of benchmarks/gpu/primitives.py: an exchange of 300 ns and 20 bytes a nanosecond."""
+    figures = {
+        "tagged word through L2, one way": figure(400, "ns"),
+        "2 KiB and a flag through L2, block to block": figure(900, "ns"),
+        "barrier of the grid": figure(1500, "ns"),
+        "barrier of 256 threads": figure(20, "cycles"),
+        "reads from shared memory": figure(120, "bytes/cycle"),
+        "reads from L2, all multiprocessors, 8 MiB": figure(132 * 1.83 * 25, "GB/s"),
+        "latency of L2": figure(280, "cycles"),
+        "latency of mma m16n8k16 bf16": figure(32, "cycles"),
+        "mma m16n8k16 bf16, one multiprocessor": figure(0.7, "mma/cycle"),
+        "an empty kernel in a stream": figure(2200, "ns"),
+        "a launch, on the host": figure(2500, "ns"),
+    }
+    for blocks in (2, 4, 8, 16):
+        for share in (128, 512, 2048):
+            figures[f"exchange by st.async, {blocks} blocks, {share} bytes each"] = figure(300 + blocks * share / 20, "ns")
+            figures[f"exchange by bulk copies, {blocks} blocks, {share} bytes each"] = figure(1, "ns")
+    path.write_text(json.dumps({"schema": 1, "primitives": {"summary": "", "figures": figures | changes}}))
+    return path
+
+
+def test_measured_figures_take_the_place_of_the_built_in_ones(tmp_path):
+    from stacked_lstm_ext.plan.persistent import persistent_plan, read_costs
+
+    costs, device = read_costs(result_file(tmp_path / "result.json"), DEVICES["h100"])
+    assert costs == pytest.approx(
+        {
+            "cluster_us": 0.3,
+            "cluster_rate": 20 / 1.83,
+            "l2_us": 0.4 + 20 / 1830,
+            "l2_rate": 25,
+            "l2_latency": 280,
+            "hand_over_us": 0.9,
+            "shared_rate": 120,
+            "mma_latency": 32,
+            "barrier": 20,
+            "kernel_us": 3.2,
+            "host_launch_us": 2.5,
+            "host_product_us": 5.5,
+        }
+    )
+    assert device == DEVICES["h100"] | {"mma_share": pytest.approx(0.7)}
+    assert set(costs) <= set(_C.persistent_costs())
+    slow, built_in = (persistent_plan("h100", [512] * 8, costs=c)["forward"] for c in (costs, None))
+    assert slow["terms"]["exchange"] > built_in["terms"]["exchange"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"latency of L2": {"error": "too many blocks"}}, {"latency of L2": figure(280, "cycles", wrong=3)}],
+    ids=["an error", "wrong values"],
+)
+def test_what_failed_on_the_gpu_is_not_planned_with(tmp_path, changes):
+    from stacked_lstm_ext.plan.persistent import read_costs
+
+    costs, _ = read_costs(result_file(tmp_path / "result.json", **changes), DEVICES["h100"])
+    assert "l2_latency" not in costs and costs["barrier"] == 20
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("not json", "is no result file"),
+        ('{"schema": 1}', "is no result file"),
+        ('{"primitives": {"figures": {}}}', "holds no figure"),
+        ('{"primitives": {"figures": {"latency of L2": {"unit": "ns", "median": 1, "wrong": 0}}}}', "cycles above 0, got: 1 ns"),
+        ('{"primitives": {"figures": {"latency of L2": {"unit": "cycles", "median": 0, "wrong": 0}}}}', "above 0, got: 0"),
+    ],
+)
+def test_a_file_that_is_no_result_is_an_error(tmp_path, text, message):
+    from stacked_lstm_ext.plan.persistent import read_costs
+
+    path = tmp_path / "result.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_costs(path, DEVICES["h100"])
+
+
+def test_every_figure_that_is_read_is_one_that_the_program_prints():
+    from benchmarks.gpu.results import ROOT
+    from stacked_lstm_ext.plan import persistent
+
+    source = (ROOT / "benchmarks" / "primitives.cu").read_text()
+    names = [name for name, _, _ in persistent._ONE_FIGURE.values()]
+    names += ["tagged word through L2, one way", "reads from L2, all multiprocessors, 8 MiB", "exchange by st.async"]
+    names += ["mma m16n8k16 bf16, one multiprocessor", "an empty kernel in a stream"]
+    assert all(f'"{name}"' in source for name in names)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -354,11 +747,21 @@ def command(*arguments, **environment):
 def test_the_command_prints_the_plan_and_who_works_when():
     run = command("--layers", "8", "--hidden", "512", "--device", "h100")
     assert (run.returncode, run.stderr) == (0, "")
-    assert "does not run in this version" in run.stdout and "predicted" in run.stdout
+    assert "All times are predicted" in run.stdout and "BACKWARD" not in run.stdout
     assert "clusters of 16 blocks" in run.stdout and "bound by exchange" in run.stdout
+    assert "by diagonals" in run.stdout and "what would run: the persistent kernel" in run.stdout
     rows = [line.split()[-1] for line in run.stdout.splitlines() if line.startswith("pass 0 layer")]
     assert len(rows) == 8
     assert rows[0].index("0") < rows[7].index("0") and rows[0].rindex("9") < rows[7].rindex("9")
+
+
+def test_the_command_prints_both_passes_of_training():
+    run = command("--layers", "3", "--hidden", "256", "--recompute", "--steps", "40")
+    assert run.returncode == 0, run.stderr
+    forward, backward = run.stdout.split("BACKWARD: ")
+    assert "training" in forward and "partial sums of dh" in backward and "large products" in backward
+    first, _, last = [line.split()[-1] for line in backward.splitlines() if line.startswith("pass 0 layer")]
+    assert last.index("0") < first.index("0"), "backward begins with the last layer"
 
 
 def test_the_command_takes_a_width_for_each_layer():
@@ -367,15 +770,26 @@ def test_the_command_takes_a_width_for_each_layer():
     assert "for 2 layers" in command("--hidden", "64,128,40", "--layers", "2").stderr
 
 
-def test_the_command_says_why_not():
+def test_the_command_says_why_not_and_what_would_run():
     run = command("--layers", "3", "--hidden", "1024", "--device", "l4")
-    assert run.returncode == 1 and "58 SMs" in run.stdout and run.stderr == ""
+    assert run.returncode == 0 and "58 SMs" in run.stdout and run.stderr == ""
+    assert "what would run: the diagonals" in run.stdout
 
 
-def test_the_command_draws_the_picture(tmp_path):
+def test_the_command_plans_with_measured_costs(tmp_path):
+    path = result_file(tmp_path / "result.json")
+    run = command("--hidden", "256", "--costs", str(path))
+    assert run.returncode == 0, run.stderr
+    assert f"from {path}: " in run.stdout and "hand_over_us 0.9" in run.stdout
+    missing = command("--hidden", "256", "--costs", str(tmp_path / "none.json"))
+    assert missing.returncode == 2 and "is no result file" in missing.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--training"]], ids=["forward", "training"])
+def test_the_command_draws_the_picture(tmp_path, more):
     pytest.importorskip("matplotlib")
     path = tmp_path / "plan.png"
-    run = command("--layers", "4", "--hidden", "256", "--png", str(path))
+    run = command("--layers", "4", "--hidden", "256", "--png", str(path), *more)
     assert run.returncode == 0, run.stderr
     assert path.read_bytes().startswith(b"\x89PNG") and str(path) in run.stdout
 

@@ -8,10 +8,11 @@ build.py        part 1: the extension, in place, for this GPU
 test.py         part 2: the tests marked ``gpu``, a process a file
 sanitize.py     part 3: compute-sanitizer over sanitized.py
 primitives.py   part 4: what flags, barriers, exchanges and launches cost
-measure.py      part 5: ours, cuDNN and the reference, verified and then timed
+measure.py      part 5: ours on each schedule, cuDNN and the ladder, verified and then timed
 cells.py        which shapes, in which precision, in order of importance
 timing.py       wall clock, host cost, GPU time and CUDA graphs, in turns
 report.py       the tables
+expected.py     what the cost model predicts for the targets, for docs/kernels.md
 
 A part is a program, ``python -m benchmarks.gpu.NAME --result FILE --seconds N``, that puts a section of its own into
 the result file. Its exit status says how it went: see ``parts.Exit``.

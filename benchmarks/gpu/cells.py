@@ -1,4 +1,8 @@
-"""Which shapes are measured, in which precision, in order of importance: a short run leaves out what comes last."""
+"""Which shapes are measured, in which precision, in order of importance: a short run leaves out what comes last.
+
+Two groups carry a claim each, which report.py judges: "targets", where the persistent kernel is to be several times as
+fast as cuDNN, and "gpu", the floors, where from `FLOOR_DEPTH` layers on ours is nowhere to be slower.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,13 @@ BATCHES = (1, 8, 32, 64, 256)
 WIDTHS = (128, 256, 512, 1024)
 DEPTHS = (1, 2, 4, 8, 16)
 FLOOR_DEPTH = 4  # from so many layers on, ours is to be no slower than cuDNN
+
+# The targets: one layer of the shape that FlashRNN's authors and others have published, a grid, and a series of depths.
+ONE_LAYER = (1, 16, 1024, 768)  # L, B, T, H
+TARGET_STEPS = 512
+TARGET_LAYERS, TARGET_WIDTHS, TARGET_BATCHES = (4, 8), (256, 512, 1024), (1, 8, 32)
+DEPTH_BATCH, DEPTH_WIDTH = 8, 256
+LADDER = (4, 8, 512)  # L, B, H: where the ladder's rungs are measured too
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,9 @@ class Target:
 
     case: Case
     precision: Precision
-    reference: bool = False  # also time the plain torch operations of the package's reference
+    ladder: bool = False  # also time the rungs of benchmarks/ladder.py
+    backends: tuple[str, ...] = ()  # ours to force, beside what `auto` takes
+    flashrnn: bool = False  # also FlashRNN, which compiles for a minute at every new size
 
     @property
     def name(self) -> str:
@@ -59,26 +72,54 @@ def packed(layers: int, batch: int, width: int) -> Case:
     return Case(layers, batch, STEPS, width, packed=True, group="packed")
 
 
+def target(layers: int, batch: int, width: int, precision: Precision, steps: int = TARGET_STEPS) -> Target:
+    """A cell of the targets: the persistent kernel and the diagonal schedule are both measured."""
+    case = Case(layers, batch, steps, width, group="targets")
+    one_layer = (layers, batch, steps, width) == ONE_LAYER
+    return Target(
+        case,
+        precision,
+        ladder=precision == BF16 and (layers, batch, width) == LADDER,
+        backends=("persistent", "diagonal"),
+        flashrnn=one_layer and precision == BF16,  # in float16 it adds up in float16, and is not the same product
+    )
+
+
+def target_cells() -> list[Target]:
+    """All cells of the targets. Those that tell most come first: a grid cut short has a bit of everything."""
+    layers, batch, steps, width = ONE_LAYER
+    cells = [target(layers, batch, width, precision, steps) for precision in (BF16, FP16)]
+    # Every width and batch, then the ends of the depth series; the ladder, whose lowest rungs take long.
+    cells += [target(8, 8, 512, BF16), target(8, 1, 256, BF16), target(8, 32, 1024, BF16)]
+    cells += [target(layers, DEPTH_BATCH, DEPTH_WIDTH, BF16) for layers in (1, 16)] + [target(*LADDER, BF16)]
+    cells += [target(4, 32, 256, BF16), target(4, 1, 1024, BF16)]
+    grid = [(layers, batch, width) for width in TARGET_WIDTHS for batch in TARGET_BATCHES for layers in TARGET_LAYERS]
+    depth = [(layers, DEPTH_BATCH, DEPTH_WIDTH) for layers in DEPTHS]
+    return cells + [target(*shape, precision) for precision in (BF16, FP16) for shape in [*grid, *depth]]
+
+
 # Few shapes that show the lie of the land at L = 4: small and large batches, narrow and wide layers.
 SKETCH = [(8, 256), (32, 512), (1, 128), (64, 1024), (1, 1024), (256, 256)]
 FLOOR = SKETCH + [(batch, width) for width in WIDTHS for batch in BATCHES if (batch, width) not in SKETCH]
 
 
 def targets(quick: bool, device: torch.device) -> list[Target]:
-    """What to measure, the most telling first. `quick`: the sketch only; on the CPU: shapes for a dry run."""
+    """What to measure, the most telling first. `quick`: a dozen shapes; on the CPU: shapes for a dry run."""
     if device.type == "cpu":
         return [
-            Target(Case(2, 3, 5, 8, group="gpu"), FP32, reference=True),
+            Target(Case(2, 3, 5, 8, group="targets"), FP32, ladder=True, backends=("persistent", "diagonal")),
             Target(Case(4, 2, 6, 16, group="gpu"), BF16),
             Target(Case(4, 4, 7, 8, packed=True, group="packed"), FP32),
         ]
-    sketch = [Target(grid(4, *shape), BF16, reference=shape == SKETCH[0]) for shape in SKETCH]
+    claims = target_cells()
+    sketch = [Target(grid(4, *shape), BF16) for shape in SKETCH]
     sketch += [Target(packed(4, 32, 512), BF16), Target(packed(4, 8, 256), FP16)]
     sketch += [Target(grid(4, *shape), FP16) for shape in SKETCH[:3]]
     depth = [Target(grid(layers, 8, 512), precision) for precision in (BF16, FP16) for layers in DEPTHS]
+    first_look = claims[:8] + [Target(packed(4, 32, 512), BF16)] + sketch[2:5]
     if quick:
-        return sketch
-    wanted = sketch + depth
+        return first_look
+    wanted = first_look + claims + sketch + depth
     wanted += [Target(grid(4, *shape), precision) for shape in FLOOR for precision in (BF16, FP16)]
     wanted += [Target(grid(4, *shape), precision) for shape in SKETCH for precision in (FP32, TF32)]
     wanted += [Target(packed(4, *shape), BF16) for shape in SKETCH]
@@ -86,6 +127,6 @@ def targets(quick: bool, device: torch.device) -> list[Target]:
         for layers in (8, 16, 4, 2, 1):
             wanted += [Target(grid(layers, *shape), precision) for shape in FLOOR for precision in precisions]
     first: dict[str, Target] = {}
-    for target in wanted:
-        first.setdefault(target.name, target)
+    for one in wanted:
+        first.setdefault(one.name, one)
     return list(first.values())

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import suite
+from benchmarks import ladder, suite
 from benchmarks.cases import Case, Mode, Problem
-from benchmarks.contestants import Contestant, Prepared, StackedLSTM, Tensors, TorchLSTM
+from benchmarks.contestants import Contestant, FlashRNN, Prepared, StackedLSTM, Tensors, TorchLSTM
 from benchmarks.gpu import cells, machine, results, timing
 from benchmarks.gpu.parts import Exit
 from benchmarks.verify import reference, verify
+from stacked_lstm_ext.plan import choose_saving, gpu_plan
 
 TIMING_S = (0.8, 3.0)  # for one row, least and most
 FIRST_ROWS_S = 15.0  # for a target before any has been measured
@@ -52,6 +53,8 @@ class Field:
     contestant: Contestant
     problem: Problem
     expected: Tensors
+    graph: bool = True  # a CUDA graph of it is measured too
+    unless: str = ""  # left out where what `auto` takes has run on this backend: it would be measured twice
 
 
 @dataclass
@@ -120,7 +123,8 @@ class Measurement:
             if not self.measure(target, modes, len(to_do) - number):
                 self.say("the CUDA context is spoilt")
                 return Exit.AGAIN
-            self.longest_s = max(self.longest_s, time.perf_counter() - started)
+            if not (target.ladder or target.flashrnn):  # as long as these nobody else will take
+                self.longest_s = max(self.longest_s, time.perf_counter() - started)
         self.profile(targets[0])
         self.note.clear()
         self.result["measure"] = {
@@ -136,7 +140,7 @@ class Measurement:
     def write_off_what_died(self) -> None:
         """A row for what was being done when the last process died."""
         if note := self.note.read():
-            ours = note["who"].startswith("StackedLSTM") or note["who"] in ("timing", REFERENCE)
+            ours = note["who"].startswith("StackedLSTM") or note["who"] in ("timing", REFERENCE, ladder.FusedGates.name)
             reason = f"the process hung or died ({'while timing' if note['who'] == 'timing' else 'at its first steps'})"
             entry = {"status": "failed", "reason": reason, "ours": ours}
             name = "StackedLSTM" if note["who"] == "timing" else note["who"]
@@ -182,9 +186,7 @@ class Measurement:
             return True
         for mode in modes:
             entrants = [entry for group in fields for entry in group]
-            plain = StackedLSTM("reference")
-            if target.reference and mode == "inference" and plain.name not in {e.contestant.name for e in entrants}:
-                entrants.append(replace(entrants[0], contestant=plain))
+            entrants += self.beside(target, fields[0][0])
             share = min(max(self.left() / targets_left / 2 / len(target.modes), TIMING_S[0]), TIMING_S[1])
             share = share if on_gpu else 0.05
             row, sound = self.measure_row(target, mode, entrants, share)
@@ -195,6 +197,16 @@ class Measurement:
             if not sound:
                 return False
         return True
+
+    def beside(self, target: cells.Target, like: Field) -> list[Field]:
+        """Who takes part in this target alone: forced backends, the ladder's rungs, FlashRNN. Their calls alone count."""
+        extras = [Field(StackedLSTM(name), like.problem, like.expected, False, name) for name in target.backends]
+        if target.ladder:
+            extras = [Field(rung, like.problem, like.expected, False) for rung in ladder.entrants(self.device)]
+        if target.flashrnn:
+            extras.append(Field(FlashRNN("cuda_fused"), like.problem, like.expected, False))
+        there = {who.name for who in self.contestants}
+        return [extra for extra in extras if extra.contestant.name not in there]
 
     def field(self, contestants: Sequence[Contestant], case: Case, dtype: torch.dtype) -> list[Field]:
         problem = Problem(case, dtype, self.device, draw_on=self.device)
@@ -210,13 +222,16 @@ class Measurement:
         sound = True
         for entrant in entrants:
             who = entrant.contestant
-            if reason := who.obstacle(entrant.problem.case, mode, entrant.problem.dtype, self.device):
-                entries[who.name] = {"status": "skipped", "reason": reason, "ours": who.ours}
+            if entrant.unless and at(entries.get("StackedLSTM"), "ran", "backend") == entrant.unless:
                 continue
             self.note.write(target.name, mode, who.name)
-            self.say(f"{target.name} {mode}: verifying {who.name}")
             try:
-                prepared, entry = self.check(entrant, mode, target.precision.eps)
+                if reason := who.obstacle(entrant.problem.case, mode, entrant.problem.dtype, self.device):
+                    entries[who.name] = {"status": "skipped", "reason": reason, "ours": who.ours}
+                    continue
+                self.say(f"{target.name} {mode}: verifying {who.name}")
+                own = who.eps(entrant.problem.case, mode, entrant.problem.dtype) or 0.0
+                prepared, entry = self.check(entrant, mode, max(own, target.precision.eps))
             except torch.OutOfMemoryError:
                 entries[who.name] = {"status": "skipped", "reason": "out of memory", "ours": who.ours}
                 continue
@@ -230,7 +245,7 @@ class Measurement:
             entries[who.name] = entry | {"ours": who.ours}
             if entry["status"] == "ok":
                 replay = None
-                if self.captures(who):
+                if entrant.graph and self.captures(who):
                     replay, entries[who.name]["graph"] = self.capture(entrant, mode, target.precision.eps)
                     sound = self.sound()
                     if not sound:
@@ -258,7 +273,9 @@ class Measurement:
             "clocks": machine.clocks(self.device) if sound else {},
             "contestants": entries,
         }
-        return row, sound
+        if target.backends and self.device.type == "cuda":
+            row["predicted"] = predicted(target, mode, self.device)
+        return row | ({"ladder": ladder.described()} if target.ladder else {}), sound
 
     def check(self, entrant: Field, mode: Mode, eps: float) -> tuple[Prepared, results.Result]:
         """Two steps against the reference: the second one finds what the first has left behind."""
@@ -297,7 +314,7 @@ class Measurement:
         return replay, {"status": "ok"}
 
     def captures(self, who: Contestant) -> bool:
-        """Whether to make a CUDA graph of this one: not of the reference, which is there for its time alone."""
+        """Whether to make a CUDA graph of this one: not of the reference, which launches too much, nor in vain again."""
         given_up = self.failed_captures.get(who.name, 0) >= GIVE_UP_CAPTURES
         return self.device.type == "cuda" and getattr(who, "backend", "") != "reference" and not given_up
 
@@ -360,6 +377,19 @@ def profile(prepared: Prepared, most: int = 12) -> list[results.Result]:
         launches, us = sum(r["launches"] for r in rest), round(sum(r["us"] for r in rest), 1)
         found = [*found[:most], {"kernel": f"{len(rest)} others", "launches": launches, "us": us}]
     return found
+
+
+def predicted(target: cells.Target, mode: Mode, device: torch.device) -> results.Result:
+    """What the cost model says of both schedules, in µs, and which of them `auto` takes; or why it says nothing."""
+    case = target.case
+    sizes = {name: getattr(case, name) for name in ("input_size", "hidden_size", "proj_size", "bidirectional")}
+    sizes["num_layers"] = case.layers
+    saving = choose_saving(mode == "training", recompute=False)
+    try:
+        found = gpu_plan(sizes, case.steps, case.batch, target.precision.dtype, device, saving, 0.0)
+    except Exception as error:
+        return {"error": results.scrub(f"{type(error).__name__}: {error}"[:500])}
+    return {key: found[key] for key in ("persistent_us", "diagonal_us", "reason", "why_not")}
 
 
 def probe_float64(device: torch.device) -> float:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 OURS, BASELINE = "StackedLSTM", "nn.LSTM"
 FLOOR_LAYERS, FLOOR_PRECISIONS = 4, ("bfloat16", "float16")
+# What the persistent kernel is to reach; the shapes are those of cells.py.
+ONE_LAYER = (1, 16, 1024, 768)  # L, B, T, H
+ONE_LAYER_MS = {"inference": (1.5, 1.0), "training": (4.2, 3.0)}  # at most; and what it aims at
+GRID_ROWS = 36  # of a mode, in two precisions
+GRID_LAYERS, GRID_STEPS = (4, 8), 512
+GRID_WIDTHS, GRID_BATCHES = (256, 512, 1024), (1, 8, 32)
+GRID_LEAST, GRID_MEAN = 2.0, 4.0  # times as fast as nn.LSTM: everywhere, and as geometric mean
+DEPTH_ENDS = ((1, 8, 512, 256), (16, 8, 512, 256))
+DEPTH_MOST = 1.5  # the deeper one's time over the other's
+FLASHRNN = "FlashRNN (cuda_fused)"
+FLASHRNN_LEAST = 3.0
+MODES = ("inference", "training")
 HOST_MOST_US = 60.0
 PACKED_MOST = 1.2
 BUSY = 0.3  # share of disturbed rounds from which on the host's figures are worth little
@@ -27,8 +40,11 @@ def markdown(result: Result) -> str:
         left_out(result),
         *(mode_table(result, *key) for key in measured(result)),
         packed_table(result),
+        ladders(result),
+        backends_table(result),
         failures(result),
         floors(result),
+        targets_table(result),
         parts_table(result),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
@@ -205,6 +221,166 @@ def floors(result: Result) -> list[str]:
     return lines
 
 
+def on(row: Result, backend: str) -> Result:
+    """The entry of ours on a backend: forced, or what `auto` took; empty where neither was measured."""
+    entries = row["contestants"]
+    auto = entries.get(OURS, {})
+    return auto if (auto.get("ran") or {}).get("backend") == backend else entries.get(f"{OURS} ({backend})", {})
+
+
+def backends_table(result: Result) -> list[str]:
+    """The persistent kernel beside the diagonal schedule, and what was predicted of each."""
+    names = ("persistent", "diagonal")
+    rows = [row for row in result["rows"] if all("median" in on(row, name) for name in names)]
+    if not rows:
+        return []
+    head = ["L, B, T, H", ""]
+    for name in names:
+        head += [f"{name}: wall", "GPU", "predicted"]
+    head += ["diagonal / persistent: wall", "GPU", "`auto` takes"]
+    lines = [
+        "## Persistent and diagonal",
+        "",
+        "| " + " | ".join(head) + " |",
+        "| --- | --- |" + " ---: |" * 8 + " --- |",
+    ]
+    for row in rows:
+        shown = [", ".join(map(str, size(row) or ())), f"{row['precision']} {row['mode']}"]
+        for name in names:
+            entry = on(row, name)
+            predicted = (row.get("predicted") or {}).get(f"{name}_us")
+            shown += [milliseconds(entry["median"]), milliseconds(entry.get("gpu_median"))]
+            shown += [milliseconds(predicted / 1e3 if predicted else None)]
+        persistent, diagonal = (on(row, name) for name in names)
+        for key in ("median", "gpu_median"):
+            theirs, own = diagonal.get(key), persistent.get(key)
+            shown.append(times(theirs / own if theirs and own else None))
+        taken = (row["contestants"].get(OURS, {}).get("ran") or {}).get("backend", "–")
+        lines.append("| " + " | ".join([*shown, taken]) + " |")
+    return lines
+
+
+def targets_table(result: Result) -> list[str]:
+    """How the targets stand: each by wall clock and on the GPU, of `StackedLSTM` as a user calls it."""
+    if result["device"] != "cuda":
+        return []
+    lines = ["## Targets", "", "| target | | wall | GPU |", "| --- | ---: | --- | --- |"]
+
+    def add(text: str, bound: str, judge: Callable[[str], str]) -> None:
+        lines.append(f"| {text} | {bound} | {judge('median')} | {judge('gpu_median')} |")
+
+    def rows_of(mode: str, *shapes: tuple[int, ...], precision: str = "") -> list[Result]:
+        wanted = [row for row in result["rows"] if row["mode"] == mode and size(row) in shapes]
+        precisions = (precision,) if precision else FLOOR_PRECISIONS
+        return [row for row in wanted if row["precision"] in precisions and row["group"] == "targets"]
+
+    for mode, (most, aim) in ONE_LAYER_MS.items():
+        for precision in FLOOR_PRECISIONS:
+            rows = rows_of(mode, ONE_LAYER, precision=precision)
+            add(
+                f"one layer, H 768, B 16, T 1024, {precision}, {mode}, ms",
+                f"≤ {most} (aim {aim})",
+                partial(one_layer, rows, most=most),
+            )
+    grid = [(n, b, GRID_STEPS, h) for n in GRID_LAYERS for b in GRID_BATCHES for h in GRID_WIDTHS]
+    for mode in MODES:
+        rows = rows_of(mode, *grid)
+        add(
+            f"L 4 and 8, H 256 to 1024, B 1 to 32, T 512, {mode}: × nn.LSTM, the least",
+            f"≥ {GRID_LEAST:g}",
+            partial(least, rows),
+        )
+        add(f"their geometric mean, {mode}", f"≥ {GRID_MEAN:g}", partial(mean, rows))
+    for mode in MODES:
+        for precision in FLOOR_PRECISIONS:
+            rows = rows_of(mode, *DEPTH_ENDS, precision=precision)
+            add(
+                f"H 256, B 8, T 512, {precision}, {mode}: time of L 16 / L 1",
+                f"≤ {DEPTH_MOST:g}",
+                partial(growth, rows),
+            )
+    for mode in MODES:
+        rows = [row for row in rows_of(mode, ONE_LAYER) if FLASHRNN in row["contestants"]]
+        add(
+            f"one layer, H 768, B 16, T 1024, {mode}: × FlashRNN",
+            f"≥ {FLASHRNN_LEAST:g}",
+            partial(over_flashrnn, rows),
+        )
+    return lines
+
+
+def verdict(met: bool, number: str, found: int = 1, wanted: int = 1) -> str:
+    """What a target's cell says. One that is met on some of its rows alone is not met yet."""
+    if not met:
+        return f"{number} **not met**"
+    return f"{number} met" if found >= wanted else f"{number} met so far"
+
+
+def why_not(rows: Sequence[Result], name: str = OURS) -> str:
+    """ "not measured", and where a row was tried, what became of it."""
+    entries = [row["contestants"].get(name) or {} for row in rows]
+    reasons = [one_line(entry["reason"]) for entry in entries if "median" not in entry and "reason" in entry]
+    return "not measured" + (f": {reasons[0]}" if reasons else "")
+
+
+def one_layer(rows: Sequence[Result], key: str, most: float) -> str:
+    for row in rows:
+        if (ms := row["contestants"].get(OURS, {}).get(key)) is not None:
+            theirs = row["contestants"].get(BASELINE, {}).get(key)
+            return verdict(ms <= most, milliseconds(ms)) + (f" (nn.LSTM {milliseconds(theirs)})" if theirs else "")
+    return why_not(rows)
+
+
+def ratios(rows: Sequence[Result], key: str, against: str = BASELINE) -> list[tuple[float, str]]:
+    """How many times as fast as another ours is, and where."""
+    found = []
+    for row in rows:
+        own, theirs = (row["contestants"].get(name, {}).get(key) for name in (OURS, against))
+        if own and theirs:
+            found.append((theirs / own, row["name"]))
+    return found
+
+
+def least(rows: Sequence[Result], key: str) -> str:
+    found = ratios(rows, key)
+    if not found:
+        return why_not(rows)
+    ratio, name = min(found)
+    word = verdict(ratio >= GRID_LEAST, times(ratio), len(found), GRID_ROWS)
+    enough = sum(number >= GRID_LEAST for number, _ in found)
+    return f"{word}, at {name}; {enough} of {len(found)} rows reach it, of {GRID_ROWS}"
+
+
+def mean(rows: Sequence[Result], key: str) -> str:
+    found = ratios(rows, key)
+    if not found:
+        return why_not(rows)
+    ratio = math.exp(sum(math.log(number) for number, _ in found) / len(found))
+    return f"{verdict(ratio >= GRID_MEAN, times(ratio), len(found), GRID_ROWS)}, over {len(found)} rows of {GRID_ROWS}"
+
+
+def growth(rows: Sequence[Result], key: str) -> str:
+    """Time at the deeper end of the series over that at the other."""
+
+    def over(name: str) -> float | None:
+        ms = {size(row): row["contestants"].get(name, {}).get(key) for row in rows}
+        low, high = (ms.get(shape) for shape in DEPTH_ENDS)
+        return high / low if high and low else None
+
+    own, theirs = over(OURS), over(BASELINE)
+    if own is None:
+        return why_not(rows)
+    return verdict(own <= DEPTH_MOST, times(own)) + (f" (nn.LSTM {times(theirs)})" if theirs else "")
+
+
+def over_flashrnn(rows: Sequence[Result], key: str) -> str:
+    found = ratios(rows, key, FLASHRNN)
+    if not found:
+        return why_not(rows, FLASHRNN)
+    ratio, name = min(found)
+    return f"{verdict(ratio >= FLASHRNN_LEAST, times(ratio))}, {name}"
+
+
 def standing(rows: Iterable[Result], value: Callable[[Result], float | None], bound: float, at_least: bool) -> str:
     """ "3 of 4 | 0.71 at L4 …": how many rows meet a bound, and which is the furthest from it."""
     found = [(number, f"{row['name']} {row['mode']}") for row in rows if (number := value(row)) is not None]
@@ -213,6 +389,43 @@ def standing(rows: Iterable[Result], value: Callable[[Result], float | None], bo
     met = sum(number >= bound if at_least else number <= bound for number, _ in found)
     number, name = (min if at_least else max)(found)
     return f"{met} of {len(found)} | {number:.3g} at {name}"
+
+
+def ladder_table(row: Result) -> list[str]:
+    """A rung a line, from the lowest up, with its gain over the last one before it that was timed."""
+    entries = row["contestants"]
+    on_gpu = any(entry.get("gpu_median") for entry in entries.values())
+    head = ["", "wall, ms"] + ["GPU, ms"] * on_gpu + ["× the one before", "× the first", ""]
+    rule = ["---", "---:"] + ["---:"] * on_gpu + ["---:", "---:", "---"]
+    threads = f", {row['threads']} thread{'s' * (row['threads'] != 1)}" if row.get("threads") else ""
+    lines = [f"### {row['name'].removesuffix(' ' + row['precision'])}, {row['precision']}, {row['mode']}{threads}", ""]
+    lines += ["| " + " | ".join(cells) + " |" for cells in (head, rule)]
+    first = before = None
+    rungs = [
+        *row["ladder"],
+        *({"name": name, "idea": "*beside the ladder*"} for name in (BASELINE,) if name in entries),
+    ]
+    for rung in rungs:
+        entry = entries.get(rung["name"], {})
+        if "median" not in entry:
+            word = {"wrong": "**WRONG**: ", "failed": "**FAILED**: "}.get(entry.get("status", ""), "not here: ")
+            reason = one_line(entry.get("reason", "not measured"))
+            lines.append("| " + " | ".join([rung["name"], *["–"] * (len(head) - 2), word + reason]) + " |")
+            continue
+        median = entry["median"]
+        shown = [rung["name"], f"{milliseconds(median)} ±{100 * entry['spread']:.0f}%"]
+        shown += [milliseconds(entry.get("gpu_median"))] * on_gpu
+        stands = rung["name"] != BASELINE
+        shown += [times(before / median if before and stands else None), times((first or median) / median)]
+        lines.append("| " + " | ".join([*shown, rung["idea"]]) + " |")
+        first, before = first or median, median
+    return lines
+
+
+def ladders(result: Result) -> list[str]:
+    """The ladder, where its rungs were measured; see benchmarks/ladder.py."""
+    tables = [["", *ladder_table(row)] for row in result["rows"] if row.get("ladder")]
+    return ["## Ladder", *(line for table in tables for line in table)] if tables else []
 
 
 def profile_table(result: Result) -> list[str]:
@@ -241,7 +454,14 @@ def left_out(result: Result) -> list[str]:
 
 
 def contestants(rows: Iterable[Result]) -> list[str]:
-    return list({name: None for row in rows for name in row["contestants"]})
+    """Who has a column: all but those who never ran, and rungs of a ladder, which have a table of their own."""
+    found: dict[str, None] = {}
+    for row in rows:
+        rungs = {rung["name"] for rung in row.get("ladder") or ()} - {OURS}
+        for name, entry in row["contestants"].items():
+            if name not in rungs and entry["status"] != "skipped":
+                found[name] = None
+    return list(found)
 
 
 def size(row: Result) -> tuple[int, ...] | None:

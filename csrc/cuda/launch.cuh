@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -55,66 +57,134 @@ inline Status status_of(cudaError_t error) {
   return {static_cast<int>(error), std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")"};
 }
 
-// How many blocks of this launch the current device holds at once.
-inline cudaError_t resident_capacity(const LaunchConfig& config, const void* kernel, const cudaLaunchConfig_t& launch,
-                                     uint64_t& capacity) {
-  int count = 0;
-  if (config.cluster > 1) {
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch);
-    capacity = static_cast<uint64_t>(count) * config.cluster;
+// A launch as the runtime takes it. It points into itself: not to be copied.
+struct Prepared {
+  cudaLaunchConfig_t launch = {};
+  cudaLaunchAttribute attributes[2];
+
+  Prepared(const Prepared&) = delete;
+  explicit Prepared(const LaunchConfig& config) {
+    launch.gridDim = config.grid;
+    launch.blockDim = config.block;
+    launch.dynamicSmemBytes = config.shared_bytes;
+    launch.stream = static_cast<cudaStream_t>(config.stream);
+    launch.attrs = attributes;
+    if (config.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[launch.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = config.cluster;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    }
+  }
+};
+
+// What a device has allowed a kernel, and what it was asked about it. Each question takes the driver microseconds, in which a
+// small call could have run: it is asked once. (One of these in a program, whatever the number of files that launch.)
+class Known {
+ public:
+  static Known& instance() {
+    static Known known;
+    return known;
+  }
+
+  // What a kernel has to be allowed before it is launched like this.
+  cudaError_t allow(const LaunchConfig& config, const void* kernel) {
+    // Without asking, a block gets 48 KiB, of which its static memory is a part that is not known here: hence the margin.
+    constexpr size_t kCertain = 16 << 10;
+    constexpr unsigned kPortableCluster = 8;  // every device with clusters has those; larger ones have to be allowed
+    const bool shared = config.shared_bytes > kCertain, cluster = config.cluster > kPortableCluster;
+    if (!shared && !cluster) return cudaSuccess;
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Allowed& allowed = allowed_[{kernel, device}];
+    // Only ever more: a launch that was allowed what it needs must not find that another has been allowed less since.
+    if (shared && config.shared_bytes > allowed.shared_bytes) {
+      const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                     static_cast<int>(config.shared_bytes));
+      if (error != cudaSuccess) return error;
+      allowed.shared_bytes = config.shared_bytes;
+    }
+    if (cluster && !allowed.cluster) {
+      const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      if (error != cudaSuccess) return error;
+      allowed.cluster = true;
+    }
+    return cudaSuccess;
+  }
+
+  // How many blocks of such a launch, whatever its grid, the current device holds at once. `allow` comes first.
+  cudaError_t capacity(const LaunchConfig& config, const void* kernel, uint64_t& blocks) {
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    const auto threads = static_cast<int>(config.block.x * config.block.y * config.block.z);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto [known, is_new] = capacity_.try_emplace({kernel, device, threads, config.shared_bytes, config.cluster});
+    if (is_new) {
+      const cudaError_t error = ask(config, kernel, device, threads, known->second);
+      if (error != cudaSuccess) {
+        capacity_.erase(known);
+        return error;
+      }
+    }
+    blocks = known->second;
+    return cudaSuccess;
+  }
+
+ private:
+  struct Allowed {
+    size_t shared_bytes = 0;
+    bool cluster = false;
+  };
+
+  static cudaError_t ask(const LaunchConfig& config, const void* kernel, int device, int threads, uint64_t& blocks) {
+    int count = 0;
+    if (config.cluster > 1) {
+      LaunchConfig one = config;
+      one.grid = dim3(config.cluster);
+      const Prepared prepared(one);
+      const cudaError_t error = cudaOccupancyMaxActiveClusters(&count, kernel, &prepared.launch);
+      blocks = static_cast<uint64_t>(count) * config.cluster;
+      return error;
+    }
+    int multiprocessors = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, config.shared_bytes);
+    }
+    blocks = static_cast<uint64_t>(count) * static_cast<uint64_t>(multiprocessors);
     return error;
   }
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) {
-    const auto threads = static_cast<int>(config.block.x * config.block.y * config.block.z);
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, config.shared_bytes);
-  }
-  capacity = static_cast<uint64_t>(count) * static_cast<uint64_t>(multiprocessors);
-  return error;
-}
+
+  std::mutex mutex_;
+  std::map<std::tuple<const void*, int>, Allowed> allowed_;
+  std::map<std::tuple<const void*, int, int, size_t, unsigned>, uint64_t> capacity_;
+};
 
 inline Status launch(const LaunchConfig& config, const void* kernel, void** arguments) {
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = config.grid;
-  launch.blockDim = config.block;
-  launch.dynamicSmemBytes = config.shared_bytes;
-  launch.stream = static_cast<cudaStream_t>(config.stream);
-  cudaLaunchAttribute attributes[2];
-  launch.attrs = attributes;
-
-  // Without asking, a block gets 48 KiB, of which its static memory is a part that is not known here: hence the margin.
-  constexpr size_t kCertain = 16 << 10;
-  if (config.shared_bytes > kCertain) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(config.shared_bytes));
-    if (error != cudaSuccess) return status_of(error);
-  }
-  if (config.cluster > 1) {
-    constexpr unsigned kPortableCluster = 8;  // every device with clusters has those; larger ones have to be allowed
-    if (config.cluster > kPortableCluster) {
-      const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-      if (error != cudaSuccess) return status_of(error);
-    }
-    cudaLaunchAttribute& attribute = attributes[launch.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = config.cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  }
+  Prepared prepared(config);
+  if (const cudaError_t error = Known::instance().allow(config, kernel); error != cudaSuccess) return status_of(error);
+  cudaLaunchConfig_t& launch = prepared.launch;
   if (config.co_resident) {
     uint64_t capacity = 0;
-    const cudaError_t error = resident_capacity(config, kernel, launch, capacity);
+    const cudaError_t error = Known::instance().capacity(config, kernel, capacity);
     if (error != cudaSuccess) return status_of(error);
     if (blocks(config) > capacity) {
       return {static_cast<int>(cudaErrorCooperativeLaunchTooLarge), does_not_fit(config, capacity)};
     }
     // Asked again by the launch itself, which also keeps other kernels from taking the place of some blocks.
-    cudaLaunchAttribute& attribute = attributes[launch.numAttrs++];
+    cudaLaunchAttribute& attribute = prepared.attributes[launch.numAttrs++];
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
   }
   return status_of(cudaLaunchKernelExC(&launch, kernel, arguments));
+}
+
+inline uint64_t capacity(const LaunchConfig& config, const void* kernel) {
+  uint64_t blocks = 0;
+  cudaError_t error = Known::instance().allow(config, kernel);
+  if (error == cudaSuccess) error = Known::instance().capacity(config, kernel, blocks);
+  return status_of(error).ok() ? blocks : 0;
 }
 
 }  // namespace stacked_lstm::cuda::launch_detail
@@ -159,6 +229,21 @@ Status launch(const LaunchConfig& config, void (*kernel)(Parameters...), Argumen
 #else
   const emulator::Shape shape = {config.grid, config.block, config.shared_bytes, config.cluster, config.co_resident};
   return launch_detail::status_of(config, shape, emulator::run(shape, [&] { std::apply(kernel, values); }));
+#endif
+}
+
+// How many blocks of such a launch the current device holds at once; 0 where it cannot run at all. The grid is the least that
+// may be launched: one cluster.
+template <typename... Parameters>
+uint64_t capacity(const LaunchConfig& config, void (*kernel)(Parameters...)) {
+#if defined(__CUDACC__)
+  return launch_detail::capacity(config, reinterpret_cast<const void*>(kernel));
+#else
+  static_cast<void>(kernel);
+  const emulator::Device& device = emulator::options().device;
+  if (config.shared_bytes > device.shared_per_block || config.cluster > device.largest_cluster) return 0;
+  return emulator::resident_capacity(
+      {config.grid, config.block, config.shared_bytes, config.cluster, config.co_resident});
 #endif
 }
 

@@ -55,6 +55,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value, of which the compiler knows nothing: what is computed from it is computed here, neither anew each time
+// that it is wanted nor before a loop, to lie in a register through all of it. 32 bits.
+template <typename T>
+__device__ __forceinline__ T kept(T value) {
+  static_assert(sizeof(T) == 4);
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---------------------------------------------------------------------------------------------------------- barriers
 
 // All threads of the block that have not exited. What any wrote before, all see after.
@@ -243,6 +252,8 @@ __device__ __forceinline__ T atomic_max(T* to, V value) {
   }
 }
 
+// Between two looks of a loop that polls: nothing, here. (The emulator lets others run, which may be who it waits for.)
+__device__ __forceinline__ void pause() {}
 // Gives others the time that a polling loop would take from them.
 __device__ __forceinline__ void nanosleep(unsigned nanoseconds) { __nanosleep(nanoseconds); }
 
@@ -406,6 +417,13 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The TF32 nearest to x, ties away from zero; a NaN stays one.
+__device__ __forceinline__ float nearest_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
 }
 
 // ------------------------------------------------------------------------------------- cp.async: global to own shared
@@ -729,6 +747,12 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The lesser of two numbers, or NaN where one of them is: fminf would take the other.
+__device__ __forceinline__ float lesser_or_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 

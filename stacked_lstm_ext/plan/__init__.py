@@ -29,7 +29,7 @@ __all__ = [
     "runs_on_cpu",
 ]
 
-BACKENDS = ("auto", "reference", "cpu", "diagonal")
+BACKENDS = ("auto", "reference", "cpu", "diagonal", "persistent")
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -51,11 +51,13 @@ def backend(name: str) -> Iterator[None]:
     A backward pass runs on what its forward pass ran on, whether or not it lies in the block.
 
     Args:
-        name: ``"auto"`` (the default choice), ``"reference"`` (plain torch operations), ``"cpu"`` (the CPU kernels) or
-            ``"diagonal"`` (batched products and fused gates, a diagonal of cells at a time, on a GPU or on the CPU).
+        name: ``"auto"`` (the default choice), ``"reference"`` (plain torch operations), ``"cpu"`` (the CPU kernels),
+            ``"diagonal"`` (batched products and fused gates, a diagonal of cells at a time, on a GPU or on the CPU) or
+            ``"persistent"`` (many layers and all steps in one launch, with the recurrent weights on the chip; on a GPU).
 
     Raises:
-        ValueError: for any other name.
+        ValueError: for any other name; and from a call inside the block whose sizes or options the persistent kernels
+            cannot run: the message says why.
         RuntimeError: from a call inside the block that this backend cannot run; the message says why.
     """
     if name not in BACKENDS:
@@ -77,8 +79,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype, transform: str = ""
         transform: what is to be done to the call that no kernel can follow, in words; empty for an ordinary call.
 
     Returns:
-        ``(backend, reason)``, where backend is ``"cpu"``, ``"diagonal"``, ``"reference"`` or, for tensors without data,
-        ``"meta"``.
+        ``(backend, reason)``, where backend is ``"cpu"``, ``"diagonal"``, ``"persistent"``, ``"reference"``, for tensors
+        without data ``"meta"``, or, on a GPU, ``"auto"``: the persistent kernels or the diagonal schedule, whichever is
+        predicted to be faster. That depends on sizes, and the operators decide it when they have them (:func:`gpu_plan`).
 
     Raises:
         RuntimeError: if the forced backend cannot run the call.
@@ -107,7 +110,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, transform: str = ""
     if forced != "auto":
         return forced, f"forced by backend('{forced}')"
     if device.type == "cuda":
-        return "diagonal", "the tensors are on a GPU"
+        return "auto", "the tensors are on a GPU"
     return "cpu", "the tensors are on the CPU"
 
 
@@ -119,8 +122,36 @@ def runs_on_cpu() -> bool:
 def kernel_backend(choice: str) -> str:
     """The operators' argument ``backend`` for a choice; for tensors without data, what would be saved depends on it."""
     if choice == "meta":
-        return "diagonal" if _selection.name == "diagonal" else "cpu"
+        return _selection.name if _selection.name in ("diagonal", "persistent") else "cpu"
     return choice
+
+
+def gpu_plan(
+    sizes: dict[str, Any], seq_len: int, batch_size: int, dtype: torch.dtype, device: torch.device, saving: str, dropout: float
+) -> dict[str, Any]:
+    """What the operators' backends ``"auto"`` and ``"persistent"`` do with a call: the very decision that they make.
+
+    Args:
+        sizes: ``input_size``, ``hidden_size``, ``proj_size``, ``num_layers`` and ``bidirectional``.
+
+    Returns:
+        ``persistent``: whether ``"auto"`` runs the persistent kernels; ``reason``: why, or why not; ``why_not``: why they
+        cannot run it at all, or an empty string; ``persistent_us`` and ``diagonal_us``: predictions; and, where they
+        can run it, ``forward`` and (when training) ``backward``: their launches.
+    """
+    return _C.gpu_plan(
+        sizes["input_size"],
+        sizes["hidden_size"],
+        sizes["proj_size"],
+        sizes["num_layers"],
+        sizes["bidirectional"],
+        seq_len,
+        batch_size,
+        str(dtype).removeprefix("torch."),
+        str(device),
+        saving,
+        dropout,
+    )
 
 
 def gpu_obstacle(device: torch.device) -> str:
@@ -168,8 +199,9 @@ class Plan:
     """What a call of a :class:`.StackedLSTM` would run. ``print`` it.
 
     Attributes:
-        backend: ``"cpu"``, ``"diagonal"``, ``"reference"`` or ``"meta"``.
+        backend: ``"cpu"``, ``"diagonal"``, ``"persistent"``, ``"reference"`` or ``"meta"``.
         reason: why that one.
+        why_not: where the persistent kernels were considered and cannot run the call, why; otherwise empty.
         device: where the parameters are.
         dtype: of the computation, after autocast.
         isa: the instruction set of the CPU kernels; ``None`` for other backends.
@@ -180,7 +212,8 @@ class Plan:
         forward: what the forward pass does, in words.
         backward: what the backward pass does, in words.
         schedule: the schedule of the forward kernels as numbers (``csrc/wavefront.h`` makes it for the CPU kernels,
-            ``csrc/diagonal.h`` for the diagonals); empty for other backends.
+            ``csrc/diagonal.h`` for the diagonals, ``csrc/persistent_plan.h`` for the persistent kernels, whose ``passes``
+            say which blocks own what); empty for other backends.
         backward_schedule: that of the backward kernels; empty when no backward pass will follow, too.
     """
 
@@ -196,6 +229,7 @@ class Plan:
     backward: str
     schedule: dict[str, Any] = field(default_factory=dict)
     backward_schedule: dict[str, Any] = field(default_factory=dict)
+    why_not: str = ""
 
     def __str__(self) -> str:
         where = f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
@@ -209,10 +243,12 @@ class Plan:
             f"  backward  {self.backward}",
             f"  saves     {saves}",
         ]
+        if self.why_not:
+            lines.append(f"  persistent cannot run it: {self.why_not}")
         predicted = [
             f"{name} {schedule['predicted_us']:.4g} µs (bound by {schedule['binds']})"
             for name, schedule in (("forward", self.schedule), ("backward", self.backward_schedule))
-            if "predicted_us" in schedule
+            if schedule.get("predicted_us")
         ]
         if predicted:
             lines.append(f"  predicted {', '.join(predicted)}")
@@ -250,6 +286,14 @@ def make_plan(
         sizes: ``input_size``, ``hidden_size``, ``proj_size``, ``num_layers`` and ``bidirectional``.
     """
     name, reason = choice
+    gpu: dict[str, Any] = {}
+    if name in ("auto", "persistent"):
+        gpu = gpu_plan(sizes, seq_len, batch_size, dtype, device, choose_saving(needs_grad, recompute), dropout)
+        if name == "persistent" and gpu["why_not"]:
+            raise ValueError(f"the persistent kernel cannot run this call: {gpu['why_not']}")
+        if name == "auto":
+            name = "persistent" if gpu["persistent"] else "diagonal"
+            reason += f"; {gpu['reason']}"
     isa = None
     schedule: dict[str, Any] = {}
     backward_schedule: dict[str, Any] = {}
@@ -272,9 +316,11 @@ def make_plan(
         )
         saved_bytes = numel * (8 if dtype == torch.float64 else 4)
         forward = backward = "shapes only"
-    if name in ("cpu", "diagonal"):
+    if name in ("cpu", "diagonal", "persistent"):
 
         def ask(backward: bool) -> dict[str, Any]:
+            if name == "persistent":
+                return gpu["backward" if backward else "forward"]
             shape = (
                 sizes["input_size"],
                 sizes["hidden_size"],
@@ -289,7 +335,7 @@ def make_plan(
                 return _C.diagonal_plan(*shape, double_precision, backward, saving, dropout)
             return _C.cpu_plan(*shape, threads, double_precision, backward)
 
-        describe = _describe_diagonals if name == "diagonal" else _describe_wavefront
+        describe = {"cpu": _describe_wavefront, "diagonal": _describe_diagonals, "persistent": _describe_launches}[name]
         schedule = ask(backward=False)
         forward = describe(schedule)
         if needs_grad:
@@ -318,6 +364,7 @@ def make_plan(
         backward=backward,
         schedule=schedule,
         backward_schedule=backward_schedule,
+        why_not=gpu.get("why_not", ""),
     )
 
 
@@ -336,6 +383,19 @@ def _describe_diagonals(schedule: dict[str, Any]) -> str:
     diagonals, chunk = _count(schedule["diagonals"], "diagonal"), _count(schedule["chunk_steps"], "step")
     launches, products = _count(schedule["launches"], "launch", "es"), _count(schedule["products"], "product")
     return f"{diagonals} in chunks of {chunk}: {products}, {launches} of the gates ({schedule['why']})"
+
+
+def _describe_launches(schedule: dict[str, Any]) -> str:
+    passes = []
+    for part in schedule["passes"]:
+        first, last = part["first_layer"], part["last_layer"] - 1
+        layers = f"layer {first}" if first == last else f"layers {first}-{last}"
+        blocks = f"{_count(part['blocks_lane'], 'block')} of {part['units_block']} units each ({part['exchange']})"
+        how = [f"chunks of {_count(part['chunk_steps'], 'step')}"] if first != last else []
+        if part["batch_groups"] > 1:
+            how.append(f"{part['batch_groups']} batch groups, {part['copies']} at a time")
+        passes.append(f"{layers} in {blocks}" + (f", {', '.join(how)}" if how else ""))
+    return f"{_count(schedule['launches'], 'launch', 'es')}, weights on the chip: {'; '.join(passes)} ({schedule['product']})"
 
 
 def _count(number: int, noun: str, plural: str = "s") -> str:

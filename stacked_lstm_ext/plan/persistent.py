@@ -1,13 +1,15 @@
-"""The plan of the persistent kernel as a table and as a picture of who works on which (layer, chunk) when.
+"""The plan of the persistent kernels as a table and as a picture of who works on which (layer, chunk) when.
 
-The kernel itself does not run in this version: ``csrc/persistent.h`` plans it, and everything here is predicted. The GPU need not
-be here.
+``csrc/persistent_plan.h`` makes it, for a GPU that need not be here. All times are predicted: from published figures, or
+from those that ``make gpu`` has measured (:func:`read_costs`).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +18,15 @@ from typing import Any
 from ..ops import _C
 from . import _bytes, _count
 
-__all__ = ["draw_timeline", "format_plan", "format_timeline", "main", "persistent_plan"]
+__all__ = ["draw_timeline", "format_plan", "format_timeline", "main", "persistent_plan", "read_costs"]
 
-NOTICE = "The persistent kernel does not run in this version: nothing follows this plan, and all times are predicted."
-ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+NOTICE = "All times are predicted by a cost model; none was measured."
+FORMATS = {"bfloat16": (2, "tensor"), "float16": (2, "tensor"), "float32": (4, "exact"), "tf32": (4, "tensor")}
 DEVICES: dict[str, dict[str, Any]] = {device["name"]: device for device in _C.persistent_devices()}
 
 
 def persistent_plan(
-    device: str,
+    device: str | dict[str, Any],
     hidden_sizes: Sequence[int],
     *,
     input_size: int | None = None,
@@ -32,26 +34,31 @@ def persistent_plan(
     seq_len: int = 512,
     batch_size: int = 8,
     dtype: str = "bfloat16",
-    training: bool = False,
+    saving: str = "none",
+    costs: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Plan a stack for a GPU, with its timeline.
+    """Plan a stack for a GPU, by the persistent kernels and by diagonals, with timelines.
 
     Args:
-        device: a name in ``DEVICES``.
+        device: a name in ``DEVICES``, or such a dictionary.
         hidden_sizes: H of each layer, which may differ.
         input_size: I; the first layer's H by default.
-        dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"`` (by TF32).
-        training: whether the forward pass keeps what backward needs. The backward pass itself is not planned.
+        dtype: ``"bfloat16"``, ``"float16"``, ``"float32"`` (exact products) or ``"tf32"`` (float32, multiplied as TF32).
+        saving: ``"none"`` (forward alone), ``"full"`` or ``"recompute"``: what forward keeps for backward.
+        costs: figures in the place of the built-in ones, as :func:`read_costs` returns them.
 
     Returns:
-        What ``_C.persistent_plan`` returns; ``why_not`` is one sentence if the stack cannot run.
+        What ``_C.persistent_choice`` returns: the plans ``forward`` and ``backward`` (``why_not`` is one sentence where
+        there is none), ``diagonal_forward`` and ``diagonal_backward``, and which is predicted to be faster: ``persistent``,
+        with a ``reason``.
     Raises:
-        ValueError: for an unknown device or dtype and for sizes below 1.
+        ValueError: for an unknown device, dtype or cost, and for sizes below 1.
     """
-    if dtype not in ELEMENT_BYTES:
-        raise ValueError(f"dtype should be one of {', '.join(ELEMENT_BYTES)}, got: {dtype}")
+    if dtype not in FORMATS:
+        raise ValueError(f"dtype should be one of {', '.join(FORMATS)}, got: {dtype}")
+    element_bytes, product = FORMATS[dtype]
     first = hidden_sizes[0] if hidden_sizes else 1
-    return _C.persistent_plan(
+    return _C.persistent_choice(
         device,
         first if input_size is None else input_size,
         list(hidden_sizes),
@@ -59,41 +66,135 @@ def persistent_plan(
         bidirectional,
         seq_len,
         batch_size,
-        ELEMENT_BYTES[dtype],
-        training,
-        True,
+        element_bytes,
+        product=product,
+        saving=saving,
+        timeline=True,
+        costs=costs or {},
     )
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Costs that were measured
+# --------------------------------------------------------------------------------------------------------------------
+
+_ONE_FIGURE = {  # of the model, as benchmarks/primitives.cu reports it: name, unit, and what one of its units is here
+    "hand_over_us": ("2 KiB and a flag through L2, block to block", "ns", 1e-3),
+    "l2_latency": ("latency of L2", "cycles", 1.0),
+    "shared_rate": ("reads from shared memory", "bytes/cycle", 1.0),
+    "mma_latency": ("latency of mma m16n8k16 bf16", "cycles", 1.0),
+    "barrier": ("barrier of 256 threads", "cycles", 1.0),
+    "host_launch_us": ("a launch, on the host", "ns", 1e-3),
+}
+_MMA_WORK = 16 * 8 * 16  # multiply-adds of one mma.sync
+# What a small product takes beyond an empty kernel, in microseconds, and what the host takes to queue one of ATen's beyond
+# a launch: predicted.
+_SMALL_PRODUCT_US, _ATEN_US = 1.0, 3.0
+
+
+def read_costs(path: Path, device: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures of the cost model from a result file of ``make gpu`` (its part "primitives").
+
+    Args:
+        path: the JSON file.
+        device: the GPU that it was measured on, as in ``DEVICES``.
+
+    Returns:
+        The costs that were measured, by name, and the device with the rates that were. What the file does not hold stays
+        as it was.
+    Raises:
+        ValueError: for a file without figures of primitives, and for figures that cannot be.
+    """
+    try:
+        figures = json.loads(path.read_text())["primitives"]["figures"]
+        assert isinstance(figures, dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path} is no result file of `make gpu` with figures of its primitives: {error!r}") from error
+
+    def median(name: str, unit: str) -> float | None:
+        figure = figures.get(name)
+        if figure is None or "error" in figure or figure.get("wrong"):
+            return None
+        if figure["unit"] != unit or not figure["median"] > 0:
+            raise ValueError(f"{path}: {name!r} should be a number of {unit} above 0, got: {figure['median']} {figure['unit']}")
+        return float(figure["median"])
+
+    costs, measured = {}, dict(device)
+    for cost, (name, unit, scale) in _ONE_FIGURE.items():
+        if (value := median(name, unit)) is not None:
+            costs[cost] = value * scale
+    clock_ghz = device["clock_mhz"] / 1e3
+    if (one_way := median("tagged word through L2, one way", "ns")) is not None:
+        # The receiving block meets once more, when all of its threads have their words.
+        costs["l2_us"] = one_way / 1e3 + costs.get("barrier", _C.persistent_costs()["barrier"]) / clock_ghz / 1e3
+    if (rate := median("reads from L2, all multiprocessors, 8 MiB", "GB/s")) is not None:
+        costs["l2_rate"] = rate / device["sms"] / clock_ghz
+    if (rate := median("mma m16n8k16 bf16, one multiprocessor", "mma/cycle")) is not None:
+        measured["mma_share"] = min(rate * _MMA_WORK / device["mma_rate"], 1.0)
+    if (gap := median("an empty kernel in a stream", "ns")) is not None:
+        costs["kernel_us"] = gap / 1e3 + _SMALL_PRODUCT_US
+    if "host_launch_us" in costs:
+        costs["host_product_us"] = costs["host_launch_us"] + _ATEN_US
+
+    # The exchange in a cluster: a straight line through what came to a block, in bytes, and how long that took.
+    points = []
+    for name in figures:
+        if found := re.fullmatch(r"exchange by st.async, (\d+) blocks, (\d+) bytes each", name):
+            blocks, share = map(int, found.groups())
+            if (time := median(name, "ns")) is not None:
+                points.append((blocks * share, time))
+    if len({size for size, _ in points}) > 1:
+        mean_size, mean_time = (sum(column) / len(points) for column in zip(*points, strict=True))
+        slope = sum((size - mean_size) * (time - mean_time) for size, time in points)
+        slope /= sum((size - mean_size) ** 2 for size, _ in points)
+        start = mean_time - slope * mean_size
+        if slope <= 0 or start <= 0:
+            raise ValueError(f"{path}: exchanges in a cluster should take longer for more bytes, and some time for none")
+        costs["cluster_us"], costs["cluster_rate"] = start / 1e3, 1 / slope / clock_ghz
+    if not costs:
+        raise ValueError(f"{path} holds no figure that the cost model knows")
+    return costs, measured
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# In words and pictures
+# --------------------------------------------------------------------------------------------------------------------
+
+
 def format_plan(plan: dict[str, Any]) -> str:
-    """The plan as a table, a row a layer."""
+    """One of the two plans, forward or backward, as a table, a row a layer."""
     if plan["why_not"]:
-        return f"It could not run: {plan['why_not']}."
-    most = max(last - first for first, last in plan["sequences"])
-    groups = _count(plan["batch_groups"], "batch group")
-    lines = [f"{groups} of at most {_count(most, 'sequence')}; {_count(len(plan['passes']), 'pass', 'es')}"]
+        return f"the persistent kernel cannot run it: {plan['why_not']}."
+    lines = [_count(len(plan["passes"]), "pass", "es") + (", the last first" if plan["backward"] else "")]
     for number, p in enumerate(plan["passes"]):
-        where = {
-            "block": "h stays in the block",
-            "cluster": f"h pushed within clusters of {p['cluster']} blocks",
-            "l2": "h through L2, in tagged words",
-        }[p["exchange"]]
+        cut = p["cut"]
+        exchanged = "partial sums of dh" if plan["backward"] else "h"
+        where = (
+            f"pushed within clusters of {_count(cut['blocks'], 'block')}" if cut["exchange"] == "cluster" else "through L2, in tagged words"
+        )
+        most = max(last - first for first, last in p["sequences"])
+        groups = f"{_count(p['batch_groups'], 'batch group')} of at most {_count(most, 'sequence')}"
         rounds = f", in {p['rounds']} rounds" if p["rounds"] > 1 else ""
+        segments = f", in {p['segments']} launches of at most {_count(p['segment_steps'], 'step')}" if p["segments"] > 1 else ""
+        warps = (
+            f"each of 8 warps {_count(cut['m_tiles'], 'tile')} of 16 of the layer's units"
+            if plan["backward"]
+            else f"× {_count(cut['splits'], 'split')} of K"
+        )
         lines += [
             "",
-            f"pass {number}: {_layers(p)}, {_count(p['blocks'], 'block')} (one an SM), "
-            f"{_count(p['copies'], 'batch group')} side by side{rounds}",
-            f"  a block  {p['groups']} groups of 8 units × {p['splits']} splits of K = {p['threads']} threads, "
-            f"{p['registers_thread']} registers each; {_bytes(p['shared_bytes'])} of shared memory",
-            f"  h        {where}; to the next layer in chunks of {_count(p['chunk_steps'], 'step')}",
-            "  layer     H  blocks  first  k-steps  W_hh in registers  shared a block  W_ih                  L2       µs a step",
+            f"pass {number}: {_layers(p)}, {_count(p['blocks'], 'block')} (one an SM); {groups}, {p['copies']} side by side"
+            f"{rounds}{segments}",
+            f"  a block  {_count(cut['groups'], 'group')} of 8 units, {warps}; {p['threads']} threads of {p['registers_thread']} "
+            f"registers, {p['weight_registers']} of them weights; {_bytes(p['shared_bytes'])} of shared memory",
+            f"  {exchanged}  {where}; from layer to layer in chunks of {_count(cut['chunk_steps'], 'step')}",
+            "  layer     H  blocks  first  W_hh in registers  W_ih                  µs a step",
         ]
         for layer in p["layers"]:
-            w_ih = f"{_bytes(layer['w_ih_bytes'])} in {layer['w_ih']}"
+            w_ih = f"{_bytes(layer['w_ih_bytes'])} in {layer['w_ih']}" if layer["w_ih_bytes"] else "–"
             lines.append(
-                f"  {layer['layer']:5} {layer['hidden']:5} {layer['blocks']:7} {layer['first_block']:6} {layer['k_steps']:8}"
-                f"  {_bytes(layer['registers_bytes']):>17}  {_bytes(layer['shared_bytes']):>14}"
-                f"  {w_ih:<20}  {_bytes(layer['l2_bytes']):<9} {layer['step_us']:.3f}"
+                f"  {layer['layer']:5} {layer['hidden']:5} {cut['blocks']:7} {layer['first_block']:6}"
+                f"  {_bytes(layer['registers_bytes']):>17}  {w_ih:<20}  {layer['step_us']:.3f}"
             )
     total = plan["predicted_us"]
     lines += ["", f"predicted   {total:.4g} µs, {plan['step_us']:.3g} µs a step; bound by {_words(plan['binds'])}"]
@@ -122,25 +223,32 @@ def format_timeline(plan: dict[str, Any], width: int = 96) -> str:
     return "\n".join(lines)
 
 
-def draw_timeline(plan: dict[str, Any], path: Path, title: str) -> None:
-    """Draw the same picture with matplotlib."""
+def draw_timeline(choice: dict[str, Any], path: Path, title: str) -> None:
+    """Draw the same picture with matplotlib: forward, and beside it backward where there is one."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = _rows(plan)
-    figure, axes = plt.subplots(figsize=(10, 1.6 + 0.25 * len(rows)), constrained_layout=True)
-    for y, work in enumerate(rows.values()):
-        spans = [(start, end - start) for _, start, end in work]
-        colours = ["#c2410c" if chunk % 2 else "#fdba74" for chunk, _, _ in work]
-        axes.broken_barh(spans, (y - 0.4, 0.8), facecolors=colours)
-    axes.set_yticks(range(len(rows)), [f"layer {layer}" + (f" (pass {p})" if len(plan["passes"]) > 1 else "") for p, layer in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, plan["predicted_us"])
-    axes.set_xlabel("µs, predicted; a change of shade is a change of chunk")
-    axes.set_title(f"{title}\nplanned and predicted: the persistent kernel does not run in this version", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
+    plans = [plan for plan in (choice["forward"], choice["backward"]) if plan["passes"]]
+    height = max(len(_rows(plan)) for plan in plans)
+    figure, panels = plt.subplots(
+        1, len(plans), figsize=(10 if len(plans) == 1 else 15, 1.6 + 0.25 * height), constrained_layout=True, squeeze=False
+    )
+    for axes, plan in zip(panels[0], plans, strict=True):
+        rows = _rows(plan)
+        for y, work in enumerate(rows.values()):
+            spans = [(start, end - start) for _, start, end in work]
+            colours = ["#c2410c" if chunk % 2 else "#fdba74" for chunk, _, _ in work]
+            axes.broken_barh(spans, (y - 0.4, 0.8), facecolors=colours)
+        passes = len(plan["passes"]) > 1
+        axes.set_yticks(range(len(rows)), [f"layer {layer}" + (f" (pass {p})" if passes else "") for p, layer in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(0, plan["predicted_us"])
+        axes.set_xlabel("µs, predicted; a change of shade is a change of chunk")
+        axes.set_title("backward" if plan["backward"] else "forward", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{title}\nas planned and predicted", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -151,7 +259,7 @@ def _rows(plan: dict[str, Any]) -> dict[tuple[int, int], list[tuple[int, float, 
     for number, group, layer, direction, chunk, _, _, _, _, start, end in plan["timeline"]:
         if group % plan["passes"][number]["copies"] == 0 and direction == 0:
             rows.setdefault((number, layer), []).append((chunk, start, end))
-    return rows
+    return dict(sorted(rows.items()))
 
 
 def _layers(p: dict[str, Any]) -> str:
@@ -160,7 +268,11 @@ def _layers(p: dict[str, Any]) -> str:
 
 
 def _words(name: str) -> str:
-    return {"hand_over": "hand-over", "weights_from_l2": "weights from L2"}.get(name, name)
+    return {"hand_over": "hand-over", "weights_from_l2": "weights from L2", "large_products": "large products"}.get(name, name)
+
+
+def _format_diagonals(cost: dict[str, Any]) -> str:
+    return f"{cost['predicted_us']:.4g} µs ({_count(cost['diagonals'], 'diagonal')}; bound by {cost['binds']})"
 
 
 def _size(text: str) -> int:
@@ -183,10 +295,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", type=_size, help="input size (default: the first hidden size)")
     parser.add_argument("--batch", type=_size, default=8)
     parser.add_argument("--steps", type=_size, default=512)
-    parser.add_argument("--dtype", choices=sorted(ELEMENT_BYTES), default="bfloat16", help="float32 runs as TF32")
+    parser.add_argument("--dtype", choices=FORMATS, default="bfloat16", help="float32: exact products; tf32: float32 by TF32")
     parser.add_argument("--bidirectional", action="store_true")
-    parser.add_argument("--training", action="store_true", help="a forward pass that keeps what backward needs")
+    parser.add_argument("--training", action="store_true", help="plan backward too, and a forward that keeps what it needs")
+    parser.add_argument("--recompute", action="store_true", help="in training, keep less, and compute the gates again")
     parser.add_argument("--device", choices=DEVICES, default="h100")
+    parser.add_argument("--costs", type=Path, metavar="FILE", help="a result file of `make gpu` on that device: plan with what it measured")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the timeline (needs matplotlib)")
     options = parser.parse_args(arguments)
 
@@ -197,28 +311,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hidden = hidden * layers if len(hidden) == 1 else hidden
     if options.png and importlib.util.find_spec("matplotlib") is None:
         parser.error("--png needs matplotlib, which is not installed (pip install matplotlib)")
+    device = DEVICES[options.device]
+    costs: dict[str, float] = {}
+    if options.costs:
+        try:
+            costs, device = read_costs(options.costs, device)
+        except ValueError as error:
+            parser.error(str(error))
 
-    plan = persistent_plan(
-        options.device,
+    training = options.training or options.recompute
+    choice = persistent_plan(
+        device,
         hidden,
         input_size=options.input,
         bidirectional=options.bidirectional,
         seq_len=options.steps,
         batch_size=options.batch,
         dtype=options.dtype,
-        training=options.training,
+        saving="recompute" if options.recompute else "full" if training else "none",
+        costs=costs,
     )
     sizes = str(hidden[0]) if len(set(hidden)) == 1 else ",".join(map(str, hidden))
-    device = DEVICES[options.device]
     title = (
         f"{_count(layers, 'layer')}, H {sizes}, B {options.batch}, T {options.steps}, {options.dtype}"
-        f"{', bidirectional' * options.bidirectional}{', training (forward only)' * options.training} on {device['full_name']}"
+        f"{', bidirectional' * options.bidirectional}{', training' * training}{', gates again' * options.recompute}"
+        f" on {device['full_name']}"
     )
-    print(f"{title}, {device['sms']} SMs\n{NOTICE}\n")
-    print(format_plan(plan))
-    if plan["why_not"]:
-        sys.exit(1)
-    print(f"\n{format_timeline(plan)}")
-    if options.png:
-        draw_timeline(plan, options.png, title)
+    print(f"{title}, {device['sms']} SMs\n{NOTICE}")
+    if options.costs:
+        print(f"from {options.costs}: {', '.join(f'{name} {value:.4g}' for name, value in sorted(costs.items()))}")
+    for name in ("forward", "backward")[: 1 + training]:
+        plan = choice[name]
+        print(f"\n{name.upper()}: {format_plan(plan)}")
+        if plan["passes"]:
+            print(f"\n{format_timeline(plan)}")
+        print(f"\nby diagonals {_format_diagonals(choice[f'diagonal_{name}'])}")
+    print(f"\nwhat would run: {'the persistent kernel' if choice['persistent'] else 'the diagonals'}, as {choice['reason']}")
+    if options.png and (choice["forward"]["passes"] or choice["backward"]["passes"]):
+        draw_timeline(choice, options.png, title)
         print(f"\ndrawn: {options.png}")
+    elif options.png:
+        sys.exit(f"there is nothing to draw in {options.png}: {choice['reason']}")

@@ -3,8 +3,9 @@
 nvcc compiles each ``csrc/cuda/*.cu``, and the program that measures primitives, once an architecture, with the flags of
 ``setup.py`` and warnings as errors. What is then known of a kernel comes from three places: ptxas' own report (registers,
 stack, spills, shared memory), cuobjdump (parameters, launch bounds) and nvdisasm (the instructions). ``MEANT`` in
-``meant.py`` says what each kernel should be; ``complaints`` compares. Findings are kept in ``build/cuda-check`` and made
-again only when something they depend on has changed.
+``meant.py`` says what each kernel should be; ``complaints`` compares. Of the persistent kernels the loop over time is looked
+at too (``sass.py``): where its weights lie, and what a step runs through (``slots.py`` counts that). Findings are kept in
+``build/cuda-check`` and made again only when something they depend on has changed.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import build_support as support  # noqa: E402
+
+from . import sass, slots  # noqa: E402
 
 ARCHS = ("80", "86", "89", "90a", "100", "120")
 OLDEST_NVCC = (12, 8)  # the first that knows sm_100 and sm_120
@@ -116,11 +120,16 @@ class Kernel:
     parameters: int
     threads: int  # of __launch_bounds__; 0 where it has none
     opcodes: dict[str, int] = field(default_factory=dict)  # "LDG.E.128": how often
+    # Of a persistent kernel, the loop over time; see sass.StepLoop. Empty and 0 where there is none.
+    step: dict[str, int] = field(default_factory=dict)  # opcodes on a step's path
+    weights: int = 0  # registers with weights that the loop never writes
+    products: int = 0  # instructions that multiply by those
 
-    def count(self, what: str) -> int:
-        """How many instructions have an opcode that ``opcode_pattern(what)`` matches in full."""
+    def count(self, what: str, step: bool = False) -> int:
+        """How many instructions (of a step's path, with ``step``) have an opcode that ``opcode_pattern(what)`` matches in
+        full."""
         pattern = opcode_pattern(what)
-        return sum(n for opcode, n in self.opcodes.items() if pattern.fullmatch(opcode))
+        return sum(n for opcode, n in (self.step if step else self.opcodes).items() if pattern.fullmatch(opcode))
 
 
 def read_ptxas(report: str) -> dict[str, dict[str, int]]:
@@ -163,12 +172,28 @@ def read_elf(dump: str) -> dict[str, dict[str, int]]:
 def read_sass(disassembly: str) -> dict[str, dict[str, int]]:
     """How often each opcode stands in each function of ``nvdisasm --emit-json``, by mangled name."""
     _, functions = json.loads(disassembly)
-    return {f["function-name"]: dict(Counter(i["opcode"] for i in f["sass-instructions"])) for f in functions}
+    return {f["function-name"]: dict(Counter(map(opcode_of, f["sass-instructions"]))) for f in functions}
+
+
+def opcode_of(instruction: Mapping[str, Any]) -> str:
+    """The opcode; BRA of a CALL that is none. On the architectures before sm_90 ptxas leaves some loops by a CALL within the
+    function, and has a slow path for shuffles and barriers of a warp whose lanes have parted, behind a branch."""
+    opcode, target = instruction["opcode"], instruction.get("operands", "")
+    if opcode.startswith("CALL") and re.fullmatch(r"0x[0-9a-f]+|\$__internal_\d+_\$__cuda_sm70_(warpsync|shflsync_\w+)", target):
+        return "BRA"
+    return str(opcode)
+
+
+# Enumerations among the template arguments, as the demangler writes them, and their values' names.
+ENUMERATIONS = {"Product": ("tensor", "exact"), "Exchange": ("cluster", "l2")}
 
 
 def readable(demangled: str) -> str:
     """A kernel's demangled name without return type, namespaces and parameters."""
     name = demangled.replace("(anonymous namespace)::", "")
+    for enumeration, values in ENUMERATIONS.items():
+        for number, value in enumerate(values):
+            name = re.sub(rf"\([\w:]*\b{enumeration}\){number}\b", value, name)
     name = re.sub(r"\((?:int|unsigned int|bool|long)\)", "", name)  # a template argument's type: (int)4
     name = re.sub(r"_GLOBAL__N_\w+::|\bstacked_lstm::(?:[a-z_]\w*::)*", "", name)
     return name.split("(")[0].removeprefix("void ").strip()
@@ -182,21 +207,39 @@ def compile_flags(arch: str) -> list[str]:
     return [*support.nvcc_flags(werror=True), f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
 
 
+PERSISTENT = re.compile(r"(forward|backward)<\w+, (tensor|exact), (cluster|l2), [\d, ]+>")
+
+
+def look_at_step(kernel: Kernel, function: sass.Function) -> None:
+    """Fill in what is known of the loop over time."""
+    try:
+        loop = sass.step_loop(function.code, exact=", exact," in kernel.name)
+    except ValueError:
+        return
+    kernel.weights, kernel.products = len(loop.weights), len(loop.recurrent)
+    path = [function.code[n] for n in loop.path()]
+    kernel.step = dict(Counter("BLOCK.BAR" if sass.is_block_barrier(i) else i.opcode for i in path))
+
+
 def compile_one(source: Path, arch: str, tools: Tools, cubin: Path, includes: Sequence[Path] = ()) -> list[Kernel]:
     """Compile ``source`` into ``cubin``; its kernels."""
     includes = [ROOT / "csrc", *includes]
-    command = [*compile_flags(arch), *(f"-I{path}" for path in includes), source, "-o", cubin]
+    command: list[str | Path] = [*compile_flags(arch), *(f"-I{path}" for path in includes), source, "-o", cubin]
     done = subprocess.run([tools.nvcc.path, *command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CheckError(f"{source.name}, sm_{arch}: nvcc failed\n{done.stdout}{done.stderr}")
     resources = read_ptxas(done.stdout + done.stderr)
     bounds = read_elf(run(tools.cuobjdump, "--dump-elf", cubin))
     opcodes = read_sass(run(tools.nvdisasm, "--emit-json", cubin))
-    names = run("c++filt", *resources).splitlines() if resources else []
-    return [
-        Kernel(readable(name), arch, **resources[mangled], **bounds[mangled], opcodes=opcodes[mangled])
-        for mangled, name in zip(resources, names)
-    ]
+    names = dict(zip(resources, map(readable, run("c++filt", *resources).splitlines() if resources else [])))
+    numbers: dict[str, dict[str, Any]] = {mangled: resources[mangled] | bounds[mangled] for mangled in names}
+    kernels = {mangled: Kernel(name, arch, opcodes=opcodes[mangled], **numbers[mangled]) for mangled, name in names.items()}
+    if any(map(PERSISTENT.fullmatch, names.values())):
+        functions = sass.parse(run(tools.nvdisasm, "-c", "-hex", "-gi", cubin))
+        for mangled, kernel in kernels.items():
+            if PERSISTENT.fullmatch(kernel.name):
+                look_at_step(kernel, functions[mangled])
+    return list(kernels.values())
 
 
 def examine(source: Path, arch: str, tools: Tools, versions: str, folder: Path) -> list[Kernel]:
@@ -217,6 +260,16 @@ def examine(source: Path, arch: str, tools: Tools, versions: str, folder: Path) 
     return kernels
 
 
+# The persistent kernels are many, and take long to compile. What differs between architectures (clusters, registers, how
+# matrices are multiplied) shows with one element on all of them; the others are compiled for one without clusters and one with.
+BOTH_KINDS = ("80", "90a")
+
+
+def archs_of(source: Path) -> Sequence[str]:
+    """The architectures that ``source`` is examined for."""
+    return BOTH_KINDS if re.fullmatch(r"persistent_(for|back)ward_f(16|32)\.cu", source.name) else ARCHS
+
+
 def examine_all(
     sources: Sequence[Path], archs: Sequence[str], tools: Tools, folder: Path = ROOT / "build" / "cuda-check"
 ) -> tuple[list[Kernel], list[str]]:
@@ -230,8 +283,36 @@ def examine_all(
             return [], [str(error)]
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = list(pool.map(one, [(source, arch) for source in sources for arch in archs]))
+        results = list(pool.map(one, [(source, arch) for source in sources for arch in archs if arch in archs_of(source)]))
     return [kernel for kernels, _ in results for kernel in kernels], [error for _, errors in results for error in errors]
+
+
+def steps_of(kernels: Sequence[Kernel], folder: Path = ROOT / "build" / "cuda-check", tools: Tools | None = None) -> list[slots.Step]:
+    """The cases of ``slots.py`` that ``kernels`` has, from the machine code for sm_90a that lies in ``folder``."""
+    tools = tools or find_tools()
+    found = {kernel.name: kernel for kernel in kernels if kernel.arch == "90a"}
+    steps = []
+    functions: dict[str, dict[str, sass.Function]] = {}
+    for case in slots.CASES:
+        if case.kernel not in found:
+            continue
+        if case.source not in functions:
+            code = sass.parse(run(tools.nvdisasm, "-c", "-hex", "-gi", folder / f"{Path(case.source).stem}-sm_90a.cubin"))
+            names = map(readable, run("c++filt", *code).splitlines())
+            functions[case.source] = dict(zip(names, code.values()))
+        steps.append(slots.count(case, functions[case.source][case.kernel], found[case.kernel].registers))
+    return steps
+
+
+def stale_slots(steps: Sequence[slots.Step], release: str, text: Path) -> list[str]:
+    """Whether ``text``, a table of ``slots.py`` by this release of nvcc, says something else than ``steps``."""
+    again = f"`python -m tests.cuda_check --slots` counts anew what {text.name} says"
+    written = text.read_text() if text.exists() else ""
+    if not written or len(steps) != len(slots.CASES):
+        return [again]
+    if not written.startswith(slots.heading(release)):
+        return []  # another compiler's machine code
+    return [] if written == slots.table(steps, release) else [again]
 
 
 # -- judging ----------------------------------------------------------------------------------------------------------
@@ -248,6 +329,11 @@ class Meant:
     at_least: Mapping[str, int] = field(default_factory=dict)  # opcode: how many instructions of it
     at_most: Mapping[str, int] = field(default_factory=dict)
     registers: int = 255
+    # Of a persistent kernel: registers of weights and products by them, at least; and opcodes on a step's path.
+    weights: int = 0
+    products: int = 0
+    step_at_least: Mapping[str, int] = field(default_factory=dict)
+    step_at_most: Mapping[str, int] = field(default_factory=dict)
     may_call: bool = False  # float64 division, exp and their like have slow paths that are called
     archs: tuple[str, ...] = ARCHS
 
@@ -281,12 +367,18 @@ def complaints(kernel: Kernel, table: Sequence[Meant]) -> list[str]:
     for row in rows:
         if kernel.registers > row.registers:
             said.append(f"{kernel.registers} registers, at most {row.registers} are meant")
-        for what, least in row.at_least.items():
-            if (n := kernel.count(what)) < least:
-                said.append(f"{n} instructions {what}, at least {least} are meant")
-        for what, most in row.at_most.items():
-            if (n := kernel.count(what)) > most:
-                said.append(f"{n} instructions {what}, at most {most} are meant")
+        if kernel.weights < row.weights:
+            said.append(f"{kernel.weights} registers hold weights for the whole loop over time, {row.weights} are meant")
+        if kernel.products < row.products:
+            said.append(f"{kernel.products} products of a step by weights in registers, {row.products} are meant")
+        for step, least, most in ((False, row.at_least, row.at_most), (True, row.step_at_least, row.step_at_most)):
+            where = " in a step" if step else ""
+            for what, number in least.items():
+                if (n := kernel.count(what, step)) < number:
+                    said.append(f"{n} instructions {what}{where}, at least {number} are meant")
+            for what, number in most.items():
+                if (n := kernel.count(what, step)) > number:
+                    said.append(f"{n} instructions {what}{where}, at most {number} are meant")
     return said
 
 

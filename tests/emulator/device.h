@@ -142,6 +142,11 @@ __forceinline__ uint32_t shared_address(const void* pointer, Location at = Locat
   return emulator::shared_address_of(pointer, at);
 }
 
+template <typename T>
+__forceinline__ T kept(T value) {
+  return value;
+}
+
 // --------------------------------------------------------------------------------------------------- barriers, warps
 
 __forceinline__ void block_barrier(Location at = Location::current()) { emulator::block_barrier(at); }
@@ -267,6 +272,7 @@ __forceinline__ T atomic_max(T* to, V value, Location at = Location::current()) 
   });
 }
 
+__forceinline__ void pause(Location at = Location::current()) { emulator::poll("pause", at); }
 __forceinline__ void nanosleep(unsigned, Location at = Location::current()) { emulator::poll("nanosleep", at); }
 
 // Time does not pass here: clocks only count how often they were read.

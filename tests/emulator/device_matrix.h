@@ -2,6 +2,7 @@
 // csrc/cuda/primitives.cuh, on the host. The last parameter of each is the caller's place.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "core.h"
@@ -40,8 +41,15 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   emulator::warp_multiply(emulator::Element::tf32, {d, a, b}, at);
 }
 
+// A NaN keeps its bits: those of memory that nobody has written are known by them.
+inline float nearest_tf32(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return x != x ? x : std::bit_cast<float>((bits + 0x1000u) & ~0x1FFFu);
+}
+
 inline float tanh_approx(float x) { return emulator::tanh_approx(x); }
 inline float reciprocal_approx(float x) { return emulator::reciprocal_approx(x); }
 inline float exp2_approx(float x) { return emulator::exp2_approx(x); }
+inline float lesser_or_nan(float a, float b) { return a != a ? a : b != b ? b : a < b ? a : b; }
 
 }  // namespace stacked_lstm::cuda

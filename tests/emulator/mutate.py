@@ -42,6 +42,8 @@ class Target:
     stages: tuple[str | None, ...] = (None, "address", "thread")  # None first: it tells who reaches what
     root: Path = ROOT
     folders: tuple[str, ...] = ("csrc", "tests/emulator")  # what the program is made from
+    defines: tuple[str, ...] = ()
+    more_programs: tuple[tuple[str, ...], ...] = ()  # sources of others that include what is broken: run once, without arguments
 
     def files(self, only: Sequence[str] = ()) -> list[str]:
         """The files to break whose path contains one of `only` (all of them, by default)."""
@@ -53,7 +55,14 @@ class Target:
 
 SAMPLES = ["row_shares", "warp_roles", "chunk_flags", "tagged_words", "tile_product", "mbarrier_ring"]
 SAMPLES += ["cluster_recurrence", "bulk_pipeline", "column_sums"]
-PERSISTENT_CASES = ("two_steps", "l2_one", "ragged", "l2_ragged", "forty", "one_block", "full_batch", "refusals", "packing")
+PERSISTENT_CASES = ["one_block", "two_steps", "l2_one", "refusals", "shifted", "strided", "masked", "packed", "packed_tf32"]
+PERSISTENT_CASES += ["exact", "copied", "rounds", "packed_groups", "ragged", "l2_ragged", "three_splits", "wide_batch"]
+PERSISTENT_CASES += ["wide_input", "capacity", "one", "ones_deep", "both", "largest", "l2_most_lanes", "independence"]
+PERSISTENT_CASES += ["eight", "l2_eighty", "tf32_batch"]
+PERSISTENT_BACKWARD_CASES = ["refusals", "two_steps", "l2_one", "alone", "dropout", "both", "tf32_odd", "float", "nothing_last"]
+PERSISTENT_BACKWARD_CASES += ["deep", "sixteen", "l2_seventeen"]
+PERSISTENT_BACKWARD_LARGE = ["packed", "reverse", "l2_float", "ninety_six", "ragged", "l2_ragged", "l2_batch"]  # in one order
+PERSISTENT_BACKWARD = [f"tests/emulator/persistent_backward{part}" for part in ("_16.cu", "_32.cu", ".cpp")]
 GATE_PARTS = ("options", "sizes", "alignment", "dropout", "cells", "specials", "huge", "refusal")
 TARGETS = [
     Target(
@@ -78,10 +87,25 @@ TARGETS = [
 ON_DEMAND = [
     Target(
         name="persistent",
-        mutated=("csrc/cuda/persistent.cuh", "csrc/cuda/persistent_forward.cuh"),
-        sources=("tests/emulator/persistent_instances.cu", "tests/emulator/persistent.cpp"),
+        mutated=tuple(f"csrc/cuda/persistent{part}.cuh" for part in ("", "_exchange", "_products", "_forward")),
+        sources=("tests/emulator/persistent_forward_instances.cu", "tests/emulator/persistent_forward.cpp"),
         variants=tuple((name,) for name in PERSISTENT_CASES),
+        plain=("--order", "random"),
         sanitized=("--order", "random", "--exact"),
+        defines=("FEW_KERNELS",),
+        more_programs=(("tests/emulator/persistent_watchdog.cu",),),
+    ),
+    Target(
+        name="persistent_backward",
+        mutated=("csrc/cuda/persistent_backward.cuh",),
+        sources=tuple(PERSISTENT_BACKWARD),
+        variants=(
+            *((name,) for name in PERSISTENT_BACKWARD_CASES),
+            *(("--order", "random", name) for name in PERSISTENT_BACKWARD_LARGE),
+        ),
+        sanitized=("--order", "random", "--exact"),
+        defines=("FEW_KERNELS",),
+        more_programs=(("tests/emulator/persistent_backward_watchdog.cu",),),
     ),
 ]
 # What a mutated program is compiled with besides the emulator's flags. Its switches make conditions that compilers warn
@@ -142,25 +166,47 @@ def write_tree(target: Target) -> tuple[Path, list[Mutant]]:
     return tree, mutants
 
 
+@dataclass(frozen=True)
+class _Variant:
+    """A way to run one of a target's programs."""
+
+    program: int
+    arguments: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join(self.arguments) or f"program {self.program}"
+
+
 @dataclass
 class _Programs:
-    """A target's program, one build for each stage."""
+    """A target's programs, one build for each stage."""
 
     target: Target
     tree: Path
     thorough: bool
 
-    def build(self, sanitizer: str | None) -> Path:
-        sources = [self.tree / source for source in self.target.sources]
-        defines = [] if sanitizer else ["EMULATOR_RECORDS_MUTANTS"]
-        return build(f"mutants-{self.target.name}", sources, sanitizer, defines, flags=[*FLAGS, *MORE_FLAGS[sanitizer]])
+    def variants(self) -> list[_Variant]:
+        more = [_Variant(n + 1) for n in range(len(self.target.more_programs))]
+        return [*(_Variant(0, arguments) for arguments in self.target.variants), *more]
 
-    def run(self, program: Path, variant: Sequence[str], sanitizer: str | None, mutant: int, limit: int, reached: str = "") -> Result:
+    def build(self, sanitizer: str | None) -> list[Path]:
+        defines = [*self.target.defines, *([] if sanitizer else ["EMULATOR_RECORDS_MUTANTS"])]
+        flags = [*FLAGS, *MORE_FLAGS[sanitizer]]
+        programs = []
+        for n, sources in enumerate((self.target.sources, *self.target.more_programs)):
+            name = f"mutants-{self.target.name}{f'-{n}' if n else ''}"
+            programs.append(build(name, [self.tree / source for source in sources], sanitizer, defines, flags=flags))
+        return programs
+
+    def run(
+        self, programs: list[Path], variant: _Variant, sanitizer: str | None, mutant: int, limit: int, reached: str = ""
+    ) -> Result:
         """One run, of at most `limit` seconds of processor time (a machine that others use is no reason to end it)."""
         script = 'ulimit -c 0; ulimit -t "$1"; export EMULATOR_MUTANT="$2" EMULATOR_MUTANTS_REACHED="$3"; shift 3; exec "$@"'
         plain = self.target.thorough if self.thorough else self.target.plain
         more = self.target.sanitized if sanitizer else plain
-        command = ["-c", script, "sh", limit, mutant, reached, program, *variant, *more]
+        arguments = () if variant.program else (*variant.arguments, *more)
+        command = ["-c", script, "sh", limit, mutant, reached, programs[variant.program], *arguments]
         return run(Path("/bin/sh"), *command, sanitizer=sanitizer, timeout=60 * limit)
 
 
@@ -195,11 +241,11 @@ class _Hunt:
         tree, mutants = write_tree(target)
         self.wanted = [mutant for mutant in mutants if mutant.file in files]
         self.programs = _Programs(target, tree, thorough)
-        self.variants, self.stages = target.variants, target.stages
-        self.reach: dict[tuple[str, ...], set[int]] = {}
+        self.variants, self.stages = self.programs.variants(), target.stages
+        self.reach: dict[_Variant, set[int]] = {}
         self.verdicts: dict[int, Verdict] = {}
-        self.limits: dict[tuple[tuple[str, ...], str | None], int] = {}
-        self.locks: dict[tuple[tuple[str, ...], str | None], threading.Lock] = {}
+        self.limits: dict[tuple[_Variant, str | None], int] = {}
+        self.locks: dict[tuple[_Variant, str | None], threading.Lock] = {}
         self.guard = threading.Lock()
 
     def run(self) -> list[Verdict]:
@@ -212,29 +258,29 @@ class _Hunt:
             self.verdicts.setdefault(mutant.number, Verdict(mutant, "survived" if reached else "not reached"))
         return [self.verdicts[mutant.number] for mutant in self.wanted]
 
-    def _stage(self, stage: str | None, built: Future[Path], pool: ThreadPoolExecutor) -> None:
+    def _stage(self, stage: str | None, built: Future[list[Path]], pool: ThreadPoolExecutor) -> None:
         left = [mutant for mutant in self.wanted if mutant.number not in self.verdicts]
         if stage is not None:
             left = [mutant for mutant in left if not any(entry.names(mutant) for entry in self.spared)]
         if not left:
             built.cancel()
             return
-        program = built.result()
+        programs = built.result()
         if stage is None:  # tells who reaches what
-            list(pool.map(lambda variant: self._limit(program, variant, stage), self.variants))
+            list(pool.map(lambda variant: self._limit(programs, variant, stage), self.variants))
 
         def judge(mutant: Mutant) -> None:
             for variant in self.variants:
                 if mutant.number in self.reach[variant]:
-                    limit = self._limit(program, variant, stage)
-                    result = self.programs.run(program, variant, stage, mutant.number, limit)
+                    limit = self._limit(programs, variant, stage)
+                    result = self.programs.run(programs, variant, stage, mutant.number, limit)
                     if result.returncode != 0:
                         self.verdicts[mutant.number] = Verdict(mutant, *_fate(result))
                         return
 
         list(pool.map(judge, left))
 
-    def _limit(self, program: Path, variant: tuple[str, ...], stage: str | None) -> int:
+    def _limit(self, programs: list[Path], variant: _Variant, stage: str | None) -> int:
         """A mutant's time, in seconds. At first, runs the program as it is: it has to succeed."""
         with self.guard:
             lock = self.locks.setdefault((variant, stage), threading.Lock())
@@ -242,11 +288,11 @@ class _Hunt:
             if (variant, stage) not in self.limits:
                 with tempfile.NamedTemporaryFile("r") as reached:
                     before = os.times()
-                    result = self.programs.run(program, variant, stage, -1, 300, reached.name)
+                    result = self.programs.run(programs, variant, stage, -1, 300, reached.name)
                     after = os.times()
                     if result.returncode != 0:
                         output = result.stdout + result.stderr
-                        raise RuntimeError(f"{' '.join(variant)} fails without any mutant ({stage}):\n{output}")
+                        raise RuntimeError(f"{variant} fails without any mutant ({stage}):\n{output}")
                     if stage is None:
                         self.reach[variant] = {int(line) for line in reached}
                 # Other runs' times are in here as well; it errs to the long side.

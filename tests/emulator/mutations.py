@@ -37,7 +37,12 @@ REMOVED = {
     "store_release": "arrive",
     "copy_async_commit": "commit",
     "bulk_commit": "commit",
+    "await_chunk": "wait",
+    "await_chunks": "wait",
+    "publish_chunks": "arrive",
 }
+# The same of members: `who.name(…)`.
+REMOVED_MEMBERS = {"for_phase": "wait"}
 # Calls whose ordering is taken away, and what is left of them.
 RELAXED = {"load_acquire": "load_relaxed", "store_release": "store_relaxed", "add_release": "atomic_add"}
 # Waits that allow one group more to be on its way.
@@ -106,7 +111,7 @@ class _Finder:
     def find(self) -> list[_Edit]:
         for n, token in enumerate(self.source.tokens):
             if token.kind == "name" and not self._is_constant(n):
-                if token.text in REMOVED or token.text in RELAXED:
+                if token.text in REMOVED or token.text in RELAXED or token.text in REMOVED_MEMBERS:
                     self._call(n)
                 elif token.text in CLAMPS:
                     self._clamp(n)
@@ -144,7 +149,9 @@ class _Finder:
         while self.source.text(begin - 1) == "::":
             begin -= 2 if self.source.kind(begin - 2) == "name" and self.source.text(begin - 2) != "return" else 1
         if self.source.text(begin - 1) in (".", "->"):
-            return None
+            if self.source.text(n) not in REMOVED_MEMBERS or self.source.kind(begin - 2) != "name":
+                return None
+            begin -= 2
         return begin, open_, self.source.partner[open_] + 1
 
     def _top_level(self, begin: int, end: int) -> Iterator[int]:
@@ -194,8 +201,8 @@ class _Finder:
             template = "" if name == "add_release" else self.source.flat(n + 1, open_)
             weak = self.source.flat(begin, n) + RELAXED[name] + template + arguments
             self._add(begin, end, "order", "relaxed", _instead(weak) if name == "load_acquire" else _instead_of_call(weak))
-        if name in REMOVED:
-            self._add(begin, end, REMOVED[name], "removed", _removed)
+        if name in REMOVED or name in REMOVED_MEMBERS:
+            self._add(begin, end, REMOVED.get(name) or REMOVED_MEMBERS[name], "removed", _removed)
         if name in GROUP_WAITS and open_ > n + 2:
             groups = self.source.flat(n + 2, open_ - 1)
             later = f"{self.source.flat(begin, n)}{name}<({groups}) + 1>{self.source.flat(open_, end)}"

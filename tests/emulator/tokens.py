@@ -57,6 +57,7 @@ class Source:
         self.place = [n for n, live in enumerate(_seen_on_the_host(self.all)) if live]  # in `all`
         self.tokens = [self.all[n] for n in self.place]
         self.partner = self._match_brackets()
+        self.templates = self._template_parameters()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -126,10 +127,27 @@ class Source:
                     names[n + 1 : self.partner[n]] = [name] * (self.partner[n] - n - 1)
         return names
 
+    def _template_parameters(self) -> dict[int, int]:
+        """For the ``>`` that closes the parameters of a template the index of the word ``template``."""
+        begins: dict[int, int] = {}
+        for n in range(len(self.tokens)):
+            if self.text(n) != "template" or self.text(n + 1) != "<":
+                continue
+            depth, at = 0, n + 1
+            while at < len(self.tokens):
+                depth += {"<": 1, ">": -1, ">>": -2}.get(self.text(at), 0)
+                if depth <= 0:
+                    begins[at] = n
+                    break
+                at = (self.partner[at] if self.text(at) in OPEN else at) + 1
+        return begins
+
     def _function_of_body(self, brace: int) -> str:
         at, name = brace - 1, ""
         while at >= 0 and (self.text(at) not in (";", "{", "}") or self._initialises_a_member(at)):
-            if self.text(at) == ")":
+            if at in self.templates:
+                at = self.templates[at]
+            elif self.text(at) == ")":
                 at = self.partner[at]
                 if self.kind(at - 1) == "name" and self.text(at - 1) not in ("noexcept", "alignas", "decltype", "__launch_bounds__"):
                     name = self.text(at - 1)  # the leftmost counts: initialisers of members stand to its right

@@ -1,7 +1,7 @@
 """What the GPU's tests share: the device, and calls on it of what the other helpers make on the CPU.
 
-STACKED_LSTM_EXT_TEST_DEVICE=cpu runs all that needs no CUDA of its own on the CPU, by the same backend: a dry run of
-the tests themselves, where there is no GPU.
+STACKED_LSTM_EXT_TEST_DEVICE=cpu runs all that needs no CUDA of its own on the CPU, by the same backends: a dry run of
+the tests themselves, where there is no GPU. (In place of the persistent kernels, ``persistent_host.cpp``.)
 """
 
 import math
@@ -13,13 +13,24 @@ from helpers import Case, backward_arguments, case_tolerance, gradient_names, re
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from stacked_lstm_ext import backend
+from stacked_lstm_ext import _C, backend
 
 DEVICE = torch.device(os.environ.get("STACKED_LSTM_EXT_TEST_DEVICE", "cuda"))
 CUDA_ONLY = pytest.mark.skipif(DEVICE.type != "cuda", reason="a dry run on the CPU")
-BACKEND = "diagonal"
+BACKENDS = ["diagonal", "persistent"]
 
 ops = torch.ops.stacked_lstm_ext
+
+if DEVICE.type == "cpu":
+    from test_persistent import library
+
+    _C._use_persistent_kernels(library().host_persistent_kernels(False))
+    _C.force_persistent_device("h100")
+
+
+def skip_what_cannot_run(name: str, case: Case, dtype: torch.dtype) -> None:
+    if name == "persistent" and (case.proj or dtype == torch.float64):
+        pytest.skip("not for the persistent kernels")
 
 
 def to_device(value, device=DEVICE):
@@ -36,7 +47,7 @@ def to_device(value, device=DEVICE):
 class OnDevice:
     """A module on the device, for tensors on the CPU: what `helpers.results` takes."""
 
-    def __init__(self, module: nn.Module, name: str = BACKEND):
+    def __init__(self, module: nn.Module, name: str):
         self.module, self.backend = module.to(DEVICE), name
         self.batch_first = module.batch_first
 
@@ -48,9 +59,10 @@ class OnDevice:
             return to_device(self.module(to_device(x), to_device(hx)), torch.device("cpu"))
 
 
-def device_results(module: nn.Module, x: Tensor, hx=None, lengths=None, **kwargs) -> dict:
+def device_results(module: nn.Module, backend: str, x: Tensor, hx=None, lengths=None, **kwargs) -> dict:
     """Every result and gradient of the module on the device, as CPU tensors."""
-    return {name: tensor.cpu() for name, tensor in results(OnDevice(module), x, hx, lengths, **kwargs).items()}
+    found = results(OnDevice(module, backend), x, hx, lengths, **kwargs)
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def device_arguments(arguments: list, device=DEVICE) -> list:

@@ -4,7 +4,16 @@ import gc
 
 import pytest
 import torch
-from gpu_helpers import CUDA_ONLY, DEVICE, device_arguments, device_tolerance, run_on_device, to_device
+from gpu_helpers import (
+    BACKENDS,
+    CUDA_ONLY,
+    DEVICE,
+    device_arguments,
+    device_tolerance,
+    run_on_device,
+    skip_what_cannot_run,
+    to_device,
+)
 from helpers import DTYPES, Case, assert_matches, assert_same_bits, forward_arguments, upstream_gradients
 
 from stacked_lstm_ext import StackedLSTM, backend
@@ -27,9 +36,7 @@ def shifted(tensor, by=1):
 
 def strided(tensor):
     """The same numbers with gaps between them, in another order of the dimensions."""
-    wide = torch.full(
-        [2 * size for size in reversed(tensor.shape)], torch.nan, dtype=tensor.dtype, device=tensor.device
-    )
+    wide = torch.full([2 * size for size in reversed(tensor.shape)], torch.nan, dtype=tensor.dtype, device=tensor.device)
     part = wide[tuple(slice(None, None, 2) for _ in tensor.shape)].permute(*reversed(range(tensor.dim())))
     return part.copy_(tensor)
 
@@ -42,57 +49,58 @@ def apart(case, dtype):
 def changed(arguments, change):
     """Every floating-point tensor of a call laid out otherwise."""
     return [
-        change(a)
-        if isinstance(a, torch.Tensor) and a.is_floating_point()
-        else [change(w) for w in a]
-        if isinstance(a, list)
-        else a
+        change(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else [change(w) for w in a] if isinstance(a, list) else a
         for a in arguments
     ]
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("saving", ["full", "recompute"])
 @pytest.mark.parametrize("by", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_tensors_at_any_address_give_the_same_results(case, dtype, by, saving):
+def test_tensors_at_any_address_give_the_same_results(case, dtype, by, saving, name):
     """No 16-byte access where the address does not allow one. A product may take another kernel there: not the bits."""
-    arguments = device_arguments(forward_arguments(case, dtype, saving, dropout=0.25, seed=7, backend="diagonal"))
+    skip_what_cannot_run(name, case, dtype)
+    arguments = device_arguments(forward_arguments(case, dtype, saving, dropout=0.25, seed=7, backend=name))
     named = run_on_device(arguments)
     upstream = to_device(upstream_gradients({n: named[n] for n in ("output", "h_n", "c_n")}, dtype))
     got = run_on_device(changed(arguments, lambda t: shifted(t, by)), [shifted(g, by) for g in upstream])
     assert_matches(got, named, apart(case, dtype), case.directions)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_strided_tensors_give_the_same_results(case, dtype):
-    arguments = device_arguments(forward_arguments(case, dtype, dropout=0.25, seed=7, backend="diagonal"))
+def test_strided_tensors_give_the_same_results(case, dtype, name):
+    skip_what_cannot_run(name, case, dtype)
+    arguments = device_arguments(forward_arguments(case, dtype, dropout=0.25, seed=7, backend=name))
     named = run_on_device(arguments)
     upstream = to_device(upstream_gradients({n: named[n] for n in ("output", "h_n", "c_n")}, dtype))
     got = run_on_device(changed(arguments, strided), [strided(g) for g in upstream])
     assert_matches(got, named, apart(case, dtype), case.directions)
 
 
-def test_an_expanded_input_and_a_transposed_one():
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_expanded_input_and_a_transposed_one(name):
     module = StackedLSTM(8, 16, 2, device=DEVICE)
     x = torch.randn(1, 1, 8, device=DEVICE)
     y = torch.randn(4, 6, 8, device=DEVICE)
-    with backend("diagonal"):
+    with backend(name):
         for view in (x.expand(6, 4, 8), y.transpose(0, 1)):
             torch.testing.assert_close(module(view)[0], module(view.contiguous())[0])
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_uninitialised_memory_is_never_read(case, dtype):
+def test_uninitialised_memory_is_never_read(case, dtype, name):
     """torch can fill what it allocates without values with NaN: it must not show."""
+    skip_what_cannot_run(name, case, dtype)
     for saving in ("full", "recompute"):
-        arguments = forward_arguments(case, dtype, saving, dropout=0.25, seed=7, backend="diagonal")
+        arguments = forward_arguments(case, dtype, saving, dropout=0.25, seed=7, backend=name)
         plain = run_on_device(arguments)
-        torch.use_deterministic_algorithms(
-            True, warn_only=True
-        )  # cuBLAS wants a variable set that it reads at its start
+        torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS wants a variable set that it reads at its start
         assert torch.utils.deterministic.fill_uninitialized_memory
         filled = run_on_device(arguments)
         torch.use_deterministic_algorithms(False)
@@ -100,17 +108,19 @@ def test_uninitialised_memory_is_never_read(case, dtype):
 
 
 @CUDA_ONLY
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"bidirectional": True, "dropout": 0.3}], ids=str)
-def test_memory_comes_back(options):
+def test_memory_comes_back(options, name):
     module = StackedLSTM(32, 64, 3, **options).to(DEVICE)
     x = torch.randn(50, 8, 32, device=DEVICE, requires_grad=True)
 
     def step():
         module.zero_grad()
         x.grad = None
-        output, (h_n, c_n) = module(x)
+        with backend(name):
+            output, (h_n, c_n) = module(x)
         (output.sum() + h_n.sum() + c_n.sum()).backward()
-        with torch.no_grad():
+        with torch.no_grad(), backend(name):
             module(x)
 
     for _ in range(3):
@@ -129,9 +139,10 @@ def test_memory_comes_back(options):
 
 
 @CUDA_ONLY
-def test_what_is_kept_for_backward_is_the_reserve_and_no_more():
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_is_kept_for_backward_is_the_reserve_and_no_more(name):
     case = Case(4, 16, 64, 64, 128)
-    arguments = device_arguments(forward_arguments(case, torch.bfloat16, "full", backend="diagonal"))
+    arguments = device_arguments(forward_arguments(case, torch.bfloat16, "full", backend=name))
     ops.forward(*arguments)  # workspaces of the products' library stay
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from gpu_helpers import CUDA_ONLY, DEVICE, device_tolerance, run_on_device, to_device
+from gpu_helpers import (
+    BACKENDS,
+    CUDA_ONLY,
+    DEVICE,
+    device_tolerance,
+    run_on_device,
+    skip_what_cannot_run,
+    to_device,
+)
 from helpers import DTYPES, Case, assert_matches, assert_same_bits, forward_arguments, run_operators, with_saving
 
 from stacked_lstm_ext import StackedLSTM, backend
@@ -20,13 +28,15 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("kernel", ["diagonal", "cpu"])
 @pytest.mark.parametrize("saving", ["full", "recompute"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_gpu_agrees_with_the_kernels_of_the_cpu(case, dtype, saving, kernel):
+def test_the_gpu_agrees_with_the_kernels_of_the_cpu(case, dtype, saving, kernel, name):
+    skip_what_cannot_run(name, case, dtype)
     here = forward_arguments(case, dtype, saving, dropout=0.25, seed=7, backend=kernel)
-    there = [*here[:-1], "diagonal"]
+    there = [*here[:-1], name]
     tol = 2 * device_tolerance(case, dtype) / (1 - 0.25) ** (case.layers - 1)
     assert_matches(to_device(run_on_device(there), CPU), run_operators(here), tol, case.directions)
 
@@ -50,9 +60,12 @@ def test_the_same_elements_are_dropped_as_on_the_cpu(seed, p):
     assert here.all() if p < 1e-6 else not here.any() if p == 1 else 0 < here.sum() < here.numel()
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_without_a_reserve_the_results_are_the_same_bits(dtype):
-    arguments = forward_arguments(CASES[1], dtype, "full", dropout=0.25, seed=7, backend="diagonal")
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[4]], ids=str)
+def test_without_a_reserve_the_results_are_the_same_bits(case, dtype, name):
+    skip_what_cannot_run(name, case, dtype)
+    arguments = forward_arguments(case, dtype, "full", dropout=0.25, seed=7, backend=name)
     kept = run_on_device(arguments)
     output, h_n, c_n, reserve = torch.ops.stacked_lstm_ext.forward(*to_device(with_saving(arguments, "none")))
     assert reserve.numel() == 0

@@ -4,10 +4,18 @@ import threading
 
 import pytest
 import torch
-from gpu_helpers import CUDA_ONLY, DEVICE, device_arguments, device_upstream, run_on_device
+from gpu_helpers import (
+    BACKENDS,
+    CUDA_ONLY,
+    DEVICE,
+    device_arguments,
+    device_upstream,
+    run_on_device,
+    skip_what_cannot_run,
+)
 from helpers import DTYPES, Case, assert_same_bits, forward_arguments
 
-from stacked_lstm_ext import StackedLSTM
+from stacked_lstm_ext import StackedLSTM, backend
 
 pytestmark = pytest.mark.gpu
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
@@ -20,11 +28,13 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("saving", ["full", "recompute"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_result_is_bitwise_the_same_from_run_to_run(case, dtype, saving):
-    arguments = forward_arguments(case, dtype, saving, dropout=0.25, seed=7, backend="diagonal")
+def test_every_result_is_bitwise_the_same_from_run_to_run(case, dtype, saving, name):
+    skip_what_cannot_run(name, case, dtype)
+    arguments = forward_arguments(case, dtype, saving, dropout=0.25, seed=7, backend=name)
     first = run_on_device(arguments)
     for _ in range(4):
         junk = [torch.randn(1000 + i, device=DEVICE) for i in range(20)]  # other memory, other contents
@@ -33,10 +43,13 @@ def test_every_result_is_bitwise_the_same_from_run_to_run(case, dtype, saving):
 
 
 @CUDA_ONLY
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_several_streams_at_once_give_the_bits_of_one(case, dtype):
-    arguments = device_arguments(forward_arguments(case, dtype, dropout=0.25, seed=7, backend="diagonal"))
+def test_several_streams_at_once_give_the_bits_of_one(case, dtype, name):
+    """Of persistent launches the next one starts when all of its blocks have room: none waits for a block that has none."""
+    skip_what_cannot_run(name, case, dtype)
+    arguments = device_arguments(forward_arguments(case, dtype, dropout=0.25, seed=7, backend=name))
     upstream = device_upstream(case, arguments)  # what is still copied from the host would make the streams wait
     alone = run_on_device(arguments, upstream)
     streams = [torch.cuda.Stream() for _ in range(4)]
@@ -52,16 +65,18 @@ def test_several_streams_at_once_give_the_bits_of_one(case, dtype):
 
 
 @CUDA_ONLY
-def test_threads_with_a_stream_each_give_the_bits_of_one():
+@pytest.mark.parametrize("name", BACKENDS)
+def test_threads_with_a_stream_each_give_the_bits_of_one(name):
     module = StackedLSTM(7, 18, 3, device=DEVICE)
     x = torch.randn(33, 5, 7, device=DEVICE)
-    expected = module(x)[0].detach()
+    with backend(name):
+        expected = module(x)[0].detach()
     torch.cuda.synchronize()
     found, errors = [], []
 
     def work():
         try:
-            with torch.cuda.stream(torch.cuda.Stream()):
+            with torch.cuda.stream(torch.cuda.Stream()), backend(name):
                 for _ in range(5):
                     output = module(x)[0].detach()
                 torch.cuda.current_stream().synchronize()
@@ -79,11 +94,12 @@ def test_threads_with_a_stream_each_give_the_bits_of_one():
 
 
 @CUDA_ONLY
-def test_work_goes_into_the_current_stream():
+@pytest.mark.parametrize("name", BACKENDS)
+def test_work_goes_into_the_current_stream(name):
     """Behind a kernel that spins, the stream is busy when the call returns, and the default stream is not."""
     module = StackedLSTM(7, 18, 2, device=DEVICE)
     x = torch.randn(9, 3, 7, device=DEVICE)
-    with torch.no_grad():
+    with torch.no_grad(), backend(name):
         expected = module(x)[0]
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
@@ -99,10 +115,16 @@ def test_work_goes_into_the_current_stream():
 
 
 @CUDA_ONLY
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("lengths", [None, (33, 20, 20, 3, 1)], ids=["padded", "packed"])
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"bidirectional": True, "proj_size": 5}], ids=str)
-def test_the_host_never_waits_for_the_gpu(options, lengths):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dropout": 0.3}, {"recompute": True}, {"bidirectional": True}, {"bidirectional": True, "proj_size": 5}],
+    ids=str,
+)
+def test_the_host_never_waits_for_the_gpu(options, lengths, name):
     """torch raises wherever its own operations would wait."""
+    skip_what_cannot_run(name, Case(proj=options.get("proj_size", 0)), torch.float32)
     module = StackedLSTM(7, 18, 3, **options).to(DEVICE)
     fed = torch.randn(33, 5, 7, device=DEVICE)
     if lengths is not None:
@@ -110,7 +132,8 @@ def test_the_host_never_waits_for_the_gpu(options, lengths):
     (fed if lengths is None else fed.data).requires_grad_()
 
     def step():
-        output, (h_n, c_n) = module(fed)
+        with backend(name):
+            output, (h_n, c_n) = module(fed)
         data = output if lengths is None else output.data
         torch.autograd.backward([data, h_n, c_n], [torch.ones_like(t) for t in (data, h_n, c_n)])
 
@@ -124,14 +147,16 @@ def test_the_host_never_waits_for_the_gpu(options, lengths):
 
 
 @CUDA_ONLY
-def test_a_call_returns_while_the_gpu_is_still_busy():
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_call_returns_while_the_gpu_is_still_busy(name):
     """Nor do the kernels' own launches wait, of which torch knows nothing."""
     module = StackedLSTM(7, 18, 3).to(DEVICE)
     x = torch.randn(8, 5, 7, device=DEVICE, requires_grad=True)
-    module(x)[0].sum().backward()
-    torch.cuda.synchronize()
-    torch.cuda._sleep(1_000_000_000)  # about half a second
-    module(x)[0].sum().backward()
+    with backend(name):
+        module(x)[0].sum().backward()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1_000_000_000)  # about half a second
+        module(x)[0].sum().backward()
     assert not torch.cuda.current_stream().query()
 
 

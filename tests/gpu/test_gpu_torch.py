@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gpu_helpers import CUDA_ONLY, DEVICE, device_tolerance, run_on_device, to_device
+from gpu_helpers import BACKENDS, CUDA_ONLY, DEVICE, device_tolerance, run_on_device, to_device
 from helpers import Case, assert_matches, forward_arguments, operator_truth
 from torch import nn
 
@@ -29,20 +29,20 @@ TF32_CASE = Case(2, 32, 8, 256, 256)
 
 
 @CUDA_ONLY
-def test_without_tf32_products_are_those_of_float32(tf32):
+@pytest.mark.parametrize("name", BACKENDS)
+def test_without_tf32_products_are_those_of_float32(tf32, name):
     tf32(False)
-    arguments = forward_arguments(TF32_CASE, torch.float32, backend="diagonal")
+    arguments = forward_arguments(TF32_CASE, torch.float32, backend=name)
     got = to_device(run_on_device(arguments), torch.device("cpu"))
     assert_matches(got, operator_truth(TF32_CASE, arguments), device_tolerance(TF32_CASE, torch.float32))
 
 
 @CUDA_ONLY
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="this GPU has no TF32"
-)
-def test_with_tf32_products_are_rounded_as_it_rounds(tf32):
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="this GPU has no TF32")
+@pytest.mark.parametrize("name", BACKENDS)
+def test_with_tf32_products_are_rounded_as_it_rounds(tf32, name):
     """Off by more than float32's rounding and by no more than that of 10 bits: the switch is obeyed."""
-    arguments = forward_arguments(TF32_CASE, torch.float32, backend="diagonal")
+    arguments = forward_arguments(TF32_CASE, torch.float32, backend=name)
     tf32(False)
     exact = run_on_device(arguments)
     tf32(True)
@@ -52,20 +52,21 @@ def test_with_tf32_products_are_rounded_as_it_rounds(tf32):
     assert_matches(got, exact, rounding)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_computes_in_its_dtype_and_keeps_the_weights(dtype):
+def test_autocast_computes_in_its_dtype_and_keeps_the_weights(dtype, name):
     if DEVICE.type == "cpu" and dtype == torch.float16:
         pytest.skip("the CPU's autocast is tested elsewhere")
     module = StackedLSTM(8, 16, 3, device=DEVICE)
     x = torch.randn(6, 4, 8, device=DEVICE)
-    with torch.autocast(DEVICE.type, dtype), backend("diagonal"):
+    with torch.autocast(DEVICE.type, dtype), backend(name):
         output, (h_n, c_n) = module(x)
     assert output.dtype == h_n.dtype == c_n.dtype == dtype
     output.float().sum().backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in module.parameters())
     half = StackedLSTM(8, 16, 3, device=DEVICE, dtype=dtype)
     half.load_state_dict(module.state_dict())
-    with backend("diagonal"):
+    with backend(name):
         assert torch.equal(half(x.to(dtype))[0], output)
 
 
@@ -87,21 +88,22 @@ def test_a_gradient_scaler_trains_in_float16():
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("name", [*BACKENDS, "auto"])
 @pytest.mark.parametrize("mode", ["inference", "training"])
-def test_compile_makes_one_graph_that_runs_the_kernels(mode):
+def test_compile_makes_one_graph_that_runs_the_kernels(mode, name):
     torch._dynamo.reset()
     module = StackedLSTM(8, 16, 3, device=DEVICE)
     x = torch.randn(6, 4, 8, device=DEVICE, requires_grad=mode == "training")
     function = torch.compile(module, fullgraph=True, backend="aot_eager")
     found = []
-    with torch.set_grad_enabled(mode == "training"), backend("diagonal"):
+    with torch.set_grad_enabled(mode == "training"), backend(name):
         for run in (module, function):
             output, (h_n, c_n) = run(x)
             found.append([output, h_n, c_n])
             if mode == "training":
                 loss = output.square().sum() + h_n.sum() + c_n.sum()
                 found[-1] += torch.autograd.grad(loss, [x, *module.parameters()])
-    assert last_run()["backend"] == "diagonal"
+    assert last_run()["backend"] == name or name == "auto"
     torch.testing.assert_close(found[1], found[0])
 
 

@@ -1,0 +1,31 @@
+// csrc/cuda/persistent.cu: the table of the persistent kernels on a GPU. The kernels themselves are instantiated in
+// persistent_forward_*.cu and persistent_backward_*.cu, a direction and an element each, so that a build compiles them side
+// by side.
+#include "persistent_dispatch.cuh"
+
+namespace stacked_lstm::persistent {
+
+namespace {
+
+template <typename T>
+Kernels<T> kernels() {
+  using Forward = cuda::persistent::ForwardEntry<T>;
+  using Backward = cuda::persistent::BackwardEntry<T>;
+  return {kForwardInstances<T>.data(),
+          static_cast<int>(kForwardInstances<T>.size()),
+          kBackwardInstances<T>.data(),
+          static_cast<int>(kBackwardInstances<T>.size()),
+          Forward::launch,
+          Backward::launch,
+          Forward::capacity,
+          Backward::capacity};
+}
+
+}  // namespace
+
+const Table& cuda_kernels() {
+  static const Table table = {kernels<float>(), kernels<bfloat16>(), kernels<float16>()};
+  return table;
+}
+
+}  // namespace stacked_lstm::persistent

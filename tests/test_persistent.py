@@ -1,0 +1,878 @@
+"""csrc/persistent.cpp: the persistent kernels' driver and who decides on them, on the CPU.
+
+``persistent_host.cpp`` does what a launch is asked for, in plain loops, and refuses what the contract does not allow. With
+it everything but the kernels themselves is the code that runs on a GPU. The truth is stock ``nn.LSTM`` in float64.
+"""
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import math
+import threading
+
+import emulator
+import pytest
+import torch
+from helpers import (
+    OPTION_GRID,
+    Case,
+    assert_matches,
+    assert_same_bits,
+    backward_arguments,
+    case_tolerance,
+    forward_arguments,
+    gradient_names,
+    make_input,
+    operator_truth,
+    option_name,
+    results,
+    run_operators,
+    truth,
+    upstream_gradients,
+    with_saving,
+)
+from test_kernels import AWKWARD, LAYOUTS, TARGETS, strided
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from stacked_lstm_ext import _C, StackedLSTM, backend, last_run
+from stacked_lstm_ext.plan import gpu_plan, make_plan
+
+ops = torch.ops.stacked_lstm_ext
+SAVING = ["full", "recompute"]
+KINDS = ["bfloat16", "float16", "float32", "tf32"]
+UNPROJECTED = [options for options in OPTION_GRID if not options.get("proj")]
+SMALL = {"like": "h100", "sms": 4, "gpcs": 1, "sms_gpc": 4, "max_cluster": 4}  # room for a layer or two
+
+
+@functools.cache
+def library():
+    source = emulator.ROOT / "tests/persistent_host.cpp"
+    host = ctypes.CDLL(str(emulator.build("persistent_host", [], shared=True, host_sources=[source])))
+    host.host_persistent_kernels.restype = host.host_persistent_input.restype = ctypes.c_void_p
+    host.host_persistent_kernels.argtypes = [ctypes.c_bool]
+    host.host_persistent_launches.restype = ctypes.c_int64
+    for name in ("capacity", "refuse_from", "watchdog_at"):
+        getattr(host, f"host_persistent_{name}").argtypes = [ctypes.c_int64]
+    return host
+
+
+@pytest.fixture(autouse=True)
+def host():
+    """The host's kernels, planned for as if on an H100; and one thread, since everything here is small."""
+    torch.set_num_threads(1)
+    found = library()
+    _C._use_persistent_kernels(found.host_persistent_kernels(False))
+    _C.force_persistent_device("h100")
+    yield found
+    _C._use_persistent_kernels(0)
+    _C.force_persistent_device(None)
+
+
+@contextlib.contextmanager
+def planned_for(device):
+    _C.force_persistent_device(device)
+    try:
+        yield
+    finally:
+        _C.force_persistent_device("h100")
+
+
+@contextlib.contextmanager
+def cut_up(forward=None, backward=None):
+    _C.force_persistent_passes(False, forward)
+    _C.force_persistent_passes(True, backward)
+    try:
+        yield
+    finally:
+        _C.force_persistent_passes(False, None)
+        _C.force_persistent_passes(True, None)
+
+
+@contextlib.contextmanager
+def kind_of(kind: str):
+    """A dtype; and, for float32, whether torch allows products to take TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+    try:
+        yield torch.float32 if kind == "tf32" else getattr(torch, kind)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def persistent_arguments(case, dtype=torch.float32, saving="full", **kwargs):
+    return forward_arguments(case, dtype, saving, backend="persistent", **kwargs)
+
+
+def tolerance(case: Case, kind: str, dropout=0.0) -> float:
+    """As test_diagonal's, of whose rounded numbers there are as many here. TF32 rounds x and the weights beside."""
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
+    tol = case_tolerance(case, dtype)
+    rounding = 2.0**-10 if kind == "tf32" else torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0
+    rounded = 6 if kind == "tf32" else 4
+    tol += 4 * math.sqrt(rounded * 2) * rounding / 2 / math.sqrt(3) / 3
+    return tol / (1 - dropout) ** (case.layers - 1)
+
+
+def check(case: Case, kind: str, saving: str, dropout=0.0, expected=None) -> dict:
+    with kind_of(kind) as dtype:
+        seed = 0x123456789ABCDEF if dropout else None
+        arguments = persistent_arguments(case, dtype, saving, dropout=dropout, seed=seed)
+        actual = run_operators(arguments)
+        assert {t.dtype for t in actual.values()} == {dtype}
+        expected = operator_truth(case, arguments) if expected is None else expected
+        assert_matches(actual, expected, tolerance(case, kind, dropout), case.directions)
+        run = _C.last_run()
+        assert (run["backend"], run["pass"]) == ("persistent", "backward")
+        assert run["product"] == {"float32": "multiply-adds of float32", "tf32": "tensor cores, as TF32"}.get(kind, "tensor cores")
+    return actual
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Against float64
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layers, batch, steps, input_size, hidden", AWKWARD)
+def test_every_result_and_gradient_matches_float64(layers, batch, steps, input_size, hidden, kind, saving):
+    check(Case(layers, batch, steps, input_size, hidden), kind, saving)
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("lengths", [None, (7, 7, 5, 2, 1, 1)], ids=["padded", "packed"])
+@pytest.mark.parametrize("options", UNPROJECTED, ids=option_name)
+def test_every_option_matches_float64(options, lengths, dropout, kind, saving):
+    check(Case(3, 6, 7, 4, 9, lengths=lengths, **options), kind, saving, dropout)
+
+
+EDGES = [
+    Case(1, 1, 1, 1, 1, bidirectional=True),
+    Case(3, 2, 1, 5, 7),  # one step: every layer is at its first and at its last
+    Case(9, 2, 3, 5, 7),  # fewer steps than layers
+    Case(40, 1, 3, 2, 3),  # more lanes than a launch takes
+    Case(2, 70, 3, 4, 5),  # more sequences than a batch group has
+    Case(2, 70, 3, 4, 5, bidirectional=True),
+    Case(2, 37, 5, 4, 5, lengths=(5,) * 3 + (4,) * 9 + (2,) * 20 + (1,) * 5),
+    Case(3, 4, 1, 5, 7, bidirectional=True, lengths=(1, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+@pytest.mark.parametrize("case", EDGES, ids=str)
+def test_stacks_at_the_edge_match_float64(case, kind, saving, host):
+    check(case, kind, saving, dropout=0.25)
+    assert host.host_persistent_launches() > 0
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("states", [True, False], ids=["states", "no states"])
+@pytest.mark.parametrize("lengths", [None, (3, 7, 1, 7, 2)], ids=["padded", "unsorted"])
+@pytest.mark.parametrize("options", UNPROJECTED, ids=option_name)
+def test_the_module_matches_stock(options, lengths, states, saving):
+    case = Case(3, 5, 7, 4, 6, lengths=lengths, initial_state=states, **options)
+    module = StackedLSTM(**case.arguments(), recompute=saving == "recompute")
+    x, hx = make_input(case, torch.float32)
+    with backend("persistent"):
+        actual = results(module, x, hx, lengths)
+    assert last_run()["backend"] == "persistent"
+    assert_matches(actual, truth(module, x, hx, lengths), case_tolerance(case, torch.float32), case.directions)
+
+
+@pytest.mark.parametrize("options", UNPROJECTED, ids=option_name)
+def test_each_sequence_gives_what_it_gives_alone(options):
+    lengths = (3, 7, 1, 7, 2)
+    case = Case(2, 5, 7, 4, 6, **options)
+    module = StackedLSTM(**case.arguments())
+    x, (h_0, c_0) = make_input(case, torch.float32)
+    x = x.detach()
+    for b, length in enumerate(lengths):
+        x[length:, b] = float("nan")
+    with backend("persistent"), torch.no_grad():
+        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+        output, (h_n, c_n) = module(packed, (h_0, c_0))
+        output, _ = pad_packed_sequence(output)
+        for b, length in enumerate(lengths):
+            alone, (h, c) = module(x[:length, b], (h_0[:, b], c_0[:, b]))
+            assert_same_bits({"output": output[:length, b], "h_n": h_n[:, b], "c_n": c_n[:, b]}, {"output": alone, "h_n": h, "c_n": c})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# How it is cut up changes nothing
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def forward_pass(first, last, **changes):
+    return {"first_layer": first, "last_layer": last, "exact": 1, "blocks": 2, "splits": 4, "pieces": 2, **changes}
+
+
+def backward_pass(first, last, **changes):
+    return {"first_layer": first, "last_layer": last, "exact": 1, "blocks": 2, "pieces": 2, "m_tiles": 1, **changes}
+
+
+CUTS = [  # of 4 layers of 9 units, 7 steps, 6 sequences
+    ([forward_pass(0, 4)], [backward_pass(0, 4)]),
+    ([forward_pass(0, 1), forward_pass(1, 4)], [backward_pass(0, 3), backward_pass(3, 4)]),
+    ([forward_pass(k, k + 1) for k in range(4)], [backward_pass(k, k + 1) for k in range(4)]),
+    ([forward_pass(0, 4, l2=1, blocks=3, chunk_steps=2)], [backward_pass(0, 4, l2=1, blocks=3, chunk_steps=2)]),
+    (
+        [forward_pass(0, 2, batch_groups=3, copies=1), forward_pass(2, 4, batch_groups=6, copies=4)],
+        [backward_pass(0, 4, batch_groups=3, copies=2, chunk_steps=3, segment_steps=3)],
+    ),
+    ([forward_pass(0, 4)], [backward_pass(0, 4, segment_steps=1)]),
+    ([forward_pass(0, 4)], [backward_pass(0, 1, segment_steps=2), backward_pass(1, 4, segment_steps=5, batch_groups=2)]),
+]
+
+
+def launches_of(forward, backward, steps):
+    rounds = [math.ceil(p.get("batch_groups", 1) / p.get("copies", p.get("batch_groups", 1))) for p in forward + backward]
+    segments = [1] * len(forward) + [math.ceil(steps / p.get("segment_steps", steps)) for p in backward]
+    pairs = [r * s for r, s in zip(rounds, segments, strict=True)]
+    return sum(pairs[: len(forward)]), sum(pairs[len(forward) :])
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("lengths", [None, (7, 7, 5, 2, 1, 1)], ids=["padded", "packed"])
+@pytest.mark.parametrize("forward, backward", CUTS, ids=range(len(CUTS)))
+def test_a_stack_cut_up_in_any_way_gives_the_same(forward, backward, lengths, saving, host):
+    case = Case(4, 6, 7, 5, 9, lengths=lengths)
+    arguments = persistent_arguments(case, torch.float32, saving, dropout=0.25, seed=3)
+    plain = run_operators(arguments)
+    assert_matches(plain, operator_truth(case, arguments), tolerance(case, "float32", 0.25))
+    with cut_up(forward, backward):
+        host.host_persistent_launches()
+        _output, _h_n, _c_n, _reserve = ops.forward(*arguments)
+        assert (host.host_persistent_launches(), _C.last_run()["launches"]) == (launches_of(forward, backward, 7)[0],) * 2
+        cut = run_operators(arguments)
+        assert _C.last_run()["launches"] == launches_of(forward, backward, 7)[1]
+        assert host.host_persistent_launches() == sum(launches_of(forward, backward, 7))
+    # Backward, what goes from pass to pass or from segment to segment is rounded to float32 on its way.
+    done = ("output", "h_n", "c_n")
+    assert_same_bits({n: cut[n] for n in done}, {n: plain[n] for n in done})
+    assert_matches(cut, plain, 2 * case_tolerance(case, torch.float32) / (1 - 0.25) ** 3)
+
+
+BIDIRECTIONAL = [
+    ([forward_pass(0, 1), forward_pass(1, 2)], [backward_pass(0, 1), backward_pass(1, 2)]),
+    (
+        [forward_pass(0, 1, batch_groups=2, copies=1), forward_pass(1, 2, l2=1)],
+        [backward_pass(0, 1, segment_steps=2), backward_pass(1, 2, segment_steps=3, batch_groups=3, copies=2)],
+    ),
+]
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("lengths", [None, (7, 7, 5, 2, 1, 1)], ids=["padded", "packed"])
+@pytest.mark.parametrize("forward, backward", BIDIRECTIONAL, ids=range(2))
+def test_two_directions_cut_up_in_any_way_match_float64(forward, backward, lengths, saving):
+    case = Case(2, 6, 7, 5, 9, lengths=lengths, bidirectional=True)
+    with cut_up(forward, backward):
+        check(case, "float32", saving, dropout=0.25)
+
+
+WRONG = [  # a forward pass of 4 layers of 9 units, and what is said of it
+    ([forward_pass(0, 3)], "do not take all layers"),
+    ([forward_pass(1, 4)], "in order"),
+    ([forward_pass(0, 2), forward_pass(1, 4)], "in order"),
+    ([forward_pass(0, 4, blocks=1)], "8 units in blocks of 8, and there are 9"),
+    ([forward_pass(0, 4, batch_groups=7, copies=8)], "batch groups"),
+    ([forward_pass(0, 4, pieces=3)], "no kernel of 3 pieces"),
+    ([forward_pass(0, 4, tiles=3)], "no kernel"),
+    ([], "do not take all layers"),
+]
+
+
+@pytest.mark.parametrize("passes, why", WRONG, ids=[row[1] for row in WRONG])
+def test_passes_that_cannot_run_are_refused(passes, why, host):
+    arguments = persistent_arguments(Case(4, 6, 7, 5, 9))
+    with cut_up(passes), pytest.raises(ValueError, match=why):
+        ops.forward(*arguments)
+    assert host.host_persistent_launches() == 0
+
+
+def test_backward_passes_that_cannot_run_are_refused_by_the_forward_call():
+    """Both passes of a call run on the same kernels: it is decided before the first."""
+    arguments = persistent_arguments(Case(4, 6, 7, 5, 9))
+    for segment in (0, 3):
+        with cut_up(None, [backward_pass(0, 4, chunk_steps=2, segment_steps=segment)]):
+            with pytest.raises(ValueError, match=f"backward: .*segments of {segment} steps"):
+                ops.forward(*arguments)
+            ops.forward(*with_saving(arguments, "none"))
+    case = Case(2, 40, 7, 5, 9)
+    with cut_up(None, [backward_pass(0, 2)]), pytest.raises(ValueError, match="more sequences than 8"):
+        ops.forward(*persistent_arguments(case))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", [Case(5, 6, 9, 8, 24), Case(3, 40, 4, 8, 24), Case(2, 9, 4, 8, 24, bidirectional=True)], ids=str)
+def test_a_small_device_takes_the_layers_in_several_passes(case, kind):
+    with planned_for(SMALL):
+        check(case, kind, "full", dropout=0.25)
+        passes = last_run()["passes"]
+    assert len(passes) > 1 or passes[0]["rounds"] > 1
+    for part in passes:
+        assert part["blocks"] <= SMALL["sms"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Who decides, and what is said of it
+# --------------------------------------------------------------------------------------------------------------------
+
+SHAPES = [
+    Case(1, 1, 1, 1, 1),
+    Case(4, 8, 20, 32, 96),
+    Case(3, 5, 7, 4, 18, bidirectional=True),
+    Case(30, 2, 12, 8, 8),
+    Case(5, 33, 6, 16, 40),
+]
+OF_A_RUN = ["backend", "passes", "launches", "product", "predicted_us", "step_us", "binds", "why"]
+
+
+@pytest.mark.parametrize("device", ["h100", "a100", SMALL], ids=["h100", "a100", "small"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["full", "recompute"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_a_plan_never_lies(case, kind, recompute, device):
+    with planned_for(device), kind_of(kind) as dtype, backend("persistent"):
+        module = StackedLSTM(**case.arguments(), dtype=dtype, recompute=recompute)
+        x, _ = make_input(case, dtype)
+        try:
+            plan = module.plan(case.batch, case.steps)
+        except ValueError as refused:
+            with pytest.raises(ValueError, match="the persistent kernel cannot run this call") as also:
+                module(x)
+            assert str(also.value).splitlines()[0] == str(refused)
+            assert device == SMALL, "a large device has room"
+            return
+        output, _ = module(x)
+        run = last_run()
+        assert (plan.backend, plan.isa, plan.why_not) == ("persistent", None, "")
+        assert (run["pass"], run["saving"], run["device"]) == ("forward", plan.saving, "cpu")
+        assert {key: run[key] for key in OF_A_RUN} == {key: plan.schedule[key] for key in OF_A_RUN}
+        output.sum().backward()
+        run = last_run()
+        assert (run["pass"], run["saving"]) == ("backward", plan.saving)
+        assert {key: run[key] for key in OF_A_RUN} == {key: plan.backward_schedule[key] for key in OF_A_RUN}
+        with torch.no_grad():
+            plan = module.plan(case.batch, case.steps)
+            module(x)
+        run = last_run()
+        assert run["saving"] == plan.saving == "none" and plan.backward_schedule == {}
+        assert {key: run[key] for key in OF_A_RUN} == {key: plan.schedule[key] for key in OF_A_RUN}
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_every_layer_has_blocks_of_its_own(case):
+    with backend("persistent"):
+        plan = StackedLSTM(**case.arguments()).plan(case.batch, case.steps)
+    for schedule, backwards in ((plan.schedule, False), (plan.backward_schedule, True)):
+        layers = [layer for part in schedule["passes"] for layer in part["layers"]]
+        assert [layer["layer"] for layer in layers] == list(range(case.layers))
+        for part in schedule["passes"]:
+            owned = sorted((l["first_block"], l["first_block"] + l["blocks"]) for l in part["layers"])
+            assert owned[0][0] == 0 and all(end == start for (_, end), (start, _) in itertools.pairwise(owned))
+            assert owned[-1][1] * part["copies"] == part["blocks"] and part["units_block"] * part["blocks_lane"] >= case.hidden
+            order = [l["first_block"] for l in part["layers"]]
+            assert order == sorted(order, reverse=backwards)
+
+
+def test_a_plan_prints_its_launches():
+    with backend("persistent"):
+        plan = StackedLSTM(16, 48, 4, recompute=True, dtype=torch.bfloat16).plan(8, 30)
+    text = str(plan)
+    assert text.startswith("persistent (cpu, bfloat16)") and "forced by backend('persistent')" in text
+    assert "weights on the chip: layers 0-3 in " in text and "units each (cluster), chunks of" in text
+    assert "predicted forward" in text and "backward" in text and "recompute" in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def make(sizes, seq_len, batch_size, dtype=torch.float32, needs_grad=True):
+    """The plan of a call on a GPU, of which there may be none."""
+    return make_plan(
+        choice=("auto", "the tensors are on a GPU"),
+        device=torch.device("cpu"),
+        dtype=dtype,
+        needs_grad=needs_grad,
+        recompute=False,
+        dropout=0.0,
+        sizes=sizes,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        threads=1,
+    )
+
+
+@pytest.mark.parametrize("case", [Case(4, 2, 9, 8, 16), Case(4, 2, 9, 8, 16, proj=3), Case(2, 0, 9, 8, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_auto_takes_what_the_plan_says(case, dtype):
+    """The operators' backend of GPUs, here with tensors of the CPU."""
+    sizes = {n: v for n, v in case.arguments().items() if n != "bias"}
+    plan = make(sizes, case.steps, case.batch, dtype)
+    actual = run_operators(forward_arguments(case, dtype, backend="auto"))
+    run = last_run()
+    runs_persistent = dtype != torch.float64 and not case.proj and case.batch > 0
+    assert plan.backend == run["backend"] == ("persistent" if runs_persistent else "diagonal")
+    assert {k: run[k] for k in plan.backward_schedule} == plan.backward_schedule
+    if runs_persistent:
+        assert "predicted" in plan.reason and plan.why_not == ""
+        assert_same_bits(actual, run_operators(forward_arguments(case, dtype, backend="persistent")))
+    else:
+        assert plan.why_not and plan.why_not in plan.reason and f"persistent cannot run it: {plan.why_not}" in str(plan)
+        assert_same_bits(actual, run_operators(forward_arguments(case, dtype, backend="diagonal")))
+
+
+def test_auto_takes_what_is_predicted_to_be_faster():
+    """Of small devices: on one with a few SMs many sequences take many rounds."""
+    found = set()
+    for sms, batch in ((132, 8), (8, 8), (8, 2048)):
+        with planned_for({"like": "h100", "sms": sms, "gpcs": sms // 4, "sms_gpc": 4, "max_cluster": 4}):
+            sizes = {"input_size": 64, "hidden_size": 128, "proj_size": 0, "num_layers": 2, "bidirectional": False}
+            plan = gpu_plan(sizes, 64, batch, torch.float32, torch.device("cpu"), "full", 0.0)
+            assert plan["why_not"] == ""
+            assert plan["persistent"] == (plan["persistent_us"] <= plan["diagonal_us"])
+            assert make(sizes, 64, batch).backend == ("persistent" if plan["persistent"] else "diagonal")
+        found.add(plan["persistent"])
+    assert found == {True, False}
+
+
+def test_on_the_cpu_auto_means_the_cpu_kernels():
+    module, x = StackedLSTM(4, 6, 2), torch.randn(5, 3, 4)
+    module(x)
+    assert last_run()["backend"] == module.plan(3, 5).backend == "cpu"
+
+
+CANNOT = [
+    (Case(2, 3, 4, 5, 16, proj=3), torch.float32, "projection .*proj_size 3"),
+    (Case(2, 3, 4, 5, 16), torch.float64, "float64"),
+    (Case(2, 0, 4, 5, 16), torch.float32, "the batch is empty"),
+]
+
+
+@pytest.mark.parametrize("case, dtype, why", CANNOT, ids=["proj", "float64", "empty"])
+def test_what_the_kernel_cannot_do_is_refused_with_the_reason(case, dtype, why, host):
+    with pytest.raises(ValueError, match=f"the persistent kernel cannot run this call: .*{why}"):
+        ops.forward(*persistent_arguments(case, dtype))
+    module = StackedLSTM(**case.arguments(), dtype=dtype)
+    with backend("persistent"):
+        with pytest.raises(ValueError, match=why):
+            module(torch.randn(case.steps, case.batch, case.input_size, dtype=dtype))
+        with pytest.raises(ValueError, match=why):
+            module.plan(case.batch, case.steps)
+    assert host.host_persistent_launches() == 0
+
+
+def test_without_kernels_for_the_device_it_is_refused():
+    _C._use_persistent_kernels(0)
+    with pytest.raises(ValueError, match="no persistent kernels for tensors on cpu"):
+        ops.forward(*persistent_arguments(Case()))
+    run_operators(forward_arguments(Case(), torch.float32, backend="auto"))
+    assert last_run()["backend"] == "diagonal"
+
+
+def test_a_gpu_too_old_or_a_layer_too_wide_is_refused_with_the_reason():
+    with planned_for(SMALL):
+        plan = gpu_plan(
+            {"input_size": 8, "hidden_size": 4096, "proj_size": 0, "num_layers": 1, "bidirectional": False},
+            8, 1, torch.bfloat16, torch.device("cpu"), "none", 0.0,
+        )  # fmt: skip
+    assert not plan["persistent"] and "4096" in plan["why_not"] and "forward" not in plan
+
+
+def test_fewer_blocks_than_planned_are_made_do_with_or_refused(host):
+    """The device itself has the last word on how many blocks it holds at once."""
+    case = Case(4, 30, 5, 8, 24)
+    arguments = persistent_arguments(case)
+    plain = run_operators(arguments)
+    full = last_run()["passes"]
+    for capacity in (12, 6, 4):
+        host.host_persistent_capacity(capacity)
+        _C.force_persistent_device("h100")  # nothing is remembered
+        assert_matches(run_operators(arguments), plain, case_tolerance(case, torch.float32))
+        passes = last_run()["passes"]
+        assert passes != full and all(part["blocks"] <= capacity for part in passes)
+    host.host_persistent_capacity(0)
+    _C.force_persistent_device("h100")
+    with pytest.raises(ValueError, match="the persistent kernel cannot run this call"):
+        ops.forward(*arguments)
+
+
+def test_a_launch_that_is_refused_says_what_happened(host):
+    arguments = persistent_arguments(Case())
+    host.host_persistent_refuse_from(0)
+    with pytest.raises(RuntimeError, match=r"refused on cpu: too many blocks .*something else is running there"):
+        ops.forward(*arguments)
+    host.host_persistent_refuse_from(1)
+    output, h_n, c_n, reserve = ops.forward(*arguments)
+    upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, torch.float32)
+    with pytest.raises(RuntimeError, match="refused"):
+        ops.backward(*backward_arguments(upstream, arguments, output, reserve))
+
+
+def test_a_launch_that_fails_says_why():
+    with cut_up([forward_pass(0, 2, splits=16, groups=1)]), pytest.raises(RuntimeError, match="could not be launched on cpu: the warps"):
+        ops.forward(*persistent_arguments(Case()))
+
+
+def test_a_watchdog_tells_who_waited_for_what(host):
+    arguments = persistent_arguments(Case())
+    host.host_persistent_watchdog_at(1)
+    ops.forward(*arguments)  # nobody listens
+    _C._use_persistent_kernels(host.host_persistent_kernels(False), watchdog=True)
+    plain = run_operators(arguments)
+    host.host_persistent_watchdog_at(1)
+    who = r"Block 5 \(copy 0, lane 1, block 2 of the lane\), thread 33, at step 4, waited for chunk 2 of block 1 of lane 0"
+    with pytest.raises(RuntimeError, match=who):
+        ops.forward(*arguments)
+    assert_same_bits(run_operators(arguments), plain)
+
+
+def test_decisions_are_made_by_several_threads_at_once():
+    found, failed = {}, []
+
+    def decide(number):
+        try:
+            for hidden in range(8, 72, 8):
+                sizes = {"input_size": 8, "hidden_size": hidden, "proj_size": 0, "num_layers": 2, "bidirectional": False}
+                plan = gpu_plan(sizes, 8, 4, torch.bfloat16, torch.device("cpu"), "full", 0.0)
+                found.setdefault(hidden, []).append(plan)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=decide, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and all(len(plans) == 4 and plans.count(plans[0]) == 4 for plans in found.values())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Edges of a call
+# --------------------------------------------------------------------------------------------------------------------
+
+OPTIONS = [{}, {"bidirectional": True}, {"lengths": (4, 2, 1)}]
+OPTION_IDS = ["plain", "bidirectional", "packed"]
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [*OPTIONS, {"bidirectional": True, "lengths": (4, 2, 1)}], ids=[*OPTION_IDS, "both"])
+def test_every_result_is_bitwise_the_same_from_run_to_run(options, kind, saving):
+    """Uninitialised memory is never read: torch fills it with NaN here, in the end."""
+    case = Case(3, 3, 4, 5, 18, **options)
+    with kind_of(kind) as dtype, planned_for(SMALL):
+        arguments = persistent_arguments(case, dtype, saving, dropout=0.25, seed=7)
+        first = run_operators(arguments)
+        for fill in (False, True):
+            junk = [torch.randn(1000 + i) for i in range(20)]  # other memory, other contents
+            torch.use_deterministic_algorithms(fill)
+            assert_same_bits(run_operators(arguments), first)
+            if dtype == torch.float32:  # padding, too, which nothing reads: whoever compares reserves finds them equal
+                assert ops.forward(*arguments)[3].isfinite().all()
+            del junk
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", UNPROJECTED, ids=option_name)
+def test_every_saving_mode_gives_the_same_results(options, kind):
+    case = Case(3, 4, 6, 4, 9, **options)
+    with kind_of(kind) as dtype:
+        arguments = persistent_arguments(case, dtype, dropout=0.3, seed=1)
+        full, recompute = (run_operators(with_saving(arguments, saving)) for saving in SAVING)
+        inference = run_operators(with_saving(arguments, "none"))
+    assert_same_bits({n: full[n] for n in inference}, inference)
+    assert_same_bits({n: recompute[n] for n in inference}, inference)
+    assert_matches(recompute, full, tolerance(case, kind, 0.3), case.directions)
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [Case(3, 4, 6, 4, 9), Case(2, 4, 6, 4, 16, bidirectional=True, lengths=(6, 3, 3, 1))], ids=str)
+def test_the_reserve_is_that_of_the_diagonals(case, dtype, saving):
+    """So either can run the backward pass of the other."""
+    arguments = persistent_arguments(case, dtype, saving, dropout=0.3, seed=1)
+    diagonal = [*arguments[:-1], "diagonal"]
+    expected = run_operators(diagonal)
+    output, h_n, c_n, reserve = ops.forward(*arguments)
+    assert reserve.shape == ops.forward(*diagonal)[3].shape
+    upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, dtype)
+    gradient = ops.backward(*backward_arguments(upstream, diagonal, output, reserve))
+    named = dict(zip(gradient_names(len(arguments[4])), [*gradient[:3], *gradient[3]], strict=True))
+    tol = 2 * tolerance(case, str(dtype).removeprefix("torch."), 0.3)
+    assert_matches(named, {n: expected[n] for n in named}, tol, case.directions)
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("layout", [strided(row[1]) for row in LAYOUTS], ids=[row[0] for row in LAYOUTS])
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
+def test_strides_and_addresses_do_not_matter(options, layout, target, saving):
+    case = Case(2, 3, 4, 5, 16, **options)
+    arguments = persistent_arguments(case, torch.float32, saving)
+    plain = run_operators(arguments)
+    place = {"input": 0, "h_0": 2, "c_0": 3, "weights": 4}.get(target)
+    if target == "weights":
+        arguments[4] = [layout(w) for w in arguments[4]]
+    elif place is not None:
+        arguments[place] = layout(arguments[place])
+    output, h_n, c_n, reserve = ops.forward(*arguments)
+    named = {"output": output, "h_n": h_n, "c_n": c_n}
+    upstream = upstream_gradients(named, torch.float32)
+    if target == "upstream":
+        upstream = [layout(g) for g in upstream]
+    gradient = ops.backward(*backward_arguments(upstream, arguments, output, reserve))
+    named |= dict(zip(gradient_names(len(arguments[4])), [*gradient[:3], *gradient[3]], strict=True))
+    assert_matches(named, plain, case_tolerance(case, torch.float32), case.directions)
+
+
+def test_an_input_of_whole_rows_is_read_where_it_stands(host):
+    module = StackedLSTM(5, 8, 2, batch_first=True)
+    wide = torch.randn(3, 4, 9)
+    with backend("persistent"), torch.no_grad():
+        for view, copied in (
+            (wide[..., 2:7], False),
+            (wide[1:, ::2, :5], False),
+            (wide[..., ::2], True),
+            (wide[:, :1, :5].expand(3, 4, 5), False),
+        ):
+            output = module(view)[0]
+            assert (host.host_persistent_input() != view.data_ptr()) == copied
+            assert_same_bits({"output": output}, {"output": module(view.contiguous())[0]})
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
+def test_a_missing_upstream_gradient_is_a_zero_gradient(options, saving):
+    case = Case(2, 3, 4, 5, 18, **options)
+    arguments = persistent_arguments(case, torch.float32, saving)
+    output, h_n, c_n, reserve = ops.forward(*arguments)
+    upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, torch.float32)
+    for given in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
+        got = []
+        for absent in (lambda g: None, torch.zeros_like):
+            fed = [g if on else absent(g) for g, on in zip(upstream, given, strict=True)]
+            gradient = ops.backward(*backward_arguments(fed, arguments, output, reserve))
+            got.append(dict(zip(gradient_names(len(arguments[4])), [*gradient[:3], *gradient[3]], strict=True)))
+        assert_same_bits(*got)
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
+def test_gradients_that_are_not_asked_for_are_not_made(options, saving):
+    case = Case(3, 3, 4, 5, 18, **options)
+    arguments = persistent_arguments(case, torch.float32, saving, dropout=0.4, seed=1)
+    with planned_for(SMALL):
+        everything = run_operators(arguments)
+        output, h_n, c_n, reserve = ops.forward(*arguments)
+        upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, torch.float32)
+        for input_grad in (True, False):
+            for weight_grad in (True, False):
+                x, h_0, c_0, weights = ops.backward(*backward_arguments(upstream, arguments, output, reserve, input_grad, weight_grad))
+                assert torch.equal(h_0, everything["grad of h_0"]) and torch.equal(c_0, everything["grad of c_0"])
+                assert torch.equal(x, everything["grad of input"]) if input_grad else x.shape == (0,)
+                assert len(weights) == (len(arguments[4]) if weight_grad else 0)
+                for i, w in enumerate(weights):
+                    assert torch.equal(w, everything[f"grad of weights[{i}]"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What torch does with it
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saving", ["none", *SAVING])
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
+def test_the_operators_pass_torch_s_own_checks(options, saving):
+    case = Case(2, 3, 4, 5, 6, **options)
+    arguments = persistent_arguments(case, torch.float32, saving, requires_grad=saving != "none", dropout=0.2, seed=1)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    if saving != "none":
+        checks = (*checks, "test_aot_dispatch_static")
+    torch.library.opcheck(ops.forward.default, tuple(arguments), test_utils=checks)
+    if saving == "none":
+        return
+    plain = [a.detach() if isinstance(a, torch.Tensor) else [w.detach() for w in a] if isinstance(a, list) else a for a in arguments]
+    output, h_n, c_n, reserve = ops.forward(*plain)
+    upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, torch.float32)
+    torch.library.opcheck(
+        ops.backward.default, tuple(backward_arguments(upstream, plain, output, reserve)), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_compiled_code_gives_the_same_bits():
+    module = StackedLSTM(4, 6, 2)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 3, 4)
+    found = []
+    with backend("persistent"):
+        for call in (module, compiled):
+            leaf = x.clone().requires_grad_()
+            output, (_h_n, c_n) = call(leaf)
+            found.append(dict(enumerate([output, *torch.autograd.grad(output.sum() + c_n.sum(), [leaf, *module.parameters()])])))
+            assert (last_run()["backend"], last_run()["pass"]) == ("persistent", "backward")
+    assert_same_bits(*found)
+
+
+def test_second_derivatives_fall_back_to_the_reference_visibly():
+    module, x = StackedLSTM(3, 5), torch.randn(4, 2, 3, requires_grad=True)
+    with backend("persistent"):
+        loss = module(x)[0].square().sum()
+        assert last_run()["backend"] == "persistent"
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        assert last_run()["backend"] == "reference"
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+    with backend("reference"):
+        (first,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        (expected,) = torch.autograd.grad(first.square().sum(), x)
+    torch.testing.assert_close(second, expected)
+
+
+def test_autocast_runs_it_in_sixteen_bits():
+    case = Case(3, 5, 7, 4, 6)
+    module = StackedLSTM(**case.arguments())
+    x, hx = make_input(case, torch.float32)
+    with backend("persistent"), torch.autocast("cpu", torch.bfloat16):
+        plan = module.plan(5, 7)
+        output, _ = module(x, hx)
+    assert output.dtype == plan.dtype == torch.bfloat16 and last_run()["backend"] == "persistent"
+    output.float().square().sum().backward()
+    assert (last_run()["pass"], last_run()["product"]) == ("backward", "tensor cores")
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+def test_a_backward_pass_runs_on_what_its_forward_pass_ran_on():
+    module, x = StackedLSTM(3, 5, 2), torch.randn(4, 2, 3)
+    with backend("persistent"):
+        loss = module(x)[0].sum()
+    with backend("cpu"):
+        loss.backward()
+    assert (last_run()["backend"], last_run()["pass"]) == ("persistent", "backward")
+
+
+def test_dropout_draws_the_masks_of_the_other_kernels():
+    module, x, outputs = StackedLSTM(4, 6, 3, dropout=0.5), torch.randn(5, 3, 4), []
+    for name in ("cpu", "persistent"):
+        torch.manual_seed(0)
+        with backend(name):
+            outputs.append(module(x)[0])
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}], ids=["plain", "bidirectional"])
+def test_a_longer_sequence_allocates_no_more_tensors(options):
+    def allocations(steps):
+        arguments = persistent_arguments(Case(3, 4, steps, 8, 16, **options), dropout=0.5, seed=3)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run_operators(arguments)
+        events = profile.profiler.kineto_results.events()
+        return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events)
+
+    allocations(8)
+    assert 0 < allocations(64) <= allocations(16)
+
+
+def test_recomputing_keeps_its_buffer_small_beside_what_it_saves():
+    """The gates of a pass are made again in segments: no more of them at once than a share of what "full" would keep."""
+    sizes = {"input_size": 512, "hidden_size": 512, "proj_size": 0, "num_layers": 8, "bidirectional": False}
+    steps, batch = 2048, 32
+    plan = gpu_plan(sizes, steps, batch, torch.bfloat16, torch.device("cpu"), "recompute", 0.0)
+    full = steps * batch * 8 * 4 * 512 * 4
+    for part in plan["backward"]["passes"]:
+        lanes = part["last_layer"] - part["first_layer"]
+        buffer = (lanes + 1) * part["segment_steps"] * batch * 4 * 512 * 4
+        assert part["segment_steps"] == steps or part["segment_steps"] % part["chunk_steps"] == 0
+        assert buffer <= full / 4, f"{buffer / 2**20:.0f} MiB, where all gates are {full / 2**20:.0f} MiB"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The CUDA kernels themselves, on the emulator
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def emulated_library():
+    parts = ("forward_bf16", "forward_f32", "backward_bf16", "backward_f32")
+    path = emulator.build(
+        "persistent_library",
+        [emulator.ROOT / f"csrc/cuda/persistent_{part}.cu" for part in parts],
+        shared=True,
+        defines=["STACKED_LSTM_FEW_INSTANCES"],
+        flags=["-O1", "-g0"],  # so many instances take the compiler minutes otherwise
+        host_sources=[emulator.HERE / "persistent_library.cpp"],
+    )
+    found = ctypes.CDLL(str(path))
+    found.emulated_persistent_kernels.restype = ctypes.c_void_p
+    found.emulated_persistent_kernels.argtypes = [ctypes.c_uint64]
+    found.emulated_persistent_launches.restype = ctypes.c_int64
+    return found
+
+
+@pytest.fixture
+def emulated(host):
+    """Blocks and threads in an order that is drawn anew from each seed: `emulated(seed)`."""
+
+    def use(seed):
+        _C._use_persistent_kernels(emulated_library().emulated_persistent_kernels(seed))
+        return emulated_library()
+
+    use(1)
+    return use
+
+
+EMULATED = [
+    Case(3, 5, 6, 4, 7),
+    Case(2, 3, 4, 5, 40),
+    Case(3, 6, 7, 4, 9, lengths=(7, 7, 5, 2, 1, 1)),
+    Case(2, 5, 4, 4, 8, lengths=(4, 4, 2, 1, 1), bidirectional=True),
+    Case(2, 19, 3, 33, 24, bias=False),
+]
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("kind", ["bfloat16", "tf32", "float32"])
+@pytest.mark.parametrize("device", ["h100", "a100"])
+@pytest.mark.parametrize("case", EMULATED, ids=str)
+def test_the_cuda_kernels_match_float64_in_the_same_driver(case, device, kind, saving, emulated):
+    with planned_for(device):
+        check(case, kind, saving, dropout=0.3)
+    exchange = "cluster" if device == "h100" else "l2"
+    assert {part["exchange"] for part in last_run()["passes"]} == {exchange}
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+@pytest.mark.parametrize("case", [EMULATED[0], EMULATED[3]], ids=str)
+def test_the_cuda_kernels_give_the_same_bits_in_any_order(case, kind, emulated):
+    with kind_of(kind) as dtype:
+        arguments = persistent_arguments(case, dtype, dropout=0.3, seed=7)
+        first = run_operators(arguments)
+        assert emulated(2).emulated_persistent_launches() == 0
+        for seed in range(3, 6):
+            library = emulated(seed)
+            assert_same_bits(run_operators(arguments), first)
+            assert library.emulated_persistent_launches() >= 2
+
+
+@pytest.mark.parametrize("l2", [0, 1], ids=["cluster", "l2"])
+@pytest.mark.parametrize("lengths", [None, (7, 7, 5, 2, 1, 1)], ids=["padded", "packed"])
+def test_the_cuda_kernels_give_the_same_bits_in_segments_and_rounds(lengths, l2, emulated):
+    case = Case(3, 6, 7, 5, 20, lengths=lengths)
+    arguments = persistent_arguments(case, torch.bfloat16, dropout=0.25, seed=3)
+    forward = {"first_layer": 0, "last_layer": 3, "l2": l2, "blocks": 3, "chunk_steps": 2}
+    backward = {**forward, "blocks": 1, "groups": 4, "pieces": 4, "m_tiles": 1, "chunk_steps": 2}
+    with cut_up([forward], [backward]):
+        whole = run_operators(arguments)
+    with cut_up([{**forward, "batch_groups": 3, "copies": 2}], [{**backward, "segment_steps": 2, "batch_groups": 2, "copies": 1}]):
+        assert_same_bits(run_operators(arguments), whole)
+        assert last_run()["launches"] == 2 * 4
+
+
+def test_more_blocks_than_the_emulated_device_has_are_not_planned(emulated):
+    """The device said to be planned for has more SMs than the one that is asked."""
+    with planned_for({"like": "h100", "sms": 4000, "gpcs": 250}):
+        arguments = persistent_arguments(Case(2, 40, 3, 4, 24), torch.bfloat16)
+        run_operators(arguments)
+        assert all(part["blocks"] <= 132 for part in last_run()["passes"])
