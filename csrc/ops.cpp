@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -634,29 +635,35 @@ py::dict gpu_plan(int64_t input_size, int64_t hidden_size, int64_t proj_size, in
   return plan;
 }
 
-// (output, h_n, c_n), or None where `step` (step.h) declines.
-py::object step_once(const Tensor& input, const Tensor& h_0, const Tensor& c_0, const py::list& weights, bool bias,
-                     int64_t num_layers, int64_t proj_size, bool bf16_weights) {
+// (output, h_n, c_n), or None where `step` (step.h) declines or an argument is no tensor, or of a class of its own, which
+// may override what torch's functions do.
+py::object step_once(const py::handle& input, const py::handle& h_0, const py::handle& c_0, const py::list& weights,
+                     bool bias, int64_t num_layers, int64_t proj_size, bool bf16_weights) {
   thread_local std::vector<Tensor> tensors;  // keeps its memory, but no tensor
-  tensors.clear();
-  for (const py::handle weight : weights) tensors.push_back(weight.cast<Tensor>());
-  const StepArguments arguments{input, h_0, c_0, tensors, bias, num_layers, proj_size, bf16_weights};
+  const struct Emptied {
+    ~Emptied() { tensors.clear(); }  // with the GIL
+  } emptied;
+  for (const py::handle& argument : {input, h_0, c_0}) {
+    if (!THPVariable_CheckExact(argument.ptr())) return py::none();
+    tensors.push_back(THPVariable_Unpack(argument.ptr()));
+  }
+  for (const py::handle weight : weights) {
+    if (!THPVariable_CheckExact(weight.ptr())) return py::none();
+    tensors.push_back(THPVariable_Unpack(weight.ptr()));
+  }
+  const StepArguments arguments{tensors[0], tensors[1], tensors[2], TensorList(tensors).slice(3),
+                                bias,       num_layers, proj_size,  bf16_weights};
   std::optional<StepResults> results;
-  std::exception_ptr failure;
-  try {
+  {
     const py::gil_scoped_release others_may_run;
     TorchPlatform platform;
     results = step(arguments, free_threads(), platform);
-  } catch (...) {
-    failure = std::current_exception();
   }
-  tensors.clear();
-  if (failure) std::rethrow_exception(failure);
   if (!results) return py::none();
   if (!last_run) last_run.emplace();
   Run& run = *last_run;  // keeps its memory: a step allocates nothing but its results
   run.how = results->schedule, run.device = "cpu", run.backward = false, run.saving = "none";
-  run.shape = *results->shape, run.type = input.scalar_type();
+  run.shape = *results->shape, run.type = tensors[0].scalar_type();
   return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
 }
 

@@ -7,10 +7,12 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -57,29 +59,59 @@ uint64_t fingerprint_of(TensorList weights) {
   return all;
 }
 
+// Which counter it is. torch compares no two of them, but a VariableVersion is a pointer to what tensors share.
+const void* identity(const c10::VariableVersion& version) {
+  const void* counter;
+  static_assert(sizeof version == sizeof counter);
+  std::memcpy(&counter, static_cast<const void*>(&version), sizeof counter);
+  return counter;
+}
+
+// The cache holds one reference to a weight's version counter, however many entries know the weight, so that torch's
+// `unique` tells when nobody else has one: the weight and its views are gone. And as long as it is held, no tensor that
+// comes to stand at the weight's address has a counter at the same address.
+using Counter = std::shared_ptr<const c10::VariableVersion>;
+
+class Counters {
+ public:
+  Counter of(const Tensor& weight) {
+    const c10::VariableVersion& version = weight.unsafeGetTensorImpl()->version_counter();
+    std::weak_ptr<const c10::VariableVersion>& known = counters_[identity(version)];
+    Counter counter = known.lock();
+    if (!counter) known = counter = std::make_shared<const c10::VariableVersion>(version);
+    return counter;
+  }
+  void forget_expired() {
+    std::erase_if(counters_, [](const auto& known) { return known.second.expired(); });
+  }
+
+ private:
+  std::unordered_map<const void*, std::weak_ptr<const c10::VariableVersion>> counters_;
+};
+
 // A weight as it was. No weak reference to it: torch.utils.swap_tensors refuses tensors that have one.
 struct Known {
   const c10::TensorImpl* tensor;
   const void* data;
   int64_t rows, elements;
-  c10::VariableVersion counter;  // the weight's own: no tensor that comes to stand at its address later has it
+  Counter counter;
   uint32_t version;
 
-  explicit Known(const Tensor& weight)
+  Known(const Tensor& weight, Counters& counters)
       : tensor(weight.unsafeGetTensorImpl()),
         data(weight.const_data_ptr()),
         rows(weight.size(0)),
         elements(weight.numel()),
-        counter(tensor->version_counter()),
-        version(counter.current_version()) {}
+        counter(counters.of(weight)),
+        version(counter->current_version()) {}
 
   bool same_tensor(const Tensor& weight) const { return tensor == weight.unsafeGetTensorImpl(); }
   bool unchanged(const Tensor& weight) const {
-    return !dead() && data == weight.const_data_ptr() && rows == weight.size(0) && elements == weight.numel() &&
-           version == counter.current_version() && version == tensor->version_counter().current_version();
+    const c10::VariableVersion& now = weight.unsafeGetTensorImpl()->version_counter();
+    return identity(now) == identity(*counter) && now.current_version() == version && weight.const_data_ptr() == data &&
+           weight.size(0) == rows && weight.numel() == elements && weight.is_contiguous();
   }
-  // Nobody but this counts: the weight and its views are gone.
-  bool dead() const { return counter.unique(); }
+  bool dead() const { return counter->unique(); }
 };
 
 // How weights are packed.
@@ -175,7 +207,17 @@ class Cache {
     }
   }
 
+  // Takes note of weights: an entry without packed ones.
+  template <typename T>
+  Entry<T> noted(TensorList weights, const Form& form, uint64_t fingerprint) {
+    Entry<T> entry{{}, weights[0].scalar_type(), form, fingerprint, nullptr};
+    entry.weights.reserve(weights.size());
+    for (const Tensor& weight : weights) entry.weights.emplace_back(weight, counters);
+    return entry;
+  }
+
   void remove_dead(Removed& removed) {
+    counters.forget_expired();
     floats.remove_dead(removed.floats);
     doubles.remove_dead(removed.doubles);
   }
@@ -185,6 +227,7 @@ class Cache {
   }
 
   std::mutex mutex;
+  Counters counters;
   Table<float> floats;
   Table<double> doubles;
   int64_t hits = 0;
@@ -215,14 +258,12 @@ KeptWeights<T> find_packed(TensorList weights, const StackShape& shape, cpu::Sto
     Entry<T>* entry = table.find(weights, form);
     if (!entry) {
       cache.remove_dead(removed);
-      table.entries[weights[0].unsafeGetTensorImpl()].push_back(
-          {std::vector<Known>(weights.begin(), weights.end()), weights[0].scalar_type(), form, fingerprint, nullptr});
+      table.entries[weights[0].unsafeGetTensorImpl()].push_back(cache.noted<T>(weights, form, fingerprint));
       return {};
     }
     if (!entry->unchanged(weights) || entry->fingerprint != fingerprint) {
       replaced = std::move(*entry);
-      *entry = {std::vector<Known>(weights.begin(), weights.end()), weights[0].scalar_type(), form, fingerprint,
-                nullptr};
+      *entry = cache.noted<T>(weights, form, fingerprint);
       return {};
     }
     if (entry->stack) {

@@ -2,6 +2,7 @@
 #include "step.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -28,8 +29,8 @@ bool is_plain(const Tensor& tensor, bool grad_mode) {
 }
 
 bool somebody_watches() {
-  return c10::impl::dispatch_mode_enabled() || at::autocast::is_autocast_enabled(at::kCPU) ||
-         torch::jit::tracer::isTracing();
+  return at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled() ||
+         at::autocast::is_autocast_enabled(at::kCPU) || torch::jit::tracer::isTracing();
 }
 
 // Fills `shape`; false where the arguments do not fit each other.

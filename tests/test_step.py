@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from helpers import Case, assert_matches, case_tolerance, make_input, pair, results, truth
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
@@ -268,6 +269,34 @@ def test_a_forced_backend_autocast_and_dispatch_modes_see_the_call():
         torch.testing.assert_close(vmapped[0], module.step(x[0], hx)[0])
 
 
+class Named(torch.Tensor):
+    """A subclass that overrides nothing by itself: every function of torch that meets one gives one."""
+
+
+def test_functions_that_others_override_are_seen():
+    module, x = StackedLSTM(3, 5, 2), torch.randn(1, 2, 3)
+    hx = torch.randn(2, 2, 5), torch.randn(2, 2, 5)
+    ready(module, x, hx)
+
+    class Functions(TorchFunctionMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        expected = module.step(x[0], hx)[0]
+        output, state = module.step(x[0].as_subclass(Named), hx)
+        assert type(output) is Named and all(type(tensor) is Named for tensor in state)
+        torch.testing.assert_close(output.as_subclass(torch.Tensor), expected)
+        with Functions() as seen:
+            module.step(x[0], hx)
+        assert "stacked_lstm_ext.forward.default" in seen.names
+
+
 def test_a_compiled_step_is_the_step():
     module, x = StackedLSTM(3, 5, 2), torch.randn(1, 2, 3)
     hx = torch.randn(2, 2, 5), torch.randn(2, 2, 5)
@@ -303,6 +332,12 @@ def test_other_wrong_arguments():
         ready(module, x[None], (h, h))
         with pytest.raises(TypeError, match="hx should be a tuple or list"):
             module.step(x, h)
+        with pytest.raises(RuntimeError, match="lstm expects two hidden states"):
+            module.step(x, (h,))
+        for wrong in ((x.tolist(), (h, h)), (x, (h.numpy(), h)), (x, (h, None))):  # as a call of the module
+            with pytest.raises((AttributeError, TypeError)) as found:
+                module.step(*wrong)
+            assert "incompatible function arguments" not in str(found.value)
         with pytest.raises(ValueError, match="does not match weight dtype"):
             module.step(x.double(), (h.double(), h.double()))
         with pytest.raises(RuntimeError, match="to have the input's dtype"):
