@@ -2,6 +2,7 @@
 #include "packed_cache.h"
 
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/Storage.h>
 #include <c10/core/TensorImpl.h>
 
 #include <algorithm>
@@ -89,9 +90,11 @@ class Counters {
   std::unordered_map<const void*, std::weak_ptr<const c10::VariableVersion>> counters_;
 };
 
-// A weight as it was. No weak reference to it: torch.utils.swap_tensors refuses tensors that have one.
+// A weight as it was. No weak reference to it: torch.utils.swap_tensors refuses tensors that have one. But one to its
+// storage: setting `.data` raises no version, and as long as this is held, no other storage has the same address.
 struct Known {
   const c10::TensorImpl* tensor;
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   const void* data;
   int64_t rows, elements;
   Counter counter;
@@ -99,6 +102,7 @@ struct Known {
 
   Known(const Tensor& weight, Counters& counters)
       : tensor(weight.unsafeGetTensorImpl()),
+        storage(weight.storage().getWeakStorageImpl()),
         data(weight.const_data_ptr()),
         rows(weight.size(0)),
         elements(weight.numel()),
@@ -108,10 +112,11 @@ struct Known {
   bool same_tensor(const Tensor& weight) const { return tensor == weight.unsafeGetTensorImpl(); }
   bool unchanged(const Tensor& weight) const {
     const c10::VariableVersion& now = weight.unsafeGetTensorImpl()->version_counter();
-    return identity(now) == identity(*counter) && now.current_version() == version && weight.const_data_ptr() == data &&
+    return identity(now) == identity(*counter) && now.current_version() == version &&
+           weight.storage().unsafeGetStorageImpl() == storage._unsafe_get_target() && weight.const_data_ptr() == data &&
            weight.size(0) == rows && weight.numel() == elements && weight.is_contiguous();
   }
-  bool dead() const { return counter->unique(); }
+  bool dead() const { return counter->unique() || storage.expired(); }
 };
 
 // How weights are packed.

@@ -1,8 +1,9 @@
 // csrc/packed_cache.h: packed weights that are kept from one call to the next, where no gradient is recorded.
 //
-// What is kept is valid while every weight is the same tensor, at the same place, with the same version, and a sample of
-// its elements has the same bits. Any in-place operation raises the version. A write through `.data` or another alias
-// that torch does not know does not: the sample sees one that changes most elements, not one that changes a few.
+// What is kept is valid while every weight is the same tensor, in the same storage, with the same version, and a sample
+// of its elements has the same bits. Any in-place operation raises the version; setting `.data` brings another storage.
+// A write through `.data` or another alias that torch does not know does neither: the sample sees one that changes most
+// elements, not one that changes a few.
 //
 // A stack's first call only takes note of its weights, the second one packs them for keeps: weights that live for one
 // call (a parametrization, autocast, functional_call) and weights that change before each (an evaluation between

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan, runs_on_cpu
+from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan, runs_on_cpu, stores_bf16
 from .reference import round_to_bf16
 from .transplant import obstacle_to_replacing, transplant
 
@@ -316,7 +316,7 @@ class StackedLSTM(nn.RNNBase):
         tensors = (input, h_0, c_0, *weights)
         name, reason = choose_backend(input.device, input.dtype, _transform(tensors))
         options = (self.bias, self.num_layers, self.bidirectional, self.proj_size, dropout)
-        bf16_kernels = self.bf16_weights and name == "cpu" and input.dtype == torch.float32
+        bf16_kernels = self.bf16_weights and stores_bf16(name, input.dtype)
         if self.bf16_weights and not bf16_kernels:
             weights = round_to_bf16(weights)
         if name == "reference":
@@ -411,6 +411,7 @@ class StackedLSTM(nn.RNNBase):
             dtype=dtype,
             needs_grad=training,
             recompute=self.recompute,
+            bf16_weights=self.bf16_weights,
             dropout=self._dropout_in_effect(),
             sizes={
                 "input_size": self.input_size,

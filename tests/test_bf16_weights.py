@@ -190,6 +190,22 @@ def test_the_setting_travels():
         StackedLSTM(3, 5, bf16_weights=1)
 
 
+@pytest.mark.parametrize(
+    "backend, dtype, expected",
+    [
+        ("cpu", torch.float32, "; weights are packed as bfloat16"),
+        ("cpu", torch.float64, "; every call rounds the weights to bfloat16 first, and reads them as float64"),
+        ("diagonal", torch.float32, "; every call rounds the weights to bfloat16 first, and reads them as float32"),
+        ("reference", torch.float32, "; every call rounds the weights to bfloat16 first, and reads them as float32"),
+        ("cpu", torch.bfloat16, "forced by backend('cpu')"),  # they are so anyway
+    ],
+)
+def test_the_plan_says_what_becomes_of_the_weights(backend, dtype, expected):
+    with stacked_lstm_ext.backend(backend):
+        assert StackedLSTM(3, 5, bf16_weights=True, dtype=dtype).plan(2, 4).reason.endswith(expected)
+        assert "bfloat16" not in StackedLSTM(3, 5, dtype=dtype).plan(2, 4).reason
+
+
 def test_the_operators_refuse_what_they_cannot_store():
     arguments = forward_arguments(Case(2, 3, 4, 5, 6), torch.float64)
     with pytest.raises(ValueError, match=r"bf16_weights needs backend cpu and dtype float32 .* got: cpu and Double"):
