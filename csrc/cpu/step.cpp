@@ -100,7 +100,7 @@ class StackStep {
     });
     for (int64_t b = 0; b < batch; ++b) {
       T* const row = c + b * padded;
-      std::fill(row + units.last, row + blocks.last * lanes, T(0));
+      std::fill(row + std::max(units.last, blocks.first * lanes), row + blocks.last * lanes, T(0));
       copy(c_0 + b * hidden, row, units);
     }
     wait_all(size, index * hand_overs);
