@@ -269,10 +269,12 @@ class StackedLSTM(nn.RNNBase):
         """One step by ``csrc/step.h``, or nothing where that declines; the common case, so every look-up counts."""
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             return None
-        if self.bidirectional or self._dropout_in_effect() or not runs_on_cpu() or _transform(hx):
+        if self.bidirectional or self._dropout_in_effect() or not runs_on_cpu():
             return None
         h, c = hx
         weights = self._current_weights()
+        if _transform((input, h, c, *weights)):
+            return None
         return ops.step(input, h, c, weights, self.bias, self.num_layers, self.proj_size, self.bf16_weights)
 
     def _forward_packed(self, packed: PackedSequence, hx: Sequence[Tensor] | None) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:

@@ -213,6 +213,10 @@ def test_the_operators_refuse_what_they_cannot_store():
     arguments = forward_arguments(Case(2, 3, 4, 5, 6), torch.float32, backend="diagonal")
     with pytest.raises(ValueError, match=r"bf16_weights needs backend cpu and dtype float32 .* got: diagonal and Float"):
         torch.ops.stacked_lstm_ext.forward(*arguments, True)
+    traced = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    traced[4] = [weight.to("meta") for weight in traced[4]]
+    with pytest.raises(ValueError, match=r"bf16_weights needs backend cpu and dtype float32 .* got: diagonal and torch.float32"):
+        torch.ops.stacked_lstm_ext.forward(*traced, True)
 
 
 @pytest.mark.parametrize("saving", ["none", "full", "recompute"])

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from helpers import Case, assert_matches, case_tolerance, make_input, pair, results, truth
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -295,6 +296,22 @@ def test_functions_that_others_override_are_seen():
         with Functions() as seen:
             module.step(x[0], hx)
         assert "stacked_lstm_ext.forward.default" in seen.names
+
+
+@pytest.mark.parametrize("dual", ["input", "h", "c", "weight"])
+def test_tangents_pass_through_a_step(dual):
+    """Forward-mode differentiation needs no tensor that requires a gradient."""
+    module, x = StackedLSTM(3, 5, 2).requires_grad_(False), torch.randn(1, 2, 3)
+    tensors = {"input": x[0], "h": torch.randn(2, 2, 5), "c": torch.randn(2, 2, 5), "weight": module.weight_hh_l1.detach()}
+    ready(module, x, (tensors["h"], tensors["c"]))
+
+    with forward_ad.dual_level():
+        given = {**tensors, dual: forward_ad.make_dual(tensors[dual], torch.randn_like(tensors[dual]))}
+        if dual == "weight":
+            del module.weight_hh_l1
+            module.weight_hh_l1 = given["weight"]
+        output, _ = module.step(given["input"], (given["h"], given["c"]))
+        assert forward_ad.unpack_dual(output).tangent is not None
 
 
 def test_a_compiled_step_is_the_step():
