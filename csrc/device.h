@@ -136,7 +136,9 @@ struct Costs {
   double mma_latency = 33;      // cycles of one mma.sync after another on the same sums. Published (Hopper)
   double fma_share = 0.7;       // how much of fma_rate exact products reach. Predicted
   double product_share = 0.65;  // and large products, of mma_rate. Predicted
-  double barrier = 40;          // cycles, of a block. Predicted
+  // On SMs that a launch leaves idle, of what they would do there alone: both read through one L2. Predicted.
+  double beside_share = 0.7;
+  double barrier = 40;  // cycles, of a block. Predicted
   double mufu =
       160;  // cycles of a scheduler for 20 MUFU of a warp: two cells a thread. Published rate: 4 lanes a clock
   double accurate = 400;     // the same in float32, whose σ and tanh are accurate: slots. Predicted
@@ -170,6 +172,7 @@ struct Costs {
                                    {"mma_latency", &Costs::mma_latency},
                                    {"fma_share", &Costs::fma_share},
                                    {"product_share", &Costs::product_share},
+                                   {"beside_share", &Costs::beside_share},
                                    {"barrier", &Costs::barrier},
                                    {"mufu", &Costs::mufu},
                                    {"accurate", &Costs::accurate},

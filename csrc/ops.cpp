@@ -554,7 +554,10 @@ py::dict describe_launches(const persistent::Pass& pass, const StackShape& shape
       py::arg("m_tiles") = cut.m_tiles, py::arg("tiles") = cut.tiles, py::arg("chunk_steps") = cut.chunk_steps,
       py::arg("inputs_in_shared") = cut.inputs_in_shared, py::arg("batch_groups") = pass.batch_groups,
       py::arg("copies") = pass.copies, py::arg("rounds") = pass.rounds);
-  if (backward) described["segment_steps"] = pass.segment_steps;
+  if (backward) {
+    described["segment_steps"] = pass.segment_steps;
+    described["products_beside"] = pass.products_beside;
+  }
   return described;
 }
 
@@ -605,6 +608,7 @@ persistent::Pass pass_of(const py::dict& d) {
   pass.copies = number("copies", pass.batch_groups);
   pass.rounds = (pass.batch_groups + pass.copies - 1) / std::max<int64_t>(pass.copies, 1);
   pass.segment_steps = number("segment_steps", std::numeric_limits<int>::max());
+  pass.products_beside = number("products_beside", 0) != 0;
   return pass;
 }
 

@@ -10,15 +10,26 @@
 // segment of steps. So that this buffer stays small beside what is saved, a pass then runs in several launches, segment after
 // segment from the last steps to the first; dh and dc go from one to the next through memory.
 //
+// Where a launch leaves SMs idle and the products are large, the plan has backward run in segments too, and a segment's
+// weight gradients are made while the next one runs, on a second stream (Beside):
+//
+//   current stream   segment 2 → segment 1 → segment 0 → gradients of the input  ⤵
+//   beside it                  ↘ products 2 → products 1 → products 0  →  →  →  → joined
+//
+// They are added up in one order, segment after segment: the same bits every time.
+//
 // Nothing here waits for the device or looks at a tensor's contents: the same calls are queued every time, so that a CUDA
-// graph can hold them. Everything is queued on one stream: a launch fills the device, and the products between two launches
-// have nothing to overlap with but each other.
+// graph can hold them.
 #include "persistent.h"
 
 #include <ATen/Context.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
+
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <cstring>
@@ -330,6 +341,76 @@ Tensor rows_on_device(const StackShape& shape, const Tensor& input) {
   return rows;
 }
 
+// What may run beside what the current stream gets after it: on a stream of its own, or, without streams, at once.
+//
+// Hazard: a tensor that was allocated for the current stream and is used here goes back to torch's allocator when its last
+// reference goes, and from there to whoever comes next on the current stream, who does not wait. So it is kept until join().
+// What is allocated inside run() belongs to this stream, and may go at any time.
+class Beside {
+ public:
+  explicit Beside(const at::Device& device) : device_(device) {}
+  Beside(const Beside&) = delete;
+  // Also when something is thrown between: what is freed then must not be in use.
+  ~Beside() {
+    try {
+      join();
+    } catch (...) {  // the device is lost: it says so to whoever asks next
+    }
+  }
+
+  void keep(const Tensor& tensor) { kept_.push_back(tensor); }
+
+  // After what the current stream has got so far.
+  template <typename Work>
+  void run(Work&& work) {
+    if (!device_.is_cuda()) return work();
+    const c10::impl::VirtualGuardImpl streams(device_.type());
+    if (!stream_) stream_ = other_than(streams.getStream(device_));
+    order(streams.getStream(device_), *stream_);
+    const c10::StreamGuard guard(*stream_);
+    work();
+  }
+
+  // What the current stream gets from now on comes after all of it.
+  void join() {
+    if (stream_) order(*stream_, c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+    stream_.reset();
+    kept_.clear();
+  }
+
+ private:
+  static void order(const c10::Stream& first, const c10::Stream& then) {
+    c10::Event event(first.device_type());
+    event.record(first);
+    event.block(then);
+  }
+
+  // The same for every call on a device, as torch's allocator keeps memory for each stream that has ever asked; but, while a
+  // graph is captured, one for this call alone: whoever else used it would be captured with it.
+  static c10::Stream other_than(const c10::Stream& current) {
+    const c10::impl::VirtualGuardImpl streams(current.device_type());
+    const auto another = [&](const c10::Stream& taken) {
+      c10::Stream found = streams.getStreamFromGlobalPool(current.device());
+      while (found == taken || found == current) found = streams.getStreamFromGlobalPool(current.device());
+      return found;
+    };
+    static std::mutex guard;
+    static std::map<c10::DeviceIndex, c10::Stream> usual;
+    const std::lock_guard<std::mutex> lock(guard);
+    auto known = usual.find(current.device_index());
+    if (known == usual.end()) known = usual.emplace(current.device_index(), another(current)).first;
+    bool captured = false;
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+    captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+#endif
+    return captured || known->second == current ? another(known->second) : known->second;
+  }
+
+  const at::Device device_;
+  std::optional<c10::Stream> stream_;  // while there is something to join
+  std::vector<Tensor> kept_;
+};
+
 template <typename T>
 class Driver {
  protected:
@@ -338,7 +419,6 @@ class Driver {
         shape_(call.shape),
         plan_(plan),
         kernels_(table.of<T>()),
-        stream_(stream_for(call.input.device())),
         counts_(counts),
         products_(counts.products),
         storage_(call.input.options().dtype(scalar_type<T>())),
@@ -411,7 +491,7 @@ class Driver {
       arguments.sizes.copies = copies;
       arguments.words = words > 0 ? data<uint64_t>(space) : nullptr;
       arguments.chunks_done = reinterpret_cast<uint32_t*>(data<uint64_t>(space) + words);
-      const Outcome outcome = kernel(arguments, stream_);
+      const Outcome outcome = kernel(arguments, stream_for(call_.input.device()));
       if (outcome.kind != Outcome::ok) fail(outcome);
       ++counts_.launches;
       if (watchdog_.defined()) read_watchdog();
@@ -432,7 +512,7 @@ class Driver {
                                driver_.mask_};
       const at::Device device = driver_.call_.input.device();
       const std::string error = diagonal::gate_kernels(device).of<T>().copy(
-          sizes, cells_.data(), static_cast<int64_t>(cells_.size()), driver_.stream_);
+          sizes, cells_.data(), static_cast<int64_t>(cells_.size()), stream_for(device));
       TORCH_CHECK(error.empty(), "stacked_lstm_ext: a kernel could not be launched on ", device, ": ", error);
       cells_.clear();
     }
@@ -447,7 +527,6 @@ class Driver {
   const StackShape& shape_;
   const Plan& plan_;
   const Kernels<T>& kernels_;
-  void* stream_;
   Counts& counts_;
   const Products<T> products_;
   const at::TensorOptions storage_, floats_;
@@ -631,7 +710,8 @@ class Backward : Driver<T> {
         c_0_(call.c_0.contiguous()),
         input_grad_(input_grad),
         weight_grad_(weight_grad),
-        recompute_(call.options.saving == Saving::recompute) {}
+        recompute_(call.options.saving == Saving::recompute),
+        beside_(call.input.device()) {}
 
   Gradients run() {
     result_.h_0 = at::empty({lanes_, batch_, hidden_}, storage_);
@@ -641,6 +721,7 @@ class Backward : Driver<T> {
       for (const Tensor& w : call_.weights) result_.weights.push_back(at::empty(w.sizes(), storage_));
     }
     for (auto pass = plan_.passes.rbegin(); pass != plan_.passes.rend(); ++pass) run(*pass);
+    beside_.join();
     return std::move(result_);
   }
 
@@ -651,15 +732,23 @@ class Backward : Driver<T> {
     grad_gates_ = at::empty({layers, rows_, directions_ * 4 * hidden_}, storage_);
     const bool segments = pass.segment_steps < shape_.steps;
     Tensor carried = segments ? at::empty({2, lanes_, batch_, hidden_}, floats_) : Tensor();
-    std::vector<Tensor> previous, inputs;  // of the pass's lanes and layers, where gates are made again from them
+    // Of the pass's layers and lanes: what the products read.
+    inputs_.assign(static_cast<size_t>(layers), Tensor());
+    previous_.assign(static_cast<size_t>(lanes), Tensor());
     if (recompute_) {
-      for (int64_t lane = first_layer_ * directions_; lane < first_layer_ * directions_ + lanes; ++lane) {
-        previous.push_back(previous_of(lane));
-      }
-      for (int64_t layer = first_layer_; layer < pass.last_layer; ++layer) inputs.push_back(input_of(layer));
+      make_operands(pass);
       const int64_t most_rows = shape_.first_row(std::min(pass.segment_steps, shape_.steps));
       preactivations_ = at::empty({lanes, most_rows, 4 * hidden_}, floats_);
       recurrent_part_ = at::empty({1, most_rows, 4 * hidden_}, floats_);
+    }
+    const bool beside = weight_grad_ && pass.products_beside;
+    if (beside) {
+      beside_.keep(grad_gates_);
+      if (!recompute_) beside_.run([&] { make_operands(pass); });
+      if (recompute_) {
+        for (const Tensor& operand : inputs_) beside_.keep(operand);
+        for (const Tensor& operand : previous_) beside_.keep(operand);
+      }
     }
 
     const int64_t last_segment = (shape_.steps - 1) / pass.segment_steps;
@@ -683,8 +772,7 @@ class Backward : Driver<T> {
         }
         if (recompute_) {
           const int64_t number = lane - first_layer_ * directions_;
-          l.preactivations = make_preactivations(lane, number, first_step, last_step, inputs[layer - first_layer_],
-                                                 previous[static_cast<size_t>(number)]);
+          l.preactivations = make_preactivations(lane, number, first_step, last_step);
         }
         float* const state = segments ? data<float>(carried) + lane * batch_ * hidden_ : nullptr;
         const int64_t half = lanes_ * batch_ * hidden_;
@@ -696,6 +784,11 @@ class Backward : Driver<T> {
         }
       }
       Base::launch_rounds(arguments, pass, kernels_.backward, &backward_words<T>);
+      if (beside) {
+        beside_.run([&] {
+          for (int64_t n = 0; n < lanes; ++n) add_gradients(first_layer_ * directions_ + n, first_step, last_step);
+        });
+      }
     }
     preactivations_ = recurrent_part_ = Tensor();
 
@@ -708,13 +801,22 @@ class Backward : Driver<T> {
       products_.multiply_and_round(single(result_.input.view({rows_, call_.input.size(-1)})), lowest,
                                    single(Base::input_weights(0)));
     }
-    if (!weight_grad_) return;
-    for (int64_t layer = first_layer_; layer < pass.last_layer; ++layer) {
-      const Tensor input = recompute_ ? inputs[static_cast<size_t>(layer - first_layer_)] : input_of(layer);
-      for (int64_t lane = layer * directions_; lane < (layer + 1) * directions_; ++lane) {
-        finish(lane, input,
-               recompute_ ? previous[static_cast<size_t>(lane - first_layer_ * directions_)] : previous_of(lane));
-      }
+    if (!weight_grad_ || beside) return;
+    for (int64_t lane = first_layer_ * directions_; lane < first_layer_ * directions_ + lanes; ++lane) {
+      const auto layer = static_cast<size_t>(lane / directions_ - first_layer_);
+      if (!inputs_[layer].defined()) inputs_[layer] = input_of(lane / directions_);
+      Tensor& previous = previous_[static_cast<size_t>(lane - first_layer_ * directions_)];
+      if (!previous.defined()) previous = previous_of(lane);
+      add_gradients(lane, 0, shape_.steps);
+      previous = Tensor();  // nor does the next lane need the input of the layers before its own
+      if (layer > 0) inputs_[layer - 1] = Tensor();
+    }
+  }
+
+  void make_operands(const Pass& pass) {
+    for (size_t n = 0; n < inputs_.size(); ++n) inputs_[n] = input_of(pass.first_layer + static_cast<int64_t>(n));
+    for (size_t n = 0; n < previous_.size(); ++n) {
+      previous_[n] = previous_of(pass.first_layer * directions_ + static_cast<int64_t>(n));
     }
   }
 
@@ -735,18 +837,30 @@ class Backward : Driver<T> {
     l.layer = static_cast<int>(layer);
   }
 
-  // Of one lane and the steps of a segment. The pointer is where row 0 would be.
-  const float* make_preactivations(int64_t lane, int64_t number, int64_t first_step, int64_t last_step,
-                                   const Tensor& input, const Tensor& previous) {
+  struct Rows {
+    int64_t first, count;
+    Tensor of(const Tensor& all) const { return all.narrow(0, first, count); }
+  };
+  // Of a lane, in its steps from one to before the other.
+  Rows rows_of(int64_t lane, int64_t first_step, int64_t last_step) const {
     const int64_t one = shape_.time(lane, first_step), other = shape_.time(lane, last_step - 1);
     const int64_t first = shape_.first_row(std::min(one, other));
-    const int64_t count = shape_.first_row(std::max(one, other) + 1) - first;
-    const Tensor sum = preactivations_.narrow(0, number, 1).narrow(1, 0, count);
-    const Tensor recurrent = recurrent_part_.narrow(1, 0, count);
-    products_.multiply(sum, single(input.narrow(0, first, count)), single(Base::weight(lane, 0).t()));
-    products_.multiply(recurrent, single(previous.narrow(0, first, count)), single(Base::weight(lane, 1).t()));
+    return {first, shape_.first_row(std::max(one, other) + 1) - first};
+  }
+  const Tensor& input_at(int64_t lane) const { return inputs_[static_cast<size_t>(lane / directions_ - first_layer_)]; }
+  const Tensor& previous_at(int64_t lane) const {
+    return previous_[static_cast<size_t>(lane - first_layer_ * directions_)];
+  }
+
+  // Of one lane and the steps of a segment. The pointer is where row 0 would be.
+  const float* make_preactivations(int64_t lane, int64_t number, int64_t first_step, int64_t last_step) {
+    const Rows rows = rows_of(lane, first_step, last_step);
+    const Tensor sum = preactivations_.narrow(0, number, 1).narrow(1, 0, rows.count);
+    const Tensor recurrent = recurrent_part_.narrow(1, 0, rows.count);
+    products_.multiply(sum, single(rows.of(input_at(lane))), single(Base::weight(lane, 0).t()));
+    products_.multiply(recurrent, single(rows.of(previous_at(lane))), single(Base::weight(lane, 1).t()));
     sum.add_(recurrent);
-    return const_data<float>(sum) - first * 4 * hidden_;
+    return const_data<float>(sum) - rows.first * 4 * hidden_;
   }
 
   // h of a layer, all rows: (rows, D·H).
@@ -785,16 +899,34 @@ class Backward : Driver<T> {
         .narrow(1, lane % directions_ * 4 * hidden_, 4 * hidden_);
   }
 
-  // The weight gradients of a lane: each one product over all rows.
-  void finish(int64_t lane, const Tensor& input, const Tensor& previous) {
-    Tensor* const grad = &result_.weights[static_cast<size_t>(lane * call_.options.weights_a_lane())];
-    const Tensor gates = grad_gates_of(lane), gates_t = single(gates.t());
-    products_.multiply_and_round(single(grad[0]), gates_t, single(input));
-    products_.multiply_and_round(single(grad[1]), gates_t, single(previous));
-    if (call_.options.bias) {
-      at::sum_out(grad[2], gates, at::IntArrayRef{0});
-      grad[3].copy_(grad[2]);
+  // What the steps of a segment, or all of them, give to a lane's weight gradients: a product each. Segments come from the
+  // last to the first; their sums are float32 until all are there.
+  void add_gradients(int64_t lane, int64_t first_step, int64_t last_step) {
+    const auto place = static_cast<size_t>(lane * call_.options.weights_a_lane());
+    Tensor* const grad = &result_.weights[place];
+    const Rows rows = rows_of(lane, first_step, last_step);
+    const Tensor gates = rows.of(grad_gates_of(lane)), gates_t = single(gates.t());
+    const Tensor operands[] = {rows.of(input_at(lane)), rows.of(previous_at(lane))};
+    const bool begins = last_step == shape_.steps, ends = first_step == 0;
+    if (begins && ends) {
+      for (int n : {0, 1}) products_.multiply_and_round(single(grad[n]), gates_t, single(operands[n]));
+      if (call_.options.bias) at::sum_out(grad[2], gates, at::IntArrayRef{0});
+    } else {
+      sums_.resize(result_.weights.size());
+      Tensor* const sum = &sums_[place];
+      for (int n : {0, 1}) {
+        const Tensor part = at::empty(grad[n].sizes(), floats_);
+        products_.multiply(single(part), gates_t, single(operands[n]));
+        sum[n] = begins ? part : sum[n].add_(part);
+      }
+      if (call_.options.bias) {
+        const Tensor part = at::sum(gates, at::IntArrayRef{0}, /*keepdim=*/false, at::kFloat);
+        sum[2] = begins ? part : sum[2].add_(part);
+      }
+      if (!ends) return;
+      for (int n = 0; n < (call_.options.bias ? 3 : 2); ++n) grad[n].copy_(sum[n]), sum[n] = Tensor();
     }
+    if (call_.options.bias) grad[3].copy_(grad[2]);
   }
 
   const Tensor reserve_;
@@ -802,11 +934,14 @@ class Backward : Driver<T> {
   const Tensor top_, grad_output_, grad_h_n_, grad_c_n_, h_0_, c_0_;
   const bool input_grad_, weight_grad_, recompute_;
   Gradients result_;
-  int64_t first_layer_ = 0;  // of the pass
-  Tensor grad_gates_;        // (layers of the pass, rows, D·4H)
-  Tensor grad_above_;        // (1, rows, D·H): W_ihᵀ·dgates of the pass above
-  Tensor preactivations_;    // (lanes of the pass, rows of a segment, 4H), to recompute
-  Tensor recurrent_part_;    // (1, rows of a segment, 4H)
+  int64_t first_layer_ = 0;                // of the pass
+  Tensor grad_gates_;                      // (layers of the pass, rows, D·4H)
+  Tensor grad_above_;                      // (1, rows, D·H): W_ihᵀ·dgates of the pass above
+  Tensor preactivations_;                  // (lanes of the pass, rows of a segment, 4H), to recompute
+  Tensor recurrent_part_;                  // (1, rows of a segment, 4H)
+  std::vector<Tensor> inputs_, previous_;  // of the pass's layers, (rows, input), and lanes, (rows, H): h(t-1)
+  std::vector<Tensor> sums_;               // of weight gradients, where only some segments are done
+  Beside beside_;                          // last: it has to be joined before anything above is freed
 };
 
 const Table& kernels_of(const Call& call) {

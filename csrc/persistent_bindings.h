@@ -126,11 +126,12 @@ inline py::dict describe(const Pass& pass, const StackShape& shape) {
       py::arg("cut") = describe(pass.cut), py::arg("units") = units, py::arg("sequences") = sequences,
       py::arg("batch_groups") = pass.batch_groups, py::arg("copies") = pass.copies, py::arg("rounds") = pass.rounds,
       py::arg("segment_steps") = pass.segment_steps, py::arg("segments") = pass.segments(shape.steps),
-      py::arg("threads") = pass.threads, py::arg("registers_thread") = pass.registers_thread,
-      py::arg("weight_registers") = pass.weight_registers, py::arg("shared_bytes") = pass.shared_bytes,
-      py::arg("l2_bytes") = pass.l2_bytes, py::arg("blocks") = pass.blocks(), py::arg("lanes") = pass.lanes(),
-      py::arg("makespan_us") = pass.makespan_us, py::arg("step_us") = pass.step_us, py::arg("ahead_us") = pass.ahead_us,
-      py::arg("terms") = describe(pass.terms), py::arg("layers") = layers);
+      py::arg("products_beside") = pass.products_beside, py::arg("threads") = pass.threads,
+      py::arg("registers_thread") = pass.registers_thread, py::arg("weight_registers") = pass.weight_registers,
+      py::arg("shared_bytes") = pass.shared_bytes, py::arg("l2_bytes") = pass.l2_bytes,
+      py::arg("blocks") = pass.blocks(), py::arg("lanes") = pass.lanes(), py::arg("makespan_us") = pass.makespan_us,
+      py::arg("step_us") = pass.step_us, py::arg("ahead_us") = pass.ahead_us, py::arg("terms") = describe(pass.terms),
+      py::arg("layers") = layers);
 }
 
 // The timeline's entries are (pass, batch_group, layer, direction, chunk, first_block, blocks, needs_layer, needs_chunks,

@@ -10,7 +10,9 @@
 //   pass        a run of layers of one width that is on the chip at once, at most kMaxLanes lanes, all cut alike. Passes
 //               come one after another: forward from the first layers up, backward from the last down.
 //   round       batch groups that run side by side, as copies. What has no room runs in the next round: another launch.
-//   segment     backward that computes the gates again: steps whose pre-activations are in memory at a time, a launch each.
+//   segment     backward: steps of a launch of their own. Where the gates are computed again, so many that their
+//               pre-activations have room in memory; and where a launch leaves SMs idle, so few that the weight gradients of
+//               a segment are made on those beside the next one.
 // Forward and backward are planned apart: nothing but tensors in memory goes from one to the other.
 //
 // Two directions: a bidirectional layer needs the whole layer beside it, so that each is a pass of its own.
@@ -38,6 +40,10 @@ namespace stacked_lstm::persistent {
 inline constexpr int kChunkSteps[] = {1, 2, 4, 8, 16, 32};
 // Pre-activations that backward makes ahead of a launch, with Saving::recompute.
 inline constexpr int64_t kRecomputeBytes = 256 * kMiB;
+// Backward: how many segments are tried, so that weight gradients are made beside the recurrence, and the share of the time
+// that has to be left for it to be done: less would be within the model's error, and takes memory.
+inline constexpr int kSegments[] = {1, 2, 3, 4, 6, 8, 12, 16};
+inline constexpr double kWorthSegments = 0.97;
 // Backward: units of dh in a tile.
 inline constexpr int kTileRows = 16;
 // The kernels' sizes are 32-bit numbers: so that none of them, nor batch · batch groups, becomes too large.
@@ -158,6 +164,8 @@ struct Pass {
   int64_t hidden = 0, most_inputs = 0;
   int64_t batch_groups = 1, copies = 1, rounds = 1;
   int64_t segment_steps = 0;  // steps of a launch: a multiple of the chunk's, or all
+  // Backward: the weight gradients of a segment are made while what comes after it runs; else after all of the pass.
+  bool products_beside = false;
   int64_t threads = 0, registers_thread = 0, weight_registers = 0, shared_bytes = 0;  // registers: predicted
   int64_t l2_bytes = 0;    // W_ih where it lives there, and the words of an exchange
   double ahead_us = 0;     // large products before its launches
@@ -188,7 +196,8 @@ struct Plan {
   bool backward = false;
   std::vector<Pass> passes;  // in the order of layers
   Terms terms;
-  double after_us = 0;  // large products after all launches: gradients of weights and of the input
+  // Large products after all launches: gradients of the input, and of weights as far as they were not made beside them.
+  double after_us = 0;
   double predicted_us = 0, step_us = 0, limit_us = 0;
   const char* binds = "";
 };
@@ -361,7 +370,7 @@ inline double physical_limit_us(const Model& m) {
                   m.cycles_us(work / (m.peak() * static_cast<double>(m.device.sms))));
 }
 
-// Gradients of weights and of the input, the same after either schedule.
+// Gradients of weights and of the input, where they are made after all else.
 inline double gradients_us(const Model& m) {
   double work = m.input_work(0);
   for (int64_t k = 0; k < m.shape.depth(); ++k) work += m.input_work(k) + m.recurrent_work(k);
@@ -598,7 +607,7 @@ class Planner {
         for (const int chunk : kChunkSteps) {
           if (chunk > 1 && chunk / 2 >= m_.shape.steps) break;
           pass.cut.chunk_steps = chunk, pass.cut.inputs_in_shared = in_shared;
-          if (!predict(pass)) continue;
+          if (!predict(pass, m_.shape.steps)) continue;
           const double us = pass.terms.total();
           if (best_us < 0 || us < best_us) best_us = us, best = pass;
         }
@@ -607,8 +616,8 @@ class Planner {
     return passes_[key] = best;
   }
 
-  // Decides what lives where, and predicts. False if there is no room for it.
-  bool predict(Pass& pass) const {
+  // Decides what lives where, and predicts. False if there is no room for it. `most_steps`: of a segment.
+  bool predict(Pass& pass, int64_t most_steps) const {
     const Cut& cut = pass.cut;
     const int64_t bytes = m_.ask.bytes, columns = cut.columns(), steps = m_.shape.steps;
     pass.shared_bytes = shared_bytes(cut, bytes, m_.backward, pass.most_inputs, pass.hidden, pass.over);
@@ -621,12 +630,12 @@ class Planner {
     pass.threads = threads_of(cut);
     pass.registers_thread = registers_thread(instance_of(cut));
     pass.weight_registers = weight_registers(instance_of(cut));
-    pass.segment_steps = steps;
+    pass.segment_steps = std::min(steps, round_up(most_steps, cut.chunk_steps));
     if (m_.backward && m_.ask.saving == Saving::recompute) {
       const int64_t a_step = m_.shape.batch * pass.lanes() * 4 * pass.hidden * 4;
       const int64_t chunks = kRecomputeBytes / a_step / cut.chunk_steps;
       if (chunks == 0 && cut.chunk_steps > 1) return false;
-      pass.segment_steps = std::min(steps, std::max<int64_t>(chunks, 1) * cut.chunk_steps);
+      pass.segment_steps = std::min(pass.segment_steps, std::max<int64_t>(chunks, 1) * cut.chunk_steps);
     }
 
     // W_hh as the registers hold it, W_ih as the products read it.
@@ -744,19 +753,68 @@ class Planner {
       const int64_t up = k - pass.first_layer;  // it may have been made for layers that are alike
       pass.first_layer += up, pass.last_layer += up;
       for (LayerPlan& layer : pass.layers) layer.layer += up;
-      const double boundary = boundary_us(pass.last_layer);
-      pass.ahead_us += boundary, pass.terms.large_products += boundary;
       plan.passes.push_back(pass);
     }
-    for (const Pass& pass : plan.passes) {
+    plan.after_us = m_.backward ? gradients_us(m_) : 0;
+    add_up(plan);
+    return m_.backward ? with_products_beside(plan) : plan;
+  }
+
+  // The plan's figures from its passes', which it completes, and `after_us`.
+  void add_up(Plan& plan) const {
+    plan.terms = {};
+    plan.step_us = 0;
+    for (Pass& pass : plan.passes) {
+      const double boundary = boundary_us(pass.last_layer);
+      pass.ahead_us += boundary, pass.terms.large_products += boundary;
       plan.terms.add(pass.terms);
       plan.step_us += static_cast<double>(pass.rounds) * pass.step_us;
     }
-    plan.after_us = m_.backward ? gradients_us(m_) : 0;
     plan.terms.large_products += plan.after_us;
     plan.predicted_us = plan.terms.total();
     plan.binds = plan.terms.largest();
-    return plan;
+  }
+
+  // Weight gradients beside the recurrence: the same passes, each in so many segments that it takes the least time in all,
+  // if that is less by enough.
+  Plan with_products_beside(const Plan& plain) const {
+    Plan best = plain;
+    const int64_t steps = m_.shape.steps;
+    for (const int segments : kSegments) {
+      if (segments > steps) break;
+      Plan plan = plain;
+      for (auto pass = plan.passes.begin(); pass != plan.passes.end(); ++pass) {
+        if (!predict(*pass, (steps + segments - 1) / segments)) return best;
+        pass->products_beside = pass != plan.passes.begin() || pass->segment_steps < steps;  // something comes after it
+      }
+      plan.after_us = after_us(plan);
+      add_up(plan);
+      if (plan.predicted_us < std::min(best.predicted_us, kWorthSegments * plain.predicted_us)) best = plan;
+    }
+    return best;
+  }
+
+  // What is left to do after all launches, where the products of a segment begin when it is done, and share with the launches
+  // after it the SMs that those leave. Products that a launch waits for take the whole device meanwhile.
+  double after_us(const Plan& plan) const {
+    const auto number = [](int64_t n) { return static_cast<double>(n); };
+    double left = 0;  // microseconds of all SMs
+    for (auto pass = plan.passes.rbegin(); pass != plan.passes.rend(); ++pass) {
+      double work = 0;
+      for (int64_t k = pass->first_layer; k < pass->last_layer; ++k) work += m_.input_work(k) + m_.recurrent_work(k);
+      const double idle = 1 - number(pass->blocks()) / number(m_.device.sms);
+      const double launched = pass->terms.total() - pass->terms.large_products;
+      const int64_t steps = m_.shape.steps;
+      for (int64_t first = 0, last = steps; last > 0; last = first) {
+        first = (last - 1) / pass->segment_steps * pass->segment_steps;
+        const double share = number(last - first) / number(steps);
+        left = std::max(0.0, left - share * launched * idle * m_.costs.beside_share);
+        // Sums of segments are added up in float32.
+        left += m_.large_us(work * share * number(m_.shape.rows()), number(2 * pass->lanes()), 3 * work);
+      }
+    }
+    const double input = m_.input_work(0);
+    return left + m_.large_us(input * number(m_.shape.rows()), 1, input);
   }
 
   const Model m_;

@@ -225,6 +225,11 @@ CUTS = [  # of 4 layers of 9 units, 7 steps, 6 sequences
     ),
     ([forward_pass(0, 4)], [backward_pass(0, 4, segment_steps=1)]),
     ([forward_pass(0, 4)], [backward_pass(0, 1, segment_steps=2), backward_pass(1, 4, segment_steps=5, batch_groups=2)]),
+    ([forward_pass(0, 4)], [backward_pass(0, 4, segment_steps=3, products_beside=1)]),
+    (
+        [forward_pass(0, 4)],
+        [backward_pass(0, 2, segment_steps=2, products_beside=1), backward_pass(2, 4, products_beside=1, batch_groups=3, copies=2)],
+    ),
 ]
 
 
@@ -262,16 +267,54 @@ BIDIRECTIONAL = [
         [forward_pass(0, 1, batch_groups=2, copies=1), forward_pass(1, 2, l2=1)],
         [backward_pass(0, 1, segment_steps=2), backward_pass(1, 2, segment_steps=3, batch_groups=3, copies=2)],
     ),
+    (
+        [forward_pass(0, 1), forward_pass(1, 2)],
+        [backward_pass(0, 1, segment_steps=3, products_beside=1), backward_pass(1, 2, segment_steps=2, products_beside=1)],
+    ),
 ]
 
 
 @pytest.mark.parametrize("saving", SAVING)
 @pytest.mark.parametrize("lengths", [None, (7, 7, 5, 2, 1, 1)], ids=["padded", "packed"])
-@pytest.mark.parametrize("forward, backward", BIDIRECTIONAL, ids=range(2))
+@pytest.mark.parametrize("forward, backward", BIDIRECTIONAL, ids=range(len(BIDIRECTIONAL)))
 def test_two_directions_cut_up_in_any_way_match_float64(forward, backward, lengths, saving):
     case = Case(2, 6, 7, 5, 9, lengths=lengths, bidirectional=True)
     with cut_up(forward, backward):
         check(case, "float32", saving, dropout=0.25)
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_gradients_beside_the_recurrence_are_sums_of_float32_the_same_every_time(kind, saving):
+    """Segment after segment, rounded once, at the end; and nothing else is touched."""
+    case, done, products = Case(3, 6, 40, 5, 9), {}, {}
+    with kind_of(kind) as dtype:
+        arguments = persistent_arguments(case, dtype, saving, dropout=0.25, seed=3)
+        kernel = {"exact": int(kind == "float32"), "pieces": dtype.itemsize // 2}  # of 8 units, whose gates are K
+        for beside in (0, 1):
+            with cut_up(None, [backward_pass(0, 3, **kernel, segment_steps=8, products_beside=beside)]):
+                done[beside] = run_operators(arguments)
+                products[beside] = _C.last_run()["products"]
+                assert_same_bits(run_operators(arguments), done[beside])
+    assert products[1] - products[0] == 4 * 2 * 3, "4 more segments, two products for each of 3 lanes"
+    plain = {name: value for name, value in done[0].items() if not name.startswith("grad of weights")}
+    assert_same_bits({name: done[1][name] for name in plain}, plain)
+    assert len(plain) < len(done[0])
+    once = 2 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-5
+    for name in done[0].keys() - plain.keys():
+        torch.testing.assert_close(done[1][name].float(), done[0][name].float(), rtol=once, atol=1e-5)
+
+
+def test_products_beside_the_recurrence_are_left_out_where_no_weight_gradients_are_asked_for(host):
+    case = Case(3, 6, 7, 5, 9)
+    arguments = persistent_arguments(case)
+    with cut_up([forward_pass(0, 3)], [backward_pass(0, 3, segment_steps=2, products_beside=1)]):
+        output, h_n, c_n, reserve = ops.forward(*arguments)
+        upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, torch.float32)
+        both, inputs = (
+            ops.backward(*backward_arguments(upstream, arguments, output, reserve, weight_grad=weights)) for weights in (True, False)
+        )
+    assert torch.equal(both[0], inputs[0]) and len(both[3]) == 12 and len(inputs[3]) == 0
 
 
 WRONG = [  # a forward pass of 4 layers of 9 units, and what is said of it

@@ -186,17 +186,55 @@ def test_every_sequence_is_in_one_batch_group_and_every_group_in_one_round(plans
             assert each["rounds"] == math.ceil(each["batch_groups"] / each["copies"])
 
 
-def test_backward_that_computes_gates_again_has_them_in_memory_a_segment_at_a_time(plans):
+def test_only_backward_runs_in_segments_of_whole_chunks_and_for_a_reason(plans):
+    """Gates that are computed again have to have room in memory, or weight gradients are made beside the recurrence."""
     for s, p in plans:
         for each in p["passes"]:
             steps = each["segment_steps"]
             assert each["segments"] == math.ceil(s["steps"] / steps) and 1 <= steps <= s["steps"]
-            if not (s["backward"] and s["saving"] == "recompute"):
-                assert steps == s["steps"]
-                continue
             assert steps == s["steps"] or steps % each["cut"]["chunk_steps"] == 0
+            recompute = s["backward"] and s["saving"] == "recompute"
+            assert steps == s["steps"] or recompute or each["products_beside"]
             a_step = s["batch"] * each["lanes"] * 4 * each["layers"][0]["hidden"] * 4
-            assert steps * a_step <= 256 << 20 or steps == 1, s
+            assert not recompute or steps * a_step <= 256 << 20 or steps == 1, s
+
+
+def gradient_work(s, first, last):
+    """Multiply-adds of the weight gradients of layers first … last - 1, over all rows."""
+    weights = sum(4 * h * (i + h) for i, h in list(zip(inputs_of(s), s["hidden"], strict=True))[first:last])
+    return weights * directions_of(s) * s["batch"] * s["steps"]
+
+
+def test_weight_gradients_are_made_beside_the_recurrence_only_where_sms_are_idle_and_much_is_saved(plans):
+    """What is left to do after all launches cannot be less than what the idle SMs have had no time for."""
+    costs, beside = _C.persistent_costs(), [(s, p) for s, p in plans if any(each["products_beside"] for each in p["passes"])]
+    assert len(beside) > 100
+    for s, p in beside:
+        assert s["backward"]
+        after = plan(s | AFTER_ALL)
+        assert not any(each["products_beside"] for each in after["passes"])
+        assert p["predicted_us"] < 0.97 * after["predicted_us"]
+        cuts = [[each["cut"], each["first_layer"], each["blocks"]] for each in p["passes"]]
+        assert cuts == [[each["cut"], each["first_layer"], each["blocks"]] for each in after["passes"]]
+
+        device = DEVICES[s["device"]]
+        rate = device["fma_rate"] if s["product"] == "exact" else device["mma_rate"] / (s["bytes"] / 2)
+        share = costs["fma_share"] if s["product"] == "exact" else costs["product_share"]
+        per_us = rate * share * device["sms"] * device["clock_mhz"]
+        left = gradient_work(s, 0, len(s["hidden"])) / per_us
+        for number, each in enumerate(p["passes"]):
+            assert each["products_beside"] == (number > 0 or each["segments"] > 1), "something has to come after them"
+            launched = sum(each["terms"].values()) - each["terms"]["large_products"]
+            left -= launched * (1 - each["blocks"] / device["sms"]) * costs["beside_share"]
+        assert p["after_us"] >= left * (1 - 1e-9), s
+
+
+@pytest.mark.parametrize("device, layers, hidden", [("a100", 4, 512), ("h100", 1, 768)])
+def test_weight_gradients_are_made_beside_the_recurrence_of_a_large_batch(device, layers, hidden):
+    (only,) = plan(stack(device, layers, hidden, steps=1024, batch=16, backward=True))["passes"]
+    assert only["products_beside"] and only["segments"] > 1
+    (alone,) = plan(stack(device, layers, hidden, steps=1024, batch=1, backward=True))["passes"]
+    assert not alone["products_beside"] and alone["segments"] == 1
 
 
 def test_a_bidirectional_layer_is_a_pass_of_its_own(plans):
@@ -364,6 +402,9 @@ def test_the_terms_of_a_prediction_add_up(plans):
             assert sum(terms.values()) == pytest.approx(whole), s
 
 
+AFTER_ALL = {"costs": {"beside_share": 1e-9}}  # large products take the whole device
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -379,8 +420,11 @@ def test_the_terms_of_a_prediction_add_up(plans):
     ids=["deeper", "deeper, 200 units", "a step longer", "twice as long", "a sequence more", "more sequences", "saving", "wider input"],
 )
 def test_more_work_is_never_cheaper(plans, change):
+    """But for products beside the recurrence: passes are chosen for themselves, not for the room that they leave."""
     for s, p in plans[:600]:
-        more = plan(change(s))
+        if any(each["products_beside"] for each in p["passes"]):
+            p = plan(s | AFTER_ALL)
+        more = plan(change(s) | AFTER_ALL)
         assert more["why_not"] or more["predicted_us"] >= p["predicted_us"] * (1 - 1e-9), (s, change(s))
 
 
@@ -392,8 +436,8 @@ def test_a_better_device_is_never_slower(backward):
         for name, times, kind in better:
             # With twice the SMs come twice the GPCs: clusters lie inside one.
             changed = {name: kind(device[name] * times)} | ({"gpcs": 2 * device["gpcs"]} if name == "sms" else {})
-            faster = plan(s | {"device": device | changed})
-            assert faster["predicted_us"] <= plan(s)["predicted_us"] * (1 + 1e-9), (name, s)
+            faster = plan(s | {"device": device | changed} | AFTER_ALL)
+            assert faster["predicted_us"] <= plan(s | AFTER_ALL)["predicted_us"] * (1 + 1e-9), (name, s)
 
 
 def test_depth_is_nearly_free_where_the_layers_fit():

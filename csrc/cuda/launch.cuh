@@ -60,7 +60,7 @@ inline Status status_of(cudaError_t error) {
 // A launch as the runtime takes it. It points into itself: not to be copied.
 struct Prepared {
   cudaLaunchConfig_t launch = {};
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
 
   Prepared(const Prepared&) = delete;
   explicit Prepared(const LaunchConfig& config) {
@@ -131,6 +131,15 @@ class Known {
     return cudaSuccess;
   }
 
+  // Of a launch: the same for all devices of a driver. 0, which is everybody's, where it does not say.
+  int greatest_priority() {
+    static const int greatest = [] {
+      int least = 0, most = 0;
+      return cudaDeviceGetStreamPriorityRange(&least, &most) == cudaSuccess ? most : 0;
+    }();
+    return greatest;
+  }
+
  private:
   struct Allowed {
     size_t shared_bytes = 0;
@@ -176,6 +185,11 @@ inline Status launch(const LaunchConfig& config, const void* kernel, void** argu
     cudaLaunchAttribute& attribute = prepared.attributes[launch.numAttrs++];
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
+    // Else what is queued on another stream would take the SMs that become free one by one, and the blocks that are there
+    // already would wait for the others.
+    cudaLaunchAttribute& priority = prepared.attributes[launch.numAttrs++];
+    priority.id = cudaLaunchAttributePriority;
+    priority.val.priority = Known::instance().greatest_priority();
   }
   return status_of(cudaLaunchKernelExC(&launch, kernel, arguments));
 }

@@ -176,6 +176,8 @@ def format_plan(plan: dict[str, Any]) -> str:
         groups = f"{_count(p['batch_groups'], 'batch group')} of at most {_count(most, 'sequence')}"
         rounds = f", in {p['rounds']} rounds" if p["rounds"] > 1 else ""
         segments = f", in {p['segments']} launches of at most {_count(p['segment_steps'], 'step')}" if p["segments"] > 1 else ""
+        if p["products_beside"]:
+            segments += ", weight gradients beside what comes after them"
         warps = (
             f"each of 8 warps {_count(cut['m_tiles'], 'tile')} of 16 of the layer's units"
             if plan["backward"]

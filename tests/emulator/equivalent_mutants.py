@@ -755,6 +755,14 @@ EQUIVALENT: list[Equivalent] = [
         reason="once the launch is given up, no number of it means anything",
     ),
     Equivalent(
+        file="csrc/cuda/persistent_forward.cuh",
+        function="forward",
+        kind="arrive",
+        change="removed",
+        code="publish_chunks(arguments, place, chunk)",
+        reason="the lane above gets all chunks with the last: later, and the same",
+    ),
+    Equivalent(
         file="csrc/cuda/persistent_backward.cuh",
         function="backward",
         kind="arrive",

@@ -43,7 +43,9 @@ class Target:
     root: Path = ROOT
     folders: tuple[str, ...] = ("csrc", "tests/emulator")  # what the program is made from
     defines: tuple[str, ...] = ()
-    more_programs: tuple[tuple[str, ...], ...] = ()  # sources of others that include what is broken: run once, without arguments
+    # Sources of others that include what is broken: run once, without arguments. Not under ThreadSanitizer: they are about
+    # waits that time out, after which threads go on in no order.
+    more_programs: tuple[tuple[str, ...], ...] = ()
 
     def files(self, only: Sequence[str] = ()) -> list[str]:
         """The files to break whose path contains one of `only` (all of them, by default)."""
@@ -189,11 +191,14 @@ class _Programs:
         more = [_Variant(n + 1) for n in range(len(self.target.more_programs))]
         return [*(_Variant(0, arguments) for arguments in self.target.variants), *more]
 
+    def sources(self, sanitizer: str | None) -> list[tuple[str, ...]]:
+        return [self.target.sources, *(self.target.more_programs if sanitizer != "thread" else ())]
+
     def build(self, sanitizer: str | None) -> list[Path]:
         defines = [*self.target.defines, *([] if sanitizer else ["EMULATOR_RECORDS_MUTANTS"])]
         flags = [*FLAGS, *MORE_FLAGS[sanitizer]]
         programs = []
-        for n, sources in enumerate((self.target.sources, *self.target.more_programs)):
+        for n, sources in enumerate(self.sources(sanitizer)):
             name = f"mutants-{self.target.name}{f'-{n}' if n else ''}"
             programs.append(build(name, [self.tree / source for source in sources], sanitizer, defines, flags=flags))
         return programs
@@ -271,7 +276,7 @@ class _Hunt:
 
         def judge(mutant: Mutant) -> None:
             for variant in self.variants:
-                if mutant.number in self.reach[variant]:
+                if variant.program < len(programs) and mutant.number in self.reach[variant]:
                     limit = self._limit(programs, variant, stage)
                     result = self.programs.run(programs, variant, stage, mutant.number, limit)
                     if result.returncode != 0:

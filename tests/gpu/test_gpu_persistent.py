@@ -126,6 +126,59 @@ def test_a_smaller_device_cuts_up_the_stack_and_gives_the_same():
     assert_matches(cut, whole, 2 * device_tolerance(case, torch.bfloat16) / (1 - 0.25) ** 5)
 
 
+@pytest.fixture
+def segments():
+    """A layer of 64 units is two blocks, and backward runs in segments, weight gradients of each beside the next."""
+    cut = {"last_layer": 3, "blocks": 2, "l2": 1, "pieces": 4, "groups": 4, "m_tiles": 1}
+    _C.force_persistent_passes(True, [{**cut, "segment_steps": 16, "products_beside": 1}])
+    yield
+    _C.force_persistent_passes(True, None)
+
+
+@pytest.mark.parametrize("saving", ["full", "recompute"])
+def test_weight_gradients_beside_the_recurrence_match_float64_and_are_the_same_every_time(saving, segments):
+    """In a loop, memory goes back to torch's allocator and out again while the second stream may still read it."""
+    case = Case(3, 8, 100, 64, 64)
+    arguments = forward_arguments(case, torch.bfloat16, saving, dropout=0.25, seed=7, backend="persistent")
+    first = run_on_device(arguments)
+    tol = device_tolerance(case, torch.bfloat16) / (1 - 0.25) ** 2
+    assert_matches(to_device(first, torch.device("cpu")), operator_truth(case, arguments), tol)
+    for _ in range(20):
+        assert_same_bits(run_on_device(arguments), first)
+    assert all(part["products_beside"] for part in _C.last_run()["passes"])
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_graph_holds_both_streams(recompute, segments):
+    module = StackedLSTM(64, 64, 3, recompute=recompute, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(100, 8, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    leaves = [x, *module.parameters()]
+
+    def step():
+        for leaf in leaves:
+            leaf.grad = None
+        with backend("persistent"):
+            module(x)[0].float().square().sum().backward()
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    captured = [leaf.grad for leaf in leaves]
+    for _ in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        replayed = [grad.clone() for grad in captured]
+        step()
+        assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, replayed, strict=True))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_shortest_sequences(dtype, steps):
