@@ -174,6 +174,16 @@ def test_every_change_of_the_weights_is_seen():
         torch.testing.assert_close(ours.step(x[0], hx)[0], called[0][0])
 
 
+def test_a_square_weight_is_not_taken_for_its_transpose():
+    """Same storage, same place, same version, same shape, same bits."""
+    module, x, hx = StackedLSTM(20, 5), torch.randn(1, 1, 20), (torch.randn(1, 1, 5), torch.randn(1, 1, 5))
+    ready(module, x, hx)
+    module.weight_ih_l0.data = module.weight_ih_l0.data.t()
+    expected, _ = module(x, hx)
+    with torch.no_grad():
+        torch.testing.assert_close(module.step(x[0], hx)[0], expected[0].detach())
+
+
 def test_results_share_no_memory():
     module, x = StackedLSTM(4, 16, 2), torch.randn(1, 1, 4)
     hx = torch.randn(2, 1, 16), torch.randn(2, 1, 16)
