@@ -29,6 +29,7 @@ class Case:
     input_size: int = 0  # 0: as wide as the hidden state
     proj_size: int = 0
     bidirectional: bool = False
+    streamed: bool = False  # one call a step, the state carried over by the caller
     packed: bool = False  # sequences of random lengths in [1, steps], unsorted, as a PackedSequence
     group: str = "grid"  # which plot and which mean the case belongs to
 
@@ -43,6 +44,7 @@ class Case:
         parts += [f"P{self.proj_size}"] if self.proj_size else []
         parts += ["bidirectional"] if self.bidirectional else []
         parts += ["packed"] if self.packed else []
+        parts += ["streamed"] if self.streamed else []
         return " ".join(parts)
 
     @property
@@ -77,9 +79,13 @@ class Case:
         """Width of each layer's input."""
         return [self.input_size] + [self.output_size] * (self.layers - 1)
 
+    def input_weights(self) -> int:
+        """Elements of W_ih, over layers and directions."""
+        return sum(self.directions * 4 * self.hidden_size * width for width in self.layer_inputs())
+
     def input_flops(self) -> float:
         """Of the products with W_ih, which no recurrence orders: 2·rows·4H·(input's width) a layer and direction."""
-        return sum(2.0 * self.directions * self.rows * 4 * self.hidden_size * width for width in self.layer_inputs())
+        return 2.0 * self.rows * self.input_weights()
 
     def recurrent_flops(self) -> float:
         """Of the products with W_hh, and with W_hr where there is one, over layers and directions."""
@@ -124,6 +130,12 @@ OPTIONS = [
     Case(3, 7, 60, 200, input_size=80, group="options"),  # no size a multiple of a tile
     Case(4, 1, 1000, 64, group="options"),  # a long, narrow sequence
 ]
+STREAMING = [  # a live model: weights come from L2, from L3, a larger batch of streams
+    Case(2, 1, 100, 64, streamed=True, group="streaming"),
+    Case(2, 1, 100, 256, streamed=True, group="streaming"),
+    Case(2, 1, 50, 512, streamed=True, group="streaming"),
+    Case(2, 8, 50, 256, streamed=True, group="streaming"),
+]
 SMOKE = [  # seconds, for the suite's own tests
     Case(2, 3, 5, 8),
     Case(1, 2, 6, 16, group="depth"),
@@ -131,8 +143,9 @@ SMOKE = [  # seconds, for the suite's own tests
     Case(2, 4, 7, 8, input_size=5, packed=True, group="options"),
     Case(2, 2, 4, 8, input_size=5, bidirectional=True, group="options"),
     Case(2, 2, 4, 8, proj_size=3, group="options"),
+    Case(2, 1, 4, 8, streamed=True, group="streaming"),
 ]
-SUITES = {"quick": GRID + DEPTH, "full": GRID + DEPTH + OPTIONS, "smoke": SMOKE}
+SUITES = {"quick": GRID + DEPTH, "full": GRID + DEPTH + OPTIONS + STREAMING, "streaming": STREAMING, "smoke": SMOKE}
 
 
 class Problem:

@@ -48,7 +48,7 @@ class Contestant:
         raise NotImplementedError
 
     def eps(self, case: Case, mode: Mode, dtype: torch.dtype) -> float | None:
-        """What verify.tolerance takes for the dtype's own rounding, for who rounds more often; or None."""
+        """What verify.tolerance takes for the dtype's own rounding, for who rounds more often, or to fewer bits; or None."""
         return None
 
     def prepare(self, problem: Problem, mode: Mode, threads: int) -> Prepared:
@@ -92,6 +92,28 @@ class StackedLSTM(Contestant):
         return prepared
 
 
+class Bf16Weights(StackedLSTM):
+    """Ours with the option ``bf16_weights``: held to what rounded weights can be right to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "StackedLSTM (bf16 weights)"
+
+    def eps(self, case: Case, mode: Mode, dtype: torch.dtype) -> float | None:
+        return torch.finfo(torch.bfloat16).eps  # that of its weights
+
+    def obstacle(self, case: Case, mode: Mode, dtype: torch.dtype, device: torch.device) -> str | None:
+        if dtype != torch.float32 or device.type != "cpu":
+            return "gains nothing but in float32 on the CPU"
+        fits = 4 * case.recurrent_weights() <= 2**20
+        return "gains little where a layer's weights fit a core's L2 anyway" if fits else None
+
+    def prepare(self, problem: Problem, mode: Mode, threads: int) -> Prepared:
+        prepared = prepare_module(stacked_lstm_ext.StackedLSTM, problem, mode, bf16_weights=True)
+        prepared.facts = lambda: {"ran": plain(stacked_lstm_ext.last_run())}
+        return prepared
+
+
 class TorchLSTM(Contestant):
     """The stock ``nn.LSTM``: oneDNN on a CPU, cuDNN on a GPU."""
 
@@ -119,6 +141,8 @@ class OnnxRuntime(Contestant):
             return "timed on the CPU only"
         if dtype != torch.float32:
             return "its CPU LSTM is float32 only"
+        if case.streamed:
+            return "timed over whole sequences only"
         return "ONNX's LSTM has no projection" if case.proj_size else None
 
     def prepare(self, problem: Problem, mode: Mode, threads: int) -> Prepared:
@@ -232,7 +256,7 @@ class Haste(Contestant):
 def all_contestants(backends: list[str]) -> list[Contestant]:
     """Every contestant there is an adapter for, ours first (on each of the backends named)."""
     ours = [StackedLSTM(backend) for backend in backends]
-    return [*ours, TorchLSTM(), OnnxRuntime(), FlashRNN("cuda_fused"), FlashRNN("cuda"), Haste()]
+    return [*ours, Bf16Weights(), TorchLSTM(), OnnxRuntime(), FlashRNN("cuda_fused"), FlashRNN("cuda"), Haste()]
 
 
 # Shared by the adapters -----------------------------------------------------------------------------------------------
@@ -251,6 +275,7 @@ def one_way_only(case: Case, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]
         ("packed sequences", case.packed),
         ("second direction", case.bidirectional),
         ("projection", case.proj_size),
+        ("single steps", case.streamed),
     ):
         if asked:
             return f"no {option}"
@@ -305,7 +330,9 @@ def prepare_function(
     return Prepared(step, tensors)
 
 
-def prepare_module(module_type: type[nn.LSTM] | type[nn.Module], problem: Problem, mode: Mode) -> Prepared:
+def prepare_module(
+    module_type: type[nn.LSTM] | type[nn.Module], problem: Problem, mode: Mode, **options: Any
+) -> Prepared:
     """A module with the interface of ``nn.LSTM``, given the problem's weights by ``state_dict``."""
     case = problem.case
     module = module_type(
@@ -316,14 +343,27 @@ def prepare_module(module_type: type[nn.LSTM] | type[nn.Module], problem: Proble
         bidirectional=case.bidirectional,
         device=problem.device,
         dtype=problem.dtype,
+        **options,
     )
     module.load_state_dict(problem.weights)
     module.train(mode == "training")
     x, h_0, c_0 = inputs = leaves(problem, mode)
 
-    def forward() -> tuple[Any, Tensor, Tensor]:
+    one_step = getattr(module, "step", None)  # ours; of stock, a call with one step
+    take_step = one_step or (lambda row, state: module(row[None], state))
+
+    def streamed() -> tuple[Any, Tensor, Tensor]:
+        outputs, state = [], (h_0, c_0)
+        for row in x:
+            output, state = take_step(row, state)
+            outputs.append(output)
+        return torch.stack(outputs).view(case.steps, case.batch, case.output_size), *state
+
+    def whole() -> tuple[Any, Tensor, Tensor]:
         output, (h_n, c_n) = module(x, (h_0, c_0))
         return output, h_n, c_n
+
+    forward = streamed if case.streamed else whole
 
     def gradients() -> Tensors:
         return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}

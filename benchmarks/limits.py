@@ -85,6 +85,12 @@ def limit_ms(case: Case, mode: Mode, threads: int, dtype: torch.dtype, limits: L
     weight_bytes = case.recurrent_weights() * dtype.itemsize
     stream = stream_rate(weight_bytes / threads, limits[str(threads)]["stream_gbs"])
     stacked = case.layers * case.directions
+    if case.streamed:  # a step has nothing to take W_ih together with: it reads all weights
+        every = case.input_weights() + stacked * case.recurrent_weights()
+        rate = stream_rate(every * dtype.itemsize / threads, limits[str(threads)]["stream_gbs"])
+        flops = case.input_flops() + case.recurrent_flops()
+        forward = max(flops / products, case.steps * every * dtype.itemsize / rate) * 1e3
+        return forward if mode == "inference" else 3 * forward
     recurrence = max(case.recurrent_flops() / products, stacked * case.steps * weight_bytes / stream)
     forward = (case.input_flops() / products + recurrence) * 1e3
     return forward if mode == "inference" else 3 * forward

@@ -22,6 +22,7 @@ struct Options {
   int64_t proj_size;
   double dropout;
   Saving saving;
+  bool bf16_weights;  // the CPU kernels store them so
 
   int64_t directions() const { return bidirectional ? 2 : 1; }
   int64_t weights_a_lane() const { return 2 + (bias ? 2 : 0) + (proj_size > 0 ? 1 : 0); }

@@ -4,15 +4,13 @@
 // The schemas are part of the interface: stacked_lstm_ext/ops.py has their fakes and their autograd.
 #include <ATen/Config.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -35,12 +33,15 @@
 #include "call.h"
 #include "cpu/kernels.h"
 #include "cpu/stack_cpu.h"
+#include "cpu/workspace.h"
 #include "device.h"
 #include "diagonal.h"
+#include "packed_cache.h"
 #include "persistent.h"
 #include "persistent_bindings.h"
 #include "persistent_plan.h"
 #include "stack.h"
+#include "step.h"
 #include "wavefront.h"
 
 namespace stacked_lstm {
@@ -94,6 +95,16 @@ std::shared_ptr<const persistent::Decision> persistent_decision(Backend kind, co
   return decision;
 }
 
+// Whether the CPU kernels are to store packed weights in 16 bits: where the caller asks to have them rounded so, and
+// where they are bfloat16 anyway and lose nothing.
+bool stores_bf16(bool asked, const std::string& backend, Backend kind, const Tensor& input) {
+  TORCH_CHECK_VALUE(!asked || (kind == Backend::cpu && input.scalar_type() == at::kFloat),
+                    "bf16_weights needs backend cpu and dtype float32 (others take weights that are rounded already), "
+                    "got: ",
+                    backend, " and ", input.scalar_type());
+  return asked || (kind == Backend::cpu && input.scalar_type() == at::kBFloat16);
+}
+
 // The last call of this thread, for `last_run`.
 struct Run {
   std::variant<Schedule, diagonal::Counts, persistent::Counts> how;
@@ -105,7 +116,7 @@ struct Run {
 };
 thread_local std::optional<Run> last_run;
 
-// ---- torch's threads and BLAS for the CPU kernels -------------------------------------------------------------------
+// ---- torch's threads for the CPU kernels ----------------------------------------------------------------------------
 
 class TorchPlatform : public cpu::Platform {
  public:
@@ -118,25 +129,6 @@ class TorchPlatform : public cpu::Platform {
 #else
     return false;  // a pool's threads may be busy
 #endif
-  }
-  void multiply(const cpu::GradientProduct<float>& product) override { multiply(product, at::kFloat); }
-  void multiply(const cpu::GradientProduct<double>& product) override { multiply(product, at::kDouble); }
-
- private:
-  template <typename T>
-  static void multiply(const cpu::GradientProduct<T>& p, at::ScalarType type) {
-    // A pool's thread has no dispatch state of its own, and the caller's may ask for autocast.
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const auto options = at::TensorOptions().dtype(type);
-    const Tensor a = at::from_blob(const_cast<T*>(p.a), {p.m, p.rows}, {1, p.lda}, options);
-    const Tensor b = at::from_blob(const_cast<T*>(p.b), {p.rows, p.n}, {p.ldb, 1}, options);
-    Tensor c = at::from_blob(p.c, {p.m, p.n}, {p.ldc, 1}, options);
-    if (p.accumulate) {
-      at::addmm_out(c, c, a, b);
-    } else {
-      at::mm_out(c, a, b);
-    }
   }
 };
 
@@ -310,6 +302,12 @@ class Operands {
   std::vector<Tensor> kept_;
 };
 
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor fresh = at::empty(sizes, options);
+  cpu::prefer_huge_pages(fresh.mutable_data_ptr(), static_cast<int64_t>(fresh.nbytes()));
+  return fresh;
+}
+
 void remember(decltype(Run::how) how, const Call& call, const std::string& saving, bool backward) {
   last_run = Run{std::move(how), call.input.device().str(), backward, saving, call.shape, call.input.scalar_type()};
 }
@@ -320,15 +318,18 @@ Results forward_cpu(const Call& call, const std::string& saving) {
   const auto floats = call.input.options().dtype(type);
   const bool keep_top = type != call.input.scalar_type();
   const StackShape& shape = call.shape;
-  const Tensor output = at::empty(call.output_sizes(), floats);
-  const Tensor h_n = at::empty(call.h_0.sizes(), floats), c_n = at::empty(call.c_0.sizes(), floats);
-  const Tensor reserve = at::empty({reserve_size(shape, call.options.saving, keep_top).total()}, floats);
+  const Tensor output = empty(call.output_sizes(), floats);
+  const Tensor h_n = empty(call.h_0.sizes(), floats), c_n = empty(call.c_0.sizes(), floats);
+  const Tensor reserve = empty({reserve_size(shape, call.options.saving, keep_top).total()}, floats);
 
   Operands<T> operands(type);
   ForwardCall<T> kernel;
   kernel.shape = shape;
   kernel.input = operands.input(call.input, shape, call.packed);
-  kernel.weights = operands.weights(call.weights, call.options);
+  const cpu::Storage storage = call.options.bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same;
+  const bool may_keep = call.options.saving == Saving::none;  // training changes the weights at every step
+  const auto packed = may_keep ? find_packed<T>(call.weights, shape, storage) : KeptWeights<T>{};
+  if (!packed.ready()) kernel.weights = operands.weights(call.weights, call.options);
   kernel.h_0 = operands.take(call.h_0);
   kernel.c_0 = operands.take(call.c_0);
   kernel.dropout = dropout_on_host(call);
@@ -338,8 +339,11 @@ Results forward_cpu(const Call& call, const std::string& saving) {
   kernel.h_n = h_n.mutable_data_ptr<T>();
   kernel.c_n = c_n.mutable_data_ptr<T>();
   kernel.reserve = reserve.mutable_data_ptr<T>();
+  kernel.bf16_weights = call.options.bf16_weights;
+  const bool keep = packed.stack && !packed.ready();
   TorchPlatform platform;
-  remember(cpu::forward(kernel, workers_for(shape), platform), call, saving, false);
+  remember(cpu::forward(kernel, workers_for(shape), platform, packed.stack.get()), call, saving, false);
+  if (keep) keep_packed(call.weights, shape, packed);
   if (keep_top && call.options.saving != Saving::none) {  // the last part of the reserve; see stack.h
     reserve.narrow(0, reserve.numel() - output.numel(), output.numel()).copy_(output.flatten());
   }
@@ -373,15 +377,15 @@ Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradien
   Tensor grad_input[2];
   for (int64_t d = 0; d < 2; ++d) {
     const bool wanted = input_grad && d < shape.directions;
-    if (wanted) grad_input[d] = at::empty(call.input.sizes(), floats);
+    if (wanted) grad_input[d] = empty(call.input.sizes(), floats);
     kernel.grad_input[d] = wanted ? grad_input[d].mutable_data_ptr<T>() : nullptr;
   }
-  const Tensor grad_h_0 = at::empty(call.h_0.sizes(), floats), grad_c_0 = at::empty(call.c_0.sizes(), floats);
+  const Tensor grad_h_0 = empty(call.h_0.sizes(), floats), grad_c_0 = empty(call.c_0.sizes(), floats);
   kernel.grad_h_0 = grad_h_0.mutable_data_ptr<T>();
   kernel.grad_c_0 = grad_c_0.mutable_data_ptr<T>();
   std::vector<Tensor> grad_weights;
   if (weight_grad) {
-    for (const Tensor& w : call.weights) grad_weights.push_back(at::empty(w.sizes(), floats));
+    for (const Tensor& w : call.weights) grad_weights.push_back(empty(w.sizes(), floats));
     const int64_t a_lane = options.weights_a_lane();
     for (int64_t lane = 0; lane < shape.lanes(); ++lane) {
       const auto at = [&](int64_t n) {
@@ -392,10 +396,11 @@ Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradien
     }
   }
 
+  kernel.bf16_weights = options.bf16_weights;
   TorchPlatform platform;
   remember(cpu::backward(kernel, workers_for(shape), platform), call, saving, true);
   const auto out = call.input.scalar_type();
-  if (!input_grad) grad_input[0] = at::empty({0}, floats);
+  if (!input_grad) grad_input[0] = empty({0}, floats);
   if (input_grad && shape.directions == 2) grad_input[0].add_(grad_input[1]);
   for (Tensor& g : grad_weights) g = g.to(out);
   return {grad_input[0].to(out), grad_h_0.to(out), grad_c_0.to(out), std::move(grad_weights)};
@@ -408,9 +413,16 @@ using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 ForwardResult forward(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0,
                       TensorList weights, const OptionalTensor& seed, bool bias, int64_t num_layers, bool bidirectional,
-                      int64_t proj_size, double dropout, const std::string& saving, const std::string& backend) {
+                      int64_t proj_size, double dropout, const std::string& saving, const std::string& backend,
+                      bool bf16_weights) {
   const Backend kind = backend_of(backend, input.device());
-  const Options options{bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
+  const Options options{bias,
+                        num_layers,
+                        bidirectional,
+                        proj_size,
+                        dropout,
+                        saving_of(saving),
+                        stores_bf16(bf16_weights, backend, kind, input)};
   const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
   const Call call{input, batch_sizes.has_value(), h_0, c_0, weights, seed_of(seed, input, options), options, shape};
   Results results;
@@ -434,9 +446,15 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                         const Tensor& h_0, const Tensor& c_0, TensorList weights, const OptionalTensor& seed,
                         const Tensor& output, const Tensor& reserve, bool bias, int64_t num_layers, bool bidirectional,
                         int64_t proj_size, double dropout, const std::string& saving, bool input_grad, bool weight_grad,
-                        const std::string& backend) {
+                        const std::string& backend, bool bf16_weights) {
   const Backend kind = backend_of(backend, input.device());
-  const Options options{bias, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
+  const Options options{bias,
+                        num_layers,
+                        bidirectional,
+                        proj_size,
+                        dropout,
+                        saving_of(saving),
+                        stores_bf16(bf16_weights, backend, kind, input)};
   TORCH_CHECK_VALUE(options.saving != Saving::none,
                     "backward needs a forward with saving \"full\" or \"recompute\", got: ", saving);
   const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
@@ -608,7 +626,7 @@ py::dict gpu_plan(int64_t input_size, int64_t hidden_size, int64_t proj_size, in
                   const std::string& saving, double dropout) {
   const StackShape shape =
       padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
-  const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
+  const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving), false};
   const at::ScalarType type = dtype_named(dtype);
   const auto decision = persistent::decide({shape, options, type, at::Device(device)});
   py::dict plan(py::arg("persistent") = decision->choice.persistent, py::arg("why_not") = decision->why_not,
@@ -619,6 +637,38 @@ py::dict gpu_plan(int64_t input_size, int64_t hidden_size, int64_t proj_size, in
     if (options.saving != Saving::none) plan["backward"] = describe_launches(*decision, shape, type, true);
   }
   return plan;
+}
+
+// (output, h_n, c_n), or None where `step` (step.h) declines or an argument is no tensor, or of a class of its own, which
+// may override what torch's functions do.
+py::object step_once(const py::handle& input, const py::handle& h_0, const py::handle& c_0, const py::list& weights,
+                     bool bias, int64_t num_layers, int64_t proj_size, bool bf16_weights) {
+  thread_local std::vector<Tensor> tensors;  // keeps its memory, but no tensor
+  const struct Emptied {
+    ~Emptied() { tensors.clear(); }  // with the GIL
+  } emptied;
+  for (const py::handle& argument : {input, h_0, c_0}) {
+    if (!THPVariable_CheckExact(argument.ptr())) return py::none();
+    tensors.push_back(THPVariable_Unpack(argument.ptr()));
+  }
+  for (const py::handle weight : weights) {
+    if (!THPVariable_CheckExact(weight.ptr())) return py::none();
+    tensors.push_back(THPVariable_Unpack(weight.ptr()));
+  }
+  const StepArguments arguments{tensors[0], tensors[1], tensors[2], TensorList(tensors).slice(3),
+                                bias,       num_layers, proj_size,  bf16_weights};
+  std::optional<StepResults> results;
+  {
+    const py::gil_scoped_release others_may_run;
+    TorchPlatform platform;
+    results = step(arguments, free_threads(), platform);
+  }
+  if (!results) return py::none();
+  if (!last_run) last_run.emplace();
+  Run& run = *last_run;  // keeps its memory: a step allocates nothing but its results
+  run.how = results->schedule, run.device = "cpu", run.backward = false, run.saving = "none";
+  run.shape = *results->shape, run.type = tensors[0].scalar_type();
+  return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
 }
 
 py::dict build_info() {
@@ -650,15 +700,15 @@ py::dict build_info() {
 TORCH_LIBRARY(stacked_lstm_ext, m) {
   m.def(
       "forward(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, bool bias, "
-      "int num_layers, bool bidirectional, int proj_size, float dropout, str saving, str backend) "
-      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)",
+      "int num_layers, bool bidirectional, int proj_size, float dropout, str saving, str backend, "
+      "bool bf16_weights=False) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, Tensor "
       "h_0, "
       "Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, Tensor reserve, bool bias, int num_layers, "
-      "bool bidirectional, int proj_size, float dropout, str saving, bool input_grad, bool weight_grad, str backend) "
-      "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)",
+      "bool bidirectional, int proj_size, float dropout, str saving, bool input_grad, bool weight_grad, str backend, "
+      "bool bf16_weights=False) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -751,13 +801,20 @@ PYBIND11_MODULE(_C, m) {
     run["batch_size"] = last.shape.batch;
     return run;
   });
+  m.def("step", &step_once);
   m.def("clear_last_run", [] { last_run.reset(); });
+  m.def("drop_packed", [](uintptr_t first_weight) { drop_packed(reinterpret_cast<const void*>(first_weight)); });
+  m.def("packed_counts", [] {
+    const PackedCounts counts = packed_counts();
+    return py::dict(py::arg("stacks") = counts.stacks, py::arg("bytes") = counts.bytes, py::arg("noted") = counts.noted,
+                    py::arg("hits") = counts.hits);
+  });
   m.def("diagonal_plan", [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
                             bool bidirectional, int64_t seq_len, int64_t batch_size, bool double_precision,
                             bool backward, const std::string& saving, double dropout) {
     const StackShape shape =
         padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
-    const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving)};
+    const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving), false};
     return describe(diagonal::predict(shape, options, double_precision ? 8 : 4, backward, true, true));
   });
   // What the persistent kernels would do on a GPU that need not be here, and what it is predicted to cost.

@@ -7,6 +7,7 @@
 // Lanes. A lane is one direction of one layer; lane = layer·D + direction. A reverse lane takes the steps from T-1 down.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -118,6 +119,7 @@ struct ForwardCall {
   T* h_n;
   T* c_n;
   T* reserve;
+  bool bf16_weights = false;  // T is float; the products see weights that are rounded to bfloat16
 };
 
 template <typename T>
@@ -139,6 +141,7 @@ struct BackwardCall {
   T* grad_h_0;
   T* grad_c_0;
   std::vector<LaneGradients<T>> gradients;  // a lane each, or empty
+  bool bf16_weights = false;                // as in the forward pass
 };
 
 // The parts of a reserve. Layout: c of every lane, gates of every lane, h of every layer that is kept.

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 def build_info() -> dict[str, Any]: ...
 def isa() -> str: ...
 def cpu_plan(
@@ -149,3 +151,19 @@ def cpu_maths(x: int, n: int, sigmoid: int, tanh: int, double_precision: bool) -
 
 def last_run() -> dict[str, Any] | None: ...
 def clear_last_run() -> None: ...
+def drop_packed(first_weight: int) -> None:
+    """Forget the packed weights of stacks whose first weight is, or was, the tensor with this ``_cdata``."""
+
+def packed_counts() -> dict[str, int]:
+    """Packed weights in the cache: ``stacks`` kept, their ``bytes``, ``noted`` (seen once), ``hits`` since the start."""
+def step(
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: list[Tensor],
+    bias: bool,
+    num_layers: int,
+    proj_size: int,
+    bf16_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``(output, h_n, c_n)`` of one step, or ``None`` where ``csrc/step.h`` declines."""

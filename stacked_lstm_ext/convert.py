@@ -13,7 +13,7 @@ from .transplant import obstacle_to_replacing, transplant
 __all__ = ["convert_lstm", "revert_lstm"]
 
 
-def convert_lstm(model: nn.Module, *, recompute: bool = False) -> nn.Module:
+def convert_lstm(model: nn.Module, *, recompute: bool = False, bf16_weights: bool = False) -> nn.Module:
     """Swap every ``torch.nn.LSTM`` inside ``model`` for a :class:`.StackedLSTM`, in place.
 
     The parameters stay the very same objects, so optimisers, tied weights and ``state_dict`` keys go on working.
@@ -24,6 +24,7 @@ def convert_lstm(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     Args:
         model: any module.
         recompute: the saving mode of the new modules, as for :class:`.StackedLSTM`.
+        bf16_weights: whether their products see rounded weights, as for :class:`.StackedLSTM`.
 
     Returns:
         ``model`` itself, or the new module when ``model`` is an ``nn.LSTM``.
@@ -32,17 +33,15 @@ def convert_lstm(model: nn.Module, *, recompute: bool = False) -> nn.Module:
         TypeError: for a subclass of ``nn.LSTM`` that overrides ``forward``, or that defines anything else beside a
             constructor; its path inside the model is named, and nothing has been changed.
     """
-    return _swap(
-        model,
-        nn.LSTM,
-        lambda lstm: transplant(lstm, StackedLSTM, recompute=recompute, take_hooks=True),
-    )
+    options = {"recompute": recompute, "bf16_weights": bf16_weights}
+    return _swap(model, nn.LSTM, lambda lstm: transplant(lstm, StackedLSTM, options=options, take_hooks=True))
 
 
 def revert_lstm(model: nn.Module) -> nn.Module:
     """Swap every :class:`.StackedLSTM` inside ``model`` for a ``torch.nn.LSTM``, in place: undo :func:`convert_lstm`.
 
-    Everything stays that :func:`convert_lstm` keeps. The ``recompute`` setting, which ``nn.LSTM`` lacks, is lost.
+    Everything stays that :func:`convert_lstm` keeps. The settings that ``nn.LSTM`` lacks
+    (``recompute``, ``bf16_weights``) are lost.
 
     Returns:
         ``model`` itself, or the new module when ``model`` is a ``StackedLSTM``.
@@ -51,7 +50,7 @@ def revert_lstm(model: nn.Module) -> nn.Module:
         TypeError: for a subclass of ``StackedLSTM`` that overrides ``forward``, or that defines anything else beside a
             constructor; its path inside the model is named, and nothing has been changed.
     """
-    return _swap(model, StackedLSTM, lambda stacked: transplant(stacked, nn.LSTM, recompute=None, take_hooks=True))
+    return _swap(model, StackedLSTM, lambda stacked: transplant(stacked, nn.LSTM, options={}, take_hooks=True))
 
 
 def _swap(model: nn.Module, known: type[nn.RNNBase], make: Callable[[Any], nn.RNNBase]) -> nn.Module:

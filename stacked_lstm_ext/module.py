@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan
+from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan, runs_on_cpu, stores_bf16
+from .reference import round_to_bf16
 from .transplant import obstacle_to_replacing, transplant
 
 __all__ = ["StackedLSTM"]
@@ -43,6 +44,11 @@ class StackedLSTM(nn.RNNBase):
         dtype: of the parameters. float32, float64, bfloat16 and float16 have kernels.
         recompute: keep only h and c for the backward pass and compute the gates again there: about a third of the
             memory for about one more product per layer.
+        bf16_weights: let the products see the weight matrices rounded to bfloat16. Parameters, gradients, biases,
+            states and all arithmetic stay in the module's dtype. The CPU kernels then read half the bytes of float32
+            weights, which is what a small batch of a wide stack waits for; elsewhere the numbers are the same and
+            nothing is gained. Each rounding is off by at most 2^-8 of the weight (docs/api.md has what that does to
+            results). A bfloat16 module gains as much without the option.
 
     Inputs:
         * **input**: ``(T, N, input_size)``, ``(N, T, input_size)`` if ``batch_first``, ``(T, input_size)`` unbatched,
@@ -69,6 +75,7 @@ class StackedLSTM(nn.RNNBase):
     """
 
     recompute: bool
+    bf16_weights: bool
 
     def __init__(
         self,
@@ -84,9 +91,11 @@ class StackedLSTM(nn.RNNBase):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        bf16_weights: bool = False,
     ) -> None:
-        if not isinstance(recompute, bool):
-            raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
+        for name, option in (("recompute", recompute), ("bf16_weights", bf16_weights)):
+            if not isinstance(option, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(option).__name__}")
         super().__init__(
             "LSTM",
             input_size,
@@ -101,9 +110,10 @@ class StackedLSTM(nn.RNNBase):
             dtype,
         )
         self.recompute = recompute
+        self.bf16_weights = bf16_weights
 
     @classmethod
-    def from_torch(cls, lstm: nn.LSTM, *, recompute: bool = False) -> StackedLSTM:
+    def from_torch(cls, lstm: nn.LSTM, *, recompute: bool = False, bf16_weights: bool = False) -> StackedLSTM:
         """A new module that shares the very same ``Parameter`` objects with ``lstm``.
 
         Parametrizations, hooks (those of weight norm and pruning among them) and the training flag are taken over;
@@ -118,22 +128,32 @@ class StackedLSTM(nn.RNNBase):
         obstacle = obstacle_to_replacing(lstm, nn.LSTM)
         if obstacle:
             raise TypeError(f"cannot make a {cls.__name__} of this LSTM: {obstacle}")
-        return transplant(lstm, cls, recompute=recompute, take_hooks=False)
+        return transplant(lstm, cls, options={"recompute": recompute, "bf16_weights": bf16_weights}, take_hooks=False)
 
     def to_torch(self) -> nn.LSTM:
         """A new ``torch.nn.LSTM`` that shares the very same ``Parameter`` objects: :meth:`from_torch` undone."""
-        return transplant(self, nn.LSTM, recompute=None, take_hooks=False)
+        return transplant(self, nn.LSTM, options={}, take_hooks=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # The pickle of an nn.LSTM, or of this module before it had the setting.
+        # The pickle of an nn.LSTM, or of this module before it had the settings.
         self.__dict__.setdefault("recompute", False)
+        self.__dict__.setdefault("bf16_weights", False)
 
     def flatten_parameters(self) -> None:
         """Nothing: no kernel here wants its weights in the one buffer that cuDNN does."""
 
+    def drop_packed_weights(self) -> None:
+        """Forget the weights that calls without gradients have packed for the CPU; the next call packs them anew.
+
+        Only a write that torch does not see needs this: a few elements changed through ``.data``, or through memory
+        that another library owns. Any in-place operation, ``load_state_dict`` and optimisers are noticed.
+        """
+        ops.drop_packed(self._current_weights()[0])
+
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+        options = "".join(f", {name}=True" for name in ("recompute", "bf16_weights") if getattr(self, name))
+        return super().extra_repr() + options
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
         """The shape that ``c_0`` must have: ``(D·num_layers, N, hidden_size)``."""
@@ -207,6 +227,56 @@ class StackedLSTM(nn.RNNBase):
             return output.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
         return output, (h_n, c_n)
 
+    def step(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One time step, its state carried over: what streaming does, for which a call of the module is too slow.
+
+        ``output, hx = lstm.step(x[t], hx)`` over all t gives what ``lstm(x, hx)`` gives, to rounding. It is the same
+        function, so it has gradients and works in ``torch.compile``, on a GPU and with every option but
+        ``bidirectional``; forward hooks, which belong to calls of the module, do not run.
+
+        Where no gradient is recorded (``torch.no_grad``, ``torch.inference_mode``, or nothing requires one), CPU
+        tensors take a path of their own: it reads the packed weights that the first two steps leave behind, shares a
+        wide stack's units out to torch's threads, and allocates nothing but its results. That path needs contiguous
+        states, no dropout in effect, and parameters that are no inference tensors; whatever else comes is served as
+        an ordinary call of one step.
+
+        Args:
+            input: ``(N, input_size)``, or ``(input_size,)`` unbatched, whatever ``batch_first``.
+            hx: ``(h, c)`` as for a call; zeros by default.
+
+        Returns:
+            ``(output, (h, c))``: output ``(N, proj_size or hidden_size)``, without N when unbatched, and the state for
+            the next step. They share no memory.
+
+        Raises:
+            RuntimeError: for a bidirectional stack, whose second direction begins with the last step; and as a call.
+            ValueError: for an input that is neither 1-D nor 2-D, and as a call.
+        """
+        if hx is not None and not torch.compiler.is_compiling():
+            result = self._fast_step(input, hx)
+            if result is not None:
+                output, h, c = result
+                return output, (h, c)
+        if self.bidirectional:
+            raise RuntimeError("step needs a stack of one direction: a bidirectional one begins with the last step as well")
+        if input.dim() not in (1, 2):
+            raise ValueError(f"step: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        time = 1 if self.batch_first and input.dim() == 2 else 0
+        output, state = self.forward(input.unsqueeze(time), hx)
+        return output.squeeze(time), state
+
+    def _fast_step(self, input: Tensor, hx: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """One step by ``csrc/step.h``, or nothing where that declines; the common case, so every look-up counts."""
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            return None
+        if self.bidirectional or self._dropout_in_effect() or not runs_on_cpu():
+            return None
+        h, c = hx
+        weights = self._current_weights()
+        if _transform((input, h, c, *weights)):
+            return None
+        return ops.step(input, h, c, weights, self.bias, self.num_layers, self.proj_size, self.bf16_weights)
+
     def _forward_packed(self, packed: PackedSequence, hx: Sequence[Tensor] | None) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         # Unlike torch, which checks nothing here and reads on with a wrong feature size.
@@ -248,10 +318,16 @@ class StackedLSTM(nn.RNNBase):
         tensors = (input, h_0, c_0, *weights)
         name, reason = choose_backend(input.device, input.dtype, _transform(tensors))
         options = (self.bias, self.num_layers, self.bidirectional, self.proj_size, dropout)
+        bf16_kernels = self.bf16_weights and stores_bf16(name, input.dtype)
+        if self.bf16_weights and not bf16_kernels:
+            weights = round_to_bf16(weights)
         if name == "reference":
             return ops.run_reference(input, batch_sizes, h_0, c_0, weights, seed, *options, reason=reason)
         saving = choose_saving(_needs_grad(tensors), self.recompute)
-        return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options, saving, kernel_backend(name))
+        if saving == "none" and not torch.compiler.is_compiling():
+            ops.drop_packed_with(self, weights[0])
+        how = (saving, kernel_backend(name), bf16_kernels)
+        return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options, *how)
 
     def _dropout_in_effect(self) -> float:
         return self.dropout if self.training and self.num_layers > 1 else 0.0
@@ -337,6 +413,7 @@ class StackedLSTM(nn.RNNBase):
             dtype=dtype,
             needs_grad=training,
             recompute=self.recompute,
+            bf16_weights=self.bf16_weights,
             dropout=self._dropout_in_effect(),
             sizes={
                 "input_size": self.input_size,

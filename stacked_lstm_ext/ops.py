@@ -10,6 +10,7 @@ pass itself (``create_graph=True``), it differentiates :mod:`.reference` instead
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import lstm_reference
+from .reference import lstm_reference, round_to_bf16
 
 try:
     from . import _C as _C
@@ -27,8 +28,20 @@ except ImportError as error:
         "built in the environment it runs in: pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
-__all__ = ["KERNEL_BACKENDS", "backward", "forward", "reference_run", "reserve_numel", "run_kernel", "run_reference"]
+__all__ = [
+    "KERNEL_BACKENDS",
+    "backward",
+    "drop_packed",
+    "drop_packed_with",
+    "forward",
+    "reference_run",
+    "reserve_numel",
+    "run_kernel",
+    "run_reference",
+    "step",
+]
 
+step = _C.step
 forward = torch.ops.stacked_lstm_ext.forward.default
 backward = torch.ops.stacked_lstm_ext.backward.default
 
@@ -75,7 +88,7 @@ def reserve_numel(
     return cells + outputs + rows * width  # h is not rounded inside, but the output is, so all of it is kept
 
 
-def _check_devices(
+def _check_arguments(
     input: Tensor,
     batch_sizes: Tensor | None,
     h_0: Tensor,
@@ -83,9 +96,15 @@ def _check_devices(
     weights: Sequence[Tensor],
     seed: Tensor | None,
     backend: str,
+    bf16_weights: bool,
 ) -> None:
     """What ``csrc/ops.cpp`` would refuse, refused by the fakes, in its words: while tracing, not when it runs."""
     device = input.device
+    if bf16_weights and (backend != "cpu" or input.dtype != torch.float32):
+        raise ValueError(
+            "bf16_weights needs backend cpu and dtype float32 (others take weights that are rounded already), "
+            f"got: {backend} and {input.dtype}"
+        )
     if backend == "cpu" and device.type not in ("cpu", "meta"):
         raise ValueError(f"backend cpu needs tensors on the CPU, got: {device}")
     for name, tensor in (("h_0", h_0), ("c_0", c_0), *(("every weight", weight) for weight in weights), ("seed", seed)):
@@ -110,8 +129,9 @@ def _forward_fake(
     dropout: float,
     saving: str,
     backend: str,
+    bf16_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_devices(input, batch_sizes, h_0, c_0, weights, seed, backend)
+    _check_arguments(input, batch_sizes, h_0, c_0, weights, seed, backend, bf16_weights)
     hidden_size = c_0.size(-1)
     width = (2 if bidirectional else 1) * (proj_size or hidden_size)
     rows = input.size(0) if batch_sizes is not None else input.size(0) * input.size(1)
@@ -147,8 +167,9 @@ def _backward_fake(
     input_grad: bool,
     weight_grad: bool,
     backend: str,
+    bf16_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    _check_devices(input, batch_sizes, h_0, c_0, weights, seed, backend)
+    _check_arguments(input, batch_sizes, h_0, c_0, weights, seed, backend, bf16_weights)
     return (
         input.new_empty(input.shape if input_grad else (0,)),
         h_0.new_empty(h_0.shape),
@@ -158,10 +179,11 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, reserve: Tensor) -> None:
-    input, batch_sizes, h_0, c_0, weights, seed, *options, saving, backend = inputs
+    input, batch_sizes, h_0, c_0, weights, seed, *options, saving, backend, bf16_weights = inputs
     ctx.options = tuple(options)
     ctx.saving = saving
     ctx.backend = backend
+    ctx.bf16_weights = bf16_weights
     ctx.set_materialize_grads(False)
     if saving != "none":
         ctx.save_for_backward(input, batch_sizes, h_0, c_0, seed, output, reserve, *weights)
@@ -188,7 +210,7 @@ def _gradients(
     reason = "" if torch.compiler.is_compiling() else _obstacle_to_kernel(grad_outputs)
     if reason:
         inputs = (input, batch_sizes, h_0, c_0, weights, seed)
-        return _reference_gradients(grad_outputs, inputs, needs, ctx.options, reason)
+        return _reference_gradients(grad_outputs, inputs, needs, ctx.options, ctx.bf16_weights, reason)
 
     needs_input, needs_h_0, needs_c_0, *needs_weights = needs
     any_weight = any(needs_weights)
@@ -207,6 +229,7 @@ def _gradients(
         needs_input,
         any_weight,
         ctx.backend,
+        ctx.bf16_weights,
     )
     if not any_weight:
         grad_weights = [None] * len(weights)
@@ -233,6 +256,7 @@ def _reference_gradients(
     inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], Tensor | None],
     needs: Sequence[bool],
     options: tuple[Any, ...],
+    bf16_weights: bool,
     reason: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
     """The same gradients as functions of everything they depend on, by way of the reference.
@@ -245,6 +269,8 @@ def _reference_gradients(
     with torch.enable_grad():
         tensors = [tensor.view_as(tensor) if needed else tensor for tensor, needed in zip((input, h_0, c_0, *weights), needs, strict=True)]
         input, h_0, c_0, *weights = tensors
+        if bf16_weights:
+            weights = round_to_bf16(weights)
         results = run_reference(input, batch_sizes, h_0, c_0, weights, seed, *options, direction="backward", reason=reason)
         flowing = [(result, grad) for result, grad in zip(results, grad_outputs, strict=True) if grad is not None]
         found = iter(
@@ -331,6 +357,45 @@ class _EagerLSTM(torch.autograd.Function):
         return grad_input, None, grad_h_0, grad_c_0, None, None, *grad_weights
 
 
+class _Owner(weakref.ref[Any]):
+    """A module whose packed weights go when it does."""
+
+    __slots__ = ("first_weights", "key")
+    key: int
+    first_weights: set[int]
+
+
+_owners: dict[int, _Owner] = {}
+
+
+def _owner_died(owner: Any, owners: dict[int, _Owner] = _owners, drop: Callable[[int], None] = _C.drop_packed) -> None:
+    owners.pop(owner.key, None)
+    for first_weight in owner.first_weights:
+        drop(first_weight)
+
+
+def drop_packed_with(module: Any, first_weight: Tensor) -> None:
+    """Have the packed weights of the stack that begins with this weight freed when ``module`` dies.
+
+    Without, the cache frees them when it next meets weights that it does not know. The weight itself is not watched:
+    ``torch.utils.swap_tensors`` refuses tensors that have a weak reference.
+    """
+    key = id(module)
+    owner = _owners.get(key)
+    if owner is None:
+        owner = _owners[key] = _Owner(module, _owner_died)
+        owner.key = key
+        owner.first_weights = set()
+    elif len(owner.first_weights) > 64:  # weights that live for one call, at ever new addresses: the cache will look
+        owner.first_weights.clear()
+    owner.first_weights.add(first_weight._cdata)
+
+
+def drop_packed(first_weight: Tensor) -> None:
+    """Forget the packed weights of stacks that begin with this weight."""
+    _C.drop_packed(first_weight._cdata)
+
+
 def run_kernel(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -343,9 +408,10 @@ def run_kernel(
     """The operator ``forward`` without its reserve, in the cheapest way that this moment allows.
 
     Args:
-        options: what follows ``seed`` in the operator's schema, the saving mode and the backend last.
+        options: what follows ``seed`` in the operator's schema; the last are the saving mode, the backend and
+            ``bf16_weights``.
     """
-    if options[-2] == "none" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if options[-3] == "none" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         output, h_n, c_n, _ = forward(input, batch_sizes, h_0, c_0, weights, seed, *options)
         return output, h_n, c_n
     return _EagerLSTM.apply(input, batch_sizes, h_0, c_0, seed, options, *weights)

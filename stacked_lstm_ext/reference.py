@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["dropout_mask", "lstm_reference", "philox_4x32_10"]
+__all__ = ["dropout_mask", "lstm_reference", "philox_4x32_10", "round_to_bf16"]
 
 
 def lstm_reference(
@@ -150,6 +150,22 @@ def _run_direction(
 def _element_rows(sizes: list[int], batch: int, device: torch.device) -> Tensor:
     """For every row that exists, its number ``t·B + b`` in the padded layout: int64 ``(rows,)``."""
     return torch.cat([torch.arange(size, device=device) + t * batch for t, size in enumerate(sizes)])
+
+
+def round_to_bf16(weights: Sequence[Tensor]) -> list[Tensor]:
+    """What the products of a stack with ``bf16_weights`` see: its matrices rounded to bfloat16, in their own dtype.
+
+    Biases stay as they are. The gradient of the rounded matrix is that of the matrix itself ("straight through"): the
+    sum below differs from the matrix by a constant, and it is exact.
+    """
+
+    def rounded(weight: Tensor) -> Tensor:
+        if weight.dim() != 2 or weight.dtype == torch.bfloat16:
+            return weight
+        exact = weight.detach()
+        return weight + (exact.to(torch.bfloat16).to(weight.dtype) - exact).nan_to_num(0.0, torch.inf, -torch.inf)
+
+    return [rounded(weight) for weight in weights]
 
 
 def dropout_mask(seed: Tensor, layer: int, element_rows: Tensor, width: int, dropout: float) -> Tensor:

@@ -24,6 +24,9 @@ _OWN_CONTAINERS = (
     "_all_weights",
 )
 
+# Attributes of a StackedLSTM that an nn.LSTM does not have.
+_OWN_OPTIONS = ("recompute", "bf16_weights")
+
 # What a class body holds by itself, and what cannot change how the module computes.
 _HARMLESS_ATTRIBUTES = frozenset(
     {
@@ -66,13 +69,13 @@ def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def transplant(source: nn.RNNBase, target: type[Target], *, recompute: bool | None, take_hooks: bool) -> Target:
+def transplant(source: nn.RNNBase, target: type[Target], *, options: dict[str, bool], take_hooks: bool) -> Target:
     """A module of class ``target`` with everything that ``source`` has, down to the very same ``Parameter`` objects.
 
     Parametrizations stay in force, and so do hooks, those of ``torch.nn.utils.weight_norm`` and ``prune`` among them.
 
     Args:
-        recompute: the saving mode to set; ``None`` where ``target`` has no such attribute.
+        options: the attributes of ``target`` that ``nn.LSTM`` does not have, to set on the new module.
         take_hooks: whether the new module takes the place of ``source``. It then gets the hook dictionaries
             themselves, so that a handle returned earlier still removes its hook; otherwise it gets copies of them.
     """
@@ -87,9 +90,9 @@ def transplant(source: nn.RNNBase, target: type[Target], *, recompute: bool | No
         is_hooks = "_hooks" in key and isinstance(value, dict)
         if key in _OWN_CONTAINERS or (is_hooks and not take_hooks):
             state[key] = copy.copy(value)
-    state.pop("recompute", None)
-    if recompute is not None:
-        state["recompute"] = recompute
+    for name in _OWN_OPTIONS:
+        state.pop(name, None)
+    state.update(options)
     module.__dict__.update(state)
     parametrizations = source._modules.get("parametrizations")
     if parametrizations is not None:

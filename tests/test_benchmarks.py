@@ -372,7 +372,7 @@ IMPOSSIBLE = [  # arguments, what the message says
     (["--threads", "two"], "--threads takes numbers such as 1,2, got 'two'"),
     (["--only", "no such cell"], "no cell of the smoke suite matches 'no such cell'"),
     (["--only", "("], "'(' is not a regular expression"),
-    (["--contestants", "nobody"], "no contestant matches 'nobody'; there are StackedLSTM, nn.LSTM"),
+    (["--contestants", "nobody"], "no contestant matches 'nobody'; there are StackedLSTM, StackedLSTM (bf16 weights), nn.LSTM"),
     (["--compare", "absent.json"], "--compare: "),
 ]
 
@@ -445,3 +445,20 @@ def test_a_readme_without_its_markers_is_left_alone(result, text, tmp_path, caps
 )
 def test_milliseconds_have_three_digits(value, shown):
     assert milliseconds(value) == shown
+
+
+def test_floors_are_measured_in_turns_and_written_with_their_machine(tmp_path, monkeypatch):
+    from benchmarks import floors
+
+    monkeypatch.setattr(floors, "SECONDS", 0.01)
+    for name in ("PACKED", "BF16", "DENORMAL", "NEIGHBOUR", "MEMORY"):
+        monkeypatch.setattr(floors, name, Case(2, 3, 5, 8, packed=name == "PACKED"))
+    monkeypatch.setattr(floors, "peak_mib", lambda kind: {"full": 5.0, "recompute": 2.0, "stock": 6.0}[kind])
+    assert floors.main(["--threads", "1", "--out", str(tmp_path)]) == 0
+    (written,) = tmp_path.glob("*-cpu-floors.json")
+    result = json.loads(written.read_text())
+    assert result["environment"]["cpu"]["cores"] >= 1
+    assert list(result["rows"]) == list(floors.FLOORS)
+    for row in result["rows"].values():
+        within = row["ratio"] >= row["at least"] if "at least" in row else row["ratio"] <= row["at most"]
+        assert row["ratio"] > 0 and row["holds"] is within

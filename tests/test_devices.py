@@ -176,9 +176,10 @@ def test_on_the_meta_device_the_forced_backend_decides_what_would_be_saved():
 
 
 def traced_backend(graph):
-    """The last argument of the one call of the operator in a graph."""
+    """The argument `backend` of the one call of the operator in a graph."""
     (node,) = [n for n in graph.nodes if n.target is ops.forward.default]
-    return node.args[-1]
+    names = [argument.name for argument in ops.forward.default._schema.arguments]
+    return dict(zip(names, node.args, strict=False))["backend"]
 
 
 def test_torch_compile_and_export_put_the_question_to_the_gpu_while_they_trace(gpus):

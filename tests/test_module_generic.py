@@ -76,8 +76,10 @@ def test_the_signature_is_spelt_out_in_stock_s_order():
         "device": None,
         "dtype": None,
         "recompute": False,
+        "bf16_weights": False,
     }
-    assert parameters["recompute"].kind is inspect.Parameter.KEYWORD_ONLY
+    for name in ("recompute", "bf16_weights"):
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 def test_positional_arguments_mean_what_they_mean_in_stock():

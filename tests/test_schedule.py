@@ -13,9 +13,7 @@ import pytest
 import torch
 from helpers import (
     Case,
-    assert_matches,
     assert_same_bits,
-    case_tolerance,
     forward_arguments,
     run_operators,
 )
@@ -48,8 +46,10 @@ STACKS = [
     Case(3, 5, 23, 7, 40, bidirectional=True),
     Case(5, 5, 23, 7, 40, lengths=(23, 17, 17, 3, 1)),
     Case(3, 5, 23, 7, 40, bidirectional=True, proj=18, lengths=(23, 17, 17, 3, 1)),
+    Case(2, 1, 23, 7, 150),
+    Case(2, 2, 23, 7, 130, bidirectional=True),
+    Case(2, 4, 23, 7, 129, lengths=(23, 17, 3, 1)),
 ]
-WEIGHTS = "grad of weights"  # summed over the rows by torch's BLAS, in an order of its own
 
 
 @pytest.mark.parametrize("saving", ["full", "recompute"])
@@ -62,14 +62,13 @@ def test_any_schedule_gives_the_bits_of_one_worker(case, saving):
     alone = run_operators(arguments)
     shares = [s for s in itertools.product((1, 2, 3, 4), repeat=3) if s[0] * s[1] * s[2] <= 4]
     for (batch_slices, groups, slices), chunk in itertools.product(shares, (1, 3, 8, 23, 1000)):
-        if case.bidirectional and groups > 2:
+        if (case.bidirectional and groups > 2) or batch_slices > case.batch:
             continue
         wanted = schedule([(0, case.layers, groups, slices)], batch_slices, chunk)
         _C.force_cpu_schedule(wanted)
         got = run_operators(arguments)
         assert last_run()["phases"] == wanted["phases"] and last_run()["batch_slices"] == batch_slices
-        assert_same_bits(*({n: t for n, t in d.items() if not n.startswith(WEIGHTS)} for d in (got, alone)))
-        assert_matches(got, alone, case_tolerance(case, torch.float32), case.directions)
+        assert_same_bits(got, alone)
 
 
 def test_two_phases_give_the_bits_of_one_worker():
@@ -82,8 +81,7 @@ def test_two_phases_give_the_bits_of_one_worker():
     for phases in ([(0, 4, 2, 1), (4, 5, 1, 2)], [(0, 3, 3, 1), (3, 5, 2, 2)], [(0, 1, 1, 4), (1, 5, 4, 1)]):
         _C.force_cpu_schedule(schedule(phases))
         got = run_operators(arguments)
-        assert_same_bits(*({n: t for n, t in d.items() if not n.startswith(WEIGHTS)} for d in (got, alone)))
-        assert_matches(got, alone, case_tolerance(case, torch.float64))
+        assert_same_bits(got, alone)
 
 
 IMPOSSIBLE = [

@@ -34,6 +34,7 @@ class BackwardWave : Wave<T> {
         size_(reserve_size(call.shape, call.saving, call.keep_top)),
         reserve_(const_cast<T*>(call.reserve), size_),
         width_(recurrent_width(call.shape.batch)),
+        storage_(storage_of(call)),
         recompute_(call.saving == Saving::recompute),
         staged_rows_(std::max<int64_t>(this->chunk_rows_, kGradientRows)) {
     for (int64_t n = 0; n < this->lane_count_; ++n) lanes_.push_back(make_lane(lane_of(n)));
@@ -66,14 +67,16 @@ class BackwardWave : Wave<T> {
   }
 
  private:
-  // Rows of x or h that are copied at a time where a weight gradient cannot read them in place.
+  // Rows of x or h that are copied at a time where a weight gradient cannot read them in place. Sums go piece by piece,
+  // so this must not depend on the schedule.
   static constexpr int64_t kGradientRows = 256;
 
   struct Lane {
-    T *weight_ih, *weight_hh, *weight_hr;  // packed for backward: columns as they stand
-    T *gates_ih, *gates_hh, *bias;         // packed for forward: with recomputation
-    T* dc;                                 // [sequence][padded_hidden]
-    T* c_0;                                // likewise, padded with zeros
+    void *weight_ih, *weight_hh, *weight_hr;  // packed for backward: columns as they stand
+    void *gates_ih, *gates_hh;                // packed for forward: with recomputation
+    T* bias;
+    T* dc;   // [sequence][padded_hidden]
+    T* c_0;  // likewise, padded with zeros
   };
   struct Scratch {
     T* staged;  // x or h of a chunk
@@ -98,14 +101,13 @@ class BackwardWave : Wave<T> {
     const LayerShape& layer = shape_.of_lane(index);
     const int64_t padded = layer.padded_hidden(), inner = 4 * padded;
     Lane lane{};
-    lane.weight_ih = memory_->take<T>(this->panel_elements(layer.input, inner, kWidth));
-    lane.weight_hh = memory_->take<T>(this->panel_elements(recurrent_columns(layer), inner, width_));
-    if (layer.projection > 0) {
-      lane.weight_hr = memory_->take<T>(this->panel_elements(padded, layer.projection, kWidth));
-    }
+    const auto panels = [&](int64_t elements) { return this->take_panels(memory_, elements, storage_); };
+    lane.weight_ih = panels(this->panel_elements(layer.input, inner, kWidth));
+    lane.weight_hh = panels(this->panel_elements(recurrent_columns(layer), inner, width_));
+    if (layer.projection > 0) lane.weight_hr = panels(this->panel_elements(padded, layer.projection, kWidth));
     if (recompute_) {
-      lane.gates_ih = memory_->take<T>(inner * layer.input);
-      lane.gates_hh = memory_->take<T>(inner * layer.output());
+      lane.gates_ih = panels(inner * layer.input);
+      lane.gates_hh = panels(inner * layer.output());
       lane.bias = memory_->take<T>(inner);
     }
     lane.dc = memory_->take<T>(shape_.batch * padded);
@@ -194,21 +196,25 @@ class BackwardWave : Wave<T> {
       const LaneWeights<T>& weights = w_.call_.weights[static_cast<size_t>(index_)];
       const Kernels<T>& k = w_.kernels_;
       Range own = w_.share_packing(dh_panels_, place_);
-      k.pack_columns(weights.weight_hh, out_, 4, hidden_, padded_, w_.width_, own.first, own.last, lane_.weight_hh);
+      const Storage storage = w_.storage_;
+      k.pack_columns(weights.weight_hh, out_, 4, hidden_, padded_, w_.width_, own.first, own.last, storage,
+                     lane_.weight_hh);
       own = w_.share_packing(w_.own_panels(position_, place_, layer_.input, kWidth), place_);
       if (w_.input_gradient(layer_index_, direction_)) {
-        k.pack_columns(weights.weight_ih, layer_.input, 4, hidden_, padded_, kWidth, own.first, own.last,
+        k.pack_columns(weights.weight_ih, layer_.input, 4, hidden_, padded_, kWidth, own.first, own.last, storage,
                        lane_.weight_ih);
       }
       if (projects_) {
         own = w_.share_packing(unit_panels(), place_);
-        k.pack_columns(weights.weight_hr, hidden_, 1, out_, out_, kWidth, own.first, own.last, lane_.weight_hr);
+        k.pack_columns(weights.weight_hr, hidden_, 1, out_, out_, kWidth, own.first, own.last, storage,
+                       lane_.weight_hr);
       }
       if (w_.recompute_) {
         own = w_.share_packing(blocks_, place_);
         const Range panels{own.first * 4 / kWidth, own.last * 4 / kWidth};
-        k.pack_gates(weights.weight_ih, hidden_, layer_.input, kWidth, panels.first, panels.last, lane_.gates_ih);
-        k.pack_gates(weights.weight_hh, hidden_, out_, kWidth, panels.first, panels.last, lane_.gates_hh);
+        k.pack_gates(weights.weight_ih, hidden_, layer_.input, kWidth, panels.first, panels.last, storage,
+                     lane_.gates_ih);
+        k.pack_gates(weights.weight_hh, hidden_, out_, kWidth, panels.first, panels.last, storage, lane_.gates_hh);
         k.pack_bias(weights.bias_ih, weights.bias_hh, hidden_, own.first, own.last, lane_.bias);
       }
       w_.packing_done(position_, place_);
@@ -268,7 +274,7 @@ class BackwardWave : Wave<T> {
       int64_t lda = layer_.input + kRowPadding;
       const int64_t rows = stage_x(steps, scratch_.staged, lda);
       Product<T> product{
-          .panels = lane_.gates_ih,
+          .panels = {lane_.gates_ih, w_.storage_},
           .width = kWidth,
           .first_panel = panels.first,
           .last_panel = panels.last,
@@ -284,7 +290,7 @@ class BackwardWave : Wave<T> {
       w_.kernels_.product(product);
       lda = out_ + kRowPadding;
       stage_h_before(steps, scratch_.staged, lda);
-      product.panels = lane_.gates_hh, product.lda = lda, product.inner = out_;
+      product.panels.data = lane_.gates_hh, product.lda = lda, product.inner = out_;
       product.init = scratch_.gates, product.init_step = 4 * padded_;
       w_.kernels_.product(product);
       w_.kernels_.activate(scratch_.gates, rows, padded_, blocks_.first, blocks_.last);
@@ -320,7 +326,7 @@ class BackwardWave : Wave<T> {
       w_.wait_slices(position_, place_.batch_slice, &Progress::steps, hand_overs_before(s));
       if (later > 0) {
         w_.kernels_.product({
-            .panels = lane_.weight_hh,
+            .panels = {lane_.weight_hh, w_.storage_},
             .width = w_.width_,
             .first_panel = dh_panels_.first,
             .last_panel = dh_panels_.last,
@@ -366,7 +372,7 @@ class BackwardWave : Wave<T> {
         w_.wait_slices(position_, place_.batch_slice, &Progress::steps, hand_overs_before(s) + 1);
         const Range panels = unit_panels();
         w_.kernels_.product({
-            .panels = lane_.weight_hr,
+            .panels = {lane_.weight_hr, w_.storage_},
             .width = kWidth,
             .first_panel = panels.first,
             .last_panel = panels.last,
@@ -448,7 +454,7 @@ class BackwardWave : Wave<T> {
           ++s;
         }
         w_.kernels_.product({
-            .panels = lane_.weight_ih,
+            .panels = {lane_.weight_ih, w_.storage_},
             .width = kWidth,
             .first_panel = panels.first,
             .last_panel = panels.last,
@@ -495,13 +501,12 @@ class BackwardWave : Wave<T> {
                      int64_t rows, bool accumulate) {
       const T* a = dgates_ + first_row * lddg_;
       if (units.size() == hidden_ && padded_ == hidden_) {  // all gate rows in one product
-        w_.platform_.multiply(GradientProduct<T>{c, columns, a, lddg_, b, ldb, rows, 4 * hidden_, columns, accumulate});
+        w_.kernels_.gradient({c, columns, a, lddg_, b, ldb, rows, 4 * hidden_, columns, accumulate});
         return;
       }
       for (int64_t gate = 0; gate < 4; ++gate) {
-        w_.platform_.multiply(GradientProduct<T>{c + (gate * hidden_ + units.first) * columns, columns,
-                                                 a + gate * padded_ + units.first, lddg_, b, ldb, rows, units.size(),
-                                                 columns, accumulate});
+        w_.kernels_.gradient({c + (gate * hidden_ + units.first) * columns, columns, a + gate * padded_ + units.first,
+                              lddg_, b, ldb, rows, units.size(), columns, accumulate});
       }
     }
 
@@ -564,7 +569,7 @@ class BackwardWave : Wave<T> {
       int64_t row = 0;
       for (int64_t t = 0; t < shape.steps;) {
         int64_t last = t + 1;
-        while (last < shape.steps && shape.first_row(last + 1) - shape.first_row(t) <= w_.staged_rows_) ++last;
+        while (last < shape.steps && shape.first_row(last + 1) - shape.first_row(t) <= kGradientRows) ++last;
         const int64_t rows = stage(Range{t, last}, scratch_.staged, ldo);
         add_product(c, columns, units, row, scratch_.staged, ldo, rows, row > 0);
         row += rows, t = last;
@@ -573,8 +578,8 @@ class BackwardWave : Wave<T> {
 
     // dW_hr = dhᵀ·(o·tanh(c)).
     void projection_gradient(const LaneGradients<T>& g, const Range& own) {
-      w_.platform_.multiply(GradientProduct<T>{g.weight_hr + own.first * hidden_, hidden_, dh_rows_ + own.first, lddr_,
-                                               hidden_rows_, ldm_, w_.shape_.rows(), own.size(), hidden_, false});
+      w_.kernels_.gradient({g.weight_hr + own.first * hidden_, hidden_, dh_rows_ + own.first, lddr_, hidden_rows_, ldm_,
+                            w_.shape_.rows(), own.size(), hidden_, false});
     }
 
     BackwardWave& w_;
@@ -603,6 +608,7 @@ class BackwardWave : Wave<T> {
   const ReserveSize size_;
   const Reserve<T> reserve_;
   const int64_t width_;
+  const Storage storage_;
   const bool recompute_;
   const int64_t staged_rows_;
   int64_t widest_ = 0, buffers_ = 0;

@@ -23,13 +23,17 @@ class ForwardWave : Wave<T> {
   using Base::shape_, Base::kernels_, Base::team_, Base::schedule_;
 
  public:
-  ForwardWave(const ForwardCall<T>& call, const Workers& workers, Platform& platform)
+  ForwardWave(const ForwardCall<T>& call, const Workers& workers, Platform& platform, PackedStack<T>* packed)
       : Base(call.shape, workers, platform, false),
         call_(call),
         platform_(platform),
         reserve_(call.reserve, reserve_size(call.shape, call.saving, call.keep_top)),
-        width_(recurrent_width(call.shape.batch)) {
+        packed_(packed),
+        width_(recurrent_width(call.shape.batch)),
+        storage_(storage_of(call)) {
     // Nothing is written to the caller's memory before all of this is there.
+    weights_ =
+        packed ? packed->lanes() : lay_out<T>(shape_, storage_, [&](int64_t n) { return memory_->take<char>(n); });
     for (int64_t lane = 0; lane < this->lane_count_; ++lane) lanes_.push_back(make_lane(lane));
     if (call.saving == Saving::none && shape_.depth() > 1) {
       const int64_t elements = shape_.rows() * shape_.directions * this->widest_output_;
@@ -47,13 +51,13 @@ class ForwardWave : Wave<T> {
         run_lane(position, place, scratch_[static_cast<size_t>(worker)]);
       });
     });
+    if (packed_) packed_->set_ready();
     return schedule_;
   }
 
  private:
   struct Lane {
-    T *weight_ih, *weight_hh, *weight_hr, *bias;  // packed
-    T* h[2];                                      // [sequence][ldh]
+    T* h[2];  // [sequence][ldh]
     int64_t ldh;
     T* c;       // [sequence][padded_hidden]
     T* hidden;  // o·tanh(c), [sequence][ldm]; with a projection
@@ -69,14 +73,10 @@ class ForwardWave : Wave<T> {
     const int64_t units = layer.padded_hidden();
     const int64_t columns = std::max(round_up(layer.output(), kWidth * kernels_.lanes), units);
     Lane lane{};
-    lane.weight_ih = memory_->take<T>(4 * units * layer.input);
-    lane.weight_hh = memory_->take<T>(4 * units * layer.output());
-    lane.bias = memory_->take<T>(4 * units);
     lane.ldh = columns + kRowPadding;
     for (T*& h : lane.h) h = memory_->take<T>(shape_.batch * lane.ldh);
     lane.c = memory_->take<T>(shape_.batch * layer.padded_hidden());
     if (layer.projection > 0) {
-      lane.weight_hr = memory_->take<T>(this->panel_elements(layer.projection, layer.hidden, kWidth));
       lane.ldm = layer.padded_hidden() + kRowPadding;
       lane.hidden = memory_->take<T>(shape_.batch * lane.ldm);
     }
@@ -93,19 +93,20 @@ class ForwardWave : Wave<T> {
   }
 
   void pack(int64_t position, const Place& place, const LayerShape& layer, const Range& blocks) {
-    Lane& lane = lanes_[static_cast<size_t>(position)];
+    if (packed_ && packed_->ready()) return;
+    const PackedLane<T>& packed = weights_[static_cast<size_t>(position)];
     const LaneWeights<T>& w = call_.weights[static_cast<size_t>(position)];
     const Range own = this->share_packing(blocks, place);
     const auto panels = [&](int64_t width) { return Range{own.first * 4 / width, own.last * 4 / width}; };
     kernels_.pack_gates(w.weight_ih, layer.hidden, layer.input, kWidth, panels(kWidth).first, panels(kWidth).last,
-                        lane.weight_ih);
+                        storage_, packed.weight_ih);
     kernels_.pack_gates(w.weight_hh, layer.hidden, layer.output(), width_, panels(width_).first, panels(width_).last,
-                        lane.weight_hh);
-    kernels_.pack_bias(w.bias_ih, w.bias_hh, layer.hidden, own.first, own.last, lane.bias);
+                        storage_, packed.weight_hh);
+    kernels_.pack_bias(w.bias_ih, w.bias_hh, layer.hidden, own.first, own.last, packed.bias);
     if (layer.projection > 0) {
       const Range columns = this->share_packing(this->own_panels(position, place, layer.projection, kWidth), place);
-      kernels_.pack_rows(w.weight_hr, layer.projection, layer.hidden, kWidth, columns.first, columns.last,
-                         lane.weight_hr);
+      kernels_.pack_rows(w.weight_hr, layer.projection, layer.hidden, kWidth, columns.first, columns.last, storage_,
+                         packed.weight_hr);
     }
     this->packing_done(position, place);
   }
@@ -114,6 +115,7 @@ class ForwardWave : Wave<T> {
     const int64_t index = position, layer_index = index / shape_.directions, direction = index % shape_.directions;
     const LayerShape& layer = shape_.layers[layer_index];
     const Lane& lane = lanes_[static_cast<size_t>(index)];
+    const PackedLane<T>& weights = weights_[static_cast<size_t>(index)];
     const Range sequences = this->sequences(place);
     const int64_t count = sequences.size(), first = sequences.first;
     const int64_t hidden = layer.hidden, padded = layer.padded_hidden(), out = layer.output();
@@ -157,7 +159,7 @@ class ForwardWave : Wave<T> {
           this->stage_input(call_.input, call_.dropout, layer_index ? output_of(layer_index - 1) : nullptr, index,
                             sequences, steps, scratch.staged, lda);
       kernels_.product({
-          .panels = lane.weight_ih,
+          .panels = {weights.weight_ih, storage_},
           .width = kWidth,
           .first_panel = blocks.first * 4 / kWidth,
           .last_panel = blocks.last * 4 / kWidth,
@@ -166,7 +168,7 @@ class ForwardWave : Wave<T> {
           .rows = rows,
           .unroll_rows = shape_.rows(),
           .inner = layer.input,
-          .init = lane.bias,
+          .init = weights.bias,
           .c = scratch.projected,
           .ldc = 4 * padded,
       });
@@ -176,7 +178,7 @@ class ForwardWave : Wave<T> {
         T *from = h[s & 1], *to = h[(s + 1) & 1];
         this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 1);
         StepForward<T> step{
-            .panels = lane.weight_hh,
+            .panels = {weights.weight_hh, storage_},
             .width = width_,
             .first_block = blocks.first,
             .last_block = blocks.last,
@@ -203,7 +205,7 @@ class ForwardWave : Wave<T> {
           this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 2);
           const Range panels = this->own_panels(position, place, out, kWidth);
           kernels_.product({
-              .panels = lane.weight_hr,
+              .panels = {weights.weight_hr, storage_},
               .width = kWidth,
               .first_panel = panels.first,
               .last_panel = panels.last,
@@ -234,7 +236,10 @@ class ForwardWave : Wave<T> {
   Platform& platform_;
   Workspace::Lease memory_;
   const Reserve<T> reserve_;
+  PackedStack<T>* const packed_;
   const int64_t width_;
+  const Storage storage_;
+  std::vector<PackedLane<T>> weights_;
   std::vector<Lane> lanes_;
   std::vector<Scratch> scratch_;
   T* passing_[2] = {};
@@ -243,10 +248,10 @@ class ForwardWave : Wave<T> {
 }  // namespace
 
 template <typename T>
-Schedule forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform) {
-  return ForwardWave<T>(call, workers, platform).run();
+Schedule forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform, PackedStack<T>* packed) {
+  return ForwardWave<T>(call, workers, platform, packed).run();
 }
-template Schedule forward(const ForwardCall<float>&, const Workers&, Platform&);
-template Schedule forward(const ForwardCall<double>&, const Workers&, Platform&);
+template Schedule forward(const ForwardCall<float>&, const Workers&, Platform&, PackedStack<float>*);
+template Schedule forward(const ForwardCall<double>&, const Workers&, Platform&, PackedStack<double>*);
 
 }  // namespace stacked_lstm::cpu

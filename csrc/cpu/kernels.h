@@ -7,6 +7,9 @@
 // [K][width · lanes]: the order in which a product reads it. Two column orders:
 //   gates:  the 4H gate rows of W, `lanes` units at a time: [unit block][gate i, f, g, o][lane]
 //   plain:  as they stand
+// A panel may store its weights in half the bytes (Storage::bf16): then the words of each pair of vectors 2v, 2v+1 of a
+// row are halves of the 32-bit words of one vector, the low halves those of vector 2v, so that a shift gives one and a
+// mask the other. The numbers are rounded once, when they are packed; sums are those of the same panel in T, to the bit.
 // Activations (`gates` buffers, saved or not) have the gate order too: [row][unit block][gate][lane], 4·padded_hidden a row.
 // Gradients of pre-activations have torch's: [row][gate][padded_hidden].
 //
@@ -18,10 +21,23 @@
 
 namespace stacked_lstm::cpu {
 
+enum class Storage {
+  same,  // T
+  bf16,  // T is float; 16 bits, rounded to nearest, ties to even
+};
+
+constexpr int64_t stored_bytes(Storage storage, int64_t element) { return storage == Storage::bf16 ? 2 : element; }
+
+// A packed matrix.
+struct Panels {
+  const void* data = nullptr;
+  Storage storage = Storage::same;
+};
+
 // c[rows][columns of panels first … last-1] = init + a · panels.
 template <typename T>
 struct Product {
-  const T* panels;
+  Panels panels;
   int64_t width;  // vectors a panel: 2 or 4
   int64_t first_panel, last_panel;
   const T* a;
@@ -38,7 +54,7 @@ struct Product {
 // One step of a lane for unit blocks first … last-1: gates = init + h·W_hh, then the cell.
 template <typename T>
 struct StepForward {
-  const T* panels;  // W_hh, gate order
+  Panels panels;  // W_hh, gate order
   int64_t width;
   int64_t first_block, last_block;
   const T* h;  // h of the step before
@@ -77,16 +93,31 @@ struct StepBackward {
   int64_t ldm;
 };
 
+// c[m][n] = Σ over rows of a[row][m]·b[row][n], added to c with `accumulate`: a weight gradient.
+template <typename T>
+struct GradientProduct {
+  T* c;
+  int64_t ldc;
+  const T* a;
+  int64_t lda;
+  const T* b;
+  int64_t ldb;
+  int64_t rows, m, n;
+  bool accumulate;
+};
+
 template <typename T>
 struct Kernels {
   int64_t lanes;
   // Panels first … last-1 of W (4H, K), row-major, columns in gate order, `width` vectors a panel.
-  void (*pack_gates)(const T* w, int64_t hidden, int64_t inner, int64_t width, int64_t first, int64_t last, T* panels);
+  void (*pack_gates)(const T* w, int64_t hidden, int64_t inner, int64_t width, int64_t first, int64_t last,
+                     Storage storage, void* panels);
   // Panels of the transpose of W (columns, K): column n is row n of W.
-  void (*pack_rows)(const T* w, int64_t columns, int64_t inner, int64_t width, int64_t first, int64_t last, T* panels);
+  void (*pack_rows)(const T* w, int64_t columns, int64_t inner, int64_t width, int64_t first, int64_t last,
+                    Storage storage, void* panels);
   // Panels of W (blocks·rows_per_block, columns) as it stands; every block of rows is padded with zeros to `padded_rows`.
   void (*pack_columns)(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_block, int64_t padded_rows,
-                       int64_t width, int64_t first, int64_t last, T* panels);
+                       int64_t width, int64_t first, int64_t last, Storage storage, void* panels);
   // Sum of two biases (either may be null), in gate order, unit blocks first … last-1.
   void (*pack_bias)(const T* b_ih, const T* b_hh, int64_t hidden, int64_t first, int64_t last, T* bias);
   void (*product)(const Product<T>&);
@@ -94,6 +125,7 @@ struct Kernels {
   void (*step_backward)(const StepBackward<T>&);
   // Pre-activations to activations, in place, for unit blocks first … last-1.
   void (*activate)(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_block, int64_t last_block);
+  void (*gradient)(const GradientProduct<T>&);
   // sum[n] = Σ over rows of a[row][n], n < columns.
   void (*sum_rows)(const T* a, int64_t lda, int64_t rows, int64_t columns, T* sum);
   // sigmoid and tanh of n numbers, for tests.

@@ -15,8 +15,19 @@ inline constexpr int kInFlight = kRegisters >= 32 ? 16 : 8;
 // How far ahead, in steps of k, to ask for weights. One row streams best by the hardware's own prefetcher.
 inline constexpr int kPrefetchSteps = 16;
 
-template <typename T, int Rows, int Width, int Sums>
-void tile(const T* __restrict panel, const T* __restrict a, int64_t lda, int64_t inner, const T* init,
+// The weights of a panel at one k, `Width` vectors.
+template <typename T, int Width>
+INLINE void load_weights(const T* w, Vec<T> (&weight)[Width]) {
+  unroll<Width>([&](auto v) INLINE_LAMBDA { weight[v] = load(w + v * kLanes<T>); });
+}
+template <typename T, int Width>
+INLINE void load_weights(const Bf16* w, Vec<T> (&weight)[Width]) {
+  unroll<Width / 2>(
+      [&](auto pair) INLINE_LAMBDA { unpack_bf16(w + 2 * pair * kLanes<T>, weight[2 * pair], weight[2 * pair + 1]); });
+}
+
+template <typename T, typename W, int Rows, int Width, int Sums>
+void tile(const W* __restrict panel, const T* __restrict a, int64_t lda, int64_t inner, const T* init,
           int64_t init_step, T* c, int64_t ldc) {
   constexpr int V = kLanes<T>;
   Vec<T> sum[Sums * Rows * Width];
@@ -25,11 +36,13 @@ void tile(const T* __restrict panel, const T* __restrict a, int64_t lda, int64_t
     sum[n] = part == 0 && init ? load(init + row * init_step + v * V) : Vec<T>{};
   });
   const auto multiply_add = [&](auto part, int64_t k) INLINE_LAMBDA {
-    const T* w = panel + k * Width * V;
+    const W* w = panel + k * Width * V;
     Vec<T> weight[Width];
-    unroll<Width>([&](auto v) INLINE_LAMBDA { weight[v] = load(w + v * V); });
+    load_weights<T, Width>(w, weight);
     if constexpr (Rows > 1) {
-      unroll<Width>([&](auto v) INLINE_LAMBDA { __builtin_prefetch(w + (kPrefetchSteps * Width + v) * V); });
+      constexpr int lines = Width * int{sizeof(W)} / int{sizeof(T)};  // vectors, of memory
+      unroll<lines>(
+          [&](auto v) INLINE_LAMBDA { __builtin_prefetch(w + kPrefetchSteps * Width * V + v * (Width * V / lines)); });
     }
     unroll<Rows>([&](auto row) INLINE_LAMBDA {
       const Vec<T> x = broadcast(a[row * lda + k]);
@@ -50,8 +63,8 @@ void tile(const T* __restrict panel, const T* __restrict a, int64_t lda, int64_t
   });
 }
 
-template <typename T>
-using Tile = void (*)(const T*, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
+template <typename T, typename W>
+using Tile = void (*)(const W*, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
 
 // Partial sums for a product of `rows` rows: as many as are in flight anyway.
 template <int Width>
@@ -61,25 +74,25 @@ constexpr int sums_for(int64_t rows) {
   return sums;
 }
 
-template <typename T, int Width, int Sums, int Rows>
-constexpr Tile<T> tile_or_null() {
+template <typename T, typename W, int Width, int Sums, int Rows>
+constexpr Tile<T, W> tile_or_null() {
   if constexpr (Sums == 1 || Rows * Width * Sums <= kInFlight)
-    return tile<T, Rows, Width, Sums>;
+    return tile<T, W, Rows, Width, Sums>;
   else
     return nullptr;  // sums_for never asks for it
 }
 
 // The tiles of one number of partial sums, by rows.
-template <typename T, int Width>
+template <typename T, typename W, int Width>
 struct Tiles {
-  Tile<T> of[kTileRows<Width> + 1];
+  Tile<T, W> of[kTileRows<Width> + 1];
 };
-template <typename T, int Width, int Sums, int... row>
-constexpr Tiles<T, Width> tiles_of(std::integer_sequence<int, row...>) {
-  return {{nullptr, tile_or_null<T, Width, Sums, row + 1>()...}};
+template <typename T, typename W, int Width, int Sums, int... row>
+constexpr Tiles<T, W, Width> tiles_of(std::integer_sequence<int, row...>) {
+  return {{nullptr, tile_or_null<T, W, Width, Sums, row + 1>()...}};
 }
-template <typename T, int Width, int Sums>
-constexpr Tiles<T, Width> kTiles = tiles_of<T, Width, Sums>(std::make_integer_sequence<int, kTileRows<Width>>{});
+template <typename T, typename W, int Width, int Sums>
+constexpr Tiles<T, W, Width> kTiles = tiles_of<T, W, Width, Sums>(std::make_integer_sequence<int, kTileRows<Width>>{});
 
 // Calls f(first, count) for even shares of `rows`, each at most `most`.
 template <typename F>
@@ -92,27 +105,39 @@ INLINE void share_rows(int64_t rows, int64_t most, F&& f) {
   }
 }
 
-template <typename T, int Width>
-INLINE const Tile<T>* tiles_for(int64_t unroll_rows) {
+template <typename T, typename W, int Width>
+INLINE const Tile<T, W>* tiles_for(int64_t unroll_rows) {
   switch (sums_for<Width>(unroll_rows)) {
     case 8:
-      return kTiles<T, Width, 8>.of;
+      return kTiles<T, W, Width, 8>.of;
     case 4:
-      return kTiles<T, Width, 4>.of;
+      return kTiles<T, W, Width, 4>.of;
     case 2:
-      return kTiles<T, Width, 2>.of;
+      return kTiles<T, W, Width, 2>.of;
     default:
-      return kTiles<T, Width, 1>.of;
+      return kTiles<T, W, Width, 1>.of;
   }
 }
 
-template <typename T, int Width>
-void product_of_width(const Product<T>& p) {
+// Calls run(panels, width) with what the panels hold and how many vectors wide they are, both as types.
+template <typename T, typename Run>
+INLINE void with_panels(const Panels& panels, int64_t width, Run&& run) {
+  const auto of_type = [&](auto* data) INLINE_LAMBDA {
+    width == 4 ? run(data, std::integral_constant<int, 4>{}) : run(data, std::integral_constant<int, 2>{});
+  };
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (panels.storage == Storage::bf16) return of_type(static_cast<const Bf16*>(panels.data));
+  }
+  of_type(static_cast<const T*>(panels.data));
+}
+
+template <typename T, typename W, int Width>
+void product_of_width(const Product<T>& p, const W* panels) {
   constexpr int64_t columns = Width * kLanes<T>;
-  const Tile<T>* tiles = tiles_for<T, Width>(p.unroll_rows);
+  const Tile<T, W>* tiles = tiles_for<T, W, Width>(p.unroll_rows);
   for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel) {
     share_rows(p.rows, kTileRows<Width>, [&](int64_t row, int64_t count) INLINE_LAMBDA {
-      tiles[count](p.panels + panel * p.inner * columns, p.a + row * p.lda, p.lda, p.inner,
+      tiles[count](panels + panel * p.inner * columns, p.a + row * p.lda, p.lda, p.inner,
                    p.init ? p.init + row * p.init_step + panel * columns : nullptr, p.init_step,
                    p.c + row * p.ldc + panel * columns, p.ldc);
     });
@@ -121,7 +146,9 @@ void product_of_width(const Product<T>& p) {
 
 template <typename T>
 void product(const Product<T>& p) {
-  p.width == 4 ? product_of_width<T, 4>(p) : product_of_width<T, 2>(p);
+  with_panels<T>(p.panels, p.width, [&]<typename W>(const W* panels, auto width) INLINE_LAMBDA {
+    product_of_width<T, W, width>(p, panels);
+  });
 }
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
@@ -156,17 +183,17 @@ __attribute__((noinline)) void cells_forward(const StepForward<T>& s, const T* p
   }
 }
 
-template <typename T, int Width>
-void step_forward_of_width(const StepForward<T>& s) {
+template <typename T, typename W, int Width>
+void step_forward_of_width(const StepForward<T>& s, const W* panels) {
   constexpr int V = kLanes<T>;
   constexpr int64_t columns = Width * V;
-  const Tile<T>* tiles = tiles_for<T, Width>(s.unroll_rows);
+  const Tile<T, W>* tiles = tiles_for<T, W, Width>(s.unroll_rows);
   alignas(STACKED_LSTM_VECTOR_BYTES) T pre[kTileRows<Width> * 4 * V];
   for (int64_t block = s.first_block; block < s.last_block; ++block) {
     share_rows(s.rows, kTileRows<Width>, [&](int64_t row, int64_t count) INLINE_LAMBDA {
       for (int64_t part = 0; part < 4 / Width; ++part) {
         const int64_t panel = block * (4 / Width) + part;
-        tiles[count](s.panels + panel * s.inner * columns, s.h + row * s.ldh, s.ldh, s.inner,
+        tiles[count](panels + panel * s.inner * columns, s.h + row * s.ldh, s.ldh, s.inner,
                      s.projected + row * 4 * s.padded_hidden + panel * columns, 4 * s.padded_hidden,
                      pre + part * columns, 4 * V);
       }
@@ -177,7 +204,9 @@ void step_forward_of_width(const StepForward<T>& s) {
 
 template <typename T>
 void step_forward(const StepForward<T>& s) {
-  s.width == 4 ? step_forward_of_width<T, 4>(s) : step_forward_of_width<T, 2>(s);
+  with_panels<T>(s.panels, s.width, [&]<typename W>(const W* panels, auto width) INLINE_LAMBDA {
+    step_forward_of_width<T, W, width>(s, panels);
+  });
 }
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
@@ -236,66 +265,193 @@ void sum_rows(const T* a, int64_t lda, int64_t rows, int64_t columns, T* sum) {
   }
 }
 
+// ---- Weight gradients -----------------------------------------------------------------------------------------------
+//
+//       two vectors              dW = dGᵀ·x sums over the rows of both, so a tile broadcasts along a row of dG, not down a
+//      ┌───────────┐             column. A block of rows of x, two vectors of it, is copied to where the first-level cache
+//  row │ panel (L1)│             holds it for all of a block of dG, and that stays in the second-level cache for all of x.
+//      └───────────┘
+//  row ▒▒▒▒▒ dG → broadcast a[row][m]
+
+inline constexpr int64_t kGradientRows = 128;      // a block of rows: 16 KiB of a panel
+inline constexpr int64_t kGradientColumns = 1024;  // of dG: with that many rows, half a megabyte
+inline constexpr int kGradientAhead = 8;           // rows of dG to ask for ahead of their use
+
+template <typename T, int Rows>
+void gradient_tile(const T* __restrict a, int64_t lda, const T* __restrict panel, int64_t rows, T* c, int64_t ldc,
+                   int64_t columns, bool accumulate) {
+  constexpr int V = kLanes<T>, Width = 2;
+  Vec<T> sum[Rows * Width] = {};
+  for (int64_t row = 0; row < rows; ++row, a += lda, panel += Width * V) {
+    const Vec<T> x[Width] = {load(panel), load(panel + V)};
+    __builtin_prefetch(a + kGradientAhead * lda);
+    __builtin_prefetch(a + kGradientAhead * lda + Rows - 1);
+    unroll<Rows>([&](auto m) INLINE_LAMBDA {
+      const Vec<T> g = broadcast(a[m]);
+      unroll<Width>([&](auto v) INLINE_LAMBDA { sum[m * Width + v] = x[v] * g + sum[m * Width + v]; });
+    });
+  }
+  alignas(STACKED_LSTM_VECTOR_BYTES) T sums[Rows * Width * V];
+  unroll<Rows * Width>([&](auto n) INLINE_LAMBDA { store(sums + n * V, sum[n]); });
+  for (int64_t m = 0; m < Rows; ++m) {
+    for (int64_t n = 0; n < Width * V && n < columns; n += V) {
+      const int64_t left = columns - n;
+      T* to = c + m * ldc + n;
+      Vec<T> total = load(sums + m * Width * V + n);
+      if (accumulate) total = total + (left < V ? load_first(to, left) : load(to));
+      store_first(to, total, left);
+    }
+  }
+}
+
+template <typename T>
+using GradientTile = void (*)(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t, bool);
+template <typename T>
+struct GradientTiles {
+  GradientTile<T> of[kTileRows<2> + 1];
+};
+template <typename T, int... row>
+constexpr GradientTiles<T> gradient_tiles_of(std::integer_sequence<int, row...>) {
+  return {{nullptr, gradient_tile<T, row + 1>...}};
+}
+template <typename T>
+constexpr GradientTiles<T> kGradientTiles = gradient_tiles_of<T>(std::make_integer_sequence<int, kTileRows<2>>{});
+
+// Every element is the sum of its blocks' sums, in their order: how m and n were shared out cannot be seen in it.
+template <typename T>
+void gradient(const GradientProduct<T>& p) {
+  constexpr int V = kLanes<T>, columns = 2 * V;
+  alignas(STACKED_LSTM_VECTOR_BYTES) T panel[kGradientRows * columns];
+  int64_t first = 0;
+  do {  // once without any rows, for zeros
+    const int64_t rows = p.rows - first < kGradientRows ? p.rows - first : kGradientRows;
+    for (int64_t m0 = 0; m0 < p.m; m0 += kGradientColumns) {
+      const int64_t some = p.m - m0 < kGradientColumns ? p.m - m0 : kGradientColumns;
+      for (int64_t n = 0; n < p.n; n += columns) {
+        for (int64_t row = 0; row < rows; ++row) {
+          for (int64_t v = 0; v < columns; v += V) {
+            const int64_t left = p.n - n - v;
+            const T* x = p.b + (first + row) * p.ldb + n + v;
+            store(panel + row * columns + v, left >= V ? load(x) : left > 0 ? load_first(x, left) : Vec<T>{});
+          }
+        }
+        share_rows(some, kTileRows<2>, [&](int64_t m, int64_t count) INLINE_LAMBDA {
+          kGradientTiles<T>.of[count](p.a + first * p.lda + m0 + m, p.lda, panel, rows, p.c + (m0 + m) * p.ldc + n,
+                                      p.ldc, p.n - n, p.accumulate || first > 0);
+        });
+      }
+    }
+    first += kGradientRows;
+  } while (first < p.rows);
+}
+
 // ---- Packing --------------------------------------------------------------------------------------------------------
 
-// `lanes` rows of W, of which `count` exist, to `lanes` columns of a panel.
+// Two neighbouring vectors of a panel's row.
 template <typename T>
-void pack_lanes(const T* w, int64_t ldw, int64_t count, int64_t inner, T* out, int64_t ldo) {
-  constexpr int V = kLanes<T>;
-  for (int64_t k = 0; k < inner; k += V) {
-    const int64_t steps = inner - k < V ? inner - k : V;
-    Vec<T> v[V];
+INLINE void store_pair(T* out, Vec<T> even, Vec<T> odd) {
+  store(out, even), store(out + kLanes<T>, odd);
+}
+INLINE void store_pair(Bf16* out, Vec<float> even, Vec<float> odd) { pack_bf16(out, even, odd); }
+
+// `lanes` rows of W from `first` on, of which `count` exist; the others are zero.
+template <typename T>
+struct RowsOf {
+  const T* first;
+  int64_t count;
+
+  // Columns k … k + lanes - 1 of them, as vectors of rows. The rows are short, so no prefetcher finds its way: the
+  // rows that follow are asked for here. Of W's gate rows those are the next to be packed but three.
+  INLINE void columns(int64_t k, int64_t inner, Vec<T> (&v)[kLanes<T>]) const {
+    constexpr int V = kLanes<T>;
     for (int64_t n = 0; n < V; ++n) {
-      const T* p = w + n * ldw + k;
-      v[n] = n >= count ? Vec<T>{} : steps == V ? load(p) : load_first(p, steps);
+      const T* p = first + n * inner + k;
+      __builtin_prefetch(p + V * inner);
+      v[n] = n >= count ? Vec<T>{} : inner - k >= V ? load(p) : load_first(p, inner - k);
     }
     transpose<T>(v);
-    for (int64_t step = 0; step < steps; ++step) store(out + (k + step) * ldo, v[step]);
+  }
+};
+
+// Rows of W to two vectors of columns of a panel.
+template <typename T, typename W>
+void pack_lanes(const RowsOf<T>& even, const RowsOf<T>& odd, int64_t inner, W* out, int64_t ldo) {
+  constexpr int V = kLanes<T>;
+  for (int64_t k = 0; k < inner; k += V) {
+    Vec<T> a[V], b[V];
+    even.columns(k, inner, a), odd.columns(k, inner, b);
+    const int64_t steps = inner - k < V ? inner - k : V;
+    for (int64_t step = 0; step < steps; ++step) store_pair(out + (k + step) * ldo, a[step], b[step]);
   }
 }
 
-template <typename T>
-void pack_gates(const T* w, int64_t hidden, int64_t inner, int64_t width, int64_t first, int64_t last, T* panels) {
-  constexpr int V = kLanes<T>;
-  const int64_t ldo = width * V;
-  for (int64_t panel = first; panel < last; ++panel) {
-    for (int64_t v = 0; v < width; ++v) {
-      const int64_t column = panel * width + v, unit = column / 4 * V, gate = column % 4;
-      pack_lanes(w + (gate * hidden + unit) * inner, inner, hidden - unit, inner, panels + panel * inner * ldo + v * V,
-                 ldo);
-    }
+// Calls run(panels) with the type that they hold.
+template <typename T, typename Run>
+INLINE void with_storage(Storage storage, void* panels, Run&& run) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (storage == Storage::bf16) return run(static_cast<Bf16*>(panels));
   }
+  run(static_cast<T*>(panels));
+}
+
+// Panels whose vector `column` holds the rows that rows_of(column) names.
+template <typename T, typename RowsOfColumn>
+INLINE void pack_panels(int64_t inner, int64_t width, int64_t first, int64_t last, Storage storage, void* panels,
+                        RowsOfColumn&& rows_of) {
+  const int64_t ldo = width * kLanes<T>;
+  with_storage<T>(storage, panels, [&](auto* out) INLINE_LAMBDA {
+    for (int64_t panel = first; panel < last; ++panel) {
+      for (int64_t v = 0; v < width; v += 2) {
+        const int64_t column = panel * width + v;
+        pack_lanes(rows_of(column), rows_of(column + 1), inner, out + panel * inner * ldo + v * kLanes<T>, ldo);
+      }
+    }
+  });
 }
 
 template <typename T>
-void pack_rows(const T* w, int64_t columns, int64_t inner, int64_t width, int64_t first, int64_t last, T* panels) {
-  constexpr int V = kLanes<T>;
-  const int64_t ldo = width * V;
-  for (int64_t panel = first; panel < last; ++panel) {
-    for (int64_t v = 0; v < width; ++v) {
-      const int64_t column = (panel * width + v) * V;
-      pack_lanes(w + column * inner, inner, columns - column, inner, panels + panel * inner * ldo + v * V, ldo);
-    }
-  }
+void pack_gates(const T* w, int64_t hidden, int64_t inner, int64_t width, int64_t first, int64_t last, Storage storage,
+                void* panels) {
+  pack_panels<T>(inner, width, first, last, storage, panels, [&](int64_t column) INLINE_LAMBDA {
+    const int64_t unit = column / 4 * kLanes<T>, gate = column % 4;
+    return RowsOf<T>{w + (gate * hidden + unit) * inner, hidden - unit};
+  });
+}
+
+template <typename T>
+void pack_rows(const T* w, int64_t columns, int64_t inner, int64_t width, int64_t first, int64_t last, Storage storage,
+               void* panels) {
+  pack_panels<T>(inner, width, first, last, storage, panels, [&](int64_t column) INLINE_LAMBDA {
+    const int64_t row = column * kLanes<T>;
+    return RowsOf<T>{w + row * inner, columns - row};
+  });
 }
 
 template <typename T>
 void pack_columns(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_block, int64_t padded_rows,
-                  int64_t width, int64_t first, int64_t last, T* panels) {
+                  int64_t width, int64_t first, int64_t last, Storage storage, void* panels) {
   constexpr int V = kLanes<T>;
   const int64_t ldo = width * V;
-  for (int64_t panel = first; panel < last; ++panel) {
-    T* out = panels + panel * blocks * padded_rows * ldo;
-    for (int64_t block = 0; block < blocks; ++block) {
-      for (int64_t row = 0; row < padded_rows; ++row, out += ldo) {
-        for (int64_t v = 0; v < width; ++v) {
-          const int64_t column = (panel * width + v) * V, left = columns - column;
-          const T* p = w + (block * rows_per_block + row) * columns + column;
-          store(out + v * V, row >= rows_per_block || left <= 0 ? Vec<T>{} : left >= V ? load(p) : load_first(p, left));
+  constexpr int64_t kTogether =
+      4;  // panels: a row is read in pieces of some cache lines, and few pages are written at once
+  with_storage<T>(storage, panels, [&](auto* data) INLINE_LAMBDA {
+    for (int64_t some = first; some < last; some += kTogether) {
+      const int64_t end = last - some < kTogether ? last : some + kTogether;
+      for (int64_t to = 0; to < blocks * padded_rows; ++to) {
+        const int64_t block = to / padded_rows, row = to % padded_rows;
+        const T* from = w + (block * rows_per_block + row) * columns;
+        for (int64_t panel = some; panel < end; ++panel) {
+          auto* out = data + (panel * blocks * padded_rows + to) * ldo;
+          const auto vector = [&](int64_t v) INLINE_LAMBDA {
+            const int64_t column = (panel * width + v) * V, left = columns - column;
+            const T* p = from + column;
+            return row >= rows_per_block || left <= 0 ? Vec<T>{} : left >= V ? load(p) : load_first(p, left);
+          };
+          for (int64_t v = 0; v < width; v += 2) store_pair(out + v * V, vector(v), vector(v + 1));
         }
       }
     }
-  }
+  });
 }
 
 template <typename T>
@@ -324,5 +480,5 @@ void maths(const T* x, int64_t n, T* sigmoid, T* tanh) {
 template <typename T>
 constexpr Kernels<T> kTable = {
     kLanes<T>,       pack_gates<T>,    pack_rows<T>,     pack_columns<T>, pack_bias<T>, product<T>,
-    step_forward<T>, step_backward<T>, activate_rows<T>, sum_rows<T>,     maths<T>,
+    step_forward<T>, step_backward<T>, activate_rows<T>, gradient<T>,     sum_rows<T>,  maths<T>,
 };

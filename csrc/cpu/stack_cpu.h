@@ -1,7 +1,7 @@
 // csrc/cpu/stack_cpu.h: a stack of LSTM layers on the CPU. The entry points, and what they ask of their surroundings.
 //
 // Free of torch, so that the sanitizers can watch every thread and every access (tests/sanitize); csrc/ops.cpp brings
-// torch's thread pool and its BLAS as a Platform.
+// torch's thread pool as a Platform.
 #pragma once
 
 #include <cstdint>
@@ -12,19 +12,6 @@
 
 namespace stacked_lstm::cpu {
 
-// c[m][n] = Σ over rows of a[row][m]·b[row][n], added to c with `accumulate`: a weight gradient.
-template <typename T>
-struct GradientProduct {
-  T* c;
-  int64_t ldc;
-  const T* a;
-  int64_t lda;
-  const T* b;
-  int64_t ldb;
-  int64_t rows, m, n;
-  bool accumulate;
-};
-
 class Platform {
  public:
   virtual ~Platform() = default;
@@ -33,9 +20,6 @@ class Platform {
   virtual void parallel(int64_t workers, const std::function<void(int64_t share)>& member) = 0;
   // Whether all those calls are under way at the same time, so that one may wait for another.
   virtual bool at_the_same_time() const = 0;
-  // Called by workers, at the same time, on different outputs.
-  virtual void multiply(const GradientProduct<float>& product) = 0;
-  virtual void multiply(const GradientProduct<double>& product) = 0;
 };
 
 // Sizes of this machine's caches, for the cost model.
@@ -50,10 +34,16 @@ struct Workers {
   const Schedule* forced = nullptr;  // run this instead of the cheapest; why_not(…) must be null
 };
 
+template <typename T>
+class PackedStack;  // packed.h
+
 // Fill what the call points to; return the schedule that was run, which is another when fewer threads came.
 // Throw std::runtime_error when there is no memory for the workspace, before anything is written.
+// With `packed`, forward reads the weights there, once they are ready; the first call with it puts them there. Without,
+// it packs them for itself.
 template <typename T>
-Schedule forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform);
+Schedule forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform,
+                 PackedStack<T>* packed = nullptr);
 template <typename T>
 Schedule backward(const BackwardCall<T>& call, const Workers& workers, Platform& platform);
 

@@ -52,6 +52,28 @@ INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
+// Numbers of 16 bits, as the upper halves of a float's; two vectors of them in the words of one, see kernels.h.
+struct Bf16 {
+  uint16_t bits;
+};
+
+INLINE void unpack_bf16(const Bf16* p, Vec<float>& even, Vec<float>& odd) {
+  IntVec<float> words;
+  __builtin_memcpy(&words, p, sizeof words);
+  even = (Vec<float>)(words << 16);
+  odd = (Vec<float>)(words & int32_t(0xffff0000));
+}
+// To nearest, ties to even, as torch rounds. A NaN stays one: its mantissa must not carry into the sign or become zero.
+INLINE IntVec<float> round_to_bf16(Vec<float> x) {
+  const IntVec<float> bits = (IntVec<float>)x;
+  const IntVec<float> rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return x == x ? rounded : IntVec<float>{} + 0x7fc00000;
+}
+INLINE void pack_bf16(Bf16* p, Vec<float> even, Vec<float> odd) {
+  const IntVec<float> words = ((round_to_bf16(even) >> 16) & 0xffff) | (round_to_bf16(odd) & int32_t(0xffff0000));
+  __builtin_memcpy(p, &words, sizeof words);
+}
+
 // Calls f with the constants 0 … N-1: an unrolled loop whose index may pick a register.
 template <int N, typename F>
 INLINE void unroll(F&& f) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "packed.h"
 #include "stack_cpu.h"
 #include "team.h"
 #include "workspace.h"
@@ -35,14 +36,10 @@ struct Progress {
   Count done;    // 1: nothing of the lane is read any more
 };
 
-// The recurrent product has four vectors a panel while few rows share each weight, and then its tile is as large as
-// the registers allow for those few rows; else two. A function of the batch alone: see "Bits" in kernels.h.
-inline int64_t recurrent_width(int64_t batch) { return batch <= 6 ? 4 : 2; }
-// All other products.
-inline constexpr int64_t kWidth = 2;
-
-inline int64_t panels_of(int64_t columns, int64_t width, int64_t lanes) {
-  return (columns + width * lanes - 1) / (width * lanes);
+// How a call's weights are packed.
+template <typename Call>
+Storage storage_of(const Call& call) {
+  return call.bf16_weights ? Storage::bf16 : Storage::same;
 }
 
 // The state that all workers of a call share, and the arithmetic of who owns what.
@@ -152,7 +149,12 @@ class Wave {
     return {std::min(panels.first * w, columns), std::min(panels.last * w, columns)};
   }
   int64_t panel_elements(int64_t columns, int64_t inner, int64_t width) const {
-    return panels_of(columns, width, kernels_.lanes) * width * kernels_.lanes * inner;
+    return cpu::panel_elements(columns, inner, width, kernels_.lanes);
+  }
+
+  static void* take_panels(Workspace::Lease& memory, int64_t elements, Storage storage) {
+    if (storage == Storage::bf16) return memory->take<uint16_t>(elements);
+    return memory->take<T>(elements);
   }
 
   // This batch slice's share of a packing job; all of them need all of it.

@@ -15,11 +15,21 @@ namespace {
 
 constexpr int64_t kAlignment = 128;
 constexpr int64_t kPage = int64_t{2} << 20;  // a huge page: weights are read end to end, and TLB misses show
-constexpr int64_t kSlack = 8192;             // products prefetch past the end of their last panel
+constexpr int64_t kSmallPage = 4096;
+constexpr int64_t kSlack = 8192;  // products prefetch past the end of their last panel
 
 thread_local std::unique_ptr<Workspace> kept;
 
 }  // namespace
+
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  const auto start = reinterpret_cast<uintptr_t>(data), page = static_cast<uintptr_t>(kPage);
+  const uintptr_t first = (start + page - 1) / page * page,
+                  last = (start + static_cast<uintptr_t>(bytes)) / page * page;
+  if (bytes > kPage && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 void* Workspace::take_bytes(int64_t count, int64_t element) {
   int64_t bytes;
@@ -29,12 +39,13 @@ void* Workspace::take_bytes(int64_t count, int64_t element) {
   }
   bytes = (count * element + kAlignment - 1) / kAlignment * kAlignment;
   if (blocks_.empty() || blocks_.back().size - blocks_.back().used < bytes) {
-    const int64_t size = (bytes + kSlack + kPage - 1) / kPage * kPage;
-    void* data = std::aligned_alloc(kPage, static_cast<size_t>(size));
+    const int64_t page = pages_ == Pages::huge || bytes >= kPage / 2 ? kPage : kSmallPage;
+    const int64_t size = (bytes + kSlack + page - 1) / page * page;
+    void* data = std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(size));
     if (!data)
       throw std::runtime_error("stacked_lstm_ext: out of memory: a workspace of " + std::to_string(bytes) + " bytes");
 #if defined(__linux__)
-    madvise(data, static_cast<size_t>(size), MADV_HUGEPAGE);
+    if (page == kPage) madvise(data, static_cast<size_t>(size), MADV_HUGEPAGE);
 #endif
     blocks_.push_back({static_cast<char*>(data), size - kSlack, 0});
   }

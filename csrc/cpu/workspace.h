@@ -10,6 +10,10 @@
 
 namespace stacked_lstm::cpu {
 
+// For large memory that is about to be written for the first time: small pages, one fault each, would cost a training
+// step a good part of its time. Whole huge pages inside the range only, so that nothing grows.
+void prefer_huge_pages(void* data, int64_t bytes);
+
 class Workspace {
  public:
   // The calling thread's. One call at a time: a nested one gets its own.
@@ -22,7 +26,10 @@ class Workspace {
     return static_cast<T*>(take_bytes(count, sizeof(T)));
   }
 
-  Workspace() = default;
+  // Where a workspace is used again and again, every block is huge pages; one that is kept for long takes them only
+  // where it fills them.
+  enum class Pages { huge, as_needed };
+  explicit Workspace(Pages pages = Pages::huge) : pages_(pages) {}
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace();
@@ -37,6 +44,7 @@ class Workspace {
   void* take_bytes(int64_t count, int64_t element);
   void reset();
 
+  const Pages pages_;
   std::vector<Block> blocks_;
 };
 

@@ -26,6 +26,8 @@ __all__ = [
     "gpu_obstacle",
     "kernel_backend",
     "last_run",
+    "runs_on_cpu",
+    "stores_bf16",
 ]
 
 BACKENDS = ("auto", "reference", "cpu", "diagonal", "persistent")
@@ -111,6 +113,16 @@ def choose_backend(device: torch.device, dtype: torch.dtype, transform: str = ""
     if device.type == "cuda":
         return "auto", "the tensors are on a GPU"
     return "cpu", "the tensors are on the CPU"
+
+
+def runs_on_cpu() -> bool:
+    """Whether the backend that is forced, if one is, lets plain CPU tensors go to the CPU kernels."""
+    return _selection.name in ("auto", "cpu")
+
+
+def stores_bf16(choice: str, dtype: torch.dtype) -> bool:
+    """Whether kernels round weights to bfloat16 as they pack them, so that they read half the bytes."""
+    return choice == "cpu" and dtype == torch.float32
 
 
 def kernel_backend(choice: str) -> str:
@@ -265,6 +277,7 @@ def make_plan(
     dtype: torch.dtype,
     needs_grad: bool,
     recompute: bool,
+    bf16_weights: bool = False,
     dropout: float,
     sizes: dict[str, Any],
     seq_len: int,
@@ -276,6 +289,7 @@ def make_plan(
     Args:
         choice: what :func:`choose_backend` returned.
         needs_grad: whether a backward pass will follow.
+        bf16_weights: whether the products see weights rounded to bfloat16.
         dropout: the rate in effect.
         sizes: ``input_size``, ``hidden_size``, ``proj_size``, ``num_layers`` and ``bidirectional``.
     """
@@ -288,6 +302,10 @@ def make_plan(
         if name == "auto":
             name = "persistent" if gpu["persistent"] else "diagonal"
             reason += f"; {gpu['reason']}"
+    if bf16_weights and stores_bf16(name, dtype):
+        reason += "; weights are packed as bfloat16"
+    elif bf16_weights and name != "meta" and dtype != torch.bfloat16:
+        reason += f"; every call rounds the weights to bfloat16 first, and reads them as {str(dtype).removeprefix('torch.')}"
     isa = None
     schedule: dict[str, Any] = {}
     backward_schedule: dict[str, Any] = {}

@@ -4,6 +4,7 @@
 // Small stacks with every option run under every kind of schedule and every kind of pool: one thread a worker, all
 // workers on one thread, and threads that come one after another. What is checked beside the sanitizer's own findings:
 // every output is written (they start as NaN), and every schedule gives the same bits as one worker alone.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -16,7 +17,8 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/stack_cpu.h"
+#include "../../csrc/cpu/packed.h"
+#include "../../csrc/cpu/step.h"
 
 using namespace stacked_lstm;
 
@@ -39,20 +41,8 @@ class PlainPlatform : public cpu::Platform {
     for (std::thread& thread : threads) thread.join();
   }
   bool at_the_same_time() const override { return pool_ != Pool::one_after_another; }
-  void multiply(const cpu::GradientProduct<float>& p) override { plain(p); }
-  void multiply(const cpu::GradientProduct<double>& p) override { plain(p); }
 
  private:
-  template <typename T>
-  static void plain(const cpu::GradientProduct<T>& p) {
-    for (int64_t m = 0; m < p.m; ++m) {
-      for (int64_t n = 0; n < p.n; ++n) {
-        T sum = 0;
-        for (int64_t row = 0; row < p.rows; ++row) sum += p.a[row * p.lda + m] * p.b[row * p.ldb + n];
-        p.c[m * p.ldc + n] = p.accumulate ? p.c[m * p.ldc + n] + sum : sum;
-      }
-    }
-  }
   const Pool pool_;
 };
 
@@ -68,6 +58,7 @@ const Case kCases[] = {
     {"fewer steps than layers", 5, 2, 3, 5, 7, 0, false, false, true, Saving::full},
     {"no size a multiple of a vector", 3, 5, 9, 13, 21, 0, false, false, false, Saving::recompute},
     {"several panels", 2, 9, 6, 33, 150, 0, false, false, false, Saving::full},
+    {"two rows, several panels", 2, 2, 6, 9, 150, 0, false, false, false, Saving::full},
     {"lengths", 3, 7, 8, 9, 20, 0, false, true, true, Saving::full},
     {"lengths, both directions", 2, 4, 7, 6, 70, 0, true, true, true, Saving::recompute},
     {"projection", 3, 3, 8, 10, 140, 37, false, false, false, Saving::full},
@@ -81,9 +72,12 @@ struct Problem {
   StackShape shape;
   Dropout dropout;
   Saving saving;
+  bool bf16_weights = false;
   std::vector<T> input, h_0, c_0, grad_output, grad_h_n, grad_c_n;
   std::vector<std::vector<T>> weights;               // five a lane
   std::vector<T> output, h_n, c_n, reserve;          // forward
+  std::vector<T> inferred[2];                        // the output again, without a reserve: packs, then finds it packed
+  std::vector<T> stepped;                            // and again, step by step, where that can be
   std::vector<T> grad_input[2], grad_h_0, grad_c_0;  // backward
   std::vector<std::vector<T>> gradients;
 
@@ -100,9 +94,9 @@ struct Problem {
     }
     std::mt19937 random(7);
     std::uniform_real_distribution<double> uniform(-1, 1);
-    const auto fill = [&](std::vector<T>& v, int64_t n) {
+    const auto fill = [&](std::vector<T>& v, int64_t n, double scale = 1) {
       v.resize(static_cast<size_t>(n));
-      for (T& x : v) x = static_cast<T>(uniform(random));
+      for (T& x : v) x = static_cast<T>(scale * uniform(random));
     };
     fill(input, shape.rows() * c.input);
     fill(h_0, shape.lanes() * c.batch * out), fill(grad_h_n, shape.lanes() * c.batch * out);
@@ -111,7 +105,7 @@ struct Problem {
     for (int64_t lane = 0; lane < shape.lanes(); ++lane) {
       for (const int64_t n : {4 * c.hidden * shape.of_lane(lane).input, 4 * c.hidden * out, 4 * c.hidden, 4 * c.hidden,
                               c.projection * c.hidden}) {
-        fill(weights.emplace_back(), n);
+        fill(weights.emplace_back(), n, 1 / std::sqrt(static_cast<double>(c.hidden)));
       }
     }
   }
@@ -136,8 +130,21 @@ struct Problem {
                                 gradients[n + 3].data(), gradients[n + 4].data()});
     }
     cpu::forward(ForwardCall<T>{shape, x, lane_weights, h_0.data(), c_0.data(), dropout, saving, false, output.data(),
-                                h_n.data(), c_n.data(), reserve.data()},
+                                h_n.data(), c_n.data(), reserve.data(), bf16_weights},
                  workers, platform);
+    cpu::PackedStack<T> packed(shape, bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same);
+    for (std::vector<T>& again : inferred) {
+      again.assign(output.size(), nan);
+      std::vector<T> h(h_n.size()), c(c_n.size());
+      cpu::forward(ForwardCall<T>{shape, x, packed.ready() ? std::vector<LaneWeights<T>>{} : lane_weights, h_0.data(),
+                                  c_0.data(), dropout, Saving::none, false, again.data(), h.data(), c.data(), nullptr,
+                                  bf16_weights},
+                   workers, platform, &packed);
+    }
+    if (shape.directions == 1 && !shape.packed() && !dropout.active()) {
+      stepped.assign(output.size(), nan);
+      take_steps(packed, pool == Pool::one_thread ? 1 : workers.threads, platform);
+    }
     cpu::backward(BackwardCall<T>{shape,
                                   x,
                                   lane_weights,
@@ -154,12 +161,58 @@ struct Problem {
                                   {grad_input[0].data(), shape.directions == 2 ? grad_input[1].data() : nullptr},
                                   grad_h_0.data(),
                                   grad_c_0.data(),
-                                  lane_gradients},
+                                  lane_gradients,
+                                  bf16_weights},
                   workers, platform);
   }
 
+  void take_steps(const cpu::PackedStack<T>& packed, int64_t workers, PlainPlatform& platform) {
+    StackShape one = shape;
+    one.steps = 1;
+    const int64_t row = shape.batch * shape.layers[0].input, out = shape.batch * shape.layers.back().output();
+    std::vector<T> h = h_0, c = c_0, next_h(h.size()), next_c(c.size());
+    for (int64_t t = 0; t < shape.steps; ++t) {
+      cpu::step(cpu::StepCall<T>{one, packed, input.data() + t * row, shape.layers[0].input, h.data(), c.data(),
+                                 stepped.data() + t * out, next_h.data(), next_c.data()},
+                workers, platform);
+      h.swap(next_h), c.swap(next_c);
+    }
+    for (size_t n = 0; n < output.size(); ++n) {
+      step_error = std::max(step_error, std::abs(double{stepped[n]} - double{output[n]}));
+      largest_output = std::max(largest_output, std::abs(double{output[n]}));
+    }
+  }
+  double step_error = 0, largest_output = 0;
+
+  // What rounding explains of a step's error, as in tests/helpers.py: two results of sums in an order of their own.
+  double step_tolerance() const {
+    double inner = 1;
+    for (const LayerShape& layer : shape.layers) {
+      inner = std::max(inner, static_cast<double>(layer.input + layer.output()));
+      inner = std::max(inner, static_cast<double>(layer.hidden));
+    }
+    const double layers = static_cast<double>(shape.depth()), u = std::numeric_limits<T>::epsilon() / 2;
+    return 2 * 4 * 2 * layers * u * std::sqrt(inner) * largest_output;
+  }
+
+  void round_weights() {
+    for (size_t n = 0; n < weights.size(); ++n) {
+      if (n % 5 == 2 || n % 5 == 3) continue;  // biases
+      for (T& w : weights[n]) {
+        uint32_t bits;
+        const auto narrow = static_cast<float>(w);
+        std::memcpy(&bits, &narrow, sizeof bits);
+        bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+        float rounded;
+        std::memcpy(&rounded, &bits, sizeof rounded);
+        w = static_cast<T>(rounded);
+      }
+    }
+  }
+
   std::vector<std::vector<T>> results() const {
-    std::vector<std::vector<T>> all{output, h_n, c_n, grad_input[0], grad_input[1], grad_h_0, grad_c_0};
+    std::vector<std::vector<T>> all{output,        h_n,           c_n,      inferred[0], inferred[1],
+                                    grad_input[0], grad_input[1], grad_h_0, grad_c_0,    stepped};
     all.insert(all.end(), gradients.begin(), gradients.end());
     return all;
   }
@@ -186,8 +239,9 @@ void compare(const Problem<T>& problem, const std::vector<std::vector<T>>& expec
 }
 
 template <typename T>
-int run_case(const Case& c, const char* type) {
+int run_case(const Case& c, const char* type, bool bf16_weights = false) {
   Problem<T> problem(c);
+  problem.bf16_weights = bf16_weights;
   const Schedule alone = cpu::plan(problem.shape, 1, sizeof(T), false);
   problem.run({1, &alone}, Pool::threads);
   const auto expected = problem.results();
@@ -198,6 +252,22 @@ int run_case(const Case& c, const char* type) {
       ++failures;
       break;
     }
+  }
+  if (problem.step_error > problem.step_tolerance()) {
+    std::printf("FAILED %s (%s): a step is off by %g, and rounding explains %g\n", c.name, type, problem.step_error,
+                problem.step_tolerance());
+    ++failures;
+  }
+  if (bf16_weights) {
+    Problem<T> rounded(c);
+    rounded.round_weights();
+    rounded.run({1, &alone}, Pool::threads);
+    compare(rounded, expected, std::string(c.name) + " (" + type + "), weights rounded beforehand");
+  }
+  for (const std::vector<T>& again : problem.inferred) {
+    if (again == problem.output) continue;
+    std::printf("FAILED %s (%s): inference differs from the forward pass of training\n", c.name, type);
+    ++failures;
   }
   int runs = 1;
   const int64_t depth = c.layers;
@@ -250,7 +320,10 @@ int run_side_by_side() {
 
 int main() {
   int runs = 0;
-  for (const Case& c : kCases) runs += run_case<float>(c, "float32") + run_case<double>(c, "float64");
+  for (const Case& c : kCases) {
+    runs += run_case<float>(c, "float32") + run_case<double>(c, "float64");
+    runs += run_case<float>(c, "float32, weights stored as bfloat16", true);
+  }
   runs += run_side_by_side();
   std::printf("%d runs, %d failures\n", runs, failures);
   return failures > 0;

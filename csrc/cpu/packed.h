@@ -1,0 +1,92 @@
+// csrc/cpu/packed.h: the weights of a stack in the order in which the forward kernels read them (panels, see kernels.h).
+//
+// A call packs its weights into its own workspace, or into a PackedStack that its caller keeps for later calls
+// (csrc/packed_cache.h). The two hold the same numbers at the same places, so a call cannot tell them apart.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../stack.h"
+#include "kernels.h"
+#include "workspace.h"
+
+namespace stacked_lstm::cpu {
+
+// The recurrent product has four vectors a panel while few rows share each weight, and then its tile is as large as
+// the registers allow for those few rows; else two. A function of the batch alone: see "Bits" in kernels.h.
+inline int64_t recurrent_width(int64_t batch) { return batch <= 6 ? 4 : 2; }
+// All other products.
+inline constexpr int64_t kWidth = 2;
+
+inline int64_t panels_of(int64_t columns, int64_t width, int64_t lanes) {
+  return (columns + width * lanes - 1) / (width * lanes);
+}
+inline int64_t panel_elements(int64_t columns, int64_t inner, int64_t width, int64_t lanes) {
+  return panels_of(columns, width, lanes) * width * lanes * inner;
+}
+
+template <typename T>
+struct PackedLane {
+  void *weight_ih, *weight_hh;  // gate order; kWidth and recurrent_width(batch) vectors a panel
+  T* bias;                      // b_ih + b_hh, gate order
+  void* weight_hr;              // plain order; null without a projection
+};
+
+// The lanes' places in memory that take(bytes) returns.
+template <typename T, typename Take>
+std::vector<PackedLane<T>> lay_out(const StackShape& shape, Storage storage, Take&& take) {
+  const int64_t stored = stored_bytes(storage, sizeof(T));
+  std::vector<PackedLane<T>> lanes;
+  for (int64_t n = 0; n < shape.lanes(); ++n) {
+    const LayerShape& layer = shape.of_lane(n);
+    const int64_t gate_rows = 4 * layer.padded_hidden();
+    PackedLane<T> lane{};
+    lane.weight_ih = take(gate_rows * layer.input * stored);
+    lane.weight_hh = take(gate_rows * layer.output() * stored);
+    lane.bias = reinterpret_cast<T*>(take(gate_rows * int64_t{sizeof(T)}));
+    if (layer.projection > 0) {
+      lane.weight_hr = take(panel_elements(layer.projection, layer.hidden, kWidth, kernels<T>().lanes) * stored);
+    }
+    lanes.push_back(lane);
+  }
+  return lanes;
+}
+
+template <typename T>
+class PackedStack {
+ public:
+  // Places for the weights of `shape`; the first call that is given them packs.
+  // Throws std::runtime_error when there is no memory.
+  PackedStack(const StackShape& shape, Storage storage) : memory_(Workspace::Pages::as_needed), storage_(storage) {
+    // One piece, so that no weight stands on a page of its own.
+    lay_out<T>(shape, storage, [&](int64_t bytes) {
+      bytes_ += round_up(bytes, kAligned);
+      return static_cast<char*>(nullptr);
+    });
+    char* next = memory_.take<char>(bytes_);
+    lanes_ = lay_out<T>(shape, storage, [&](int64_t bytes) {
+      char* place = next;
+      next += round_up(bytes, kAligned);
+      return place;
+    });
+  }
+
+  const std::vector<PackedLane<T>>& lanes() const { return lanes_; }
+  Storage storage() const { return storage_; }
+  int64_t bytes() const { return bytes_; }
+  // Whether the weights are there. Set once, by the call that packs, before any other call is given the stack.
+  bool ready() const { return ready_; }
+  void set_ready() { ready_ = true; }
+
+ private:
+  static constexpr int64_t kAligned = 128;  // a pair of cache lines
+
+  Workspace memory_;
+  const Storage storage_;
+  std::vector<PackedLane<T>> lanes_;
+  int64_t bytes_ = 0;
+  bool ready_ = false;
+};
+
+}  // namespace stacked_lstm::cpu

@@ -1,0 +1,211 @@
+// csrc/cpu/step.cpp: one time step of a stack.
+//
+// At B = 1 a step is the reading of all weights, once. Every worker owns a slice of the units of every layer, and of a
+// layer
+//   1. b + W_hh·h, which needs nothing of this step: it is done while the layer below is being finished elsewhere;
+//   2. wait for the layer below, all slices; add W_ih·x and run the cell;
+//   3. with a projection, hand over o·tanh(c), wait for all slices, and take W_hr times it.
+//
+// Hazard. Every buffer of a layer is its own and is written once: nothing is overwritten that a slower worker may read.
+#include "step.h"
+
+#include <algorithm>
+#include <new>
+
+#include "wave.h"
+
+namespace stacked_lstm::cpu {
+namespace {
+
+constexpr double kWakeNs = 10000;  // what a pool's thread takes that has gone to sleep since the step before
+
+template <typename T>
+class StackStep {
+ public:
+  StackStep(const StepCall<T>& call, int64_t workers, Platform& platform)
+      : call_(call),
+        shape_(call.shape),
+        kernels_(kernels<T>()),
+        platform_(platform),
+        workers_(workers),
+        team_(workers, platform.at_the_same_time()) {
+    int64_t units = 0, columns = 0;
+    for (const LayerShape& layer : shape_.layers) {
+      units = std::max(units, layer.padded_hidden());
+      columns = std::max(columns, std::max(round_up(layer.output(), kWidth * kernels_.lanes), layer.padded_hidden()));
+    }
+    const int64_t layers = shape_.depth();
+    ldh_ = columns, ldc_ = units;
+    h_ = memory_->template take<T>(layers * shape_.batch * ldh_);
+    c_ = memory_->template take<T>(layers * shape_.batch * ldc_);
+    gates_ = memory_->template take<T>(layers * shape_.batch * 4 * ldc_);
+    hidden_ = shape_.layers[0].projection > 0 ? memory_->template take<T>(layers * shape_.batch * ldc_) : nullptr;
+    done_ = memory_->template take<Count>(workers_);
+    for (int64_t n = 0; n < workers_; ++n) new (done_ + n) Count;
+  }
+
+  int64_t run() {
+    const auto member = [this](int64_t share) {
+      team_.work(share, [this](int64_t rank, int64_t size) {
+        for (int64_t layer = 0; layer < shape_.depth(); ++layer) run_layer(layer, rank, size);
+      });
+    };
+    if (workers_ == 1) {
+      member(1);
+    } else {
+      platform_.parallel(workers_, member);
+    }
+    team_.rethrow();
+    return team_.size();
+  }
+
+ private:
+  // Hand-overs of a worker count up through the layers.
+  void hand_over(int64_t rank, int64_t count) { publish(done_[rank], count); }
+  void wait_all(int64_t size, int64_t count) const {
+    for (int64_t n = 0; n < size; ++n) team_.wait(done_[n], count);
+  }
+
+  void run_layer(int64_t index, int64_t rank, int64_t size) {
+    const LayerShape& layer = shape_.layers[static_cast<size_t>(index)];
+    const PackedLane<T>& weights = call_.weights.lanes()[static_cast<size_t>(index)];
+    const Storage storage = call_.weights.storage();
+    const int64_t batch = shape_.batch, hidden = layer.hidden, padded = layer.padded_hidden(), out = layer.output();
+    const int64_t lanes = kernels_.lanes, width = recurrent_width(batch);
+    const bool projects = layer.projection > 0;
+    const int64_t hand_overs = projects ? 2 : 1;  // a layer
+    const Range blocks = share_of(padded / lanes, rank, size);
+    const Range units{std::min(blocks.first * lanes, hidden), std::min(blocks.last * lanes, hidden)};
+    T* const gates = gates_ + index * batch * 4 * ldc_;
+    T* const h = h_ + index * batch * ldh_;
+    T* const c = c_ + index * batch * ldc_;
+    const T* const h_0 = call_.h_0 + index * batch * out;
+    const T* const c_0 = call_.c_0 + index * batch * hidden;
+    T* const h_n = call_.h_n + index * batch * out;
+    T* const c_n = call_.c_n + index * batch * hidden;
+
+    kernels_.product({
+        .panels = {weights.weight_hh, storage},
+        .width = width,
+        .first_panel = blocks.first * 4 / width,
+        .last_panel = blocks.last * 4 / width,
+        .a = h_0,
+        .lda = out,
+        .rows = batch,
+        .unroll_rows = batch,
+        .inner = out,
+        .init = weights.bias,
+        .c = gates,
+        .ldc = 4 * padded,
+    });
+    for (int64_t b = 0; b < batch; ++b) {
+      T* const row = c + b * padded;
+      std::fill(row + std::max(units.last, blocks.first * lanes), row + blocks.last * lanes, T(0));
+      copy(c_0 + b * hidden, row, units);
+    }
+    wait_all(size, index * hand_overs);
+    StepForward<T> step{
+        .panels = {weights.weight_ih, storage},
+        .width = kWidth,
+        .first_block = blocks.first,
+        .last_block = blocks.last,
+        .h = index == 0 ? call_.input : h_ + (index - 1) * batch * ldh_,
+        .ldh = index == 0 ? call_.input_stride : ldh_,
+        .rows = batch,
+        .unroll_rows = batch,
+        .inner = layer.input,
+        .projected = gates,
+        .hidden = hidden,
+        .padded_hidden = padded,
+        .c = c,
+        .h_next = h,
+        .ldh_next = ldh_,
+        .y = h_n,
+        .ldy = out,
+        .saved_c = nullptr,
+        .saved_gates = nullptr,
+    };
+    Range columns = units;
+    if (projects) step.h_next = hidden_ + index * batch * ldc_, step.ldh_next = ldc_, step.y = nullptr;
+    kernels_.step_forward(step);
+    if (projects) {
+      hand_over(rank, index * hand_overs + 1);
+      wait_all(size, index * hand_overs + 1);
+      const Range panels = share_of(panels_of(out, kWidth, lanes), rank, size);
+      kernels_.product({
+          .panels = {weights.weight_hr, storage},
+          .width = kWidth,
+          .first_panel = panels.first,
+          .last_panel = panels.last,
+          .a = step.h_next,
+          .lda = ldc_,
+          .rows = batch,
+          .unroll_rows = batch,
+          .inner = hidden,
+          .c = h,
+          .ldc = ldh_,
+      });
+      columns = {std::min(panels.first * kWidth * lanes, out), std::min(panels.last * kWidth * lanes, out)};
+      for (int64_t b = 0; b < batch; ++b) copy(h + b * ldh_, h_n + b * out, columns);
+    }
+    hand_over(rank, (index + 1) * hand_overs);
+    for (int64_t b = 0; b < batch; ++b) copy(c + b * padded, c_n + b * hidden, units);
+    if (index + 1 == shape_.depth()) {
+      for (int64_t b = 0; b < batch; ++b) copy(h_n + b * out, call_.output + b * out, columns);
+    }
+  }
+
+  static void copy(const T* from, T* to, const Range& columns) {
+    std::copy(from + columns.first, from + columns.last, to + columns.first);
+  }
+
+  const StepCall<T>& call_;
+  const StackShape& shape_;
+  const Kernels<T>& kernels_;
+  Platform& platform_;
+  const int64_t workers_;
+  Team team_;
+  Workspace::Lease memory_;
+  int64_t ldh_, ldc_;
+  T *h_, *c_, *gates_;  // of each layer, [sequence][…], whole vectors
+  T* hidden_;           // o·tanh(c); with a projection
+  Count* done_;         // of each worker
+};
+
+}  // namespace
+
+int64_t step_workers(const StackShape& shape, int64_t threads, int64_t element, Storage storage) {
+  const CpuMachine& m = machine(element);
+  double bytes = 0, products = 0, cells = 0, hand_overs = 0;
+  int64_t narrowest = shape.layers[0].padded_hidden();
+  for (const LayerShape& layer : shape.layers) {
+    const double weights = static_cast<double>(4 * layer.hidden * (layer.input + layer.output())) +
+                           static_cast<double>(layer.projection * layer.hidden);
+    bytes += weights * static_cast<double>(stored_bytes(storage, element));
+    products += weights * static_cast<double>(shape.batch);
+    cells += static_cast<double>(layer.hidden * shape.batch);
+    hand_overs += layer.projection > 0 ? 2 : 1;
+    narrowest = std::min(narrowest, layer.padded_hidden());
+  }
+  int64_t best = 1;
+  double least = 0;
+  for (int64_t workers = 1; workers <= std::min(threads, narrowest / kUnitPadding); ++workers) {
+    const double share = 1 / static_cast<double>(workers);
+    const double rate = bytes * share < m.l2_bytes ? m.near_rate : m.far_rate;
+    double cost = share * (std::max(products / m.multiply_adds, bytes / rate) + cells * m.cell);
+    if (workers > 1) cost = cost * m.imbalance + kWakeNs + hand_overs * m.hand_over;
+    if (workers == 1 || cost < least) best = workers, least = cost;
+  }
+  return best;
+}
+
+template <typename T>
+Schedule step(const StepCall<T>& call, int64_t workers, Platform& platform) {
+  Schedule schedule;
+  schedule.phase[0] = {0, call.shape.depth(), 1, StackStep<T>(call, workers, platform).run()};
+  return schedule;
+}
+template Schedule step(const StepCall<float>&, int64_t, Platform&);
+template Schedule step(const StepCall<double>&, int64_t, Platform&);
+
+}  // namespace stacked_lstm::cpu

@@ -1,0 +1,166 @@
+// csrc/step.cpp: see step.h.
+#include "step.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+
+#include <algorithm>
+#include <array>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/step.h"
+#include "packed_cache.h"
+
+namespace stacked_lstm {
+namespace {
+
+using at::Tensor;
+
+// A dense CPU tensor that nothing but autograd and autocast could want to see, and they do not.
+bool is_plain(const Tensor& tensor, bool grad_mode) {
+  constexpr auto ignored = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
+  return (tensor.key_set() - ignored) == c10::DispatchKeySet(c10::DispatchKey::CPU) &&
+         !(grad_mode && tensor.requires_grad());
+}
+
+bool somebody_watches() {
+  return at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled() ||
+         at::autocast::is_autocast_enabled(at::kCPU) || torch::jit::tracer::isTracing();
+}
+
+// Fills `shape`; false where the arguments do not fit each other.
+bool shape_of(const StepArguments& a, StackShape& shape) {
+  const bool batched = a.input.dim() == 2;
+  const int64_t a_lane = 2 + (a.bias ? 2 : 0) + (a.proj_size > 0 ? 1 : 0), state_dims = batched ? 3 : 2;
+  if ((!batched && a.input.dim() != 1) || a.h_0.dim() != state_dims || a.c_0.dim() != state_dims) return false;
+  if (a.layers < 1 || static_cast<int64_t>(a.weights.size()) != a.layers * a_lane) return false;
+  const int64_t hidden = a.c_0.size(-1), output = a.proj_size > 0 ? a.proj_size : hidden;
+  shape.steps = 1;
+  shape.batch = batched ? a.input.size(0) : 1;
+  shape.layers.clear();
+  for (int64_t k = 0; k < a.layers; ++k) {
+    const Tensor* w = &a.weights[static_cast<size_t>(k * a_lane)];
+    const int64_t input = k == 0 ? a.input.size(-1) : output;
+    const auto is = [](const Tensor& tensor, int64_t rows, int64_t columns) {
+      return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
+    };
+    const auto is_bias = [&](const Tensor& tensor) { return tensor.dim() == 1 && tensor.size(0) == 4 * hidden; };
+    if (!is(w[0], 4 * hidden, input) || !is(w[1], 4 * hidden, output)) return false;
+    if (a.bias && (!is_bias(w[2]) || !is_bias(w[3]))) return false;
+    if (a.proj_size > 0 && !is(w[a_lane - 1], output, hidden)) return false;
+    shape.layers.push_back({input, hidden, a.proj_size});
+  }
+  const auto is_state = [&](const Tensor& state, int64_t width) {
+    return state.size(0) == a.layers && (!batched || state.size(1) == shape.batch) && state.size(-1) == width;
+  };
+  return shape.batch > 0 && hidden > 0 && is_state(a.h_0, output) && is_state(a.c_0, hidden);
+}
+
+// A thread's memory for the fp32 numbers of 16-bit tensors. It only grows.
+class Floats {
+ public:
+  explicit Floats(int64_t count) {
+    if (static_cast<int64_t>(memory().size()) < count) memory().resize(static_cast<size_t>(count));
+    next_ = memory().data();
+  }
+  float* take(int64_t count) {
+    float* const place = next_;
+    next_ += count;
+    return place;
+  }
+  template <typename Narrow>
+  const float* widened(const Tensor& tensor, int64_t count) {
+    const Narrow* const from = tensor.const_data_ptr<Narrow>();
+    return std::copy(from, from + count, next_), take(count);
+  }
+
+ private:
+  static std::vector<float>& memory() {
+    thread_local std::vector<float> floats;
+    return floats;
+  }
+  float* next_;
+};
+
+// T: of the tensors. A: of the arithmetic.
+template <typename T, typename A>
+bool run(const StepArguments& a, const StackShape& shape, int64_t threads, cpu::Platform& platform,
+         StepResults& results) {
+  const bool bf16 = a.bf16_weights || std::is_same_v<T, at::BFloat16>;
+  const auto storage = bf16 ? cpu::Storage::bf16 : cpu::Storage::same;
+  const auto packed = peek_packed<A>(a.weights, shape.batch, storage);
+  if (!packed) return false;
+  const int64_t workers = cpu::step_workers(shape, threads, sizeof(A), storage);
+  std::array<int64_t, 2> sizes{shape.batch, shape.layers.back().output()};
+  const auto type = a.input.scalar_type();
+  const at::IntArrayRef output_sizes = a.input.dim() == 2 ? at::IntArrayRef(sizes) : at::IntArrayRef(sizes).slice(1);
+  results.output = at::detail::empty_cpu(output_sizes, type);
+  results.h_n = at::detail::empty_cpu(a.h_0.sizes(), type);
+  results.c_n = at::detail::empty_cpu(a.c_0.sizes(), type);
+  T *const output = results.output.mutable_data_ptr<T>(), *const h_n = results.h_n.mutable_data_ptr<T>(),
+           *const c_n = results.c_n.mutable_data_ptr<T>();
+  const int64_t input_stride = a.input.dim() == 2 ? a.input.stride(0) : shape.layers[0].input;
+  if constexpr (std::is_same_v<T, A>) {
+    const cpu::StepCall<A> call{shape,
+                                *packed,
+                                a.input.const_data_ptr<A>(),
+                                input_stride,
+                                a.h_0.const_data_ptr<A>(),
+                                a.c_0.const_data_ptr<A>(),
+                                output,
+                                h_n,
+                                c_n};
+    results.schedule = cpu::step(call, workers, platform);
+  } else {
+    const int64_t inputs = a.input.numel(), outputs = results.output.numel(), hs = a.h_0.numel(), cs = a.c_0.numel();
+    Floats floats(inputs + outputs + 2 * (hs + cs));
+    const float *const x = floats.widened<T>(a.input, inputs), *const h_0 = floats.widened<T>(a.h_0, hs),
+                       *const c_0 = floats.widened<T>(a.c_0, cs);
+    float *const y = floats.take(outputs), *const h = floats.take(hs), *const c = floats.take(cs);
+    results.schedule =
+        cpu::step(cpu::StepCall<A>{shape, *packed, x, shape.layers[0].input, h_0, c_0, y, h, c}, workers, platform);
+    std::copy(y, y + outputs, output), std::copy(h, h + hs, h_n), std::copy(c, c + cs, c_n);
+  }
+  return true;
+}
+
+}  // namespace
+
+std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Platform& platform) {
+  const bool grad_mode = c10::GradMode::is_enabled();
+  const auto type = a.input.scalar_type();
+  const auto fits = [&](const Tensor& tensor) { return is_plain(tensor, grad_mode) && tensor.scalar_type() == type; };
+  if (somebody_watches() || !fits(a.input) || !fits(a.h_0) || !fits(a.c_0) ||
+      !std::all_of(a.weights.begin(), a.weights.end(), fits)) {
+    return {};
+  }
+  // Rows may be apart, but only where they are not copied anyway.
+  const bool wide = type == at::kFloat || type == at::kDouble;
+  const bool rows_stand = wide ? a.input.dim() > 0 && a.input.stride(-1) == 1 : a.input.is_contiguous();
+  if (!rows_stand || !a.h_0.is_contiguous() || !a.c_0.is_contiguous()) return {};
+  if (a.bf16_weights && type != at::kFloat) return {};
+  thread_local StackShape shape;  // keeps its memory
+  if (!shape_of(a, shape)) return {};
+
+  StepResults results;
+  results.shape = &shape;
+  bool done = false;
+  if (type == at::kFloat) {
+    done = run<float, float>(a, shape, threads, platform, results);
+  } else if (type == at::kDouble) {
+    done = run<double, double>(a, shape, threads, platform, results);
+  } else if (type == at::kBFloat16) {
+    done = run<at::BFloat16, float>(a, shape, threads, platform, results);
+  } else if (type == at::kHalf) {
+    done = run<at::Half, float>(a, shape, threads, platform, results);
+  }
+  if (!done) return {};
+  return results;
+}
+
+}  // namespace stacked_lstm
