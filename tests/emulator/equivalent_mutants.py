@@ -539,14 +539,6 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/cuda/persistent_backward.cuh",
-        function="BackwardCells",
-        kind="guard",
-        change="always true",
-        code="!was_active_",
-        reason="written over by a later step of the same sequence, or by finish()",
-    ),
-    Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
         function="prefetch",
         kind="guard",
         change="always true",
