@@ -40,6 +40,7 @@ AWKWARD = [  # layers, batch, steps, input, hidden: each row has broken an LSTM 
     (1, 2, 3, 1023, 16),  # an input of almost a thousand
     (2, 1023, 2, 3, 3),  # a batch of almost a thousand
     (2, 1, 1023, 3, 3),  # almost a thousand steps
+    (1, 8, 60, 40, 112),  # weight gradients summed in blocks of rows, parts of which are copied
 ]
 
 

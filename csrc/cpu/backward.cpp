@@ -36,7 +36,7 @@ class BackwardWave : Wave<T> {
         width_(recurrent_width(call.shape.batch)),
         storage_(storage_of(call)),
         recompute_(call.saving == Saving::recompute),
-        staged_rows_(std::max<int64_t>(this->chunk_rows_, kGradientRows)) {
+        staged_rows_(std::max<int64_t>(this->chunk_rows_, kGradientRows<T>)) {
     for (int64_t n = 0; n < this->lane_count_; ++n) lanes_.push_back(make_lane(lane_of(n)));
     widest_ = round_up(std::max({this->widest_input_, this->widest_output_, this->widest_hidden_}), kUnitPadding * 4);
     const int64_t below = shape_.rows() * this->widest_input_;
@@ -53,7 +53,8 @@ class BackwardWave : Wave<T> {
       const int64_t ld = widest_ + kRowPadding;
       scratch_.push_back({memory_->take<T>(staged_rows_ * ld), memory_->take<T>(this->chunk_rows_ * ld),
                           recompute_ ? memory_->take<T>(this->chunk_rows_ * 4 * this->widest_hidden_) : nullptr,
-                          memory_->take<T>(shape_.batch * ld), memory_->take<T>(this->chunk_rows_ * ld)});
+                          memory_->take<T>(shape_.batch * ld), memory_->take<T>(this->chunk_rows_ * ld),
+                          call.gradients.empty() ? nullptr : memory_->take<T>(kGradientScratch<T>)});
     }
   }
 
@@ -67,10 +68,6 @@ class BackwardWave : Wave<T> {
   }
 
  private:
-  // Rows of x or h that are copied at a time where a weight gradient cannot read them in place. Sums go piece by piece,
-  // so this must not depend on the schedule.
-  static constexpr int64_t kGradientRows = 256;
-
   struct Lane {
     void *weight_ih, *weight_hh, *weight_hr;  // packed for backward: columns as they stand
     void *gates_ih, *gates_hh;                // packed for forward: with recomputation
@@ -84,6 +81,7 @@ class BackwardWave : Wave<T> {
     T* gates;   // with recomputation: those of a chunk
     T* dh;      // of a step
     T* dinput;  // dG·W_ih of a chunk
+    T* gradient;
   };
 
   int64_t lane_of(int64_t position) const { return lane_at(position, this->lane_count_, true); }
@@ -496,17 +494,17 @@ class BackwardWave : Wave<T> {
       }
     }
 
-    // Adds up dGᵀ·b over pieces of rows: `b` and `rows` of a piece, and the row of dG it starts at.
+    // Adds up dGᵀ·b over pieces of rows (that must not depend on the schedule: sums go piece by piece): `b` and `rows` of a piece, and the row of dG it starts at.
     void add_product(T* c, int64_t columns, const Range& units, int64_t first_row, const T* b, int64_t ldb,
                      int64_t rows, bool accumulate) {
       const T* a = dgates_ + first_row * lddg_;
       if (units.size() == hidden_ && padded_ == hidden_) {  // all gate rows in one product
-        w_.kernels_.gradient({c, columns, a, lddg_, b, ldb, rows, 4 * hidden_, columns, accumulate});
+        w_.kernels_.gradient({c, columns, a, lddg_, b, ldb, rows, 4 * hidden_, columns, accumulate, scratch_.gradient});
         return;
       }
       for (int64_t gate = 0; gate < 4; ++gate) {
         w_.kernels_.gradient({c + (gate * hidden_ + units.first) * columns, columns, a + gate * padded_ + units.first,
-                              lddg_, b, ldb, rows, units.size(), columns, accumulate});
+                              lddg_, b, ldb, rows, units.size(), columns, accumulate, scratch_.gradient});
       }
     }
 
@@ -569,7 +567,7 @@ class BackwardWave : Wave<T> {
       int64_t row = 0;
       for (int64_t t = 0; t < shape.steps;) {
         int64_t last = t + 1;
-        while (last < shape.steps && shape.first_row(last + 1) - shape.first_row(t) <= kGradientRows) ++last;
+        while (last < shape.steps && shape.first_row(last + 1) - shape.first_row(t) <= kGradientRows<T>) ++last;
         const int64_t rows = stage(Range{t, last}, scratch_.staged, ldo);
         add_product(c, columns, units, row, scratch_.staged, ldo, rows, row > 0);
         row += rows, t = last;
@@ -579,7 +577,7 @@ class BackwardWave : Wave<T> {
     // dW_hr = dhᵀ·(o·tanh(c)).
     void projection_gradient(const LaneGradients<T>& g, const Range& own) {
       w_.kernels_.gradient({g.weight_hr + own.first * hidden_, hidden_, dh_rows_ + own.first, lddr_, hidden_rows_, ldm_,
-                            w_.shape_.rows(), own.size(), hidden_, false});
+                            w_.shape_.rows(), own.size(), hidden_, false, scratch_.gradient});
     }
 
     BackwardWave& w_;

@@ -93,7 +93,16 @@ struct StepBackward {
   int64_t ldm;
 };
 
-// c[m][n] = Σ over rows of a[row][m]·b[row][n], added to c with `accumulate`: a weight gradient.
+// c[m][n] = Σ over rows of a[row][m]·b[row][n], added to c with `accumulate`: a weight gradient. It is summed in blocks of
+// so many rows, and of a and b as much is copied to `scratch` at a time as stays in a second-level cache.
+template <typename T>
+inline constexpr int64_t kGradientRows = 1536 / int64_t{sizeof(T)};
+inline constexpr int64_t kGradientColumns = 280;  // of a
+inline constexpr int64_t kWidestVectorBytes = 64;
+template <typename T>
+inline constexpr int64_t kGradientScratch =
+    kGradientRows<T> * (kGradientColumns + 2 * kWidestVectorBytes / int64_t{sizeof(T)});
+
 template <typename T>
 struct GradientProduct {
   T* c;
@@ -104,6 +113,7 @@ struct GradientProduct {
   int64_t ldb;
   int64_t rows, m, n;
   bool accumulate;
+  T* scratch;  // kGradientScratch of them
 };
 
 template <typename T>

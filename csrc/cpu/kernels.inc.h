@@ -267,20 +267,23 @@ void sum_rows(const T* a, int64_t lda, int64_t rows, int64_t columns, T* sum) {
 
 // ---- Weight gradients -----------------------------------------------------------------------------------------------
 //
-//       two vectors              dW = dGᵀ·x sums over the rows of both, so a tile broadcasts along a row of dG, not down a
-//      ┌───────────┐             column. A block of rows of x, two vectors of it, is copied to where the first-level cache
-//  row │ panel (L1)│             holds it for all of a block of dG, and that stays in the second-level cache for all of x.
-//      └───────────┘
-//  row ▒▒▒▒▒ dG → broadcast a[row][m]
+//          two vectors           dW = dGᵀ·x sums over the rows of both, so a tile broadcasts along a row of dG, not down a
+//         ┌───────────┐          column. The rows of a block are copied, as the tiles read them: of dG so many columns that
+//   rows  │ x (L1/L2) │          their copies stay in the second-level cache for all of x, and two vectors of x, which stay
+//         └───────────┘          there for all of those columns. dW is read and written once a block. What of dG is there
+//  ▒▒▒▒▒▒ dG (L2) → broadcast    already, because it is small, is read where it is.
 
-inline constexpr int64_t kGradientRows = 128;      // a block of rows: 16 KiB of a panel
-inline constexpr int64_t kGradientColumns = 1024;  // of dG: with that many rows, half a megabyte
-inline constexpr int kGradientAhead = 8;           // rows of dG to ask for ahead of their use
+inline constexpr int64_t kGradientCache = 512 << 10;  // bytes of dG, gaps between rows included
+inline constexpr int kGradientAhead = 8;              // rows of dG to ask for ahead of their use
 
 template <typename T, int Rows>
 void gradient_tile(const T* __restrict a, int64_t lda, const T* __restrict panel, int64_t rows, T* c, int64_t ldc,
                    int64_t columns, bool accumulate) {
   constexpr int V = kLanes<T>, Width = 2;
+  unroll<Rows>([&](auto m) INLINE_LAMBDA {
+    __builtin_prefetch(c + m * ldc, 1);
+    __builtin_prefetch(c + m * ldc + V, 1);
+  });
   Vec<T> sum[Rows * Width] = {};
   for (int64_t row = 0; row < rows; ++row, a += lda, panel += Width * V) {
     const Vec<T> x[Width] = {load(panel), load(panel + V)};
@@ -317,16 +320,34 @@ constexpr GradientTiles<T> gradient_tiles_of(std::integer_sequence<int, row...>)
 template <typename T>
 constexpr GradientTiles<T> kGradientTiles = gradient_tiles_of<T>(std::make_integer_sequence<int, kTileRows<2>>{});
 
+// `count` columns of each row, one row after the other.
+template <typename T>
+void copy_columns(const T* from, int64_t ld, int64_t rows, int64_t count, T* to) {
+  for (int64_t row = 0; row < rows; ++row, from += ld, to += count) {
+    __builtin_prefetch(from + kGradientAhead * ld);
+    __builtin_prefetch(from + kGradientAhead * ld + count - 1);
+    for (int64_t m = 0; m < count; ++m) to[m] = from[m];
+  }
+}
+
 // Every element is the sum of its blocks' sums, in their order: how m and n were shared out cannot be seen in it.
 template <typename T>
 void gradient(const GradientProduct<T>& p) {
   constexpr int V = kLanes<T>, columns = 2 * V;
-  alignas(STACKED_LSTM_VECTOR_BYTES) T panel[kGradientRows * columns];
+  T *const some_a = p.scratch, *const panel = p.scratch + kGradientRows<T> * kGradientColumns;
   int64_t first = 0;
   do {  // once without any rows, for zeros
-    const int64_t rows = p.rows - first < kGradientRows ? p.rows - first : kGradientRows;
+    const int64_t rows = p.rows - first < kGradientRows<T> ? p.rows - first : kGradientRows<T>;
+    const bool accumulate = p.accumulate || first > 0;
+    const bool in_place = rows * p.lda * int64_t{sizeof(T)} <= kGradientCache;
     for (int64_t m0 = 0; m0 < p.m; m0 += kGradientColumns) {
       const int64_t some = p.m - m0 < kGradientColumns ? p.m - m0 : kGradientColumns;
+      const T* const a = p.a + first * p.lda + m0;
+      if (!in_place) {
+        share_rows(some, kTileRows<2>, [&](int64_t m, int64_t count) INLINE_LAMBDA {
+          copy_columns(a + m, p.lda, rows, count, some_a + rows * m);
+        });
+      }
       for (int64_t n = 0; n < p.n; n += columns) {
         for (int64_t row = 0; row < rows; ++row) {
           for (int64_t v = 0; v < columns; v += V) {
@@ -336,12 +357,12 @@ void gradient(const GradientProduct<T>& p) {
           }
         }
         share_rows(some, kTileRows<2>, [&](int64_t m, int64_t count) INLINE_LAMBDA {
-          kGradientTiles<T>.of[count](p.a + first * p.lda + m0 + m, p.lda, panel, rows, p.c + (m0 + m) * p.ldc + n,
-                                      p.ldc, p.n - n, p.accumulate || first > 0);
+          kGradientTiles<T>.of[count](in_place ? a + m : some_a + rows * m, in_place ? p.lda : count, panel, rows,
+                                      p.c + (m0 + m) * p.ldc + n, p.ldc, p.n - n, accumulate);
         });
       }
     }
-    first += kGradientRows;
+    first += kGradientRows<T>;
   } while (first < p.rows);
 }
 

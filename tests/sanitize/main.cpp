@@ -64,6 +64,7 @@ const Case kCases[] = {
     {"projection", 3, 3, 8, 10, 140, 37, false, false, false, Saving::full},
     {"projection, both directions, lengths", 2, 5, 6, 4, 19, 5, true, true, true, Saving::full},
     {"both directions", 3, 2, 5, 8, 16, 0, true, false, true, Saving::full},
+    {"weight gradients in blocks of rows", 1, 16, 26, 9, 96, 0, false, false, false, Saving::full},
 };
 
 // Everything a call reads and writes.
