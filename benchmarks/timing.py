@@ -1,6 +1,8 @@
-"""How long they take: contestants interleaved in rounds (A B C A B C …), medians over calls, disturbed rounds left out.
+"""How long they take: contestants interleaved in rounds (A B C, B C A, …), medians over calls, disturbed rounds left out.
 
-Interleaving puts a drift of the machine (clock, temperature, neighbours) on all contestants alike. On Linux a round
+Interleaving puts a drift of the machine (clock, temperature, neighbours) on all contestants alike, and so does the order,
+another one in each round, with what one contestant leaves behind for the next: memory that it has freed, above all, which a
+virtual machine may have to ask its host for again. On Linux a round
 also counts the processor time that other processes took meanwhile; rounds with more than a trace of it are left out
 where enough quiet ones remain.
 """
@@ -75,7 +77,8 @@ def interleave(
             started = time.perf_counter()
             before = other_processor_seconds()
             turn = Round(disturbed=False)
-            for name, prepared in contestants.items():
+            first = len(rounds) % len(contestants)
+            for name, prepared in [*contestants.items()][first:] + [*contestants.items()][:first]:
                 with prepared.context():
                     if calls[name] > 1:
                         prepared.step()  # caches and worker threads are the previous contestant's
