@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -308,6 +309,13 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return fresh;
 }
 
+Tensor empty_reserve(int64_t elements, const at::TensorOptions& options) {
+  const int64_t bytes = elements * static_cast<int64_t>(options.dtype().itemsize());
+  if (bytes < (int64_t{1} << 20)) return at::empty({elements}, options);
+  cpu::LargeMemory* const memory = cpu::take_large(bytes);
+  return at::from_blob(memory->data, {elements}, [memory](void*) { cpu::give_back(memory); }, options);
+}
+
 void remember(decltype(Run::how) how, const Call& call, const std::string& saving, bool backward) {
   last_run = Run{std::move(how), call.input.device().str(), backward, saving, call.shape, call.input.scalar_type()};
 }
@@ -320,7 +328,7 @@ Results forward_cpu(const Call& call, const std::string& saving) {
   const StackShape& shape = call.shape;
   const Tensor output = empty(call.output_sizes(), floats);
   const Tensor h_n = empty(call.h_0.sizes(), floats), c_n = empty(call.c_0.sizes(), floats);
-  const Tensor reserve = empty({reserve_size(shape, call.options.saving, keep_top).total()}, floats);
+  const Tensor reserve = empty_reserve(reserve_size(shape, call.options.saving, keep_top).total(), floats);
 
   Operands<T> operands(type);
   ForwardCall<T> kernel;

@@ -359,3 +359,17 @@ def test_recompute_saves_less_and_inference_nothing():
     assert full - states <= cells * (5 * 4 + 3) and less - states <= cells * (4 + 3) and less < full / 2
     with torch.no_grad():
         assert saved_by(StackedLSTM(16, 32, 4), x) == 0
+
+
+def test_the_memory_of_a_reserve_is_used_again_and_never_twice_at_once():
+    """Pages that are asked for anew at each step would cost a part of it; what is alive is nobody else's."""
+    arguments = forward_arguments(Case(2, 16, 40, 64, 64), torch.float32)
+    first, second = (ops.forward(*arguments)[3] for _ in range(2))
+    assert first.nbytes > 2**20, "small ones are torch's own"
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
+    kept, place = first.clone(), first.data_ptr()
+    arguments[0] = arguments[0] + 1
+    third = ops.forward(*arguments)[3]
+    assert torch.equal(first, kept) and not torch.equal(third, kept)
+    del first
+    assert ops.forward(*arguments)[3].data_ptr() == place

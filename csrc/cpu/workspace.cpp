@@ -2,6 +2,7 @@
 #include "workspace.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -18,9 +19,36 @@ constexpr int64_t kPage = int64_t{2} << 20;  // a huge page: weights are read en
 constexpr int64_t kSmallPage = 4096;
 constexpr int64_t kSlack = 8192;  // products prefetch past the end of their last panel
 
+constexpr int64_t kKept = int64_t{256} << 20;
+
 thread_local std::unique_ptr<Workspace> kept;
+std::atomic<LargeMemory*> kept_large{nullptr};
+
+void release(LargeMemory* memory) noexcept {
+  if (memory) std::free(memory->data);
+  delete memory;
+}
 
 }  // namespace
+
+LargeMemory* take_large(int64_t bytes) {
+  LargeMemory* const found = kept_large.exchange(nullptr, std::memory_order_acquire);
+  if (found && found->bytes >= bytes && found->bytes / 2 <= bytes) return found;
+  release(found);
+  const int64_t size = (std::max<int64_t>(bytes, 1) + kPage - 1) / kPage * kPage;
+  auto memory = std::make_unique<LargeMemory>();
+  *memory = {std::aligned_alloc(static_cast<size_t>(kPage), static_cast<size_t>(size)), size};
+  if (!memory->data) {
+    throw std::runtime_error("stacked_lstm_ext: out of memory: " + std::to_string(bytes) +
+                             " bytes for a backward pass");
+  }
+  prefer_huge_pages(memory->data, size);
+  return memory.release();
+}
+
+void give_back(LargeMemory* memory) noexcept {
+  release(memory->bytes <= kKept ? kept_large.exchange(memory, std::memory_order_acq_rel) : memory);
+}
 
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)

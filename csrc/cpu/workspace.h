@@ -14,6 +14,17 @@ namespace stacked_lstm::cpu {
 // step a good part of its time. Whole huge pages inside the range only, so that nothing grows.
 void prefer_huge_pages(void* data, int64_t bytes);
 
+// Memory of a call's results that is large, and asked for again at the next call: what a forward pass saves. The process
+// keeps the piece that was given back last, up to 256 MiB of it, for the next one of about its size. Any thread may take and
+// give back; there is no lock that a fork could leave locked.
+struct LargeMemory {
+  void* data;
+  int64_t bytes;
+};
+// At least `bytes`, holding anything. Throws std::runtime_error when there is no memory.
+LargeMemory* take_large(int64_t bytes);
+void give_back(LargeMemory* memory) noexcept;
+
 class Workspace {
  public:
   // The calling thread's. One call at a time: a nested one gets its own.
@@ -35,7 +46,6 @@ class Workspace {
   ~Workspace();
 
  private:
-  static constexpr int64_t kKept = int64_t{256} << 20;
   struct Block {
     char* data;
     int64_t size, used;
