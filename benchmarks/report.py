@@ -32,8 +32,11 @@ def geometric_mean(values: Iterable[float]) -> float | None:
 
 
 def mean_speedup(rows: Iterable[Result], name: str) -> float | None:
-    """Geometric mean of a contestant's speed-up over nn.LSTM, where both were timed."""
-    return geometric_mean(s for row in rows if (s := row["contestants"].get(name, {}).get("speedup")))
+    """Geometric mean of a contestant's speed-up over nn.LSTM; None where it left out a shape: means of different shapes
+    do not compare."""
+    rows = [row for row in rows if row["contestants"].get("nn.LSTM", {}).get("speedup")]
+    speedups = [s for row in rows if (s := row["contestants"].get(name, {}).get("speedup"))]
+    return geometric_mean(speedups) if len(speedups) == len(rows) else None
 
 
 def select(
