@@ -335,6 +335,7 @@ class BackwardWave : Wave<T> {
             .inner = 4 * padded_,
             .c = scratch_.dh,
             .ldc = ld_,
+            .from_last = (s & 1) != 0,
         });
       }
       for (int64_t b = n; b < later; ++b) {

@@ -197,6 +197,7 @@ class ForwardWave : Wave<T> {
             .ldy = ldy,
             .saved_c = saved_c ? saved_c + row * padded : nullptr,
             .saved_gates = saved_gates ? saved_gates + row * padded * 4 : nullptr,
+            .from_last = (s & 1) != 0,
         };
         if (projects) step.h_next = lane.hidden + first * lane.ldm, step.ldh_next = lane.ldm, step.y = nullptr;
         kernels_.step_forward(step);

@@ -15,6 +15,10 @@
 //
 // Bits. The order of every sum depends on sizes of the whole call alone, never on how rows or columns were shared out:
 // `unroll_rows` tells a product how many rows the call has at this point, and that picks the number of partial sums.
+//
+// There and back. Recurrent weights are read end to end at every step. A cache that does not quite hold them has then lost
+// each line by the time its turn comes again; read from the last panel to the first at every other step, what was read last
+// comes first and is still there.
 #pragma once
 
 #include <cstdint>
@@ -49,6 +53,7 @@ struct Product {
   int64_t init_step = 0;    // from row to row; 0 adds the same row (a bias) to all
   T* c;
   int64_t ldc;
+  bool from_last = false;  // see "There and back"
 };
 
 // One step of a lane for unit blocks first … last-1: gates = init + h·W_hh, then the cell.
@@ -71,6 +76,7 @@ struct StepForward {
   int64_t ldy;
   T* saved_c;      // [row][padded_hidden], or null
   T* saved_gates;  // [row][4·padded_hidden], or null
+  bool from_last = false;  // see "There and back"
 };
 
 // The cell's backward for unit blocks first … last-1 of `rows` rows.

@@ -131,17 +131,23 @@ INLINE void with_panels(const Panels& panels, int64_t width, Run&& run) {
   of_type(static_cast<const T*>(panels.data));
 }
 
+// Calls f(n) for first … last-1, or the other way round.
+template <typename F>
+INLINE void there_or_back(int64_t first, int64_t last, bool from_last, F&& f) {
+  for (int64_t n = first; n < last; ++n) f(from_last ? first + last - 1 - n : n);
+}
+
 template <typename T, typename W, int Width>
 void product_of_width(const Product<T>& p, const W* panels) {
   constexpr int64_t columns = Width * kLanes<T>;
   const Tile<T, W>* tiles = tiles_for<T, W, Width>(p.unroll_rows);
-  for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel) {
+  there_or_back(p.first_panel, p.last_panel, p.from_last, [&](int64_t panel) INLINE_LAMBDA {
     share_rows(p.rows, kTileRows<Width>, [&](int64_t row, int64_t count) INLINE_LAMBDA {
       tiles[count](panels + panel * p.inner * columns, p.a + row * p.lda, p.lda, p.inner,
                    p.init ? p.init + row * p.init_step + panel * columns : nullptr, p.init_step,
                    p.c + row * p.ldc + panel * columns, p.ldc);
     });
-  }
+  });
 }
 
 template <typename T>
@@ -189,7 +195,7 @@ void step_forward_of_width(const StepForward<T>& s, const W* panels) {
   constexpr int64_t columns = Width * V;
   const Tile<T, W>* tiles = tiles_for<T, W, Width>(s.unroll_rows);
   alignas(STACKED_LSTM_VECTOR_BYTES) T pre[kTileRows<Width> * 4 * V];
-  for (int64_t block = s.first_block; block < s.last_block; ++block) {
+  there_or_back(s.first_block, s.last_block, s.from_last, [&](int64_t block) INLINE_LAMBDA {
     share_rows(s.rows, kTileRows<Width>, [&](int64_t row, int64_t count) INLINE_LAMBDA {
       for (int64_t part = 0; part < 4 / Width; ++part) {
         const int64_t panel = block * (4 / Width) + part;
@@ -199,7 +205,7 @@ void step_forward_of_width(const StepForward<T>& s, const W* panels) {
       }
       cells_forward(s, pre, block, row, count);
     });
-  }
+  });
 }
 
 template <typename T>
