@@ -37,6 +37,8 @@
 #include "cpu/workspace.h"
 #include "device.h"
 #include "diagonal.h"
+#include "eager.h"
+#include "operators.h"
 #include "packed_cache.h"
 #include "persistent.h"
 #include "persistent_bindings.h"
@@ -416,8 +418,7 @@ Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradien
 
 // ---- The operators --------------------------------------------------------------------------------------------------
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+}  // namespace
 
 ForwardResult forward(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0,
                       TensorList weights, const OptionalTensor& seed, bool bias, int64_t num_layers, bool bidirectional,
@@ -501,6 +502,8 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
 }
 
 // ---- The Python module ----------------------------------------------------------------------------------------------
+
+namespace {
 
 namespace py = pybind11;
 
@@ -679,6 +682,63 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
   return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
 }
 
+// A call of the module by the short way of eager.h; None where it declines. `h_0` and `c_0` None: zeros.
+py::object call(const py::handle& input, const py::handle& batch_sizes, const py::handle& h_0, const py::handle& c_0,
+                const py::list& weights, const py::handle& seed, bool bias, int64_t num_layers, bool bidirectional,
+                int64_t proj_size, double dropout, bool recompute, std::string backend, bool bf16_weights) {
+  const EagerOptions options{bias,    num_layers, bidirectional,      proj_size,
+                             dropout, recompute,  std::move(backend), bf16_weights};
+  std::vector<Tensor> tensors;
+  tensors.reserve(weights.size());
+  for (const py::handle weight : weights) {
+    if (!THPVariable_CheckExact(weight.ptr())) return py::none();
+    tensors.push_back(THPVariable_Unpack(weight.ptr()));
+  }
+  const auto ordinary = [](const py::handle& tensor) {
+    return tensor.is_none() || THPVariable_CheckExact(tensor.ptr());
+  };
+  const auto optional = [](const py::handle& tensor) {
+    return tensor.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(tensor.ptr()));
+  };
+  if (!THPVariable_CheckExact(input.ptr()) || !ordinary(batch_sizes) || !ordinary(h_0) || !ordinary(c_0) ||
+      !ordinary(seed)) {
+    return py::none();
+  }
+  const EagerCall arguments{THPVariable_Unpack(input.ptr()),
+                            optional(batch_sizes),
+                            optional(h_0),
+                            optional(c_0),
+                            tensors,
+                            optional(seed),
+                            options};
+  std::optional<EagerResults> results;
+  {
+    const py::gil_scoped_release others_may_run;
+    results = call_eagerly(arguments);
+  }
+  if (!results) return py::none();
+  return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
+}
+
+// Has a backward pass that no kernel can do call `formula`, see ops.py.
+void set_python_formula(py::object formula) {
+  const auto* kept = new py::object(std::move(formula));  // never destroyed: the interpreter may end first
+  set_formula([kept](const std::array<Tensor, 3>& flowing, const EagerSaved& saved, const std::vector<bool>& needs) {
+    const py::gil_scoped_acquire gil;
+    const EagerOptions& o = saved.options;
+    const py::tuple found = (*kept)(
+        py::make_tuple(flowing[0], flowing[1], flowing[2]),
+        py::make_tuple(saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights, saved.seed), saved.output,
+        saved.reserve, needs, py::make_tuple(o.bias, o.num_layers, o.bidirectional, o.proj_size, o.dropout),
+        o.recompute ? "recompute" : "full", o.backend, o.bf16_weights);
+    std::vector<Tensor> gradients;
+    const auto add = [&](const py::handle& one) { gradients.push_back(one.is_none() ? Tensor() : one.cast<Tensor>()); };
+    for (size_t n = 0; n < 3; ++n) add(found[n]);
+    for (const py::handle one : found[3].cast<py::list>()) add(one);
+    return gradients;
+  });
+}
+
 py::dict build_info() {
   py::list isas;
   isas.append("default");
@@ -810,6 +870,8 @@ PYBIND11_MODULE(_C, m) {
     return run;
   });
   m.def("step", &step_once);
+  m.def("call", &call);
+  m.def("set_formula", &set_python_formula);
   m.def("clear_last_run", [] { last_run.reset(); });
   m.def("drop_packed", [](uintptr_t first_weight) { drop_packed(reinterpret_cast<const void*>(first_weight)); });
   m.def("packed_counts", [] {

@@ -2,11 +2,7 @@
 #include "step.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
 #include <c10/core/GradMode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/jit/frontend/tracer.h>
 
 #include <algorithm>
 #include <array>
@@ -15,45 +11,25 @@
 
 #include "cpu/step.h"
 #include "packed_cache.h"
+#include "plain.h"
 
 namespace stacked_lstm {
 namespace {
 
 using at::Tensor;
 
-// A dense CPU tensor that nothing but autograd and autocast could want to see, and they do not.
-bool is_plain(const Tensor& tensor, bool grad_mode) {
-  constexpr auto ignored = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
-  return (tensor.key_set() - ignored) == c10::DispatchKeySet(c10::DispatchKey::CPU) &&
-         !(grad_mode && tensor.requires_grad());
-}
-
-bool somebody_watches() {
-  return at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled() ||
-         at::autocast::is_autocast_enabled(at::kCPU) || torch::jit::tracer::isTracing();
-}
-
 // Fills `shape`; false where the arguments do not fit each other.
 bool shape_of(const StepArguments& a, StackShape& shape) {
   const bool batched = a.input.dim() == 2;
-  const int64_t a_lane = 2 + (a.bias ? 2 : 0) + (a.proj_size > 0 ? 1 : 0), state_dims = batched ? 3 : 2;
+  const int64_t state_dims = batched ? 3 : 2;
   if ((!batched && a.input.dim() != 1) || a.h_0.dim() != state_dims || a.c_0.dim() != state_dims) return false;
-  if (a.layers < 1 || static_cast<int64_t>(a.weights.size()) != a.layers * a_lane) return false;
   const int64_t hidden = a.c_0.size(-1), output = a.proj_size > 0 ? a.proj_size : hidden;
   shape.steps = 1;
   shape.batch = batched ? a.input.size(0) : 1;
   shape.layers.clear();
+  if (!weights_fit(a.weights, a.bias, a.layers, 1, a.input.size(-1), hidden, a.proj_size)) return false;
   for (int64_t k = 0; k < a.layers; ++k) {
-    const Tensor* w = &a.weights[static_cast<size_t>(k * a_lane)];
-    const int64_t input = k == 0 ? a.input.size(-1) : output;
-    const auto is = [](const Tensor& tensor, int64_t rows, int64_t columns) {
-      return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
-    };
-    const auto is_bias = [&](const Tensor& tensor) { return tensor.dim() == 1 && tensor.size(0) == 4 * hidden; };
-    if (!is(w[0], 4 * hidden, input) || !is(w[1], 4 * hidden, output)) return false;
-    if (a.bias && (!is_bias(w[2]) || !is_bias(w[3]))) return false;
-    if (a.proj_size > 0 && !is(w[a_lane - 1], output, hidden)) return false;
-    shape.layers.push_back({input, hidden, a.proj_size});
+    shape.layers.push_back({k == 0 ? a.input.size(-1) : output, hidden, a.proj_size});
   }
   const auto is_state = [&](const Tensor& state, int64_t width) {
     return state.size(0) == a.layers && (!batched || state.size(1) == shape.batch) && state.size(-1) == width;
@@ -134,8 +110,11 @@ bool run(const StepArguments& a, const StackShape& shape, int64_t threads, cpu::
 std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Platform& platform) {
   const bool grad_mode = c10::GradMode::is_enabled();
   const auto type = a.input.scalar_type();
-  const auto fits = [&](const Tensor& tensor) { return is_plain(tensor, grad_mode) && tensor.scalar_type() == type; };
-  if (somebody_watches() || !fits(a.input) || !fits(a.h_0) || !fits(a.c_0) ||
+  const auto fits = [&](const Tensor& tensor) {
+    return is_plain(tensor) && tensor.is_cpu() && !(grad_mode && tensor.requires_grad()) &&
+           tensor.scalar_type() == type;
+  };
+  if (somebody_watches(at::kCPU) || !fits(a.input) || !fits(a.h_0) || !fits(a.c_0) ||
       !std::all_of(a.weights.begin(), a.weights.end(), fits)) {
     return {};
   }

@@ -156,6 +156,28 @@ def drop_packed(first_weight: int) -> None:
 
 def packed_counts() -> dict[str, int]:
     """Packed weights in the cache: ``stacks`` kept, their ``bytes``, ``noted`` (seen once), ``hits`` since the start."""
+
+def call(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: list[Tensor],
+    seed: Tensor | None,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    proj_size: int,
+    dropout: float,
+    recompute: bool,
+    backend: str,
+    bf16_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``(output, h_n, c_n)`` by the short way of csrc/eager.h, or ``None`` where it declines. Without states they are zeros."""
+
+def set_formula(formula: Callable[..., Any]) -> None:
+    """What computes the gradients of a :func:`call` whose backward pass no kernel can do: ``ops._formula``."""
+
 def step(
     input: Tensor,
     h_0: Tensor,

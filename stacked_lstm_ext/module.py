@@ -200,6 +200,10 @@ class StackedLSTM(nn.RNNBase):
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
+        if not torch.compiler.is_compiling():
+            result = self._fast_call(input, hx)
+            if result is not None:
+                return result
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         is_batched = input.dim() == 3
@@ -226,6 +230,25 @@ class StackedLSTM(nn.RNNBase):
         if not is_batched:
             return output.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
         return output, (h_n, c_n)
+
+    def _fast_call(self, input: Tensor, hx: Sequence[Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+        """The call by ``csrc/eager.h``, or nothing where that declines: a wrong call, above all, of which forward knows what to say."""
+        if not isinstance(input, Tensor) or input.dim() != 3 or self._dropout_in_effect() or not runs_on_cpu():
+            return None
+        if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+            return None
+        h_0, c_0 = hx or (None, None)
+        weights = self._current_weights()
+        if _transform((input, *(hx or ()), *weights)):
+            return None
+        sizes = (self.bias, self.num_layers, self.bidirectional, self.proj_size)
+        time_major = input.transpose(0, 1) if self.batch_first else input
+        result = ops.call(time_major, None, h_0, c_0, weights, None, *sizes, 0.0, self.recompute, "cpu", self.bf16_weights)
+        if result is None:
+            return None
+        ops.drop_packed_with(self, weights[0])
+        output, h_n, c_n = result
+        return output.transpose(0, 1) if self.batch_first else output, (h_n, c_n)
 
     def step(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One time step, its state carried over: what streaming does, for which a call of the module is too slow.

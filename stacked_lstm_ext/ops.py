@@ -31,6 +31,7 @@ except ImportError as error:
 __all__ = [
     "KERNEL_BACKENDS",
     "backward",
+    "call",
     "drop_packed",
     "drop_packed_with",
     "forward",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 step = _C.step
+call = _C.call
 forward = torch.ops.stacked_lstm_ext.forward.default
 backward = torch.ops.stacked_lstm_ext.backward.default
 
@@ -178,6 +180,10 @@ def _backward_fake(
     )
 
 
+# input, batch_sizes, h_0, c_0, weights, seed: as the operators take them.
+_Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], Tensor | None]
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, reserve: Tensor) -> None:
     input, batch_sizes, h_0, c_0, weights, seed, *options, saving, backend, bf16_weights = inputs
     ctx.options = tuple(options)
@@ -207,10 +213,26 @@ def _gradients(
     input, batch_sizes, h_0, c_0, seed, output, reserve, *weights = ctx.saved_tensors
     if all(grad is None for grad in grad_outputs):
         return None, None, None, [None] * len(weights)
+    inputs = (input, batch_sizes, h_0, c_0, weights, seed)
+    return _formula(grad_outputs, inputs, output, reserve, needs, ctx.options, ctx.saving, ctx.backend, ctx.bf16_weights)
+
+
+def _formula(
+    grad_outputs: tuple[Tensor | None, ...],
+    inputs: _Inputs,
+    output: Tensor,
+    reserve: Tensor,
+    needs: Sequence[bool],
+    options: tuple[Any, ...],
+    saving: str,
+    backend: str,
+    bf16_weights: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+    """The kernel, or the reference where no kernel can do it. ``csrc/eager.cpp`` has it for the plain case, and comes here for others."""
+    input, batch_sizes, h_0, c_0, weights, seed = inputs
     reason = "" if torch.compiler.is_compiling() else _obstacle_to_kernel(grad_outputs)
     if reason:
-        inputs = (input, batch_sizes, h_0, c_0, weights, seed)
-        return _reference_gradients(grad_outputs, inputs, needs, ctx.options, ctx.bf16_weights, reason)
+        return _reference_gradients(grad_outputs, inputs, needs, options, bf16_weights, reason)
 
     needs_input, needs_h_0, needs_c_0, *needs_weights = needs
     any_weight = any(needs_weights)
@@ -224,12 +246,12 @@ def _gradients(
         seed,
         output,
         reserve,
-        *ctx.options,
-        ctx.saving,
+        *options,
+        saving,
         needs_input,
         any_weight,
-        ctx.backend,
-        ctx.bf16_weights,
+        backend,
+        bf16_weights,
     )
     if not any_weight:
         grad_weights = [None] * len(weights)
@@ -253,7 +275,7 @@ def _obstacle_to_kernel(grad_outputs: Sequence[Tensor | None]) -> str:
 
 def _reference_gradients(
     grad_outputs: Sequence[Tensor | None],
-    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], Tensor | None],
+    inputs: _Inputs,
     needs: Sequence[bool],
     options: tuple[Any, ...],
     bf16_weights: bool,
@@ -300,6 +322,7 @@ def _operator_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...
 
 
 torch.library.register_autograd("stacked_lstm_ext::forward", _operator_backward, setup_context=_setup_context)
+_C.set_formula(_formula)
 
 
 def _run_one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
@@ -332,29 +355,6 @@ def _run_one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
 
 torch.library.register_vmap("stacked_lstm_ext::forward", _run_one_by_one(forward))
 torch.library.register_vmap("stacked_lstm_ext::backward", _run_one_by_one(backward))
-
-
-class _EagerLSTM(torch.autograd.Function):
-    """The operator with the same formula, for eager calls.
-
-    What torch generates for an operator costs several microseconds for every tensor in a list, every time: for a deep
-    stack of small layers, more than the kernels do.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        input, batch_sizes, h_0, c_0, seed, options, *weights = arguments
-        inputs = (input, batch_sizes, h_0, c_0, weights, seed, *options)
-        output, h_n, c_n, reserve = forward(*inputs)
-        _save(ctx, inputs, output, reserve)
-        return output, h_n, c_n
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs_input, _, needs_h_0, needs_c_0, _, _, *needs_weights = ctx.needs_input_grad
-        needs = (needs_input, needs_h_0, needs_c_0, *needs_weights)
-        grad_input, grad_h_0, grad_c_0, grad_weights = _gradients(ctx, grad_outputs, needs)
-        return grad_input, None, grad_h_0, grad_c_0, None, None, *grad_weights
 
 
 class _Owner(weakref.ref[Any]):
@@ -411,10 +411,14 @@ def run_kernel(
         options: what follows ``seed`` in the operator's schema; the last are the saving mode, the backend and
             ``bf16_weights``.
     """
-    if options[-3] == "none" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        output, h_n, c_n, _ = forward(input, batch_sizes, h_0, c_0, weights, seed, *options)
-        return output, h_n, c_n
-    return _EagerLSTM.apply(input, batch_sizes, h_0, c_0, seed, options, *weights)
+    if not torch.compiler.is_compiling():
+        bias, num_layers, bidirectional, proj_size, dropout, saving, backend, bf16_weights = options
+        sizes = (bias, num_layers, bidirectional, proj_size)
+        results = call(input, batch_sizes, h_0, c_0, weights, seed, *sizes, dropout, saving == "recompute", backend, bf16_weights)
+        if results is not None:
+            return results
+    output, h_n, c_n, _ = forward(input, batch_sizes, h_0, c_0, weights, seed, *options)
+    return output, h_n, c_n
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> None:
