@@ -126,6 +126,7 @@ class ForwardWave : Wave<T> {
     const Range columns =
         projects ? this->columns_of(this->own_panels(position, place, out, kWidth), kWidth, out) : units;
     const int64_t hand_overs = projects ? 2 : 1;  // a step; the first one of a lane is its initial state
+    const int64_t slices = this->slices(position);
     Count& steps_done = this->own(position, place).steps;
 
     pack(position, place, layer, blocks);
@@ -177,6 +178,9 @@ class ForwardWave : Wave<T> {
         const int64_t t = shape_.time(index, s), n = this->local_rows(sequences, t), row = shape_.first_row(t) + first;
         T *from = h[s & 1], *to = h[(s + 1) & 1];
         this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 1);
+        if (slices > 1) {
+          for (int64_t b = 0; b < n; ++b) Base::prefetch(from + b * lane.ldh, out);
+        }
         StepForward<T> step{
             .panels = {weights.weight_hh, storage_},
             .width = width_,
@@ -199,7 +203,8 @@ class ForwardWave : Wave<T> {
             .saved_gates = saved_gates ? saved_gates + row * padded * 4 : nullptr,
             .from_last = (s & 1) != 0,
         };
-        if (projects) step.h_next = lane.hidden + first * lane.ldm, step.ldh_next = lane.ldm, step.y = nullptr;
+        if (projects) step.h_next = lane.hidden + first * lane.ldm, step.ldh_next = lane.ldm;
+        if (projects || slices > 1) step.y = nullptr;  // written after the hand-over: nobody waits for y within a chunk
         kernels_.step_forward(step);
         if (projects) {
           publish(steps_done, s * hand_overs + 2);
@@ -218,7 +223,6 @@ class ForwardWave : Wave<T> {
               .c = to,
               .ldc = lane.ldh,
           });
-          for (int64_t b = 0; b < n; ++b) Base::copy_columns(to + b * lane.ldh, y + (row + b) * ldy, columns);
         }
         projected += n * 4 * padded;
         const int64_t next = this->rows_at(index, sequences, s + 1);
@@ -228,6 +232,9 @@ class ForwardWave : Wave<T> {
         }
         start(n, next, (s + 1) & 1);
         publish(steps_done, (s + 1) * hand_overs + 1);
+        if (projects || slices > 1) {
+          for (int64_t b = 0; b < n; ++b) Base::copy_columns(to + b * lane.ldh, y + (row + b) * ldy, columns);
+        }
       }
       publish(this->own(position, place).chunks, chunk + 1);
     }

@@ -205,6 +205,11 @@ class Wave {
     }
   }
 
+  // Asks for a row that other cores have just written, all of it at once rather than line by line as a product comes to it.
+  static void prefetch(const T* row, int64_t columns) {
+    constexpr int64_t kLine = 64 / int64_t{sizeof(T)};
+    for (int64_t n = 0; n < columns; n += kLine) __builtin_prefetch(row + n);
+  }
   static void copy_columns(const T* from, T* to, const Range& columns) {
     if (columns.size() > 0) {
       std::memcpy(to + columns.first, from + columns.first, static_cast<size_t>(columns.size()) * sizeof(T));
