@@ -230,6 +230,27 @@ def test_the_grid_and_the_depth_series_are_those_the_docs_name():
     assert len({(case.batch, case.steps, case.hidden_size) for case in DEPTH}) == 1
 
 
+OPTIONS = [  # what keeps its speed, where stock has a slow path, must be in the suite that shows it
+    {"packed": True},
+    {"packed": True, "bidirectional": True},
+    {"bidirectional": True},
+    {"bidirectional": True, "batch": 1},
+    {"proj_size": 128, "batch": 8},
+    {"proj_size": 128, "batch": 1},
+    {"proj_size": 64, "bidirectional": True},
+    {"streamed": True},
+    {"group": "plain", "batch": 1},
+    {"group": "plain", "batch": 8},
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: " ".join(map(str, option.items())))
+def test_the_options_suite_has_every_option(option):
+    assert any(all(getattr(case, key) == value for key, value in option.items()) for case in SUITES["options"])
+    if option.get("group") != "plain":
+        assert any(all(getattr(case, key) == value for key, value in option.items()) for case in SUITES["full"])
+
+
 def test_no_two_cells_share_a_name():
     for cases in SUITES.values():
         names = [(case.group, case.name) for case in cases]
