@@ -29,10 +29,10 @@ from benchmarks.contestants import Contestant, all_contestants
 from benchmarks.environment import cores, describe, load
 from benchmarks.report import entry_text, print_report
 
-# Of a suite's measurements, verification included; and of the probes, for each number of threads, before and after.
-SECONDS = {"quick": 115.0, "full": 1500.0, "streaming": 60.0, "smoke": 2.0}
-STOP_AFTER = {"quick": 195.0}  # no further cell is begun
-PROBE_SECONDS = {"quick": 3.0, "full": 6.0, "streaming": 3.0, "smoke": 0.2}
+# Of a suite's measurements, verification included; and of what is said about the machine, for each number of threads.
+SECONDS = {"quick": 120.0, "full": 1500.0, "options": 150.0, "streaming": 60.0, "smoke": 2.0}
+STOP_AFTER = {"quick": 195.0, "options": 240.0}  # no further cell is begun
+PROBE_SECONDS = {"quick": 3.0, "full": 6.0, "options": 3.0, "streaming": 3.0, "smoke": 0.2}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -118,7 +118,7 @@ def measure(
     device: torch.device,
     console: Console,
 ) -> suite.Result:
-    """Probe, measure, probe again; the whole result."""
+    """Probe, measure; the whole result."""
     dtype = DTYPES[options.dtype]
     if device.type == "cuda":  # full float32 products, as everybody else's, and not TF32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -139,15 +139,12 @@ def measure(
                 if entry["status"] != "skipped":
                     console.print(f"  [dim]{line}[/]  {name}", entry_text(entry), highlight=False)
 
-        first = limits.probe(threads, dtype, PROBE_SECONDS[options.suite])
+        machine = limits.machine(dtype) if threads else None
+        rates = machine.rates(threads, PROBE_SECONDS[options.suite]) if machine else {}
         seconds = options.seconds or SECONDS[options.suite]
         stop_after = max(seconds, STOP_AFTER.get(options.suite, math.inf))
-        rows = suite.measure(cells, contestants, dtype, device, seconds, stop_after, report, finished)
-        progress.update(task, description="probing the machine again")
-        second = limits.probe(threads, dtype, PROBE_SECONDS[options.suite])
+        rows = suite.measure(cells, contestants, dtype, device, seconds, stop_after, report, finished, machine)
         progress.update(task, description="measured")
-    best = limits.best_of(first, second)
-    suite.add_limits(rows, best, dtype)
     measured = {(row["group"], row["name"], row["mode"], row["threads"]) for row in rows}
     left_out = [c.name for c in cells if (c.case.group, c.case.name, c.mode, c.threads) not in measured]
     return {
@@ -157,7 +154,7 @@ def measure(
         "dtype": options.dtype,
         "seconds": round(time.perf_counter() - started, 1),
         "environment": environment | {"load_after": load()},
-        "limits": best,
+        "limits": rates,
         "rows": rows,
         "left_out": left_out,
         "failures": suite.failures(rows),

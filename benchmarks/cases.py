@@ -123,10 +123,16 @@ GRID = [
     Case(30, 4, 100, 64),  # far more layers than cores
 ]
 DEPTH = [Case(layers, 1, 100, 128, group="depth") for layers in (1, 2, 4, 8, 16)]
+PLAIN = [Case(2, 1, 100, 256, group="plain"), Case(2, 8, 100, 256, group="plain")]  # what the options stand beside
 OPTIONS = [
     Case(4, 16, 100, 256, packed=True, group="options"),
+    Case(2, 8, 100, 128, packed=True, group="options"),  # little to compute: what is done around the kernel shows
+    Case(2, 8, 100, 128, packed=True, bidirectional=True, group="options"),
+    Case(2, 1, 100, 256, bidirectional=True, group="options"),
     Case(2, 8, 100, 256, bidirectional=True, group="options"),
+    Case(2, 1, 100, 256, proj_size=128, group="options"),
     Case(2, 8, 100, 256, proj_size=128, group="options"),
+    Case(2, 8, 100, 128, proj_size=64, bidirectional=True, group="options"),
     Case(3, 7, 60, 200, input_size=80, group="options"),  # no size a multiple of a tile
     Case(4, 1, 1000, 64, group="options"),  # a long, narrow sequence
 ]
@@ -145,7 +151,13 @@ SMOKE = [  # seconds, for the suite's own tests
     Case(2, 2, 4, 8, proj_size=3, group="options"),
     Case(2, 1, 4, 8, streamed=True, group="streaming"),
 ]
-SUITES = {"quick": GRID + DEPTH, "full": GRID + DEPTH + OPTIONS + STREAMING, "streaming": STREAMING, "smoke": SMOKE}
+SUITES = {
+    "quick": GRID + DEPTH,
+    "full": GRID + DEPTH + OPTIONS + STREAMING,
+    "options": PLAIN + OPTIONS + STREAMING[1:2],
+    "streaming": STREAMING,
+    "smoke": SMOKE,
+}
 
 
 class Problem:

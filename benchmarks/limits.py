@@ -9,20 +9,25 @@
   its share, and the probe reads an array of that size over and over (``probe.cpp``).
 - The backward pass has twice the forward pass's products: one for the gradient of the data, one for the weights'.
 
-The probes run before and after the measurements; the better of the two counts. Gate functions, and memory traffic for
-anything but W_hh, are left out, so that a share of 100 % is out of reach. On a GPU there is no such bound yet: weights
-can stay in registers there.
+Clock and neighbours move both rates, by as much as kernels differ. So the limit takes its turn in every round of a cell,
+like a contestant (``timing.py``): some milliseconds for each rate, of which the best call and the best span count. A
+contestant's share is taken round by round, of the limit of that round, and the median of these is its share.
+
+Gate functions, and memory traffic for anything but W_hh, are left out, so that a share of 100 % is out of reach. On a GPU
+there is no such bound yet: weights can stay in registers there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,123 +36,151 @@ import torch
 from benchmarks.cases import Case, Mode
 
 MIB = 2**20
-STREAM_SIZES = [
-    1 << 15,
-    1 << 16,
-    1 << 17,
-    1 << 18,
-    1 << 19,
-    3 << 18,
-    MIB,
-    3 << 19,
-    2 * MIB,
-    4 * MIB,
-    8 * MIB,
-    16 * MIB,
-    64 * MIB,
-]
-Limits = dict[
-    str, dict[str, Any]
-]  # by number of threads (a string, as in JSON): product_gflops, stream_gbs by bytes of each thread
+STREAM_SIZES = [1 << 15, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 3 << 18, MIB, 3 << 19]
+STREAM_SIZES += [2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, 64 * MIB]
+PRODUCT_SIZES = (384, 640, 1024)  # the smaller ones reach the rate on few threads, and fit into a round more than once
+PRODUCT_CALL_S = 0.008  # a product that takes longer is no good in a round
+Limits = dict[str, dict[str, Any]]  # by number of threads (a string, as in JSON): product_gflops, stream_gbs by bytes of each thread
 
 
-def probe(threads: Sequence[int], dtype: torch.dtype, seconds: float = 3.0) -> Limits:
-    """Measure the machine, in about `seconds` for each number of threads. Empty where no C++ compiler is found."""
-    library = build_probe() if threads else None
-    if library is None:
-        return {}
-    limits: Limits = {}
-    for count in threads:
-        product = max(product_rate(count, dtype, seconds / 4), product_rate(count, torch.float32, seconds / 4))
-        each = seconds / 2 / len(STREAM_SIZES)
-        stream = {str(size): library(size, count, each) / 1e9 for size in STREAM_SIZES}
-        limits[str(count)] = {"product_gflops": product / 1e9, "stream_gbs": stream}
-    return limits
+@dataclass(frozen=True)
+class Moment:
+    """What the machine can do right now, and how long a cell would have to take if it went on like that."""
+
+    ms: float
+    product_gflops: float
+    stream_gbs: float
 
 
-def best_of(first: Limits, second: Limits) -> Limits:
-    """What the machine has shown it can do in either of two probes."""
-    return {
-        threads: {
-            "product_gflops": max(a["product_gflops"], b["product_gflops"]),
-            "stream_gbs": {size: max(rate, b["stream_gbs"][size]) for size, rate in a["stream_gbs"].items()},
-        }
-        for threads, a in first.items()
-        for b in [second.get(threads, a)]
-    }
+Probe = Callable[[float], Moment]  # in about so many seconds
 
 
-def limit_ms(case: Case, mode: Mode, threads: int, dtype: torch.dtype, limits: Limits) -> float | None:
-    """The bound for one cell, or None where the machine was not probed."""
-    if str(threads) not in limits:
-        return None
-    products = limits[str(threads)]["product_gflops"] * 1e9
-    weight_bytes = case.recurrent_weights() * dtype.itemsize
-    stream = stream_rate(weight_bytes / threads, limits[str(threads)]["stream_gbs"])
-    stacked = case.layers * case.directions
-    if case.streamed:  # a step has nothing to take W_ih together with: it reads all weights
-        every = case.input_weights() + stacked * case.recurrent_weights()
-        rate = stream_rate(every * dtype.itemsize / threads, limits[str(threads)]["stream_gbs"])
-        flops = case.input_flops() + case.recurrent_flops()
-        forward = max(flops / products, case.steps * every * dtype.itemsize / rate) * 1e3
-        return forward if mode == "inference" else 3 * forward
-    recurrence = max(case.recurrent_flops() / products, stacked * case.steps * weight_bytes / stream)
-    forward = (case.input_flops() / products + recurrence) * 1e3
-    return forward if mode == "inference" else 3 * forward
+def limit_ms(case: Case, mode: Mode, dtype: torch.dtype, product_gflops: float, stream_gbs: float) -> float:
+    """The bound for one cell, from the rates of all threads together."""
+    products, streamed = product_gflops * 1e9, streamed_bytes(case, dtype) / (stream_gbs * 1e9)
+    if case.streamed:  # a step has nothing to take W_ih together with
+        forward = max((case.input_flops() + case.recurrent_flops()) / products, case.steps * streamed)
+    else:
+        recurrence = max(case.recurrent_flops() / products, case.layers * case.directions * case.steps * streamed)
+        forward = case.input_flops() / products + recurrence
+    return forward * 1e3 * (1 if mode == "inference" else 3)
 
 
-def stream_rate(share: float, stream_gbs: dict[str, float]) -> float:
-    """Bytes a second when each thread's share of a matrix is this large: the best rate at this size or a larger one.
-
-    Between two probed sizes the rate of the smaller one stands, which is the faster: a bound must not be too strict.
-    """
-    sizes = sorted(map(int, stream_gbs))
-    at = max([size for size in sizes if size <= share], default=sizes[0])
-    return max(stream_gbs[str(size)] for size in sizes if size >= at) * 1e9
+def streamed_bytes(case: Case, dtype: torch.dtype) -> int:
+    """What is read over and over: one layer's and direction's W_hh; all weights, where a step is a call."""
+    if case.streamed:
+        return (case.input_weights() + case.layers * case.directions * case.recurrent_weights()) * dtype.itemsize
+    return case.recurrent_weights() * dtype.itemsize
 
 
-def product_rate(threads: int, dtype: torch.dtype, seconds: float) -> float:
-    """Floating-point operations a second of torch.mm, at its best."""
-    size = 1024
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        a, b = torch.randn(2, size, size).to(dtype)
-        out = torch.empty(size, size, dtype=dtype)
-        torch.mm(a, b, out=out)
-        best, end = float("inf"), time.perf_counter() + seconds
-        while time.perf_counter() < end or best == float("inf"):
-            started = time.perf_counter()
-            torch.mm(a, b, out=out)
-            best = min(best, time.perf_counter() - started)
-    finally:
+class Machine:
+    """Probes of this machine for contestants that compute in one dtype."""
+
+    def __init__(self, dtype: torch.dtype, library: ctypes.CDLL) -> None:
+        self.dtype, self.library = dtype, library
+        self.products: dict[int, list[Product]] = {}
+
+    @contextlib.contextmanager
+    def at(self, case: Case, mode: Mode, threads: int) -> Iterator[Probe]:
+        """The probe for one cell, to be called on as many torch threads."""
+        share = streamed_bytes(case, self.dtype) // threads
+        # A quarter more as well: an array may lie badly in a cache, and two of different sizes will not both.
+        with self.stream(share, threads) as exact, self.stream(share + share // 4, threads) as larger:
+
+            def probe(seconds: float) -> Moment:
+                stream = max(exact(seconds / 4), larger(seconds / 4)) / 1e9
+                product = self.product_rate(threads, seconds / 2) / 1e9
+                return Moment(limit_ms(case, mode, self.dtype, product, stream), product, stream)
+
+            yield probe
+
+    @contextlib.contextmanager
+    def stream(self, size: int, threads: int) -> Iterator[Callable[[float], float]]:
+        """Bytes a second of all threads, when each reads an array of `size` bytes; takes the seconds to measure for."""
+        opened = self.library.stream_open(size, threads)
+        if not opened:
+            raise MemoryError(f"no memory for {threads} arrays of {size} bytes to probe the machine with")
+        try:
+            yield lambda seconds: self.library.stream_bytes_per_second(opened, seconds)
+        finally:
+            self.library.stream_close(opened)
+
+    def product_rate(self, threads: int, seconds: float) -> float:
+        """Floating-point operations a second of torch.mm on as many threads as it is set to, at its best."""
+        if threads not in self.products:
+            self.products[threads] = fastest_products(self.dtype)
+        return max(product.rate(seconds / len(self.products[threads])) for product in self.products[threads])
+
+    def rates(self, threads: Sequence[int], seconds: float) -> Limits:
+        """All rates, in about `seconds` for each number of threads: what the result says about the machine."""
+        found: Limits = {}
+        before = torch.get_num_threads()
+        for count in threads:
+            torch.set_num_threads(count)
+            stream = {}
+            for size in STREAM_SIZES:
+                with self.stream(size, count) as rate:
+                    stream[str(size)] = rate(seconds / 2 / len(STREAM_SIZES)) / 1e9
+            found[str(count)] = {"product_gflops": self.product_rate(count, seconds / 2) / 1e9, "stream_gbs": stream}
         torch.set_num_threads(before)
-    return 2 * size**3 / best
+        return found
 
 
-def build_probe() -> Any:
-    """``stream_bytes_per_second(bytes, threads, seconds)``, compiled for this machine; None without a C++ compiler."""
+def machine(dtype: torch.dtype) -> Machine | None:
+    """This machine; None where there is no C++ compiler to build the probe with."""
+    library = build_probe()
+    return None if library is None else Machine(dtype, library)
+
+
+class Product:
+    """torch.mm of two square matrices, into a third."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        self.flops = 2 * size**3
+        self.a, self.b = torch.randn(2, size, size).to(dtype)
+        self.out = torch.empty(size, size, dtype=dtype)
+
+    def rate(self, seconds: float) -> float:
+        """Floating-point operations a second of the fastest call: of two, and of all that begin within `seconds`."""
+        best, calls, end = float("inf"), 0, time.perf_counter() + seconds
+        while calls < 2 or time.perf_counter() < end:
+            started = time.perf_counter()
+            torch.mm(self.a, self.b, out=self.out)
+            best = min(best, time.perf_counter() - started)
+            calls += 1
+        return self.flops / best
+
+
+def fastest_products(dtype: torch.dtype) -> list[Product]:
+    """The two that reach the highest rate on the threads torch has now, of those that are short enough for a round.
+
+    A kernel may compute 16-bit products in float32, where that is faster; it cannot compute those of float64 in less.
+    """
+    found: list[tuple[float, Product]] = []
+    for one in dict.fromkeys((dtype, torch.float32 if dtype.itemsize < 4 else dtype)):
+        for size in PRODUCT_SIZES:
+            product = Product(size, one)
+            rate = product.rate(0.0)
+            if found and product.flops / rate > PRODUCT_CALL_S:
+                break
+            found.append((rate, product))
+    return [product for _, product in sorted(found, key=lambda pair: -pair[0])[:2]]
+
+
+def build_probe() -> ctypes.CDLL | None:
+    """``probe.cpp``, compiled for this machine; None without a C++ compiler."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
         return None
     source = Path(__file__).with_name("probe.cpp")
+    options = ["-std=c++17", "-O3", "-march=native", "-pthread", "-shared", "-fPIC"]
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "probe.so"
-        command = [
-            compiler,
-            "-std=c++17",
-            "-O3",
-            "-march=native",
-            "-pthread",
-            "-shared",
-            "-fPIC",
-            str(source),
-            "-o",
-            str(built),
-        ]
-        if subprocess.run(command, capture_output=True).returncode != 0:
+        if subprocess.run([compiler, *options, str(source), "-o", str(built)], capture_output=True).returncode != 0:
             return None
-        function = ctypes.CDLL(str(built)).stream_bytes_per_second  # stays loaded when the file is gone
-    function.argtypes = (ctypes.c_size_t, ctypes.c_int, ctypes.c_double)
-    function.restype = ctypes.c_double
-    return function
+        library = ctypes.CDLL(str(built))  # stays loaded when the file is gone
+    library.stream_open.argtypes, library.stream_open.restype = (ctypes.c_size_t, ctypes.c_int), ctypes.c_void_p
+    library.stream_close.argtypes, library.stream_close.restype = (ctypes.c_void_p,), None
+    library.stream_bytes_per_second.argtypes = (ctypes.c_void_p, ctypes.c_double)
+    library.stream_bytes_per_second.restype = ctypes.c_double
+    return library

@@ -110,7 +110,7 @@ def print_report(result: Result, console: Console) -> None:
             console.print()
             console.print(mode_table(result, mode))
     console.print(
-        "Median in ms ± half the distance of its quartiles, speed-up over nn.LSTM, share of the physical limit.",
+        "Median in ms ± half the distance of its quartiles, speed-up over nn.LSTM, share of the physical limit in the same rounds.",
         style="dim",
     )
     for line in remarks(result):

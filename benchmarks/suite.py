@@ -6,27 +6,30 @@ table) reads only that: a result file from another machine serves as well.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.cases import Case, Cell, Mode, Problem
 from benchmarks.contestants import Contestant, Prepared
-from benchmarks.limits import Limits, limit_ms
-from benchmarks.timing import interleave
+from benchmarks.limits import Machine, Probe
+from benchmarks.timing import LIMIT, interleave, summarise, summarise_limit
 from benchmarks.verify import Verdict, reference, verify
 
 SCHEMA = 1
 Result = dict[str, Any]
 BASELINE = "nn.LSTM"  # what ratios are taken against
 MIN_ROUNDS = 3  # of a cell, though it may take longer than its share
-# Times those who were right: prepared, contestants, device, seconds, threads -> what goes into each one's entry.
-Race = Callable[[dict[str, Prepared], Sequence[Contestant], torch.device, float, int], dict[str, Result]]
+# Times those who were right: prepared, contestants, device, seconds, threads -> what goes into each one's entry, and into
+# the row.
+Race = Callable[[dict[str, Prepared], Sequence[Contestant], torch.device, float, int], tuple[dict[str, Result], Result]]
 LONG_STEP_S = 1.0  # a step that is verified once, not twice
 
 
@@ -59,8 +62,9 @@ def measure(
     stop_after: float = math.inf,
     report: Callable[[Cell, str], None] = lambda cell, doing: None,
     finished: Callable[[Result], None] = lambda row: None,
+    machine: Machine | None = None,
 ) -> list[Result]:
-    """Measure every cell in about `seconds`; a result row each, in the cells' order.
+    """Measure every cell in about `seconds`; a result row each, in the cells' order, with its limit on `machine`.
 
     Quick cases go first. After `stop_after` seconds no further cell is begun: on a machine that is too busy or too
     slow, the rows of the last, largest cells are missing. `report` hears what is being done, `finished` gets each row.
@@ -83,7 +87,9 @@ def measure(
             if time.perf_counter() > stop:
                 break
             share = budget.share(weight(cell)) - (time.perf_counter() - started)
-            rows[cell] = measure_cell(cell, problem, expected, contestants, share, report)
+            with machine.at(case, cell.mode, cell.threads) if machine else contextlib.nullcontext() as probe:
+                race = partial(timed_in_rounds, probe=probe)
+                rows[cell] = measure_cell(cell, problem, expected, contestants, share, report, race)
             finished(rows[cell])
             started = time.perf_counter()
     return [rows[cell] for cell in cells if cell in rows]
@@ -96,7 +102,7 @@ def measure_cell(
     contestants: list[Contestant],
     seconds: float,
     report: Callable[[Cell, str], None],
-    race: Race | None = None,
+    race: Race,
 ) -> Result:
     """Verify, then time. A contestant that is wrong, or raises, is reported as such and never timed."""
     case, mode, device = cell.case, cell.mode, problem.device
@@ -119,12 +125,18 @@ def measure_cell(
         if verdict.correct:
             correct[contestant.name] = prepared
     report(cell, "timing")
+    of_row: Result = {"limit_ms": None}
     if correct:
         left = seconds - (time.perf_counter() - started)
-        for name, timing in (race or timed_in_rounds)(correct, contestants, device, left, cell.threads).items():
+        timings, of_row = race(correct, contestants, device, left, cell.threads)
+        for name, timing in timings.items():
             entries[name] |= timing
+    baseline = entries.get(BASELINE, {}).get("median")
     for contestant in contestants:
-        entries[contestant.name]["ours"] = contestant.ours
+        entry = entries[contestant.name]
+        entry["ours"] = contestant.ours
+        if "median" in entry:
+            entry["speedup"] = baseline / entry["median"] if baseline else None
     shape = {**asdict(case), "lengths": list(case.lengths) if case.packed else None}
     return {
         "name": case.name,
@@ -132,17 +144,24 @@ def measure_cell(
         "case": shape,
         "mode": mode,
         "threads": cell.threads,
+        **of_row,
         "contestants": entries,
     }
 
 
 def timed_in_rounds(
-    prepared: dict[str, Prepared], contestants: Sequence[Contestant], device: torch.device, seconds: float, threads: int
-) -> dict[str, Result]:
-    """Everybody's calls in interleaved rounds; see timing.py."""
-    settle = {c.name: c.settle_s if threads > 1 else 0.0 for c in contestants}
-    timings = interleave(prepared, device, seconds, settle, MIN_ROUNDS)
-    return {name: {"spread": timing.spread, **asdict(timing)} for name, timing in timings.items()}
+    prepared: dict[str, Prepared],
+    contestants: Sequence[Contestant],
+    device: torch.device,
+    seconds: float,
+    threads: int,
+    probe: Probe | None = None,
+) -> tuple[dict[str, Result], Result]:
+    """Everybody's calls, and the limit, in interleaved rounds; see timing.py."""
+    settle = {c.name: c.settle_s for c in contestants} | {LIMIT: Contestant.settle_s} if threads > 1 else {}
+    rounds = interleave(prepared, device, seconds, settle, MIN_ROUNDS, probe=probe)
+    timings = {name: summarise(name, rounds) for name in prepared}
+    return {name: {"spread": timing.spread, **asdict(timing)} for name, timing in timings.items()}, summarise_limit(rounds)
 
 
 def check(
@@ -176,18 +195,6 @@ def verified(verdict: Verdict) -> Result:
         "rms": verdict.rms,
     }
     return facts | ({"reason": verdict.reason} if verdict.reason else {})
-
-
-def add_limits(rows: list[Result], limits: Limits, dtype: torch.dtype) -> None:
-    """Put the physical limit into every row, and each contestant's share of it and ratio to the baseline."""
-    for row in rows:
-        shape = {key: value for key, value in row["case"].items() if key != "lengths"}
-        row["limit_ms"] = limit_ms(Case(**shape), row["mode"], row["threads"], dtype, limits)
-        baseline = row["contestants"].get(BASELINE, {}).get("median")
-        for entry in row["contestants"].values():
-            if "median" in entry:
-                entry["share_of_limit"] = row["limit_ms"] / entry["median"] if row["limit_ms"] else None
-                entry["speedup"] = baseline / entry["median"] if baseline else None
 
 
 def failures(rows: list[Result]) -> list[str]:

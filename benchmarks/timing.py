@@ -4,7 +4,7 @@ Interleaving puts a drift of the machine (clock, temperature, neighbours) on all
 another one in each round, with what one contestant leaves behind for the next: memory that it has freed, above all, which a
 virtual machine may have to ask its host for again. On Linux a round
 also counts the processor time that other processes took meanwhile; rounds with more than a trace of it are left out
-where enough quiet ones remain.
+where enough quiet ones remain. The physical limit takes its turn too: a share of it is a ratio of one round.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from typing import Any
 import torch
 
 from benchmarks.contestants import Prepared
+from benchmarks.limits import Moment, Probe
 
 BLOCK_S = 0.05  # one contestant's calls in a round: long enough for the system's 10 ms ticks to tell a disturbed round
 QUIET_SHARE = 0.05  # of a round's time that others may take, beyond a tick
 TICK_S = 0.01  # what the system's count of processor time is good to
+LIMIT = "the limit"  # in place of a contestant's name
+LIMIT_S = 0.03  # the limit's turn
 
 
 @dataclass
@@ -39,11 +42,13 @@ class Timing:
     rounds: int
     disturbed: int  # rounds in which other processes ran
     gpu_median: float | None = None  # between two CUDA events around the call
+    share_of_limit: float | None = None  # median over rounds: of the limit in a round, by the contestant's median in it
+    share_spread: float | None = None  # half the distance between its quartiles, relative to it
 
     @property
     def spread(self) -> float:
         """Half the distance between the quartiles, relative to the median."""
-        return (self.quartiles[1] - self.quartiles[0]) / 2 / self.median
+        return spread(self.median, self.quartiles)
 
 
 @dataclass
@@ -53,6 +58,7 @@ class Round:
     disturbed: bool
     wall_ms: dict[str, list[float]] = field(default_factory=dict)
     gpu_ms: dict[str, list[float]] = field(default_factory=dict)
+    limit: Moment | None = None
 
 
 def interleave(
@@ -62,11 +68,16 @@ def interleave(
     settle_s: Mapping[str, float] | None = None,
     min_rounds: int = 3,
     on_round: Callable[[], None] = lambda: None,
-) -> dict[str, Timing]:
-    """Time every contestant's step for about `seconds` in all, but for `min_rounds` rounds at least."""
+    probe: Probe | None = None,
+) -> list[Round]:
+    """Time every contestant's step for about `seconds` in all, but for `min_rounds` rounds at least.
+
+    The limit, where there is a `probe` for it, is one more contestant; `settle_s` may name it (`LIMIT`).
+    """
     settle = settle_s or {}
     end = time.perf_counter() + seconds
-    block_s = min(BLOCK_S, max(seconds, 0.1) / (min_rounds * len(contestants)))
+    parties = [*contestants, *([LIMIT] if probe else [])]
+    block_s = min(BLOCK_S, max(seconds, 0.1) / (min_rounds * len(parties)))
     calls = {name: calls_per_block(prepared, device, block_s) for name, prepared in contestants.items()}
     rounds: list[Round] = []
     gc.collect()
@@ -77,12 +88,15 @@ def interleave(
             started = time.perf_counter()
             before = other_processor_seconds()
             turn = Round(disturbed=False)
-            first = len(rounds) % len(contestants)
-            for name, prepared in [*contestants.items()][first:] + [*contestants.items()][:first]:
-                with prepared.context():
-                    if calls[name] > 1:
-                        prepared.step()  # caches and worker threads are the previous contestant's
-                    turn.wall_ms[name], turn.gpu_ms[name] = time_calls(prepared.step, calls[name], device)
+            first = len(rounds) % len(parties)
+            for name in parties[first:] + parties[:first]:
+                if prepared := contestants.get(name):
+                    with prepared.context():
+                        if calls[name] > 1:
+                            prepared.step()  # caches and worker threads are the previous contestant's
+                        turn.wall_ms[name], turn.gpu_ms[name] = time_calls(prepared.step, calls[name], device)
+                elif probe:
+                    turn.limit = probe(min(LIMIT_S, block_s))
                 time.sleep(settle.get(name, 0.0))
             round_s = time.perf_counter() - started
             turn.disturbed = other_processor_seconds() - before > QUIET_SHARE * round_s + TICK_S
@@ -90,7 +104,7 @@ def interleave(
             on_round()
     finally:
         gc.enable()
-    return {name: summarise(name, rounds) for name in contestants}
+    return rounds
 
 
 def time_calls(step: Callable[[], Any], calls: int, device: torch.device) -> tuple[list[float], list[float]]:
@@ -125,21 +139,52 @@ def calls_per_block(prepared: Prepared, device: torch.device, block_s: float) ->
     return max(1, min(1000, round(block_s * 1e3 / max(min(wall), 1e-3))))
 
 
-def summarise(name: str, rounds: list[Round]) -> Timing:
-    """Medians over the calls of the quiet rounds; of all rounds where less than three, or a quarter, are quiet."""
+def kept(rounds: list[Round]) -> list[Round]:
+    """The quiet rounds; all rounds where less than three, or a quarter, are quiet."""
     quiet = [turn for turn in rounds if not turn.disturbed]
-    used = quiet if len(quiet) >= max(3, len(rounds) / 4) else rounds
+    return quiet if len(quiet) >= max(3, len(rounds) / 4) else rounds
+
+
+def summarise(name: str, rounds: list[Round]) -> Timing:
+    """Medians over the calls of the rounds that are kept; of the shares of the limit, over these rounds."""
+    used = kept(rounds)
     wall = sorted(ms for turn in used for ms in turn.wall_ms[name])
     gpu = [ms for turn in used for ms in turn.gpu_ms.get(name, [])]
+    shares = sorted(turn.limit.ms / statistics.median(turn.wall_ms[name]) for turn in used if turn.limit)
     return Timing(
         median=statistics.median(wall),
-        quartiles=(quantile(wall, 0.25), quantile(wall, 0.75)),
+        quartiles=quartiles(wall),
         fastest=wall[0],
         calls=len(wall),
         rounds=len(rounds),
-        disturbed=len(rounds) - len(quiet),
+        disturbed=sum(turn.disturbed for turn in rounds),
         gpu_median=statistics.median(gpu) if gpu else None,
+        share_of_limit=statistics.median(shares) if shares else None,
+        share_spread=spread(statistics.median(shares), quartiles(shares)) if shares else None,
     )
+
+
+def summarise_limit(rounds: list[Round]) -> dict[str, float | None]:
+    """What a result row says of the limit: medians over the rounds that are kept; all None where nothing was probed."""
+    moments = [turn.limit for turn in kept(rounds) if turn.limit]
+    if not moments:
+        return dict.fromkeys(("limit_ms", "limit_spread", "product_gflops", "stream_gbs"))
+    ms = sorted(moment.ms for moment in moments)
+    return {
+        "limit_ms": statistics.median(ms),
+        "limit_spread": spread(statistics.median(ms), quartiles(ms)),
+        "product_gflops": statistics.median(moment.product_gflops for moment in moments),
+        "stream_gbs": statistics.median(moment.stream_gbs for moment in moments),
+    }
+
+
+def spread(median: float, between: tuple[float, float]) -> float:
+    """Half the distance between two quartiles, relative to the median."""
+    return (between[1] - between[0]) / 2 / median
+
+
+def quartiles(ordered: list[float]) -> tuple[float, float]:
+    return quantile(ordered, 0.25), quantile(ordered, 0.75)
 
 
 def quantile(ordered: list[float], share: float) -> float:

@@ -1,5 +1,6 @@
 """The benchmark suite's behaviour: what it verifies, in which order it runs, what it writes. Never its times."""
 
+import contextlib
 import json
 import math
 import subprocess
@@ -16,7 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import compare, contestants, limits, suite, table, timing
 from benchmarks.cases import DEPTH, GRID, SUITES, Case, Cell, Problem
 from benchmarks.contestants import FlashRNN, Haste, OnnxRuntime, Prepared, StackedLSTM, TorchLSTM, gates_from_haste
-from benchmarks.report import mean_speedup, milliseconds, remarks
+from benchmarks.report import mean_speedup, milliseconds, print_report, remarks
 from benchmarks.verify import reference, tolerance, verify
 
 CPU = torch.device("cpu")
@@ -229,6 +230,27 @@ def test_the_grid_and_the_depth_series_are_those_the_docs_name():
     assert len({(case.batch, case.steps, case.hidden_size) for case in DEPTH}) == 1
 
 
+OPTIONS = [  # what keeps its speed, where stock has a slow path, must be in the suite that shows it
+    {"packed": True},
+    {"packed": True, "bidirectional": True},
+    {"bidirectional": True},
+    {"bidirectional": True, "batch": 1},
+    {"proj_size": 128, "batch": 8},
+    {"proj_size": 128, "batch": 1},
+    {"proj_size": 64, "bidirectional": True},
+    {"streamed": True},
+    {"group": "plain", "batch": 1},
+    {"group": "plain", "batch": 8},
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: " ".join(map(str, option.items())))
+def test_the_options_suite_has_every_option(option):
+    assert any(all(getattr(case, key) == value for key, value in option.items()) for case in SUITES["options"])
+    if option.get("group") != "plain":
+        assert any(all(getattr(case, key) == value for key, value in option.items()) for case in SUITES["full"])
+
+
 def test_no_two_cells_share_a_name():
     for cases in SUITES.values():
         names = [(case.group, case.name) for case in cases]
@@ -275,49 +297,167 @@ def test_when_the_time_is_up_no_further_cell_is_begun():
 
 # The physical limit -------------------------------------------------------------------------------------------------
 
-L2, BEYOND = 3 << 19, 2 << 20  # bytes of a thread's share that L2 still holds, and that it does not
-MACHINE = {
-    "1": {"product_gflops": 159.0, "stream_gbs": {"32768": 120.0, str(L2): 120.0, str(BEYOND): 28.0}},
-    "2": {"product_gflops": 322.0, "stream_gbs": {"32768": 259.0, str(L2): 259.0, str(BEYOND): 55.0}},
-}
-BOUNDS = [  # shape, milliseconds on 1 and 2 threads of that machine, by hand: products / rate + bytes / stream
-    (Case(1, 1, 100, 128), 0.301, 0.142),
-    (Case(4, 8, 200, 256), 42.2, 20.8),
-    (Case(4, 32, 100, 512), 338, 167),
-    (Case(2, 64, 50, 1024), 675, 333),
-    (Case(30, 4, 100, 64), 4.94, 2.44),
+BOUNDS = [  # shape, and of one machine on 1 and 2 threads: GFLOP/s, GB/s, milliseconds, by hand: products / rate + bytes / stream
+    (Case(1, 1, 100, 128), (159, 120, 0.301), (322, 259, 0.142)),
+    (Case(4, 8, 200, 256), (159, 120, 42.2), (322, 259, 20.8)),
+    (Case(4, 32, 100, 512), (159, 28, 338), (322, 55, 167)),
+    (Case(2, 64, 50, 1024), (159, 28, 675), (322, 55, 333)),
+    (Case(30, 4, 100, 64), (159, 120, 4.94), (322, 259, 2.44)),
+    (Case(2, 1, 100, 256, streamed=True), (159, 28, 14.98), (322, 55, 7.63)),  # all weights at every step
 ]
 
 
 @pytest.mark.parametrize(("case", "one", "two"), BOUNDS, ids=[case.name for case, _, _ in BOUNDS])
 def test_the_limit_is_products_at_their_rate_and_recurrence_at_the_slower_of_two(case, one, two):
-    found = [limits.limit_ms(case, "inference", threads, torch.float32, MACHINE) for threads in (1, 2)]
-    assert found == pytest.approx([one, two], rel=0.01)
-    assert limits.limit_ms(case, "training", 1, torch.float32, MACHINE) == pytest.approx(3 * found[0])
-    assert limits.limit_ms(case, "inference", 4, torch.float32, MACHINE) is None, "four threads were not probed"
+    for gflops, gbs, expected in (one, two):
+        found = limits.limit_ms(case, "inference", torch.float32, gflops, gbs)
+        assert found == pytest.approx(expected, rel=0.01)
+        assert limits.limit_ms(case, "training", torch.float32, gflops, gbs) == pytest.approx(3 * found)
 
 
 def test_the_limit_counts_every_option():
     def bound(**options):
-        return limits.limit_ms(Case(3, 8, 50, 256, **options), "inference", 1, torch.float32, MACHINE)
+        return limits.limit_ms(Case(3, 8, 50, 256, **options), "inference", torch.float32, 159.0, 120.0)
 
     assert bound(packed=True) < bound()  # fewer rows
     assert bound(proj_size=64) < bound()  # narrower products
     assert bound(bidirectional=True) > 2 * bound()  # twice the cells, and wider inputs
 
 
-def test_a_probe_reads_at_some_rate_and_the_better_of_two_counts():
-    if limits.build_probe() is None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_probe_measures_both_rates_and_makes_a_limit_of_them(dtype):
+    machine = limits.machine(dtype)
+    if machine is None:
         pytest.skip("no C++ compiler")
-    found = limits.probe([1], torch.float32, seconds=0.1)
-    assert found["1"]["product_gflops"] > 0
-    assert all(rate > 0 for rate in found["1"]["stream_gbs"].values())
-    doubled = {
-        "1": {"product_gflops": 0.0, "stream_gbs": {size: 2 * rate for size, rate in found["1"]["stream_gbs"].items()}}
-    }
-    best = limits.best_of(found, doubled)
-    assert best["1"]["product_gflops"] == found["1"]["product_gflops"]
-    assert best["1"]["stream_gbs"] == doubled["1"]["stream_gbs"]
+    case = Case(2, 3, 5, 8, proj_size=5)
+    torch.set_num_threads(1)
+    with machine.at(case, "training", 1) as probe:
+        for moment in (probe(0.0), probe(0.001)):
+            assert moment.product_gflops > 0 and moment.stream_gbs > 0
+            assert moment.ms == limits.limit_ms(case, "training", dtype, moment.product_gflops, moment.stream_gbs)
+    of = {product.out.dtype for product in machine.products[1]}
+    assert of <= {dtype, torch.float32 if dtype.itemsize < 4 else dtype}, "float64 at float32's rate is out of reach"
+    (rates,) = machine.rates([1], seconds=0.01).values()
+    assert rates["product_gflops"] > 0
+    assert all(rate > 0 for rate in rates["stream_gbs"].values())
+
+
+class FakeMachine(limits.Machine):
+    """One whose rates are written down: of every array size, a row a round."""
+
+    def __init__(self, stream, product):
+        self.dtype, self.rates_of, self.product = torch.float32, stream, iter(product)
+        self.opened = []
+
+    @contextlib.contextmanager
+    def stream(self, size, threads):
+        rates = iter(self.rates_of[len(self.opened)])
+        self.opened.append((size, threads))
+        yield lambda seconds: next(rates)
+
+    def product_rate(self, threads, seconds):
+        return next(self.product)
+
+
+def test_the_probe_reads_what_a_thread_reads_and_the_better_of_two_arrays_counts():
+    case = Case(1, 1, 100, 256)  # W_hh: 1 MiB
+    machine = FakeMachine([[100e9, 50e9], [60e9, 80e9]], [150e9, 150e9])
+    with machine.at(case, "inference", 2) as probe:
+        assert [probe(0.01).stream_gbs for _ in range(2)] == [100.0, 80.0]
+    assert machine.opened == [(512 << 10, 2), (640 << 10, 2)]
+
+
+def drifting(monkeypatch, speeds, disturbed=(), probe=None):
+    """A row of a machine that is `speeds` times as fast, round by round: of two, who take 10 and 20 ms where it is 1."""
+    took = {}
+    turn = iter(speeds)
+    now = [0.0]
+    rounds = [0]
+
+    def prepared(name, ms):
+        def step():
+            took[name] = ms / now[0]
+
+        return name, Prepared(step, lambda _: {}, step_s=1.0)
+
+    def limit(seconds):
+        return probe(now[0]) if probe else limits.Moment(8.0 / now[0], 100 * now[0], 50 * now[0])
+
+    def time_calls(step, calls, device):
+        step()
+        (ms,) = took.values()
+        took.clear()
+        return [ms], []
+
+    def processor_seconds():  # asked for before and after each round
+        if rounds[0] % 2 == 0:
+            now[0] = next(turn)
+        rounds[0] += 1
+        return 100.0 * (rounds[0] % 2 == 0 and rounds[0] // 2 - 1 in disturbed)
+
+    monkeypatch.setattr(timing, "time_calls", time_calls)
+    monkeypatch.setattr(timing, "other_processor_seconds", processor_seconds)
+    monkeypatch.setattr(suite, "MIN_ROUNDS", len(speeds))
+    who = [SimpleNamespace(name="StackedLSTM", settle_s=0.0), SimpleNamespace(name="nn.LSTM", settle_s=0.0)]
+    racing = dict([prepared("StackedLSTM", 10.0), prepared("nn.LSTM", 20.0)])
+    return suite.timed_in_rounds(racing, who, CPU, 0.0, 1, limit)
+
+
+def test_a_share_of_the_limit_is_what_it_is_however_the_machine_drifts(monkeypatch):
+    entries, row = drifting(monkeypatch, [1.0, 1.25, 0.5, 0.8, 1.0])
+    assert entries["StackedLSTM"]["share_of_limit"] == pytest.approx(0.8)
+    assert entries["nn.LSTM"]["share_of_limit"] == pytest.approx(0.4)
+    assert entries["StackedLSTM"]["share_spread"] == pytest.approx(0.0, abs=1e-9)
+    assert entries["StackedLSTM"]["spread"] > 0.1
+    assert row["limit_ms"] == pytest.approx(8.0), "the median moment, not the best one"
+    assert row["limit_spread"] == pytest.approx((10.0 - 8.0) / 2 / 8.0)
+    assert (row["product_gflops"], row["stream_gbs"]) == pytest.approx((100.0, 50.0))
+
+
+def test_a_share_is_taken_round_by_round(monkeypatch):
+    """Where the limit alone moves, the share moves with it: the ratio of a round, not of two medians, is what counts."""
+    limit = iter([2.0, 4.0, 6.0, 8.0, 9.0])
+    entries, row = drifting(monkeypatch, [2.0, 1.0, 1.0, 1.0, 0.5], probe=lambda speed: limits.Moment(next(limit), 1.0, 1.0))
+    assert row["limit_ms"] == 6.0
+    assert entries["StackedLSTM"]["median"] == 10.0
+    assert entries["StackedLSTM"]["share_of_limit"] == pytest.approx(0.45), "the middle one of 0.4, 0.4, 0.6, 0.8, 0.45"
+
+
+def test_a_disturbed_round_counts_neither_for_the_limit_nor_for_a_share(monkeypatch):
+    def limit(speed):
+        return limits.Moment(8.0 if speed == 1 else 1e6, 100.0, 50.0)
+
+    entries, row = drifting(monkeypatch, [1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 3.0], disturbed=(1, 3, 5, 6), probe=limit)
+    assert row["limit_ms"] == 8.0
+    assert entries["StackedLSTM"]["share_of_limit"] == pytest.approx(0.8)
+    assert entries["StackedLSTM"]["disturbed"] == 4
+
+
+def test_the_limit_takes_its_turn_and_another_one_in_each_round():
+    calls = []
+    steps = {name: Prepared(lambda name=name: calls.append(name), lambda _: {}) for name in "AB"}
+
+    def probe(seconds):
+        calls.append("limit")
+        return limits.Moment(1.0, 1.0, 1.0)
+
+    rounds = timing.interleave(steps, CPU, seconds=0.0, min_rounds=3, probe=probe)
+    turns = [name for name, before in zip(calls, [None, *calls]) if name != before]
+    # Once to size the blocks, then A B limit, B limit A, limit A B, of which two calls in a row show as one.
+    assert turns == ["A", "B", "A", "B", "limit", "B", "limit", "A", "limit", "A", "B"]
+    assert all(turn.limit for turn in rounds)
+
+
+def test_without_a_compiler_there_is_no_limit_and_no_share(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(limits.shutil, "which", lambda name: None)
+    assert limits.machine(torch.float32) is None
+    arguments = [*QUICKLY, "--only", "grid.*inference", "--contestants", "^StackedLSTM$|nn.LSTM", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    (path,) = tmp_path.glob("*.json")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["limit_ms"] is None
+    assert all(row["contestants"][name]["share_of_limit"] is None for name in ("StackedLSTM", "nn.LSTM"))
+    assert "No physical limit: no C++ compiler was found" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_busy_machine_is_called_one():
@@ -356,6 +496,9 @@ def test_a_run_writes_its_result_with_the_environment_and_the_plots(result):
             assert entry["status"] == "ok"
             assert entry["quartiles"][0] <= entry["median"] <= entry["quartiles"][1]
         assert row["contestants"]["StackedLSTM"]["ran"]["backend"] == "cpu"
+        if written["limits"]:  # there is a compiler
+            share = row["contestants"]["StackedLSTM"]["share_of_limit"]
+            assert share > 0 and row["limit_ms"] > 0
     pytest.importorskip("matplotlib")
     for name in ("speedup.png", "depth.png", "limit.png"):
         assert (path.parent / name).read_bytes().startswith(b"\x89PNG")
@@ -445,6 +588,26 @@ def test_a_readme_without_its_markers_is_left_alone(result, text, tmp_path, caps
 )
 def test_milliseconds_have_three_digits(value, shown):
     assert milliseconds(value) == shown
+
+
+def test_a_result_from_before_the_limit_took_turns_is_still_drawn_and_compared(result, tmp_path, capsys):
+    old = json.loads(json.dumps(result[0]))
+    for row in old["rows"]:
+        for key in ("limit_spread", "product_gflops", "stream_gbs"):
+            row.pop(key, None)
+        for entry in row["contestants"].values():
+            entry.pop("share_spread", None)
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(old))
+    print_report(compare.read(path), compare.Console(width=200))
+    compare.print_comparison(compare.read(path), result[0], compare.Console(width=200))
+    assert table.main([str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "L2 B3 T5 H8" in shown and "Nothing moved" in shown
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import draw
+
+    assert len(draw(old, tmp_path)) == 3
 
 
 def test_floors_are_measured_in_turns_and_written_with_their_machine(tmp_path, monkeypatch):
