@@ -1,4 +1,4 @@
-"""How long it must take on this machine: a bound that no LSTM kernel can beat, from what the machine shows it can do.
+"""How long it must take on this machine: a bound on what an LSTM kernel can do, from what the machine shows it can do.
 
     forward  = input products / product rate
              + Σ over layers  max(recurrent products / product rate, T · weight bytes / stream rate)
@@ -13,8 +13,9 @@ Clock and neighbours move both rates, by as much as kernels differ. So the limit
 like a contestant (``timing.py``): some milliseconds for each rate, of which the best call and the best span count. A
 contestant's share is taken round by round, of the limit of that round, and the median of these is its share.
 
-Gate functions, and memory traffic for anything but W_hh, are left out, so that a share of 100 % is out of reach. On a GPU
-there is no such bound yet: weights can stay in registers there.
+Gate functions, and memory traffic for anything but W_hh, are left out, so that a share of 100 % is hard to reach: by tiles
+faster than torch.mm's, or by reading the weights there and back, so that a cache that does not hold all of them has half of
+them ready. On a GPU there is no such bound yet: weights can stay in registers there.
 """
 
 from __future__ import annotations

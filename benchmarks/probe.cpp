@@ -1,9 +1,8 @@
 // How fast this machine streams weights: each thread reads an array of its own, over and over, with one multiply-add a vector.
 //
 // That is the inner loop of a matrix-vector product, and nothing else of it; no LSTM can read its weights faster. Arrays that fit
-// a core's L2 give L2's rate, larger ones L3's or the memory's. Every other span reads back and forth, first up, then down: what the
-// pass before left in a nearer cache is read from there, which a kernel is free to do too. Built by limits.py for the machine it
-// runs on.
+// a core's L2 give L2's rate, larger ones L3's or the memory's. Always from the first element to the last: a kernel that turns back
+// at the end finds the rest of the pass before in a nearer cache, and may be faster. Built by limits.py for the machine it runs on.
 //
 // Arrays are allocated and written once, by stream_open, and threads started anew by every stream_bytes_per_second: a call of a few
 // milliseconds, between two of which nothing of the probe runs.
@@ -37,16 +36,14 @@ typedef float Vector __attribute__((vector_size(kVectorBytes)));
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-template <bool Up>
 __attribute__((noinline)) float read_once(const float* values, std::size_t count) {
   asm volatile("" ::: "memory");  // or the compiler, seeing the same result each time, would call this once
   Vector sums[kAccumulators] = {};
   const Vector weight = sums[0] + 0.5f;
-  for (std::size_t done = 0; done < count; done += kStep) {
-    const float* here = values + (Up ? done : count - kStep - done);
+  for (std::size_t i = 0; i < count; i += kStep) {
 #pragma GCC unroll 8
     for (std::size_t k = 0; k < kAccumulators; ++k) {
-      sums[k] += weight * *reinterpret_cast<const Vector*>(here + (Up ? k : kAccumulators - 1 - k) * kLanes);
+      sums[k] += weight * *reinterpret_cast<const Vector*>(values + i + k * kLanes);
     }
   }
   Vector total = sums[0];
@@ -99,23 +96,20 @@ extern "C" double stream_bytes_per_second(const void* opened, double seconds) {
   const Stream& stream = *static_cast<const Stream*>(opened);
   const int threads = static_cast<int>(stream.arrays.size());
   const std::size_t bytes = stream.count * sizeof(float);
-  const std::size_t pairs = std::max<std::size_t>(1, kSpanBytes / bytes / 2);
+  const std::size_t repeats = std::max<std::size_t>(1, kSpanBytes / bytes);
   std::atomic<int> ready{0};
   std::atomic<float> sink{0.f};
   std::vector<double> best(threads, 0.0);
   on_threads(threads, [&](int id) {
     const float* values = stream.arrays[id].get();
-    float sum = read_once<true>(values, stream.count);  // into the caches, not timed
+    float sum = read_once(values, stream.count);  // into the caches, not timed
     ready.fetch_add(1);
     while (ready.load() < threads) std::this_thread::yield();  // so that all of them read at the same time
     const double end = now() + seconds;
     for (int span = 0; span < 2 || now() < end; ++span) {
       const double start = now();
-      for (std::size_t r = 0; r < pairs; ++r) {
-        sum += read_once<true>(values, stream.count);
-        sum += span % 2 ? read_once<false>(values, stream.count) : read_once<true>(values, stream.count);
-      }
-      best[id] = std::max(best[id], static_cast<double>(2 * pairs * bytes) / (now() - start));
+      for (std::size_t r = 0; r < repeats; ++r) sum += read_once(values, stream.count);
+      best[id] = std::max(best[id], static_cast<double>(repeats * bytes) / (now() - start));
     }
     sink.store(sum);
   });
