@@ -280,13 +280,15 @@ class Operands {
   }
   const T* take(const OptionalTensor& tensor) { return tensor ? take(*tensor) : nullptr; }
 
-  // Rows of the input stand where they are as long as each is contiguous.
-  Input<T> input(const Tensor& tensor, const StackShape& shape, bool packed) {
-    Tensor x = tensor.to(type_);
-    if (packed || x.stride(-1) != 1) x = x.contiguous();
+  // Rows stand where they are as long as each is contiguous. Of rows that are all the same one, expanded (the gradient of
+  // a sum is), no more than that one is copied.
+  Input<T> rows(const Tensor& tensor, bool packed) {
+    const bool same = tensor.numel() > 0 && tensor.stride(0) == 0 && tensor.stride(-2) == 0;
+    Tensor x = (!same ? tensor : packed ? tensor[0] : tensor[0][0]).to(type_);
+    if (same || packed || x.stride(-1) != 1) x = x.contiguous();
     kept_.push_back(x);
-    if (packed) return {x.const_data_ptr<T>(), 0, shape.layers[0].input};
-    return {x.const_data_ptr<T>(), x.stride(0), x.stride(1)};
+    if (same) return {x.const_data_ptr<T>(), 0, 0};
+    return {x.const_data_ptr<T>(), packed ? 0 : x.stride(0), x.stride(-2)};
   }
 
   std::vector<LaneWeights<T>> weights(TensorList tensors, const Options& options) {
@@ -335,7 +337,7 @@ Results forward_cpu(const Call& call, const std::string& saving) {
   Operands<T> operands(type);
   ForwardCall<T> kernel;
   kernel.shape = shape;
-  kernel.input = operands.input(call.input, shape, call.packed);
+  kernel.input = operands.rows(call.input, call.packed);
   const cpu::Storage storage = call.options.bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same;
   const bool may_keep = call.options.saving == Saving::none;  // training changes the weights at every step
   const auto packed = may_keep ? find_packed<T>(call.weights, shape, storage) : KeptWeights<T>{};
@@ -371,7 +373,7 @@ Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradien
   Operands<T> operands(type);
   BackwardCall<T> kernel;
   kernel.shape = shape;
-  kernel.input = operands.input(call.input, shape, call.packed);
+  kernel.input = operands.rows(call.input, call.packed);
   kernel.weights = operands.weights(call.weights, options);
   kernel.h_0 = operands.take(call.h_0);
   kernel.c_0 = operands.take(call.c_0);
@@ -380,7 +382,7 @@ Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradien
   kernel.keep_top = type != call.input.scalar_type();
   kernel.output = kernel.keep_top ? nullptr : operands.take(kept.output);
   kernel.reserve = operands.take(kept.reserve);
-  kernel.grad_output = operands.take(incoming.output);
+  if (incoming.output) kernel.grad_output = operands.rows(*incoming.output, call.packed);
   kernel.grad_h_n = operands.take(incoming.h_n);
   kernel.grad_c_n = operands.take(incoming.c_n);
 
@@ -869,6 +871,7 @@ PYBIND11_MODULE(_C, m) {
     run["batch_size"] = last.shape.batch;
     return run;
   });
+  m.def("cpu_workspace_bytes", &cpu::workspace_bytes);
   m.def("step", &step_once);
   m.def("call", &call);
   m.def("set_formula", &set_python_formula);

@@ -93,12 +93,13 @@ struct LaneGradients {
   T* weight_hr;
 };
 
-// The caller's input: row (t, b) starts at data + t·step_stride + b·row_stride, or, packed, at data + row·row_stride.
+// Rows of the caller's, its input or the gradient of the output: row (t, b) starts at data + t·step_stride + b·row_stride, or,
+// packed, at data + row·row_stride.
 template <typename T>
 struct Input {
-  const T* data;
-  int64_t step_stride;  // not looked at when packed
-  int64_t row_stride;
+  const T* data = nullptr;
+  int64_t step_stride = 0;  // not looked at when packed
+  int64_t row_stride = 0;
 
   const T* row(const StackShape& shape, int64_t t, int64_t b) const {
     return shape.packed() ? data + (shape.first_row(t) + b) * row_stride : data + t * step_stride + b * row_stride;
@@ -134,7 +135,7 @@ struct BackwardCall {
   bool keep_top;
   const T* output;
   const T* reserve;
-  const T* grad_output;  // (rows, D·output), or null
+  Input<T> grad_output;  // D·output columns; or null
   const T* grad_h_n;     // (lanes, B, output), or null
   const T* grad_c_n;     // (lanes, B, hidden), or null
   T* grad_input[2];      // (rows, input) of each direction, or null: their sum is the gradient

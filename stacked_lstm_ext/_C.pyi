@@ -38,6 +38,9 @@ def force_cpu_schedule(schedule: dict[str, Any] | None) -> None:
     """Run the CPU kernels of this thread with ``schedule`` (the form that ``cpu_plan`` returns; ``batch_slices``,
     ``chunk_steps`` and ``phases`` count) instead of the cheapest; ``None`` goes back to that."""
 
+def cpu_workspace_bytes() -> int:
+    """The workspace that the last call of the CPU kernels on this thread took; 0 where the thread did not keep it."""
+
 def diagonal_plan(
     input_size: int,
     hidden_size: int,

@@ -41,6 +41,11 @@ AWKWARD = [  # layers, batch, steps, input, hidden: each row has broken an LSTM 
     (2, 1023, 2, 3, 3),  # a batch of almost a thousand
     (2, 1, 1023, 3, 3),  # almost a thousand steps
     (1, 8, 60, 40, 112),  # weight gradients summed in blocks of rows, parts of which are copied
+    (3, 3, 301, 3, 9),  # more rows than the ring of gate gradients has: it comes round, within blocks and chunks
+    (2, 17, 61, 5, 9),
+    (2, 65, 21, 3, 6),
+    (1, 129, 9, 3, 5),
+    (1, 1023, 4, 3, 3),  # a block of one step
 ]
 
 
@@ -84,6 +89,25 @@ def test_every_option_matches_float64(options, sizes, dtype, saving):
 @pytest.mark.parametrize("options", OPTION_GRID, ids=option_name)
 def test_every_option_matches_float64_with_lengths(options, dtype, saving):
     check(Case(3, 6, 7, 4, 9, lengths=(7, 7, 5, 2, 1, 1), **options), dtype, saving)
+
+
+LONG_OPTIONS = [  # several blocks of weight gradients, with what moves rows about
+    {"bidirectional": True},
+    {"proj": 4},
+    {"lengths": (180, 150, 150, 149, 97, 33, 20, 3, 1)},  # blocks end in the middle of a sequence
+    {"lengths": (180, *[2] * 250)},  # a block of few rows beside a step of many
+    {"lengths": (180, 150, 150, 149, 97, 33, 20, 3, 1), "bidirectional": True, "proj": 4, "bias": False},
+]
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("options", LONG_OPTIONS, ids=lambda o: "-".join(o))
+def test_every_option_matches_float64_with_many_rows(options, saving):
+    case = Case(2, len(options.get("lengths", range(9))), 180, 4, 9).but(**options)
+    arguments = forward_arguments(case, torch.float32, saving, dropout=0.25, seed=3)
+    assert_matches(
+        run_operators(arguments), operator_truth(case, arguments), case_tolerance(case, torch.float32), case.directions
+    )
 
 
 SWEEPS = [  # one size runs over every value around the widths of vectors, tiles and chunks
@@ -219,16 +243,27 @@ def test_expanded_input_and_states(dtype, dim):
     assert_matches(run_operators(arguments), operator_truth(case, dense), case_tolerance(case, dtype))
 
 
-def test_expanded_upstream_gradients():
-    """What ``output.sum().backward()`` sends."""
-    case = Case(2, 3, 4, 5, 18)
-    arguments = forward_arguments(case, torch.float32)
+EXPANSIONS = [  # of the gradient of the output, which dimensions it varies along
+    ("none: what output.sum().backward() sends", lambda g: g.flatten()[0].expand_as(g)),
+    ("features", lambda g: g[:1, :1].expand_as(g) if g.dim() == 3 else g[:1].expand_as(g)),
+    ("all but the first", lambda g: g[:1].expand_as(g)),
+    ("all but the features", lambda g: g[..., :1].expand_as(g)),
+    ("all, the other way round", lambda g: g.transpose(0, 1).contiguous().transpose(0, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("expand", [row[1] for row in EXPANSIONS], ids=[row[0] for row in EXPANSIONS])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"lengths": (4, 2, 1)}], ids=lambda o: "-".join(o))
+def test_expanded_upstream_gradients(options, expand, dtype):
+    case = Case(2, 3, 4, 5, 18, **options)
+    arguments = forward_arguments(case, dtype)
     output, h_n, c_n, reserve = ops.forward(*arguments)
-    one = torch.ones(())
+    expanded, *states = (expand(g) for g in upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, dtype))
     got = []
-    for upstream in ([one.expand_as(t) for t in (output, h_n, c_n)], [torch.ones_like(t) for t in (output, h_n, c_n)]):
-        gradient = ops.backward(*backward_arguments(upstream, arguments, output, reserve))
-        got.append(dict(zip(gradient_names(8), [*gradient[:3], *gradient[3]], strict=True)))
+    for upstream in (expanded, expanded.contiguous()):
+        gradient = ops.backward(*backward_arguments([upstream, *states], arguments, output, reserve))
+        got.append(dict(zip(gradient_names(len(arguments[4])), [*gradient[:3], *gradient[3]], strict=True)))
     assert_same_bits(*got)
 
 

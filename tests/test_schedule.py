@@ -71,6 +71,65 @@ def test_any_schedule_gives_the_bits_of_one_worker(case, saving):
         assert_same_bits(got, alone)
 
 
+LONG = [  # more rows than the ring of gate gradients has; see csrc/cpu/backward.cpp
+    Case(3, 17, 61, 3, 9),
+    Case(2, 96, 12, 3, 70),  # units enough for slices
+    Case(2, 9, 150, 3, 130, proj=66, lengths=(150, 131, 131, 130, 97, 33, 20, 3, 1)),
+    Case(2, 65, 20, 3, 5, bidirectional=True, proj=3),
+    Case(2, 40, 30, 3, 5, bidirectional=True, lengths=tuple(range(30, 0, -1)) + (1,) * 10),
+    Case(2, 250, 7, 2, 3),  # a block of one step
+]
+LONG_SHARES = [(1, 2, 1), (1, 1, 2), (1, 1, 3), (2, 1, 1), (3, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
+
+
+@pytest.mark.parametrize("saving", ["full", "recompute"])
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_any_schedule_sums_over_the_same_blocks_of_rows(case, saving):
+    """Chunks that are longer than a block, shorter, and that do not divide it."""
+    torch.set_num_threads(4)
+    arguments = forward_arguments(case, torch.float32, saving, dropout=0.25, seed=3)
+    _C.force_cpu_schedule(schedule([(0, case.layers, 1, 1)], chunk_steps=case.steps))  # never comes round
+    alone = run_operators(arguments)
+    for batch_slices, groups, slices in LONG_SHARES:
+        for chunk in (1, 5, 16):
+            _C.force_cpu_schedule(schedule([(0, case.layers, groups, slices)], batch_slices, chunk))
+            got = run_operators(arguments)
+            assert_same_bits(got, alone)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["full", "recompute"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layers": 1}, {"layers": 2}, {"layers": 7}, {"bidirectional": True}, {"proj": 16}],
+    ids=lambda o: "-".join(f"{name}={value}" for name, value in o.items()),
+)
+def test_what_backward_works_with_grows_with_the_steps_by_one_gradient_between_layers(options, recompute):
+    """One a stack, or two for each of two directions, where there is a layer above; everything else has a bound."""
+    case = Case(4, 16, 0, 48, 64).but(**options)
+    module = StackedLSTM(**case.arguments(), recompute=recompute)
+    torch.set_num_threads(2)
+    groups = min(2, case.layers)
+    taken = []
+    for steps in (64, 96, 160):
+        _C.force_cpu_schedule(schedule([(0, case.layers, groups, 1)], chunk_steps=8))
+        module(torch.randn(steps, case.batch, case.input_size))[0].sum().backward()
+        assert last_run()["pass"] == "backward"
+        taken.append(_C.cpu_workspace_bytes())
+    buffers = case.directions * min(case.layers - 1, case.directions)
+    a_step = buffers * case.batch * case.directions * case.out * 4
+    assert [b - a for a, b in itertools.pairwise(taken)] == [32 * a_step, 64 * a_step]
+
+
+def test_what_backward_works_with_does_not_grow_with_the_layers():
+    torch.set_num_threads(2)
+    taken = set()
+    for layers in (3, 5, 9):
+        _C.force_cpu_schedule(schedule([(0, layers, 2, 1)], chunk_steps=8))
+        StackedLSTM(64, 64, layers)(torch.randn(96, 16, 64))[0].sum().backward()
+        taken.add(_C.cpu_workspace_bytes())
+    assert len(taken) == 1
+
+
 def test_two_phases_give_the_bits_of_one_worker():
     """Bands of whole layers first, then the layers left over, split by units."""
     torch.set_num_threads(4)

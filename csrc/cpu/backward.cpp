@@ -7,15 +7,30 @@
 //   2. with recomputation, all gates of the chunk from x and h, two products;
 //   3. step after step back: dG(s+1)·W_hh, the cell's derivative, dG(s) handed to the other unit slices (and, with a
 //      projection, dh handed over first, then dh·W_hr);
-//   4. the gradient of the layer's input, dG·W_ih of the whole chunk, one product; publish the chunk.
-// After the first chunk: the weight gradients of the lane, dGᵀ·[x, h_prev], one large product each, gate rows shared
-// out over all workers of the lane.
+//   4. the gradient of the layer's input, dG·W_ih of the whole chunk, one product; publish the chunk;
+//   5. the weight gradients, dGᵀ·[x, h_prev], of the blocks of rows that are complete by now: gate rows shared out over all
+//      workers of the lane, who meet for it. Layers side by side lose nothing: each pauses a chunk after the one above.
+//
+//      steps, from right to left          A block is whole steps of at most kGradientRows rows, or one step. It follows from
+//   ┄┄┄┬───────┬─────────┬┄┄┄┄┄┄┄┄┄┄┄     the call's shape alone, and so do the weight gradients, which add up the sums of
+//      │ chunk │ block   │ blocks that    the blocks from the last to the first. Of dG (and, with a projection, of dh and of
+//      │       │         │ are summed     o·tanh(c)) only a ring of rows is there: as many as a block and a chunk have. Where
+//   ┄┄┄┴───────┴─────────┴┄┄┄┄┄┄┄┄┄┄┄     that holds all rows of the call, nobody meets before the end.
 //
 // Hazards.
-//   dG has a row for every row of the call, so that a step overwrites nothing. The buffer is used again by the lane that
-//   is `buffers` positions on; that one starts only when every worker is done with this one (Progress::done).
-//   The layers share two buffers of input gradients. Layer k-2 writes chunk c over layer k's only after layer k-1 has
-//   published chunk c, and layer k-1 does that after it has staged layer k's chunk c.
+//   dG(s) takes the place of rows a ring's length back. Of a block, they are read by the products of their chunks and by the
+//   sums over it; when every worker of the lane has published it (Progress::blocks), that is over. One step's rows are read
+//   later: those of its first, by the step before, which is the next block's. So they count as the next block's here.
+//   (Unit slices are never more than a step apart, but batch slices are, and in a packed batch one's rows take the place of
+//   another's.)
+//   A worker that waits for room waits neither for itself nor for somebody who waits for it: as the ring holds a block and a
+//   chunk, the block in question was complete at the end of an earlier chunk, this worker has published it, and nobody
+//   needs more of this worker than that earlier chunk to publish it too.
+//   The ring, the packed weights and the states are used again by the lane that is as many positions on as there are sets
+//   of them; that one starts only when every worker is done with this one (Progress::done).
+//   The layers share one buffer of input gradients. A slice writes chunk c over what the layer above left there when all
+//   slices have handed over all steps of the chunk, and so have staged it; nobody else reads it. Bidirectional layers take
+//   turns with two buffers a direction: each direction reads all that both directions of the layer above have left.
 #include "wave.h"
 
 namespace stacked_lstm::cpu {
@@ -37,25 +52,15 @@ class BackwardWave : Wave<T> {
         storage_(storage_of(call)),
         recompute_(call.saving == Saving::recompute),
         staged_rows_(std::max<int64_t>(this->chunk_rows_, kGradientRows<T>)) {
-    for (int64_t n = 0; n < this->lane_count_; ++n) lanes_.push_back(make_lane(lane_of(n)));
     widest_ = round_up(std::max({this->widest_input_, this->widest_output_, this->widest_hidden_}), kUnitPadding * 4);
-    const int64_t below = shape_.rows() * this->widest_input_;
-    for (int64_t n = 0; n < std::min<int64_t>(shape_.depth() - 1, 2); ++n) {
-      for (int64_t d = 0; d < shape_.directions; ++d) passing_[n][d] = memory_->take<T>(below);
-    }
-    buffers_ = std::min(this->workers_, this->lane_count_);
-    for (int64_t n = 0; n < buffers_; ++n) {
-      dgates_.push_back(memory_->take<T>(shape_.rows() * (4 * this->widest_hidden_ + kRowPadding)));
-      dh_rows_.push_back(projects() ? memory_->take<T>(shape_.rows() * (this->widest_output_ + kRowPadding)) : nullptr);
-      hidden_rows_.push_back(projects() ? memory_->take<T>(shape_.rows() * this->widest_hidden_) : nullptr);
-    }
-    for (int64_t worker = 0; worker < this->workers_; ++worker) {
-      const int64_t ld = widest_ + kRowPadding;
-      scratch_.push_back({memory_->take<T>(staged_rows_ * ld), memory_->take<T>(this->chunk_rows_ * ld),
-                          recompute_ ? memory_->take<T>(this->chunk_rows_ * 4 * this->widest_hidden_) : nullptr,
-                          memory_->take<T>(shape_.batch * ld), memory_->take<T>(this->chunk_rows_ * ld),
-                          call.gradients.empty() ? nullptr : memory_->take<T>(kGradientScratch<T>)});
-    }
+    for (int64_t k = 1; k < shape_.depth(); ++k) widest_below_ = std::max(widest_below_, shape_.layers[k].input);
+    const int64_t batch = std::max<int64_t>(shape_.batch, 1);
+    const int64_t block = shape_.packed() ? std::max(kGradientRows<T>, batch) : block_steps() * batch;
+    ring_rows_ = std::min(std::max<int64_t>(shape_.rows(), 1), block + this->chunk_rows_);
+    int64_t groups = 1;  // a lane of each is under way, and one that a group has just done with
+    for (int64_t p = 0; p < schedule_.phases; ++p) groups = std::max(groups, schedule_.phase[p].layer_groups);
+    set_count_ = std::min({this->workers_, this->lane_count_, groups + 1});
+    memory_->lay_out([&] { take_memory(); });
   }
 
   Schedule run() {
@@ -68,49 +73,85 @@ class BackwardWave : Wave<T> {
   }
 
  private:
-  struct Lane {
+  struct Set {                                // what a lane works with
     void *weight_ih, *weight_hh, *weight_hr;  // packed for backward: columns as they stand
     void *gates_ih, *gates_hh;                // packed for forward: with recomputation
     T* bias;
-    T* dc;   // [sequence][padded_hidden]
-    T* c_0;  // likewise, padded with zeros
+    T* dc;      // [sequence][padded_hidden]
+    T* c_0;     // likewise, padded with zeros
+    T* dgates;  // a ring of rows
+    T* dh;      // likewise, with a projection: dL/dh …
+    T* hidden;  // … and what the projection was given
   };
   struct Scratch {
-    T* staged;  // x or h of a chunk
-    T* dy;      // dL/dh of a chunk, from above
-    T* gates;   // with recomputation: those of a chunk
+    T* staged;  // x or h of a chunk, or of a block
+    T* dy;      // of a chunk: dL/dh from above, and later dG·W_ih
+    T* large;   // the gates of a chunk, recomputed; after it, what the weight gradients of a block copy
     T* dh;      // of a step
-    T* dinput;  // dG·W_ih of a chunk
-    T* gradient;
+  };
+  struct Rows {
+    T* data;
+    int64_t stride;
   };
 
   int64_t lane_of(int64_t position) const { return lane_at(position, this->lane_count_, true); }
-  bool projects() const {
-    return std::any_of(shape_.layers.begin(), shape_.layers.end(),
-                       [](const LayerShape& layer) { return layer.projection > 0; });
-  }
+  // Steps of a block of weight gradients, where every step has the whole batch.
+  int64_t block_steps() const { return std::max<int64_t>(kGradientRows<T> / std::max<int64_t>(shape_.batch, 1), 1); }
+  bool ring_holds_all() const { return ring_rows_ >= shape_.rows(); }
+  // Where time t's rows are in the ring. Those of one step stand together: a packed batch's may reach past the ring's end,
+  // where there is room for them. Steps that are there at the same time never share a place.
+  int64_t slot_of(int64_t t) const { return shape_.first_row(t) % ring_rows_; }
 
   // Columns of dG·W_hh, padding included.
   static int64_t recurrent_columns(const LayerShape& layer) {
     return layer.projection > 0 ? layer.projection : layer.padded_hidden();
   }
 
-  Lane make_lane(int64_t index) {
-    const LayerShape& layer = shape_.of_lane(index);
-    const int64_t padded = layer.padded_hidden(), inner = 4 * padded;
-    Lane lane{};
-    const auto panels = [&](int64_t elements) { return this->take_panels(memory_, elements, storage_); };
-    lane.weight_ih = panels(this->panel_elements(layer.input, inner, kWidth));
-    lane.weight_hh = panels(this->panel_elements(recurrent_columns(layer), inner, width_));
-    if (layer.projection > 0) lane.weight_hr = panels(this->panel_elements(padded, layer.projection, kWidth));
-    if (recompute_) {
-      lane.gates_ih = panels(inner * layer.input);
-      lane.gates_hh = panels(inner * layer.output());
-      lane.bias = memory_->take<T>(inner);
+  void take_memory() {
+    sets_.clear();
+    for (int64_t n = 0; n < set_count_; ++n) sets_.push_back(take_set());
+    for (int64_t n = 0; n < std::min(shape_.depth() - 1, shape_.directions); ++n) {
+      for (int64_t d = 0; d < shape_.directions; ++d) passing_[n][d] = memory_->take<T>(shape_.rows() * widest_below_);
     }
-    lane.dc = memory_->take<T>(shape_.batch * padded);
-    lane.c_0 = memory_->take<T>(shape_.batch * padded);
-    return lane;
+    scratch_.clear();
+    for (int64_t worker = 0; worker < this->workers_; ++worker) {
+      const int64_t ld = widest_ + kRowPadding;
+      const int64_t gates = recompute_ ? this->chunk_rows_ * 4 * this->widest_hidden_ : 0;
+      const int64_t gradient = call_.gradients.empty() ? 0 : kGradientScratch<T>;
+      scratch_.push_back({memory_->take<T>(staged_rows_ * ld), memory_->take<T>(this->chunk_rows_ * ld),
+                          memory_->take<T>(std::max(gates, gradient)), memory_->take<T>(shape_.batch * ld)});
+    }
+  }
+
+  // For any of the lanes.
+  Set take_set() {
+    int64_t ih = 0, hh = 0, hr = 0, input = 0, output = 0;
+    bool projects = false;
+    for (const LayerShape& layer : shape_.layers) {
+      const int64_t inner = 4 * layer.padded_hidden();
+      ih = std::max(ih, this->panel_elements(layer.input, inner, kWidth));
+      hh = std::max(hh, this->panel_elements(recurrent_columns(layer), inner, width_));
+      hr = std::max(hr, this->panel_elements(layer.padded_hidden(), layer.projection, kWidth));
+      input = std::max(input, inner * layer.input), output = std::max(output, inner * layer.output());
+      projects = projects || layer.projection > 0;
+    }
+    Set set{};
+    const auto panels = [&](int64_t elements) { return this->take_panels(memory_, elements, storage_); };
+    set.weight_ih = panels(ih), set.weight_hh = panels(hh);
+    if (projects) set.weight_hr = panels(hr);
+    if (recompute_) {
+      set.gates_ih = panels(input), set.gates_hh = panels(output);
+      set.bias = memory_->take<T>(4 * this->widest_hidden_);
+    }
+    set.dc = memory_->take<T>(shape_.batch * this->widest_hidden_);
+    set.c_0 = memory_->take<T>(shape_.batch * this->widest_hidden_);
+    const int64_t rows = ring_rows_ + (shape_.packed() ? shape_.batch : 0);  // see slot_of
+    set.dgates = memory_->take<T>(rows * (4 * this->widest_hidden_ + kRowPadding));
+    if (projects) {
+      set.dh = memory_->take<T>(rows * (this->widest_output_ + kRowPadding));
+      set.hidden = memory_->take<T>(rows * this->widest_hidden_);
+    }
+    return set;
   }
 
   // h of a layer, as forward left it.
@@ -121,8 +162,9 @@ class BackwardWave : Wave<T> {
     return h;
   }
   // Where one direction of a layer leaves the gradient of its input.
-  T* input_gradient(int64_t layer, int64_t direction) const {
-    return layer == 0 ? call_.grad_input[direction] : passing_[(layer - 1) % 2][direction];
+  Rows input_gradient(int64_t layer, int64_t direction) const {
+    if (layer == 0) return {call_.grad_input[direction], shape_.layers[0].input};
+    return {passing_[(layer - 1) % shape_.directions][direction], widest_below_};
   }
 
   // One worker's part in one lane.
@@ -137,7 +179,7 @@ class BackwardWave : Wave<T> {
           layer_index_(index_ / wave.shape_.directions),
           direction_(index_ % wave.shape_.directions),
           layer_(wave.shape_.layers[layer_index_]),
-          lane_(wave.lanes_[static_cast<size_t>(position)]),
+          lane_(wave.sets_[static_cast<size_t>(position % wave.set_count_)]),
           sequences_(wave.sequences(place)),
           hidden_(layer_.hidden),
           padded_(layer_.padded_hidden()),
@@ -150,15 +192,14 @@ class BackwardWave : Wave<T> {
           dh_panels_(recurrent_panels()),
           columns_(projects_ ? wave.columns_of(dh_panels_, wave.width_, out_) : units_),
           padded_end_(projects_ ? columns_.last : blocks_.last * lanes()),
-          dgates_(wave.dgates_[static_cast<size_t>(position % wave.buffers_)]),
-          dh_rows_(wave.dh_rows_[static_cast<size_t>(position % wave.buffers_)]),
-          hidden_rows_(wave.hidden_rows_[static_cast<size_t>(position % wave.buffers_)]),
           lddr_(out_ + kRowPadding),
           ldm_(padded_),
-          progress_(wave.own(position, place)) {}
+          progress_(wave.own(position, place)),
+          block_(block_before(wave.shape_.steps)),
+          oldest_(block_) {}
 
     void run() {
-      if (position_ >= w_.buffers_) w_.wait_everybody(position_ - w_.buffers_, &Progress::done, 1);
+      if (position_ >= w_.set_count_) w_.wait_everybody(position_ - w_.set_count_, &Progress::done, 1);
       pack();
       start();
       for (int64_t chunk = 0; chunk < w_.chunks(); ++chunk) {  // counted from the end of the sequence
@@ -169,9 +210,10 @@ class BackwardWave : Wave<T> {
         for (int64_t s = steps.last - 1; s >= steps.first; --s) step(s, steps, gates);
         input_gradient(steps);
         publish(progress_.chunks, chunk + 1);
+        if (!w_.ring_holds_all()) finish_blocks(steps.first, chunk + 1);
       }
       step_out();
-      if (!w_.call_.gradients.empty()) weight_gradients();
+      finish_blocks(0, w_.chunks());
       publish(progress_.done, 1);
     }
 
@@ -179,8 +221,9 @@ class BackwardWave : Wave<T> {
     int64_t lanes() const { return w_.kernels_.lanes; }
     int64_t time(int64_t s) const { return w_.shape_.time(index_, s); }
     int64_t rows_at(int64_t s) const { return w_.rows_at(index_, sequences_, s); }
-    // First local row of step s.
+    // First local row of step s, in the call and in the ring.
     int64_t row_at(int64_t s) const { return w_.shape_.first_row(time(s)) + sequences_.first; }
+    int64_t slot_at(int64_t s) const { return w_.slot_of(time(s)) + sequences_.first; }
     int64_t active_at(int64_t s) const { return s < w_.shape_.steps ? w_.shape_.active(time(s)) : 0; }
 
     // Own panels of dG·W_hh. Its columns are the own units, or with a projection a share of its own.
@@ -198,7 +241,7 @@ class BackwardWave : Wave<T> {
       k.pack_columns(weights.weight_hh, out_, 4, hidden_, padded_, w_.width_, own.first, own.last, storage,
                      lane_.weight_hh);
       own = w_.share_packing(w_.own_panels(position_, place_, layer_.input, kWidth), place_);
-      if (w_.input_gradient(layer_index_, direction_)) {
+      if (w_.input_gradient(layer_index_, direction_).data) {
         k.pack_columns(weights.weight_ih, layer_.input, 4, hidden_, padded_, kWidth, own.first, own.last, storage,
                        lane_.weight_ih);
       }
@@ -244,16 +287,18 @@ class BackwardWave : Wave<T> {
           std::fill(out + columns_.first, out + padded_end_, T(0));
           const int64_t row = first + b;
           if (top) {
-            if (w_.call_.grad_output) Base::copy_columns(w_.call_.grad_output + row * width + offset, out, columns_);
+            const Input<T>& dy = w_.call_.grad_output;
+            if (dy.data) Base::copy_columns(dy.row(shape, time(s), sequences_.first + b) + offset, out, columns_);
             continue;
           }
           // The mask goes by quadruples of features of the whole row; where this lane's columns start elsewhere than at
           // a multiple of four, the row is masked as a whole.
           T* sum = drops ? scratch_.staged : out - offset;
           const Range range = drops ? Range{0, width} : Range{offset + columns_.first, offset + columns_.last};
-          Base::copy_columns(w_.input_gradient(layer_index_ + 1, 0) + row * width, sum, range);
+          const Rows above = w_.input_gradient(layer_index_ + 1, 0);
+          Base::copy_columns(above.data + row * above.stride, sum, range);
           if (shape.directions == 2) {
-            const T* other = w_.input_gradient(layer_index_ + 1, 1) + row * width;
+            const T* other = w_.input_gradient(layer_index_ + 1, 1).data + row * above.stride;
             for (int64_t n2 = range.first; n2 < range.last; ++n2) sum[n2] += other[n2];
           }
           if (drops) {
@@ -282,17 +327,17 @@ class BackwardWave : Wave<T> {
           .unroll_rows = w_.shape_.rows(),
           .inner = layer_.input,
           .init = lane_.bias,
-          .c = scratch_.gates,
+          .c = scratch_.large,
           .ldc = 4 * padded_,
       };
       w_.kernels_.product(product);
       lda = out_ + kRowPadding;
-      stage_h_before(steps, scratch_.staged, lda);
+      stage_h_before(sequences_, steps, scratch_.staged, lda);
       product.panels.data = lane_.gates_hh, product.lda = lda, product.inner = out_;
-      product.init = scratch_.gates, product.init_step = 4 * padded_;
+      product.init = scratch_.large, product.init_step = 4 * padded_;
       w_.kernels_.product(product);
-      w_.kernels_.activate(scratch_.gates, rows, padded_, blocks_.first, blocks_.last);
-      return scratch_.gates;
+      w_.kernels_.activate(scratch_.large, rows, padded_, blocks_.first, blocks_.last);
+      return scratch_.large;
     }
 
     int64_t stage_x(const Range& steps, T* out, int64_t ldo) const {
@@ -300,12 +345,12 @@ class BackwardWave : Wave<T> {
                             index_, sequences_, steps, out, ldo);
     }
     // h of the step before each row's own.
-    int64_t stage_h_before(const Range& steps, T* out, int64_t ldo) const {
+    int64_t stage_h_before(const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
       const StackShape& shape = w_.shape_;
       const T* h = w_.output_of(layer_index_) + direction_ * out_;
       const int64_t ldh = shape.directions * out_, back = direction_ ? 1 : -1;
       return w_.stage(
-          index_, sequences_, steps, out_,
+          index_, sequences, steps, out_,
           [&](int64_t t, int64_t b) {
             const int64_t before = t + back;
             const bool first = before < 0 || before >= shape.steps || b >= shape.active(before);
@@ -328,7 +373,7 @@ class BackwardWave : Wave<T> {
             .width = w_.width_,
             .first_panel = dh_panels_.first,
             .last_panel = dh_panels_.last,
-            .a = dgates_ + row_at(s + 1) * lddg_,
+            .a = lane_.dgates + slot_at(s + 1) * lddg_,
             .lda = lddg_,
             .rows = later,
             .unroll_rows = active_at(s + 1),
@@ -355,13 +400,14 @@ class BackwardWave : Wave<T> {
 
     void step(int64_t s, const Range& steps, const T* recomputed) {
       const StackShape& shape = w_.shape_;
-      const int64_t n = rows_at(s), row = row_at(s);
+      const int64_t n = rows_at(s), row = row_at(s), slot = slot_at(s);
+      make_room(s);
       recurrent_gradient(s);
       int64_t local = 0;  // rows of the chunk before this step
       for (int64_t earlier = steps.first; earlier < s; ++earlier) local += rows_at(earlier);
       const T* dy = scratch_.dy + local * ld_;
       if (projects_) {
-        T* projected = dh_rows_ + row * lddr_;
+        T* projected = lane_.dh + slot * lddr_;
         for (int64_t b = 0; b < n; ++b) {
           for (int64_t j = columns_.first; j < columns_.last; ++j) {
             projected[b * lddr_ + j] = scratch_.dh[b * ld_ + j] + dy[b * ld_ + j];
@@ -401,9 +447,9 @@ class BackwardWave : Wave<T> {
           .c_next = w_.reserve_.c + cells * padded_,
           .c = nullptr,
           .dc = lane_.dc + sequences_.first * padded_,
-          .dgates = dgates_ + row * lddg_,
+          .dgates = lane_.dgates + slot * lddg_,
           .lddg = lddg_,
-          .projected = projects_ ? hidden_rows_ + row * ldm_ : nullptr,
+          .projected = projects_ ? lane_.hidden + slot * ldm_ : nullptr,
           .ldm = ldm_,
       };
       // The state before the step: sequences that start here have it from c_0.
@@ -433,152 +479,221 @@ class BackwardWave : Wave<T> {
 
     // dG·W_ih of a chunk, own columns.
     void input_gradient(const Range& steps) {
-      T* to = w_.input_gradient(layer_index_, direction_);
-      if (!to) return;
+      const Rows to = w_.input_gradient(layer_index_, direction_);
+      if (!to.data) return;
       const Range panels = w_.own_panels(position_, place_, layer_.input, kWidth);
       const Range columns = w_.columns_of(panels, kWidth, layer_.input);
       w_.wait_slices(position_, place_.batch_slice, &Progress::steps, hand_overs_before(steps.first - 1));
-      // A batch slice's rows of one step stand together, those of several steps only where it has the whole batch.
-      const bool whole = sequences_.size() == w_.shape_.batch && steps.size() > 0;
-      int64_t s = steps.first;
-      while (s < steps.last) {
-        int64_t first = row_at(s), rows = rows_at(s);
-        if (whole) {
-          for (int64_t later = s + 1; later < steps.last; ++later) {
-            rows += rows_at(later);
-            first = std::min(first, row_at(later));  // a reverse lane's rows run down
-          }
-          s = steps.last;
-        } else {
-          ++s;
-        }
+      for_each_run(steps, sequences_, [&](int64_t first, int64_t rows, int64_t slot) {
         w_.kernels_.product({
             .panels = {lane_.weight_ih, w_.storage_},
             .width = kWidth,
             .first_panel = panels.first,
             .last_panel = panels.last,
-            .a = dgates_ + first * lddg_,
+            .a = lane_.dgates + slot * lddg_,
             .lda = lddg_,
             .rows = rows,
             .unroll_rows = w_.shape_.rows(),
             .inner = 4 * padded_,
-            .c = scratch_.dinput,
+            .c = scratch_.dy,
             .ldc = ld_,
         });
         for (int64_t r = 0; r < rows; ++r) {
-          Base::copy_columns(scratch_.dinput + r * ld_, to + (first + r) * layer_.input, columns);
+          Base::copy_columns(scratch_.dy + r * ld_, to.data + (first + r) * to.stride, columns);
         }
+      });
+    }
+
+    // ---- The ring, and the weight gradients of a block: this worker's share of the gate rows.
+
+    Range times_of(const Range& steps) const {
+      const int64_t all = w_.shape_.steps;
+      return direction_ ? Range{all - steps.last, all - steps.first} : steps;
+    }
+    // Rows of some steps, whole batch.
+    int64_t rows_of(const Range& steps) const {
+      const Range times = times_of(steps);
+      return w_.shape_.first_row(times.last) - w_.shape_.first_row(times.first);
+    }
+
+    // The block that ends before step `last`: steps of kGradientRows rows at most, or one step. Before none, there is none:
+    // {-1, 0}.
+    Range block_before(int64_t last) const {
+      if (!w_.shape_.packed()) return {last > 0 ? std::max<int64_t>(last - w_.block_steps(), 0) : -1, last};
+      int64_t first = last - 1;
+      while (first > 0 && rows_of({first - 1, last}) <= kGradientRows<T>) --first;
+      return {first, last};
+    }
+
+    // Waits until the rows that step s takes the place of are read by nobody: see Hazards.
+    void make_room(int64_t s) {
+      while (rows_of({s, std::min(oldest_.last + 1, w_.shape_.steps)}) > w_.ring_rows_) {
+        w_.wait_everybody(position_, &Progress::blocks, ++released_);
+        oldest_ = block_before(oldest_.first);
       }
     }
 
-    // ---- Weight gradients: this worker's share of the gate rows, over all rows of the call.
+    // Sums over the blocks that begin at `first_step` or later, once all workers of the lane have done so many chunks.
+    void finish_blocks(int64_t first_step, int64_t chunks) {
+      if (block_.first < first_step) return;
+      const bool wanted = !w_.call_.gradients.empty();
+      if (wanted) w_.wait_everybody(position_, &Progress::chunks, chunks);
+      for (; block_.first >= first_step; block_ = block_before(block_.first)) {
+        if (wanted) weight_gradients();
+        publish(progress_.blocks, ++finished_);
+      }
+    }
+
+    // Calls f(row, rows, slot) for runs of own rows that stand one after the other both in the call, from `row` on, and in
+    // the ring, from `slot` on; in rising time.
+    template <typename F>
+    void for_each_run(const Range& steps, const Range& sequences, F&& f) const {
+      const Range times = times_of(steps);
+      for (int64_t t = times.first; t < times.last;) {
+        const int64_t row = w_.shape_.first_row(t), slot = w_.slot_of(t);
+        int64_t rows = 0;
+        do {
+          rows += w_.local_rows(sequences, t++);
+        } while (t < times.last && w_.shape_.first_row(t) == row + rows && w_.slot_of(t) == slot + rows);
+        if (rows > 0) f(row + sequences.first, rows, slot + sequences.first);
+      }
+    }
+
+    // The rows of a block: in the ring they are one run, or two.
+    struct BlockRows {
+      int64_t rows = 0, parting = 0;
+      int64_t slots[2] = {};
+    };
 
     void weight_gradients() {
-      w_.wait_everybody(position_, &Progress::chunks, w_.chunks());
+      const LaneGradients<T>& g = w_.call_.gradients[static_cast<size_t>(index_)];
+      BlockRows block;
+      int64_t runs = 0;
+      for_each_run(block_, everyone(), [&](int64_t, int64_t rows, int64_t slot) {
+        if (runs == 0) block.parting = rows;
+        block.slots[runs++] = slot, block.rows += rows;
+      });
       const int64_t slices = w_.slices(position_), workers = slices * w_.schedule_.batch_slices;
       const int64_t part = place_.batch_slice * slices + place_.slice;
-      const LaneGradients<T>& g = w_.call_.gradients[static_cast<size_t>(index_)];
       const Range units = share_of(hidden_, part, workers);
       if (units.size() > 0) {
-        gate_gradients(g, units);
-        if (g.bias_ih) {
-          for (int64_t gate = 0; gate < 4; ++gate) {
-            T* bias = g.bias_ih + gate * hidden_ + units.first;
-            w_.kernels_.sum_rows(dgates_ + gate * padded_ + units.first, lddg_, w_.shape_.rows(), units.size(), bias);
-            std::copy(bias, bias + units.size(), g.bias_hh + gate * hidden_ + units.first);
-          }
-        }
+        input_weight_gradient(g, units, block);
+        recurrent_weight_gradient(g, units, block);
+        if (g.bias_ih) bias_gradient(g, units, block);
       }
       if (projects_) {
         const Range rows = share_of(out_, part, workers);
-        if (rows.size() > 0) projection_gradient(g, rows);
+        if (rows.size() > 0) projection_gradient(g, rows, block);
       }
     }
 
-    // Adds up dGᵀ·b over pieces of rows (that must not depend on the schedule: sums go piece by piece): `b` and `rows` of a piece, and the row of dG it starts at.
-    void add_product(T* c, int64_t columns, const Range& units, int64_t first_row, const T* b, int64_t ldb,
-                     int64_t rows, bool accumulate) {
-      const T* a = dgates_ + first_row * lddg_;
-      if (units.size() == hidden_ && padded_ == hidden_) {  // all gate rows in one product
-        w_.kernels_.gradient({c, columns, a, lddg_, b, ldb, rows, 4 * hidden_, columns, accumulate, scratch_.gradient});
-        return;
-      }
+    Range everyone() const { return {0, w_.shape_.batch}; }
+    bool first_block() const { return block_.last == w_.shape_.steps; }
+
+    // Adds dGᵀ·b over the block's rows, those of b standing together.
+    void add_product(T* c, int64_t columns, const Range& units, const BlockRows& block, const T* b, int64_t ldb) {
+      GradientProduct<T> product{
+          .c = c,
+          .ldc = columns,
+          .a = lane_.dgates + block.slots[0] * lddg_,
+          .a_rest = lane_.dgates + block.slots[1] * lddg_,
+          .lda = lddg_,
+          .b = b,
+          .b_rest = b + block.parting * ldb,
+          .ldb = ldb,
+          .rows = block.rows,
+          .parting = block.parting,
+          .m = 4 * hidden_,
+          .n = columns,
+          .accumulate = !first_block(),
+          .scratch = scratch_.large,
+      };
+      if (units.size() == hidden_ && padded_ == hidden_) return w_.kernels_.gradient(product);  // all gate rows in one
+      product.m = units.size();
+      product.a += units.first, product.a_rest += units.first, product.c += units.first * columns;
       for (int64_t gate = 0; gate < 4; ++gate) {
-        w_.kernels_.gradient({c + (gate * hidden_ + units.first) * columns, columns, a + gate * padded_ + units.first,
-                              lddg_, b, ldb, rows, units.size(), columns, accumulate, scratch_.gradient});
+        w_.kernels_.gradient(product);
+        product.a += padded_, product.a_rest += padded_, product.c += hidden_ * columns;
       }
     }
 
-    void gate_gradients(const LaneGradients<T>& g, const Range& units) {
+    void input_weight_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block) {
       const StackShape& shape = w_.shape_;
-      const int64_t rows = shape.rows(), batch = shape.batch;
       const Input<T>& x = w_.call_.input;
-      // W_ih: x as it stands, where it is a matrix.
-      const bool matrix = x.row_stride >= layer_.input && (shape.packed() || x.step_stride == batch * x.row_stride);
+      const int64_t row = shape.first_row(times_of(block_).first), width = layer_.input;
+      // x as it stands, where it is a matrix.
+      const bool matrix = x.row_stride >= width && (shape.packed() || x.step_stride == shape.batch * x.row_stride);
       if (layer_index_ == 0 && matrix) {
-        add_product(g.weight_ih, layer_.input, units, 0, x.data, x.row_stride, rows, false);
+        add_product(g.weight_ih, width, units, block, x.data + row * x.row_stride, x.row_stride);
       } else if (layer_index_ > 0 && !w_.call_.dropout.active()) {
-        add_product(g.weight_ih, layer_.input, units, 0, w_.output_of(layer_index_ - 1), layer_.input, rows, false);
+        add_product(g.weight_ih, width, units, block, w_.output_of(layer_index_ - 1) + row * width, width);
       } else {
-        by_pieces([&](const Range& steps, T* out, int64_t ldo) { return stage_all(steps, out, ldo, true); },
-                  g.weight_ih, layer_.input, units);
-      }
-      // W_hh: h one step before dG, and h_0 with the first step.
-      if (!shape.packed()) {
-        const int64_t ldh = shape.directions * out_, shifted = rows - batch;
-        const T *h = w_.output_of(layer_index_) + direction_ * out_, *h_0 = w_.call_.h_0 + index_ * batch * out_;
-        add_product(g.weight_hh, out_, units, direction_ ? shifted : 0, h_0, out_, batch, false);
-        if (shifted > 0) {
-          add_product(g.weight_hh, out_, units, direction_ ? 0 : batch, direction_ ? h + batch * ldh : h, ldh, shifted,
-                      true);
-        }
-      } else {
-        by_pieces([&](const Range& steps, T* out, int64_t ldo) { return stage_all(steps, out, ldo, false); },
-                  g.weight_hh, out_, units);
+        stage_block(width, [&](const Range& step, T* to, int64_t ldo) {
+          return w_.stage_input(w_.call_.input, w_.call_.dropout,
+                                layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr, index_, everyone(), step, to,
+                                ldo);
+        });
+        add_product(g.weight_ih, width, units, block, scratch_.staged, width + kRowPadding);
       }
     }
 
-    // Stages all sequences of some times, in rising time: dG's order of rows.
-    int64_t stage_all(const Range& times, T* out, int64_t ldo, bool input) const {
+    // h one step before dG; h_0 with the first step.
+    void recurrent_weight_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block) {
       const StackShape& shape = w_.shape_;
-      const Range all{0, shape.batch};
-      const Range steps = direction_ ? Range{shape.steps - times.last, shape.steps - times.first} : times;
-      int64_t rows = 0;
-      for (int64_t n = 0; n < steps.size(); ++n) {
-        const int64_t s = direction_ ? steps.last - 1 - n : steps.first + n;
-        const Range one{s, s + 1};
-        T* to = out + rows * ldo;
-        rows += input
-                    ? w_.stage_input(w_.call_.input, w_.call_.dropout,
-                                     layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr, index_, all, one, to, ldo)
-                    : all_h_before(one, to, ldo);
+      if (!shape.packed() && block_.first > 0) {
+        const int64_t ldh = shape.directions * out_, before = times_of(block_).first + (direction_ ? 1 : -1);
+        const T* h = w_.output_of(layer_index_) + direction_ * out_ + shape.first_row(before) * ldh;
+        add_product(g.weight_hh, out_, units, block, h, ldh);
+      } else {
+        stage_block(out_,
+                    [&](const Range& step, T* to, int64_t ldo) { return stage_h_before(everyone(), step, to, ldo); });
+        add_product(g.weight_hh, out_, units, block, scratch_.staged, out_ + kRowPadding);
       }
-      return rows;
-    }
-    int64_t all_h_before(const Range& steps, T* out, int64_t ldo) const {
-      LaneRun whole(*this);
-      whole.sequences_ = {0, w_.shape_.batch};
-      return whole.stage_h_before(steps, out, ldo);
     }
 
-    template <typename Stage>
-    void by_pieces(Stage&& stage, T* c, int64_t columns, const Range& units) {
-      const StackShape& shape = w_.shape_;
-      const int64_t ldo = columns + kRowPadding;
-      int64_t row = 0;
-      for (int64_t t = 0; t < shape.steps;) {
-        int64_t last = t + 1;
-        while (last < shape.steps && shape.first_row(last + 1) - shape.first_row(t) <= kGradientRows<T>) ++last;
-        const int64_t rows = stage(Range{t, last}, scratch_.staged, ldo);
-        add_product(c, columns, units, row, scratch_.staged, ldo, rows, row > 0);
-        row += rows, t = last;
+    void bias_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block) {
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        const int64_t rest = block.rows - block.parting, column = gate * padded_ + units.first;
+        T *sum = g.bias_ih + gate * hidden_ + units.first, *same = g.bias_hh + gate * hidden_ + units.first;
+        const auto add = [&](int64_t slot, int64_t rows, bool accumulate) {
+          w_.kernels_.sum_rows(lane_.dgates + slot * lddg_ + column, lddg_, rows, units.size(), accumulate, sum);
+        };
+        add(block.slots[0], block.parting, !first_block());
+        if (rest > 0) add(block.slots[1], rest, true);
+        if (block_.first == 0) std::copy(sum, sum + units.size(), same);
       }
     }
 
     // dW_hr = dhᵀ·(o·tanh(c)).
-    void projection_gradient(const LaneGradients<T>& g, const Range& own) {
-      w_.kernels_.gradient({g.weight_hr + own.first * hidden_, hidden_, dh_rows_ + own.first, lddr_, hidden_rows_, ldm_,
-                            w_.shape_.rows(), own.size(), hidden_, false, scratch_.gradient});
+    void projection_gradient(const LaneGradients<T>& g, const Range& own, const BlockRows& block) {
+      const auto [first, rest] = block.slots;
+      w_.kernels_.gradient({
+          .c = g.weight_hr + own.first * hidden_,
+          .ldc = hidden_,
+          .a = lane_.dh + first * lddr_ + own.first,
+          .a_rest = lane_.dh + rest * lddr_ + own.first,
+          .lda = lddr_,
+          .b = lane_.hidden + first * ldm_,
+          .b_rest = lane_.hidden + rest * ldm_,
+          .ldb = ldm_,
+          .rows = block.rows,
+          .parting = block.parting,
+          .m = own.size(),
+          .n = hidden_,
+          .accumulate = !first_block(),
+          .scratch = scratch_.large,
+      });
+    }
+
+    // Stages all sequences of the block, step by step in rising time, dG's order of rows: stage(step, to, ldo) stages one.
+    template <typename Stage>
+    void stage_block(int64_t columns, Stage&& stage) const {
+      const int64_t ldo = columns + kRowPadding;
+      T* to = scratch_.staged;
+      for (int64_t n = 0; n < block_.size(); ++n) {
+        const int64_t s = direction_ ? block_.last - 1 - n : block_.first + n;
+        to += stage(Range{s, s + 1}, to, ldo) * ldo;
+      }
     }
 
     BackwardWave& w_;
@@ -587,18 +702,19 @@ class BackwardWave : Wave<T> {
     const Scratch& scratch_;
     const int64_t index_, layer_index_, direction_;
     const LayerShape& layer_;
-    const Lane& lane_;
-    Range sequences_;
+    const Set& lane_;
+    const Range sequences_;
     const int64_t hidden_, padded_, out_;
     const bool projects_;
     const int64_t lddg_, ld_;
     const Range blocks_, units_, dh_panels_, columns_;
     const int64_t padded_end_;  // of own columns
-    T* const dgates_;
-    T* const dh_rows_;      // with a projection: dL/dh of every row …
-    T* const hidden_rows_;  // … and what the projection was given
     const int64_t lddr_, ldm_;
     Progress& progress_;
+    Range block_;           // the next block to sum over, steps in the lane's order …
+    int64_t finished_ = 0;  // … and how many were before it
+    Range oldest_;          // the first block that somebody may still read, as far as this worker knows …
+    int64_t released_ = 0;  // … and how many were before that
   };
 
   const BackwardCall<T>& call_;
@@ -610,11 +726,11 @@ class BackwardWave : Wave<T> {
   const Storage storage_;
   const bool recompute_;
   const int64_t staged_rows_;
-  int64_t widest_ = 0, buffers_ = 0;
-  std::vector<Lane> lanes_;
+  int64_t widest_ = 0, widest_below_ = 0;
+  int64_t ring_rows_ = 0, set_count_ = 0;
+  std::vector<Set> sets_;
   std::vector<Scratch> scratch_;
-  std::vector<T*> dgates_, dh_rows_, hidden_rows_;
-  T* passing_[2][2] = {};
+  T* passing_[2][2] = {};  // gradients of layers' inputs: of alternate layers with two directions, else of all
 };
 
 }  // namespace

@@ -32,17 +32,7 @@ class ForwardWave : Wave<T> {
         width_(recurrent_width(call.shape.batch)),
         storage_(storage_of(call)) {
     // Nothing is written to the caller's memory before all of this is there.
-    weights_ =
-        packed ? packed->lanes() : lay_out<T>(shape_, storage_, [&](int64_t n) { return memory_->take<char>(n); });
-    for (int64_t lane = 0; lane < this->lane_count_; ++lane) lanes_.push_back(make_lane(lane));
-    if (call.saving == Saving::none && shape_.depth() > 1) {
-      const int64_t elements = shape_.rows() * shape_.directions * this->widest_output_;
-      for (int64_t n = 0; n < std::min<int64_t>(shape_.depth() - 1, 2); ++n) passing_[n] = memory_->take<T>(elements);
-    }
-    for (int64_t worker = 0; worker < this->workers_; ++worker) {
-      scratch_.push_back({memory_->take<T>(this->chunk_rows_ * (this->widest_input_ + kRowPadding)),
-                          memory_->take<T>(this->chunk_rows_ * 4 * this->widest_hidden_)});
-    }
+    memory_->lay_out([&] { take_memory(); });
   }
 
   Schedule run() {
@@ -56,6 +46,22 @@ class ForwardWave : Wave<T> {
   }
 
  private:
+  void take_memory() {
+    weights_ =
+        packed_ ? packed_->lanes() : lay_out<T>(shape_, storage_, [&](int64_t n) { return memory_->take<char>(n); });
+    lanes_.clear();
+    for (int64_t lane = 0; lane < this->lane_count_; ++lane) lanes_.push_back(make_lane(lane));
+    if (call_.saving == Saving::none && shape_.depth() > 1) {
+      const int64_t elements = shape_.rows() * shape_.directions * this->widest_output_;
+      for (int64_t n = 0; n < std::min<int64_t>(shape_.depth() - 1, 2); ++n) passing_[n] = memory_->take<T>(elements);
+    }
+    scratch_.clear();
+    for (int64_t worker = 0; worker < this->workers_; ++worker) {
+      scratch_.push_back({memory_->take<T>(this->chunk_rows_ * (this->widest_input_ + kRowPadding)),
+                          memory_->take<T>(this->chunk_rows_ * 4 * this->widest_hidden_)});
+    }
+  }
+
   struct Lane {
     T* h[2];  // [sequence][ldh]
     int64_t ldh;

@@ -100,7 +100,8 @@ struct StepBackward {
 };
 
 // c[m][n] = Σ over rows of a[row][m]·b[row][n], added to c with `accumulate`: a weight gradient. It is summed in blocks of
-// so many rows, and of a and b as much is copied to `scratch` at a time as stays in a second-level cache.
+// so many rows, and of a and b as much is copied to `scratch` at a time as stays in a second-level cache. Rows may stand
+// in two pieces, as in a ring: where they part cannot be seen in the sums.
 template <typename T>
 inline constexpr int64_t kGradientRows = 1536 / int64_t{sizeof(T)};
 inline constexpr int64_t kGradientColumns = 280;  // of a
@@ -114,10 +115,12 @@ struct GradientProduct {
   T* c;
   int64_t ldc;
   const T* a;
+  const T* a_rest;  // rows from `parting` on
   int64_t lda;
   const T* b;
+  const T* b_rest;
   int64_t ldb;
-  int64_t rows, m, n;
+  int64_t rows, parting, m, n;
   bool accumulate;
   T* scratch;  // kGradientScratch of them
 };
@@ -142,8 +145,8 @@ struct Kernels {
   // Pre-activations to activations, in place, for unit blocks first … last-1.
   void (*activate)(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_block, int64_t last_block);
   void (*gradient)(const GradientProduct<T>&);
-  // sum[n] = Σ over rows of a[row][n], n < columns.
-  void (*sum_rows)(const T* a, int64_t lda, int64_t rows, int64_t columns, T* sum);
+  // sum[n] = Σ over rows of a[row][n], n < columns, one after the other; added to sum with `accumulate`.
+  void (*sum_rows)(const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate, T* sum);
   // sigmoid and tanh of n numbers, for tests.
   void (*maths)(const T* x, int64_t n, T* sigmoid, T* tanh);
 };

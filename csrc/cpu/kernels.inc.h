@@ -262,12 +262,14 @@ void activate_rows(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_
 }
 
 template <typename T>
-void sum_rows(const T* a, int64_t lda, int64_t rows, int64_t columns, T* sum) {
+void sum_rows(const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate, T* sum) {
   constexpr int V = kLanes<T>;
   for (int64_t n = 0; n < columns; n += V) {  // rows are padded to whole vectors
+    const int64_t left = columns - n;
     Vec<T> total{};
+    if (accumulate) total = left < V ? load_first(sum + n, left) : load(sum + n);
     for (int64_t row = 0; row < rows; ++row) total = total + load(a + row * lda + n);
-    store_first(sum + n, total, columns - n);
+    store_first(sum + n, total, left);
   }
 }
 
@@ -341,24 +343,29 @@ template <typename T>
 void gradient(const GradientProduct<T>& p) {
   constexpr int V = kLanes<T>, columns = 2 * V;
   T *const some_a = p.scratch, *const panel = p.scratch + kGradientRows<T> * kGradientColumns;
+  const auto at = [&](const T* data, const T* rest, int64_t ld, int64_t row)
+                      INLINE_LAMBDA { return row < p.parting ? data + row * ld : rest + (row - p.parting) * ld; };
   int64_t first = 0;
   do {  // once without any rows, for zeros
     const int64_t rows = p.rows - first < kGradientRows<T> ? p.rows - first : kGradientRows<T>;
     const bool accumulate = p.accumulate || first > 0;
-    const bool in_place = rows * p.lda * int64_t{sizeof(T)} <= kGradientCache;
+    const int64_t in_piece = p.parting > first ? p.parting - first : rows;  // in the piece where the block begins
+    const int64_t together = in_piece < rows ? in_piece : rows;
+    const bool in_place = together == rows && rows * p.lda * int64_t{sizeof(T)} <= kGradientCache;
     for (int64_t m0 = 0; m0 < p.m; m0 += kGradientColumns) {
       const int64_t some = p.m - m0 < kGradientColumns ? p.m - m0 : kGradientColumns;
-      const T* const a = p.a + first * p.lda + m0;
+      const T* const a = at(p.a, p.a_rest, p.lda, first) + m0;
       if (!in_place) {
         share_rows(some, kTileRows<2>, [&](int64_t m, int64_t count) INLINE_LAMBDA {
-          copy_columns(a + m, p.lda, rows, count, some_a + rows * m);
+          copy_columns(a + m, p.lda, together, count, some_a + rows * m);
+          copy_columns(p.a_rest + m0 + m, p.lda, rows - together, count, some_a + rows * m + together * count);
         });
       }
       for (int64_t n = 0; n < p.n; n += columns) {
         for (int64_t row = 0; row < rows; ++row) {
           for (int64_t v = 0; v < columns; v += V) {
             const int64_t left = p.n - n - v;
-            const T* x = p.b + (first + row) * p.ldb + n + v;
+            const T* x = at(p.b, p.b_rest, p.ldb, first + row) + n + v;
             store(panel + row * columns + v, left >= V ? load(x) : left > 0 ? load_first(x, left) : Vec<T>{});
           }
         }

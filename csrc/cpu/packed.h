@@ -59,33 +59,21 @@ class PackedStack {
   // Places for the weights of `shape`; the first call that is given them packs.
   // Throws std::runtime_error when there is no memory.
   PackedStack(const StackShape& shape, Storage storage) : memory_(Workspace::Pages::as_needed), storage_(storage) {
-    // One piece, so that no weight stands on a page of its own.
-    lay_out<T>(shape, storage, [&](int64_t bytes) {
-      bytes_ += round_up(bytes, kAligned);
-      return static_cast<char*>(nullptr);
-    });
-    char* next = memory_.take<char>(bytes_);
-    lanes_ = lay_out<T>(shape, storage, [&](int64_t bytes) {
-      char* place = next;
-      next += round_up(bytes, kAligned);
-      return place;
-    });
+    memory_.lay_out(
+        [&] { lanes_ = cpu::lay_out<T>(shape, storage, [&](int64_t bytes) { return memory_.take<char>(bytes); }); });
   }
 
   const std::vector<PackedLane<T>>& lanes() const { return lanes_; }
   Storage storage() const { return storage_; }
-  int64_t bytes() const { return bytes_; }
+  int64_t bytes() const { return memory_.bytes(); }
   // Whether the weights are there. Set once, by the call that packs, before any other call is given the stack.
   bool ready() const { return ready_; }
   void set_ready() { ready_ = true; }
 
  private:
-  static constexpr int64_t kAligned = 128;  // a pair of cache lines
-
   Workspace memory_;
   const Storage storage_;
   std::vector<PackedLane<T>> lanes_;
-  int64_t bytes_ = 0;
   bool ready_ = false;
 };
 

@@ -36,11 +36,13 @@ class StackStep {
     }
     const int64_t layers = shape_.depth();
     ldh_ = columns, ldc_ = units;
-    h_ = memory_->template take<T>(layers * shape_.batch * ldh_);
-    c_ = memory_->template take<T>(layers * shape_.batch * ldc_);
-    gates_ = memory_->template take<T>(layers * shape_.batch * 4 * ldc_);
-    hidden_ = shape_.layers[0].projection > 0 ? memory_->template take<T>(layers * shape_.batch * ldc_) : nullptr;
-    done_ = memory_->template take<Count>(workers_);
+    memory_->lay_out([&] {
+      h_ = memory_->template take<T>(layers * shape_.batch * ldh_);
+      c_ = memory_->template take<T>(layers * shape_.batch * ldc_);
+      gates_ = memory_->template take<T>(layers * shape_.batch * 4 * ldc_);
+      hidden_ = shape_.layers[0].projection > 0 ? memory_->template take<T>(layers * shape_.batch * ldc_) : nullptr;
+      done_ = memory_->template take<Count>(workers_);
+    });
     for (int64_t n = 0; n < workers_; ++n) new (done_ + n) Count;
   }
 

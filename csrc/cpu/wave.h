@@ -33,6 +33,7 @@ struct Progress {
   Count packed;  // 1: own panels are ready for the other batch slices
   Count steps;   // hand-overs inside a lane, see the drivers
   Count chunks;  // chunks done: output of the lane's layer may be read
+  Count blocks;  // in backward: blocks of weight gradients done, and nothing of their steps is read any more
   Count done;    // 1: nothing of the lane is read any more
 };
 
@@ -68,7 +69,7 @@ class Wave {
     if (size == workers_) return;
     schedule_ = plan(shape_, size, sizeof(T), backward_);
     schedule_.chunk_steps = std::min(schedule_.chunk_steps, chunk_limit_);
-    for (Progress& p : progress_) p.packed.value = p.steps.value = p.chunks.value = p.done.value = 0;
+    for (Progress& p : progress_) p.packed.value = p.steps.value = p.chunks.value = p.blocks.value = p.done.value = 0;
   }
 
   // Runs worker(rank) for every worker of the schedule.

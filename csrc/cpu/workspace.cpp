@@ -60,56 +60,43 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 }
 
 void* Workspace::take_bytes(int64_t count, int64_t element) {
-  int64_t bytes;
+  int64_t bytes, end;
   if (count < 0 || __builtin_mul_overflow(count, element, &bytes) ||
-      __builtin_add_overflow(bytes, kAlignment + kSlack + kPage, &bytes)) {
+      __builtin_add_overflow(bytes, used_ + kAlignment + kSlack + kPage, &end)) {
     throw std::runtime_error("stacked_lstm_ext: a workspace of " + std::to_string(count) + " elements is too large");
   }
-  bytes = (count * element + kAlignment - 1) / kAlignment * kAlignment;
-  if (blocks_.empty() || blocks_.back().size - blocks_.back().used < bytes) {
-    const int64_t page = pages_ == Pages::huge || bytes >= kPage / 2 ? kPage : kSmallPage;
-    const int64_t size = (bytes + kSlack + page - 1) / page * page;
-    void* data = std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(size));
-    if (!data)
-      throw std::runtime_error("stacked_lstm_ext: out of memory: a workspace of " + std::to_string(bytes) + " bytes");
+  void* const place = counting_ ? nullptr : data_ + used_;
+  used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return place;
+}
+
+void Workspace::make_room(int64_t bytes) {
+  if (data_ && size_ >= bytes) return;
+  release();
+  const int64_t page = pages_ == Pages::huge || bytes >= kPage / 2 ? kPage : kSmallPage;
+  const int64_t size = (bytes + kSlack + page - 1) / page * page;
+  data_ = static_cast<char*>(std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(size)));
+  if (!data_)
+    throw std::runtime_error("stacked_lstm_ext: out of memory: a workspace of " + std::to_string(bytes) + " bytes");
+  size_ = size - kSlack;
 #if defined(__linux__)
-    if (page == kPage) madvise(data, static_cast<size_t>(size), MADV_HUGEPAGE);
+  if (page == kPage) madvise(data_, static_cast<size_t>(size), MADV_HUGEPAGE);
 #endif
-    blocks_.push_back({static_cast<char*>(data), size - kSlack, 0});
-  }
-  Block& block = blocks_.back();
-  void* p = block.data + block.used;
-  block.used += bytes;
-  return p;
 }
 
-// Leaves one block, as large as all of them were, so that the next call of this size finds one piece.
-void Workspace::reset() {
-  int64_t total = 0;
-  for (const Block& block : blocks_) total += block.size + kSlack;
-  if (blocks_.size() == 1 && total <= kKept) {
-    blocks_[0].used = 0;
-    return;
-  }
-  for (const Block& block : blocks_) std::free(block.data);
-  blocks_.clear();
-  if (total > kKept) return;
-  try {
-    take_bytes(total - kSlack, 1);
-    blocks_[0].used = 0;
-  } catch (const std::exception&) {  // then the next call asks again
-  }
+void Workspace::release() {
+  std::free(data_);
+  data_ = nullptr, size_ = used_ = 0;
 }
 
-Workspace::~Workspace() {
-  for (const Block& block : blocks_) std::free(block.data);
-}
+Workspace::~Workspace() { release(); }
+
+int64_t workspace_bytes() { return kept ? kept->bytes() : 0; }
 
 Workspace::Lease::Lease() : workspace_(kept ? std::move(kept) : std::make_unique<Workspace>()) {}
 
 Workspace::Lease::~Lease() {
-  workspace_->reset();
-  kept = std::move(workspace_);
+  if (workspace_->size() <= kKept) kept = std::move(workspace_);
 }
 
 }  // namespace stacked_lstm::cpu

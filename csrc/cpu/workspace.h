@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 namespace stacked_lstm::cpu {
 
@@ -30,12 +29,25 @@ class Workspace {
   // The calling thread's. One call at a time: a nested one gets its own.
   class Lease;
 
-  // `count` elements, aligned to a pair of cache lines, holding anything. Valid until the lease ends.
-  // Throws std::runtime_error when there is no memory; what was taken before stays valid.
+  // Runs `takes` twice: once to count, and once to give it parts of one piece that holds them all. So a workspace is never
+  // larger than the largest call has asked for, nor is a smaller piece there beside it. What was taken before is lost.
+  // Throws std::runtime_error when there is no memory.
+  template <typename Takes>
+  void lay_out(Takes&& takes) {
+    counting_ = true, used_ = 0;
+    takes();
+    make_room(used_);
+    counting_ = false, used_ = 0;
+    takes();
+  }
+  // `count` elements, aligned to a pair of cache lines, holding anything; null while `lay_out` counts. Valid until the
+  // lease ends.
   template <typename T>
   T* take(int64_t count) {
     return static_cast<T*>(take_bytes(count, sizeof(T)));
   }
+  int64_t bytes() const { return used_; }  // taken
+  int64_t size() const { return size_; }   // of the piece
 
   // Where a workspace is used again and again, every block is huge pages; one that is kept for long takes them only
   // where it fills them.
@@ -46,17 +58,18 @@ class Workspace {
   ~Workspace();
 
  private:
-  struct Block {
-    char* data;
-    int64_t size, used;
-  };
-
   void* take_bytes(int64_t count, int64_t element);
-  void reset();
+  void make_room(int64_t bytes);
+  void release();
 
   const Pages pages_;
-  std::vector<Block> blocks_;
+  char* data_ = nullptr;
+  int64_t size_ = 0, used_ = 0;
+  bool counting_ = false;
 };
+
+// What the calling thread's last call took; 0 where that is not kept.
+int64_t workspace_bytes();
 
 class Workspace::Lease {
  public:

@@ -65,6 +65,10 @@ const Case kCases[] = {
     {"projection, both directions, lengths", 2, 5, 6, 4, 19, 5, true, true, true, Saving::full},
     {"both directions", 3, 2, 5, 8, 16, 0, true, false, true, Saving::full},
     {"weight gradients in blocks of rows", 1, 16, 26, 9, 96, 0, false, false, false, Saving::full},
+    {"many blocks of rows", 2, 96, 11, 3, 70, 0, false, false, false, Saving::full},
+    {"blocks of one step", 3, 250, 5, 3, 5, 0, false, false, true, Saving::recompute},
+    {"many blocks of rows, every option", 2, 40, 32, 3, 9, 5, true, true, true, Saving::recompute},
+    {"many blocks of rows, lengths", 3, 40, 32, 3, 9, 0, false, true, false, Saving::full},
 };
 
 // Everything a call reads and writes.
@@ -146,6 +150,7 @@ struct Problem {
       stepped.assign(output.size(), nan);
       take_steps(packed, pool == Pool::one_thread ? 1 : workers.threads, platform);
     }
+    const int64_t width = shape.directions * shape.layers.back().output();
     cpu::backward(BackwardCall<T>{shape,
                                   x,
                                   lane_weights,
@@ -156,7 +161,7 @@ struct Problem {
                                   false,
                                   output.data(),
                                   reserve.data(),
-                                  grad_output.data(),
+                                  {grad_output.data(), shape.batch * width, width},
                                   grad_h_n.data(),
                                   grad_c_n.data(),
                                   {grad_input[0].data(), shape.directions == 2 ? grad_input[1].data() : nullptr},
@@ -274,8 +279,15 @@ int run_case(const Case& c, const char* type, bool bf16_weights = false) {
   const int64_t depth = c.layers;
   std::vector<Schedule> schedules;
   for (const int64_t chunk : {1, 3, 64}) {
-    for (const auto& [batch, groups, slices] :
-         {std::tuple{1, 2, 1}, {1, 1, 2}, {1, 1, 3}, {2, 1, 1}, {2, 2, 1}, {1, 2, 2}, {3, 1, 1}, {1, 4, 1}}) {
+    for (const auto& [batch, groups, slices] : {std::tuple{1, 2, 1},
+                                                {1, 1, 2},
+                                                {1, 1, 3},
+                                                {2, 1, 1},
+                                                {2, 2, 1},
+                                                {1, 2, 2},
+                                                {3, 1, 1},
+                                                {1, 4, 1},
+                                                {2, 1, 2}}) {
       if (batch > c.batch) continue;
       Schedule s;
       s.batch_slices = batch, s.chunk_steps = chunk, s.phase[0] = {0, depth, groups, slices};
