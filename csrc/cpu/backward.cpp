@@ -51,10 +51,12 @@ class BackwardWave : Wave<T> {
     }
     for (int64_t worker = 0; worker < this->workers_; ++worker) {
       const int64_t ld = widest_ + kRowPadding;
-      scratch_.push_back({memory_->take<T>(staged_rows_ * ld), memory_->take<T>(this->chunk_rows_ * ld),
-                          recompute_ ? memory_->take<T>(this->chunk_rows_ * 4 * this->widest_hidden_) : nullptr,
-                          memory_->take<T>(shape_.batch * ld), memory_->take<T>(this->chunk_rows_ * ld),
-                          call.gradients.empty() ? nullptr : memory_->take<T>(kGradientScratch<T>)});
+      scratch_.push_back(
+          {memory_->take<T>(staged_rows_ * ld), memory_->take<T>(this->chunk_rows_ * ld),
+           recompute_ ? memory_->take<T>(this->chunk_rows_ * 4 * this->widest_hidden_) : nullptr,
+           memory_->take<T>(shape_.batch * ld), memory_->take<T>(this->chunk_rows_ * ld),
+           call.gradients.empty() ? nullptr : memory_->take<T>(kGradientScratch<T>),
+           this->take_operands(memory_, this->chunk_rows_, std::max(4 * this->widest_hidden_, widest_), storage_)});
     }
   }
 
@@ -82,6 +84,7 @@ class BackwardWave : Wave<T> {
     T* dh;      // of a step
     T* dinput;  // dG·W_ih of a chunk
     T* gradient;
+    void* operands;  // of any product
   };
 
   int64_t lane_of(int64_t position) const { return lane_at(position, this->lane_count_, true); }
@@ -99,13 +102,15 @@ class BackwardWave : Wave<T> {
     const LayerShape& layer = shape_.of_lane(index);
     const int64_t padded = layer.padded_hidden(), inner = 4 * padded;
     Lane lane{};
-    const auto panels = [&](int64_t elements) { return this->take_panels(memory_, elements, storage_); };
-    lane.weight_ih = panels(this->panel_elements(layer.input, inner, kWidth));
-    lane.weight_hh = panels(this->panel_elements(recurrent_columns(layer), inner, width_));
-    if (layer.projection > 0) lane.weight_hr = panels(this->panel_elements(padded, layer.projection, kWidth));
+    const auto panels = [&](int64_t columns, int64_t rows) {
+      return this->take_panels(memory_, columns, rows, storage_);
+    };
+    lane.weight_ih = panels(this->padded_columns(layer.input, kWidth), inner);
+    lane.weight_hh = panels(this->padded_columns(recurrent_columns(layer), width_), inner);
+    if (layer.projection > 0) lane.weight_hr = panels(this->padded_columns(padded, kWidth), layer.projection);
     if (recompute_) {
-      lane.gates_ih = panels(inner * layer.input);
-      lane.gates_hh = panels(inner * layer.output());
+      lane.gates_ih = panels(inner, layer.input);
+      lane.gates_hh = panels(inner, layer.output());
       lane.bias = memory_->take<T>(inner);
     }
     lane.dc = memory_->take<T>(shape_.batch * padded);
@@ -281,6 +286,8 @@ class BackwardWave : Wave<T> {
           .rows = rows,
           .unroll_rows = w_.shape_.rows(),
           .inner = layer_.input,
+          .rounded = true,
+          .operands = scratch_.operands,
           .init = lane_.bias,
           .c = scratch_.gates,
           .ldc = 4 * padded_,
@@ -288,7 +295,7 @@ class BackwardWave : Wave<T> {
       w_.kernels_.product(product);
       lda = out_ + kRowPadding;
       stage_h_before(steps, scratch_.staged, lda);
-      product.panels.data = lane_.gates_hh, product.lda = lda, product.inner = out_;
+      product.panels.data = lane_.gates_hh, product.lda = lda, product.inner = out_, product.rounded = false;
       product.init = scratch_.gates, product.init_step = 4 * padded_;
       w_.kernels_.product(product);
       w_.kernels_.activate(scratch_.gates, rows, padded_, blocks_.first, blocks_.last);
@@ -333,6 +340,7 @@ class BackwardWave : Wave<T> {
             .rows = later,
             .unroll_rows = active_at(s + 1),
             .inner = 4 * padded_,
+            .operands = scratch_.operands,
             .c = scratch_.dh,
             .ldc = ld_,
             .from_last = (s & 1) != 0,
@@ -380,6 +388,7 @@ class BackwardWave : Wave<T> {
             .rows = n,
             .unroll_rows = active_at(s),
             .inner = out_,
+            .operands = scratch_.operands,
             .c = scratch_.dh,
             .ldc = ld_,
         });
@@ -462,6 +471,7 @@ class BackwardWave : Wave<T> {
             .rows = rows,
             .unroll_rows = w_.shape_.rows(),
             .inner = 4 * padded_,
+            .operands = scratch_.operands,
             .c = scratch_.dinput,
             .ldc = ld_,
         });

@@ -39,9 +39,11 @@ class ForwardWave : Wave<T> {
       const int64_t elements = shape_.rows() * shape_.directions * this->widest_output_;
       for (int64_t n = 0; n < std::min<int64_t>(shape_.depth() - 1, 2); ++n) passing_[n] = memory_->take<T>(elements);
     }
+    const int64_t widest = std::max(this->widest_input_, std::max(this->widest_output_, this->widest_hidden_));
     for (int64_t worker = 0; worker < this->workers_; ++worker) {
       scratch_.push_back({memory_->take<T>(this->chunk_rows_ * (this->widest_input_ + kRowPadding)),
-                          memory_->take<T>(this->chunk_rows_ * 4 * this->widest_hidden_)});
+                          memory_->take<T>(this->chunk_rows_ * 4 * this->widest_hidden_),
+                          this->take_operands(memory_, this->chunk_rows_, widest, storage_)});
     }
   }
 
@@ -64,8 +66,9 @@ class ForwardWave : Wave<T> {
     int64_t ldm;
   };
   struct Scratch {
-    T* staged;     // a chunk's input
-    T* projected;  // a chunk's W_ih·x + b
+    T* staged;       // a chunk's input
+    T* projected;    // a chunk's W_ih·x + b
+    void* operands;  // of any product
   };
 
   Lane make_lane(int64_t index) {
@@ -168,6 +171,8 @@ class ForwardWave : Wave<T> {
           .rows = rows,
           .unroll_rows = shape_.rows(),
           .inner = layer.input,
+          .rounded = true,
+          .operands = scratch.operands,
           .init = weights.bias,
           .c = scratch.projected,
           .ldc = 4 * padded,
@@ -187,6 +192,7 @@ class ForwardWave : Wave<T> {
             .rows = n,
             .unroll_rows = shape_.active(t),
             .inner = out,
+            .operands = scratch.operands,
             .projected = projected,
             .hidden = hidden,
             .padded_hidden = padded,
@@ -215,6 +221,7 @@ class ForwardWave : Wave<T> {
               .rows = n,
               .unroll_rows = shape_.active(t),
               .inner = hidden,
+              .operands = scratch.operands,
               .c = to,
               .ldc = lane.ldh,
           });
