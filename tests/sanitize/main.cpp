@@ -201,18 +201,20 @@ struct Problem {
   // What that explains, as a share of a tensor's largest element, as in tests/test_bf16_weights.py.
   double input_tolerance() const { return 2 * std::sqrt(2 * static_cast<double>(shape.depth())) / 256; }
 
+  static void round(std::vector<T>& numbers) {
+    for (T& x : numbers) {
+      uint32_t bits;
+      const auto narrow = static_cast<float>(x);
+      std::memcpy(&bits, &narrow, sizeof bits);
+      bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+      float rounded;
+      std::memcpy(&rounded, &bits, sizeof rounded);
+      x = static_cast<T>(rounded);
+    }
+  }
   void round_weights() {
     for (size_t n = 0; n < weights.size(); ++n) {
-      if (n % 5 == 2 || n % 5 == 3) continue;  // biases
-      for (T& w : weights[n]) {
-        uint32_t bits;
-        const auto narrow = static_cast<float>(w);
-        std::memcpy(&bits, &narrow, sizeof bits);
-        bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
-        float rounded;
-        std::memcpy(&rounded, &bits, sizeof rounded);
-        w = static_cast<T>(rounded);
-      }
+      if (n % 5 != 2 && n % 5 != 3) round(weights[n]);  // all but biases
     }
   }
 
@@ -266,6 +268,8 @@ template <typename T>
 int run_case(const Case& c, const char* type, bool bf16_weights = false) {
   Problem<T> problem(c);
   problem.bf16_weights = bf16_weights;
+  const bool rounds_inputs = problem.rounds_inputs();
+  if (rounds_inputs) problem.round(problem.input);  // what is left are the inputs of the layers above
   const Schedule alone = cpu::plan(problem.shape, 1, sizeof(T), false);
   problem.run({1, &alone}, Pool::threads);
   const auto expected = problem.results();
@@ -285,9 +289,10 @@ int run_case(const Case& c, const char* type, bool bf16_weights = false) {
   if (bf16_weights) {
     Problem<T> rounded(c);
     rounded.round_weights();
+    if (rounds_inputs) rounded.round(rounded.input);
     rounded.run({1, &alone}, Pool::threads);
     const std::string what = std::string(c.name) + " (" + type + "), weights rounded beforehand";
-    if (problem.rounds_inputs()) {
+    if (rounds_inputs) {
       compare_nearly(rounded, expected, problem.input_tolerance(), what);
     } else {
       compare(rounded, expected, what);
