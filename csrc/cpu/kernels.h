@@ -10,11 +10,11 @@
 // A panel may store its weights in half the bytes (Storage::bf16), rounded once, when they are packed. Two of them share
 // a 32-bit word; which two is the table's own affair:
 //
-//                      high half          low half
-//   kernels_avx512_bf16  w[k + 1][vector v]   w[k][vector v]        k even: what a dot product of pairs takes. K rows are
-//                                                                   rounded up to an even number, with a row of zeros.
-//   the others           w[k][vector 2v + 1]  w[k][vector 2v]       a shift gives one vector and a mask the other; sums are
-//                                                                   those of the same panel in T, to the bit.
+//                        high half            low half
+//   kernels_avx512_bf16  w[k + 1][vector v]   w[k][vector v]    k even: what a dot product of pairs takes. K rows are
+//                                                               rounded up to an even number, with a row of zeros.
+//   the others           w[k][vector 2v + 1]  w[k][vector 2v]   a shift gives one vector and a mask the other; sums are
+//                                                               those of the same panel in T, to the bit.
 //
 // Operands. Units that multiply bfloat16 take activations as such too. A product makes the words of its rows once, in the
 // memory that its caller hands in: x = high + low, both bfloat16, and two dot products a vector of weights. What is left
@@ -68,7 +68,7 @@ struct Product {
   int64_t unroll_rows;
   int64_t inner;             // K
   bool rounded = false;      // see "Operands"; no matter where there are none
-  void* operands = nullptr;  // operand_bytes(…) of them, aligned to a vector
+  void* operands = nullptr;  // operand_bytes(…) of them
   const T* init = nullptr;   // null: zero
   int64_t init_step = 0;     // from row to row; 0 adds the same row (a bias) to all
   T* c;
@@ -145,7 +145,7 @@ struct GradientProduct {
 };
 
 // The operands of a row, in words of two: the high parts, then the low parts where they are taken, whole vectors of each.
-// Rows of a power of two of bytes would share one set of a cache.
+// One vector more, so that rows are no power of two apart: they would share one set of a cache.
 constexpr int64_t operand_part(int64_t inner) { return (inner + 31) / 32 * 16; }
 constexpr int64_t operand_words(int64_t inner, int64_t parts) { return parts * operand_part(inner) + 16; }
 

@@ -41,10 +41,8 @@ class StackStep {
     c_ = memory_->template take<T>(layers * shape_.batch * ldc_);
     gates_ = memory_->template take<T>(layers * shape_.batch * 4 * ldc_);
     hidden_ = shape_.layers[0].projection > 0 ? memory_->template take<T>(layers * shape_.batch * ldc_) : nullptr;
-    for (int64_t n = 0; n < workers_; ++n) {
-      operands_.push_back(
-          memory_->template take<char>(operand_bytes(kernels_, call.weights.storage(), shape_.batch, widest)));
-    }
+    operand_bytes_ = operand_bytes(kernels_, call.weights.storage(), shape_.batch, widest);
+    operands_ = memory_->template take<char>(workers_ * operand_bytes_);
     done_ = memory_->template take<Count>(workers_);
     for (int64_t n = 0; n < workers_; ++n) new (done_ + n) Count;
   }
@@ -81,7 +79,7 @@ class StackStep {
     const int64_t hand_overs = projects ? 2 : 1;  // a layer
     const Range blocks = share_of(padded / lanes, rank, size);
     const Range units{std::min(blocks.first * lanes, hidden), std::min(blocks.last * lanes, hidden)};
-    void* const operands = operands_[static_cast<size_t>(rank)];
+    void* const operands = operands_ + rank * operand_bytes_;
     T* const gates = gates_ + index * batch * 4 * ldc_;
     T* const h = h_ + index * batch * ldh_;
     T* const c = c_ + index * batch * ldc_;
@@ -177,10 +175,11 @@ class StackStep {
   Team team_;
   Workspace::Lease memory_;
   int64_t ldh_, ldc_;
-  T *h_, *c_, *gates_;           // of each layer, [sequence][…], whole vectors
-  T* hidden_;                    // o·tanh(c); with a projection
-  std::vector<void*> operands_;  // of each worker's products
-  Count* done_;                  // of each worker
+  T *h_, *c_, *gates_;  // of each layer, [sequence][…], whole vectors
+  T* hidden_;           // o·tanh(c); with a projection
+  int64_t operand_bytes_;
+  char* operands_;  // of each worker's products
+  Count* done_;     // of each worker
 };
 
 }  // namespace
