@@ -48,7 +48,7 @@ def headers(root: Path) -> list[str]:
 
 
 def link_order(objects: Iterable[str]) -> list[str]:
-    """``objects`` as they must reach the linker: baseline code first, then AVX2, then AVX-512.
+    """``objects`` as they must reach the linker: baseline code first, then AVX2, AVX-512, and AVX-512 with BF16.
 
     Hazard: of an inline function that several objects hold, the linker keeps the first copy. Were that one compiled
     for AVX-512, the baseline code would call it too, and die with SIGILL on a processor without AVX-512.
@@ -56,7 +56,7 @@ def link_order(objects: Iterable[str]) -> list[str]:
 
     def instruction_set(path: str) -> int:
         stem = Path(path).stem
-        return 2 if "avx512" in stem else 1 if "avx2" in stem else 0
+        return 3 if "avx512_bf16" in stem else 2 if "avx512" in stem else 1 if "avx2" in stem else 0
 
     return sorted(objects, key=instruction_set)
 

@@ -746,6 +746,7 @@ py::dict build_info() {
   isas.append("default");
   if (cpu::kernels_avx2<float>()) isas.append("avx2");
   if (cpu::kernels_avx512<float>()) isas.append("avx512");
+  if (cpu::kernels_avx512_bf16<float>()) isas.append("avx512_bf16");
   py::object cuda = py::none();
   py::list archs;
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)

@@ -48,7 +48,8 @@ class StackedLSTM(nn.RNNBase):
             states and all arithmetic stay in the module's dtype. The CPU kernels then read half the bytes of float32
             weights, which is what a small batch of a wide stack waits for; elsewhere the numbers are the same and
             nothing is gained. Each rounding is off by at most 2^-8 of the weight (docs/api.md has what that does to
-            results). A bfloat16 module gains as much without the option.
+            results). A processor that multiplies bfloat16 itself sees the input of every layer rounded, too. A bfloat16
+            module gains as much without the option.
 
     Inputs:
         * **input**: ``(T, N, input_size)``, ``(N, T, input_size)`` if ``batch_first``, ``(T, input_size)`` unbatched,

@@ -292,9 +292,9 @@ def test_a_toolkit_without_the_cuda_runtime_is_an_error(tmp_path):
 # -- compilers and flags -----------------------------------------------------------------------------------------------
 
 
-def test_baseline_objects_are_linked_before_avx2_and_avx512():
-    by_name = ["cpu/kernels_avx2.o", "cpu/kernels_avx512.o", "cpu/kernels_default.o", "cpu/plan.o", "ops.o"]
-    assert support.link_order(by_name) == [by_name[i] for i in (2, 3, 4, 0, 1)]
+def test_baseline_objects_are_linked_before_those_of_larger_instruction_sets():
+    by_name = [f"cpu/{name}.o" for name in ("kernels_avx2", "kernels_avx512_bf16", "kernels_avx512", "kernels_default", "plan")]
+    assert support.link_order(by_name) == [by_name[i] for i in (3, 4, 0, 2, 1)]
 
 
 def test_a_missing_compiler_and_one_without_cpp20_are_named(tmp_path):
@@ -337,8 +337,8 @@ def test_a_torch_that_is_too_old_is_refused(version, ok):
 SMALL_OPS = """
 #include <Python.h>
 #include "shared.h"
-const char* call_avx512();
-static PyObject* linked_first(PyObject*, PyObject*) { return PyUnicode_FromString(call_avx512()); }
+const char* call_avx512_bf16();
+static PyObject* linked_first(PyObject*, PyObject*) { return PyUnicode_FromString(call_avx512_bf16()); }
 static PyMethodDef methods[] = {{"linked_first", linked_first, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__C() {
@@ -368,7 +368,7 @@ def small_project(root):
     (root / "csrc" / "cpu").mkdir(parents=True)
     (root / "csrc" / "shared.h").write_text(SMALL_HEADER)
     (root / "csrc" / "ops.cpp").write_text(SMALL_OPS)
-    for isa in ("default", "avx2", "avx512"):
+    for isa in ("default", "avx2", "avx512", "avx512_bf16"):
         (root / "csrc" / "cpu" / f"kernels_{isa}.cpp").write_text(SMALL_KERNEL.format(isa=isa))
     (root / "stacked_lstm_ext").mkdir()
     (root / "stacked_lstm_ext" / "__init__.py").touch()
@@ -445,7 +445,7 @@ def test_the_built_module_knows_its_version_and_calls_baseline_code(small):
 def test_only_the_module_entry_is_exported(small):
     library = ctypes.CDLL(str(small.extension))
     assert hasattr(library, "PyInit__C")
-    assert not hasattr(library, "_Z11call_avx512v")  # const char* call_avx512()
+    assert not hasattr(library, "_Z16call_avx512_bf16v")  # const char* call_avx512_bf16()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
@@ -459,7 +459,7 @@ def test_the_extension_brings_no_openmp_runtime_of_its_own(small, which):
 def test_max_jobs_bounds_the_number_of_compilers(small):
     events = small.jobs.read_text().split()
     assert events == ["start", "end"] * (len(events) // 2)
-    assert len(events) // 2 >= 5  # four files, and the link
+    assert len(events) // 2 >= 6  # five files, and the link
 
 
 def test_a_second_build_compiles_only_what_changed(small):

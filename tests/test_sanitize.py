@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 
 import pytest
@@ -19,8 +20,24 @@ def test_the_cpu_kernels_are_clean_under_the_sanitizer(sanitizer):
 
 
 def test_the_other_instruction_sets_are_clean_too():
-    for isa in ("default", "avx2"):
+    for isa in ("default", "avx2", "avx512"):
         result = sanitize.run("address", isa)
         if "does not have it" in result.stderr:
             continue
         assert result.returncode == 0, isa + result.stdout + result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="there is no nm to list symbols with")
+def test_kernel_files_hold_no_code_that_others_might_call():
+    """A function that several files hold is linked once: nobody may get the one of a larger instruction set.
+
+    What this build has inlined least of shows most.
+    """
+    folder = sanitize.build("address").parent
+    objects = sorted(folder.glob("kernels_*.o"))
+    assert [path.stem for path in objects] == [f"kernels_{isa}" for isa in ("avx2", "avx512", "avx512_bf16", "default")]
+    for path in objects:
+        listing = subprocess.run(["nm", "--format=posix", "--defined-only", str(path)], check=True, capture_output=True, text=True)
+        symbols = [line.split()[:2] for line in listing.stdout.splitlines()]
+        shared = [name for name, kind in symbols if kind in "WVuiTBDRC" and not name.startswith("DW.ref.")]
+        assert len(shared) == 2 and all(path.stem in name for name in shared), f"{path.stem} shares {shared}"

@@ -306,7 +306,7 @@ def compare(threads=2, **environment):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
 
 
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_matches_float64(isa):
     if isa not in _C.build_info()["isas"]:
         pytest.skip(f"{isa} was not built for this platform")

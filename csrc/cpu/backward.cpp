@@ -84,10 +84,11 @@ class BackwardWave : Wave<T> {
     T* hidden;  // … and what the projection was given
   };
   struct Scratch {
-    T* staged;  // x or h of a chunk, or of a block
-    T* dy;      // of a chunk: dL/dh from above, and later dG·W_ih
-    T* large;   // the gates of a chunk, recomputed; after it, what the weight gradients of a block copy
-    T* dh;      // of a step
+    T* staged;       // x or h of a chunk, or of a block
+    T* dy;           // of a chunk: dL/dh from above, and later dG·W_ih
+    T* large;        // the gates of a chunk, recomputed; after it, what the weight gradients of a block copy
+    T* dh;           // of a step
+    void* operands;  // of any product
   };
   struct Rows {
     T* data;
@@ -118,8 +119,10 @@ class BackwardWave : Wave<T> {
       const int64_t ld = widest_ + kRowPadding;
       const int64_t gates = recompute_ ? this->chunk_rows_ * 4 * this->widest_hidden_ : 0;
       const int64_t gradient = call_.gradients.empty() ? 0 : kGradientScratch<T>;
-      scratch_.push_back({memory_->take<T>(staged_rows_ * ld), memory_->take<T>(this->chunk_rows_ * ld),
-                          memory_->take<T>(std::max(gates, gradient)), memory_->take<T>(shape_.batch * ld)});
+      scratch_.push_back(
+          {memory_->take<T>(staged_rows_ * ld), memory_->take<T>(this->chunk_rows_ * ld),
+           memory_->take<T>(std::max(gates, gradient)), memory_->take<T>(shape_.batch * ld),
+           this->take_operands(memory_, this->chunk_rows_, std::max(4 * this->widest_hidden_, widest_), storage_)});
     }
   }
 
@@ -129,10 +132,11 @@ class BackwardWave : Wave<T> {
     bool projects = false;
     for (const LayerShape& layer : shape_.layers) {
       const int64_t inner = 4 * layer.padded_hidden();
-      ih = std::max(ih, this->panel_elements(layer.input, inner, kWidth));
-      hh = std::max(hh, this->panel_elements(recurrent_columns(layer), inner, width_));
-      hr = std::max(hr, this->panel_elements(layer.padded_hidden(), layer.projection, kWidth));
-      input = std::max(input, inner * layer.input), output = std::max(output, inner * layer.output());
+      const auto elements = [&](int64_t columns, int64_t rows) { return columns * stored_rows(storage_, rows); };
+      ih = std::max(ih, elements(this->padded_columns(layer.input, kWidth), inner));
+      hh = std::max(hh, elements(this->padded_columns(recurrent_columns(layer), width_), inner));
+      hr = std::max(hr, elements(this->padded_columns(layer.padded_hidden(), kWidth), layer.projection));
+      input = std::max(input, elements(inner, layer.input)), output = std::max(output, elements(inner, layer.output()));
       projects = projects || layer.projection > 0;
     }
     Set set{};
@@ -326,6 +330,8 @@ class BackwardWave : Wave<T> {
           .rows = rows,
           .unroll_rows = w_.shape_.rows(),
           .inner = layer_.input,
+          .rounded = true,
+          .operands = scratch_.operands,
           .init = lane_.bias,
           .c = scratch_.large,
           .ldc = 4 * padded_,
@@ -333,7 +339,7 @@ class BackwardWave : Wave<T> {
       w_.kernels_.product(product);
       lda = out_ + kRowPadding;
       stage_h_before(sequences_, steps, scratch_.staged, lda);
-      product.panels.data = lane_.gates_hh, product.lda = lda, product.inner = out_;
+      product.panels.data = lane_.gates_hh, product.lda = lda, product.inner = out_, product.rounded = false;
       product.init = scratch_.large, product.init_step = 4 * padded_;
       w_.kernels_.product(product);
       w_.kernels_.activate(scratch_.large, rows, padded_, blocks_.first, blocks_.last);
@@ -378,6 +384,7 @@ class BackwardWave : Wave<T> {
             .rows = later,
             .unroll_rows = active_at(s + 1),
             .inner = 4 * padded_,
+            .operands = scratch_.operands,
             .c = scratch_.dh,
             .ldc = ld_,
             .from_last = (s & 1) != 0,
@@ -426,6 +433,7 @@ class BackwardWave : Wave<T> {
             .rows = n,
             .unroll_rows = active_at(s),
             .inner = out_,
+            .operands = scratch_.operands,
             .c = scratch_.dh,
             .ldc = ld_,
         });
@@ -495,6 +503,7 @@ class BackwardWave : Wave<T> {
             .rows = rows,
             .unroll_rows = w_.shape_.rows(),
             .inner = 4 * padded_,
+            .operands = scratch_.operands,
             .c = scratch_.dy,
             .ldc = ld_,
         });

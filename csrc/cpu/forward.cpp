@@ -56,9 +56,11 @@ class ForwardWave : Wave<T> {
       for (int64_t n = 0; n < std::min<int64_t>(shape_.depth() - 1, 2); ++n) passing_[n] = memory_->take<T>(elements);
     }
     scratch_.clear();
+    const int64_t widest = std::max(this->widest_input_, std::max(this->widest_output_, this->widest_hidden_));
     for (int64_t worker = 0; worker < this->workers_; ++worker) {
       scratch_.push_back({memory_->take<T>(this->chunk_rows_ * (this->widest_input_ + kRowPadding)),
-                          memory_->take<T>(this->chunk_rows_ * 4 * this->widest_hidden_)});
+                          memory_->take<T>(this->chunk_rows_ * 4 * this->widest_hidden_),
+                          this->take_operands(memory_, this->chunk_rows_, widest, storage_)});
     }
   }
 
@@ -70,8 +72,9 @@ class ForwardWave : Wave<T> {
     int64_t ldm;
   };
   struct Scratch {
-    T* staged;     // a chunk's input
-    T* projected;  // a chunk's W_ih·x + b
+    T* staged;       // a chunk's input
+    T* projected;    // a chunk's W_ih·x + b
+    void* operands;  // of any product
   };
 
   Lane make_lane(int64_t index) {
@@ -175,6 +178,8 @@ class ForwardWave : Wave<T> {
           .rows = rows,
           .unroll_rows = shape_.rows(),
           .inner = layer.input,
+          .rounded = true,
+          .operands = scratch.operands,
           .init = weights.bias,
           .c = scratch.projected,
           .ldc = 4 * padded,
@@ -197,6 +202,7 @@ class ForwardWave : Wave<T> {
             .rows = n,
             .unroll_rows = shape_.active(t),
             .inner = out,
+            .operands = scratch.operands,
             .projected = projected,
             .hidden = hidden,
             .padded_hidden = padded,
@@ -226,6 +232,7 @@ class ForwardWave : Wave<T> {
               .rows = n,
               .unroll_rows = shape_.active(t),
               .inner = hidden,
+              .operands = scratch.operands,
               .c = to,
               .ldc = lane.ldh,
           });

@@ -1,15 +1,28 @@
 // csrc/cpu/kernels.h: what the drivers ask of an instruction set: packing, products and cells, as a table of functions.
 //
-// kernels_default.cpp, kernels_avx2.cpp and kernels_avx512.cpp each compile kernels.inc.h for their instructions and
-// fill such a table; dispatch.cpp picks one at run time.
+// kernels_default.cpp, kernels_avx2.cpp, kernels_avx512.cpp and kernels_avx512_bf16.cpp each compile kernels.inc.h for
+// their instructions and fill such a table; dispatch.cpp picks one at run time.
 //
 // Panels. A packed matrix with N columns and inner dimension K is stored as panels of `width · lanes` columns, each
 // [K][width · lanes]: the order in which a product reads it. Two column orders:
 //   gates:  the 4H gate rows of W, `lanes` units at a time: [unit block][gate i, f, g, o][lane]
 //   plain:  as they stand
-// A panel may store its weights in half the bytes (Storage::bf16): then the words of each pair of vectors 2v, 2v+1 of a
-// row are halves of the 32-bit words of one vector, the low halves those of vector 2v, so that a shift gives one and a
-// mask the other. The numbers are rounded once, when they are packed; sums are those of the same panel in T, to the bit.
+// A panel may store its weights in half the bytes (Storage::bf16), rounded once, when they are packed. Two of them share
+// a 32-bit word; which two is the table's own affair:
+//
+//                        high half            low half
+//   kernels_avx512_bf16  w[k + 1][vector v]   w[k][vector v]    k even: what a dot product of pairs takes. K rows are
+//                                                               rounded up to an even number, with a row of zeros.
+//   the others           w[k][vector 2v + 1]  w[k][vector 2v]   a shift gives one vector and a mask the other; sums are
+//                                                               those of the same panel in T, to the bit.
+//
+// Operands. Units that multiply bfloat16 take activations as such too. A product makes the words of its rows once, in the
+// memory that its caller hands in: x = high + low, both bfloat16, and two dot products a vector of weights. What is left
+// of x is below 2^-17 of it (or below 2^-126), so the product is as good as one with activations in float32 to that. Where
+// the caller allows `rounded` activations, high alone is taken: half the work, and x is off by up to 2^-8 of itself. An
+// infinite x, or one that rounds to infinity, has a low part of zero, and a NaN stays one. A weight that is infinite makes
+// NaNs of most products with it, since high and low, or a low part of zero, meet it with signs of their own.
+//
 // Activations (`gates` buffers, saved or not) have the gate order too: [row][unit block][gate][lane], 4·padded_hidden a row.
 // Gradients of pre-activations have torch's: [row][gate][padded_hidden].
 //
@@ -32,6 +45,11 @@ enum class Storage {
 
 constexpr int64_t stored_bytes(Storage storage, int64_t element) { return storage == Storage::bf16 ? 2 : element; }
 
+// Rows that a panel of K rows has memory for.
+constexpr int64_t stored_rows(Storage storage, int64_t inner) {
+  return storage == Storage::bf16 ? (inner + 1) / 2 * 2 : inner;
+}
+
 // A packed matrix.
 struct Panels {
   const void* data = nullptr;
@@ -48,9 +66,11 @@ struct Product {
   int64_t lda;
   int64_t rows;
   int64_t unroll_rows;
-  int64_t inner;            // K
-  const T* init = nullptr;  // null: zero
-  int64_t init_step = 0;    // from row to row; 0 adds the same row (a bias) to all
+  int64_t inner;             // K
+  bool rounded = false;      // see "Operands"; no matter where there are none
+  void* operands = nullptr;  // operand_bytes(…) of them
+  const T* init = nullptr;   // null: zero
+  int64_t init_step = 0;     // from row to row; 0 adds the same row (a bias) to all
   T* c;
   int64_t ldc;
   bool from_last = false;  // see "There and back"
@@ -67,6 +87,8 @@ struct StepForward {
   int64_t rows;
   int64_t unroll_rows;
   int64_t inner;
+  bool rounded = false;  // as of a product
+  void* operands = nullptr;
   const T* projected;  // W_ih·x + b, gate order
   int64_t hidden, padded_hidden;
   T* c;       // [row][padded_hidden], updated
@@ -74,8 +96,8 @@ struct StepForward {
   int64_t ldh_next;
   T* y;  // [row][ldy], exactly `hidden` columns; or null
   int64_t ldy;
-  T* saved_c;      // [row][padded_hidden], or null
-  T* saved_gates;  // [row][4·padded_hidden], or null
+  T* saved_c;              // [row][padded_hidden], or null
+  T* saved_gates;          // [row][4·padded_hidden], or null
   bool from_last = false;  // see "There and back"
 };
 
@@ -125,9 +147,15 @@ struct GradientProduct {
   T* scratch;  // kGradientScratch of them
 };
 
+// The operands of a row, in words of two: the high parts, then the low parts where they are taken, whole vectors of each.
+// One vector more, so that rows are no power of two apart: they would share one set of a cache.
+constexpr int64_t operand_part(int64_t inner) { return (inner + 31) / 32 * 16; }
+constexpr int64_t operand_words(int64_t inner, int64_t parts) { return parts * operand_part(inner) + 16; }
+
 template <typename T>
 struct Kernels {
   int64_t lanes;
+  bool units;  // multiplies bfloat16 as such: products of panels stored so need memory for operands
   // Panels first … last-1 of W (4H, K), row-major, columns in gate order, `width` vectors a panel.
   void (*pack_gates)(const T* w, int64_t hidden, int64_t inner, int64_t width, int64_t first, int64_t last,
                      Storage storage, void* panels);
@@ -151,6 +179,12 @@ struct Kernels {
   void (*maths)(const T* x, int64_t n, T* sigmoid, T* tanh);
 };
 
+// What a product or a step of so many rows needs for its operands; 0 where it takes activations as they stand.
+template <typename T>
+int64_t operand_bytes(const Kernels<T>& kernels, Storage storage, int64_t rows, int64_t inner) {
+  return kernels.units && storage == Storage::bf16 ? rows * operand_words(inner, 2) * int64_t{sizeof(int32_t)} : 0;
+}
+
 // One table for each instruction set that was built; null where it was not.
 template <typename T>
 const Kernels<T>* kernels_default();
@@ -158,6 +192,8 @@ template <typename T>
 const Kernels<T>* kernels_avx2();
 template <typename T>
 const Kernels<T>* kernels_avx512();
+template <typename T>
+const Kernels<T>* kernels_avx512_bf16();
 
 // The instruction set in use: the best that the processor has, or the one that STACKED_LSTM_EXT_ISA names.
 // Throws std::runtime_error when that one is unknown, was not built, or cannot run here.

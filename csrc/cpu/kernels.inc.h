@@ -12,49 +12,136 @@ template <int Width>
 inline constexpr int kTileRows = kRegisters >= 32 ? (Width == 4 ? 6 : 14) : (Width == 4 ? 3 : 6);
 // Multiply-adds in flight that hide their latency (4 to 5 cycles, 2 a cycle).
 inline constexpr int kInFlight = kRegisters >= 32 ? 16 : 8;
+// Whether there are units that multiply bfloat16.
+#if defined(STACKED_LSTM_BF16_UNITS)
+inline constexpr bool kUnits = true;
+#else
+inline constexpr bool kUnits = false;
+#endif
 // How far ahead, in steps of k, to ask for weights. One row streams best by the hardware's own prefetcher.
 inline constexpr int kPrefetchSteps = 16;
 
-// The weights of a panel at one k, `Width` vectors.
-template <typename T, int Width>
-INLINE void load_weights(const T* w, Vec<T> (&weight)[Width]) {
-  unroll<Width>([&](auto v) INLINE_LAMBDA { weight[v] = load(w + v * kLanes<T>); });
-}
-template <typename T, int Width>
-INLINE void load_weights(const Bf16* w, Vec<T> (&weight)[Width]) {
-  unroll<Width / 2>(
-      [&](auto pair) INLINE_LAMBDA { unpack_bf16(w + 2 * pair * kLanes<T>, weight[2 * pair], weight[2 * pair + 1]); });
+// What a panel holds and how a tile multiplies it: numbers of T as they are. A tile takes `kRows` rows of the inner
+// dimension at a step: of the weights `Width` vectors in registers, of each row of activations a word for each part.
+template <typename Number>
+struct Whole {
+  using T = Number;
+  using Stored = T;
+  using Word = T;
+  using Weight = Vec<T>;
+  static constexpr int kRows = 1, kParts = 1;
+
+  template <int Width>
+  static INLINE void load_weights(const Stored* w, Weight (&weight)[Width]) {
+    unroll<Width>([&](auto v) INLINE_LAMBDA { weight[v] = load(w + v * kLanes<T>); });
+  }
+  static INLINE Vec<T> spread(Word x) { return broadcast(x); }
+  static INLINE Vec<T> multiply_add(Weight weight, Vec<T> x, Vec<T> sum) { return weight * x + sum; }
+};
+
+// Numbers of 16 bits, that become T in registers.
+struct Halves : Whole<float> {
+  using Stored = Bf16;
+
+  template <int Width>
+  static INLINE void load_weights(const Stored* w, Weight (&weight)[Width]) {
+    unroll<Width / 2>([&](auto pair) INLINE_LAMBDA {
+      unpack_bf16(w + 2 * pair * kLanes<T>, weight[2 * pair], weight[2 * pair + 1]);
+    });
+  }
+};
+
+#if defined(STACKED_LSTM_BF16_UNITS)
+// Pairs of numbers of 16 bits, one from each of two rows of the inner dimension, and activations in as many parts.
+template <int Parts>
+struct Pairs {
+  using T = float;
+  using Stored = Bf16;
+  using Word = int32_t;
+  using Weight = IntVec<T>;
+  static constexpr int kRows = 2, kParts = Parts;
+
+  template <int Width>
+  static INLINE void load_weights(const Stored* w, Weight (&weight)[Width]) {
+    unroll<Width>([&](auto v) INLINE_LAMBDA { __builtin_memcpy(&weight[v], w + v * 2 * kLanes<T>, sizeof weight[v]); });
+  }
+  static INLINE IntVec<T> spread(Word x) { return x + IntVec<T>{}; }
+  static INLINE Vec<T> multiply_add(Weight weight, IntVec<T> x, Vec<T> sum) { return dot_pairs(weight, x, sum); }
+};
+#endif
+
+// Words of one row of activations, and from the high part of a number to its low one.
+template <typename Word>
+struct Operands {
+  const Word* data;
+  int64_t ld, part;
+};
+
+template <typename Panel>
+INLINE Operands<typename Panel::Word> operands_of(const typename Panel::T* a, int64_t lda,
+                                                  [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t inner,
+                                                  [[maybe_unused]] void* memory) {
+  if constexpr (Panel::kRows == 1) {
+    return {a, lda, 0};
+  } else {
+#if defined(STACKED_LSTM_BF16_UNITS)
+    constexpr int V = kLanes<float>;
+    auto* const words = static_cast<int32_t*>(memory);
+    const int64_t ld = operand_words(inner, Panel::kParts), part = operand_part(inner);
+    const auto some = [&](const float* x, int64_t count) INLINE_LAMBDA {
+      return count >= V ? load(x) : count > 0 ? load_first(x, count) : Vec<float>{};
+    };
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t k = 0; k < inner; k += 2 * V) {
+        const float* const x = a + row * lda + k;
+        const Vec<float> first = some(x, inner - k), second = some(x + V, inner - k - V);
+        const IntVec<float> high = round_to_pairs(first, second);
+        int32_t* const to = words + row * ld + k / 2;
+        __builtin_memcpy(to, &high, sizeof high);
+        if constexpr (Panel::kParts == 2) {
+          const IntVec<float> low = round_to_pairs(rest_of<0>(first, high), rest_of<1>(second, high));
+          __builtin_memcpy(to + part, &low, sizeof low);
+        }
+      }
+    }
+    return {words, ld, part};
+#endif
+  }
 }
 
-template <typename T, typename W, int Rows, int Width, int Sums>
-void tile(const W* __restrict panel, const T* __restrict a, int64_t lda, int64_t inner, const T* init,
-          int64_t init_step, T* c, int64_t ldc) {
-  constexpr int V = kLanes<T>;
+template <typename Panel, int Rows, int Width, int Sums>
+void tile(const typename Panel::Stored* __restrict panel, const typename Panel::Word* __restrict a, int64_t lda,
+          [[maybe_unused]] int64_t part_words, int64_t steps, const typename Panel::T* init, int64_t init_step,
+          typename Panel::T* c, int64_t ldc) {
+  using T = typename Panel::T;
+  constexpr int V = kLanes<T>, stored = Width * V * Panel::kRows;
   Vec<T> sum[Sums * Rows * Width];
   unroll<Sums * Rows * Width>([&](auto n) INLINE_LAMBDA {
     constexpr int part = n / (Rows * Width), row = n / Width % Rows, v = n % Width;
     sum[n] = part == 0 && init ? load(init + row * init_step + v * V) : Vec<T>{};
   });
   const auto multiply_add = [&](auto part, int64_t k) INLINE_LAMBDA {
-    const W* w = panel + k * Width * V;
-    Vec<T> weight[Width];
-    load_weights<T, Width>(w, weight);
+    const auto* w = panel + k * stored;
+    typename Panel::Weight weight[Width];
+    Panel::load_weights(w, weight);
     if constexpr (Rows > 1) {
-      constexpr int lines = Width * int{sizeof(W)} / int{sizeof(T)};  // vectors, of memory
-      unroll<lines>(
-          [&](auto v) INLINE_LAMBDA { __builtin_prefetch(w + kPrefetchSteps * Width * V + v * (Width * V / lines)); });
+      constexpr int lines = stored * int{sizeof *w} / STACKED_LSTM_VECTOR_BYTES;  // vectors, of memory
+      unroll<lines>([&](auto v)
+                        INLINE_LAMBDA { __builtin_prefetch(w + kPrefetchSteps * stored + v * (stored / lines)); });
     }
-    unroll<Rows>([&](auto row) INLINE_LAMBDA {
-      const Vec<T> x = broadcast(a[row * lda + k]);
-      unroll<Width>([&](auto v) INLINE_LAMBDA {
-        constexpr int n = (part * Rows + row) * Width + v;
-        sum[n] = weight[v] * x + sum[n];
+    unroll<Panel::kParts>([&](auto high_or_low) INLINE_LAMBDA {
+      unroll<Rows>([&](auto row) INLINE_LAMBDA {
+        const auto x = Panel::spread(a[row * lda + high_or_low * part_words + k]);
+        unroll<Width>([&](auto v) INLINE_LAMBDA {
+          constexpr int n = (part * Rows + row) * Width + v;
+          sum[n] = Panel::multiply_add(weight[v], x, sum[n]);
+        });
       });
     });
   };
   int64_t k = 0;
-  for (; k + Sums <= inner; k += Sums) unroll<Sums>([&](auto part) INLINE_LAMBDA { multiply_add(part, k + part); });
-  for (; k < inner; ++k) multiply_add(std::integral_constant<int, 0>{}, k);
+  for (; k + Sums <= steps; k += Sums) unroll<Sums>([&](auto part) INLINE_LAMBDA { multiply_add(part, k + part); });
+  for (; k < steps; ++k) multiply_add(std::integral_constant<int, 0>{}, k);
   unroll<Rows * Width>([&](auto n) INLINE_LAMBDA {
     constexpr int row = n / Width, v = n % Width;
     Vec<T> total = sum[n];
@@ -63,8 +150,9 @@ void tile(const W* __restrict panel, const T* __restrict a, int64_t lda, int64_t
   });
 }
 
-template <typename T, typename W>
-using Tile = void (*)(const W*, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
+template <typename Panel>
+using Tile = void (*)(const typename Panel::Stored*, const typename Panel::Word*, int64_t, int64_t, int64_t,
+                      const typename Panel::T*, int64_t, typename Panel::T*, int64_t);
 
 // Partial sums for a product of `rows` rows: as many as are in flight anyway.
 template <int Width>
@@ -74,25 +162,26 @@ constexpr int sums_for(int64_t rows) {
   return sums;
 }
 
-template <typename T, typename W, int Width, int Sums, int Rows>
-constexpr Tile<T, W> tile_or_null() {
+template <typename Panel, int Width, int Sums, int Rows>
+constexpr Tile<Panel> tile_or_null() {
   if constexpr (Sums == 1 || Rows * Width * Sums <= kInFlight)
-    return tile<T, W, Rows, Width, Sums>;
+    return tile<Panel, Rows, Width, Sums>;
   else
     return nullptr;  // sums_for never asks for it
 }
 
 // The tiles of one number of partial sums, by rows.
-template <typename T, typename W, int Width>
+template <typename Panel, int Width>
 struct Tiles {
-  Tile<T, W> of[kTileRows<Width> + 1];
+  Tile<Panel> of[kTileRows<Width> + 1];
 };
-template <typename T, typename W, int Width, int Sums, int... row>
-constexpr Tiles<T, W, Width> tiles_of(std::integer_sequence<int, row...>) {
-  return {{nullptr, tile_or_null<T, W, Width, Sums, row + 1>()...}};
+template <typename Panel, int Width, int Sums, int... row>
+constexpr Tiles<Panel, Width> tiles_of(std::integer_sequence<int, row...>) {
+  return {{nullptr, tile_or_null<Panel, Width, Sums, row + 1>()...}};
 }
-template <typename T, typename W, int Width, int Sums>
-constexpr Tiles<T, W, Width> kTiles = tiles_of<T, W, Width, Sums>(std::make_integer_sequence<int, kTileRows<Width>>{});
+template <typename Panel, int Width, int Sums>
+constexpr Tiles<Panel, Width> kTiles =
+    tiles_of<Panel, Width, Sums>(std::make_integer_sequence<int, kTileRows<Width>>{});
 
 // Calls f(first, count) for even shares of `rows`, each at most `most`.
 template <typename F>
@@ -105,30 +194,34 @@ INLINE void share_rows(int64_t rows, int64_t most, F&& f) {
   }
 }
 
-template <typename T, typename W, int Width>
-INLINE const Tile<T, W>* tiles_for(int64_t unroll_rows) {
+template <typename Panel, int Width>
+INLINE const Tile<Panel>* tiles_for(int64_t unroll_rows) {
   switch (sums_for<Width>(unroll_rows)) {
     case 8:
-      return kTiles<T, W, Width, 8>.of;
+      return kTiles<Panel, Width, 8>.of;
     case 4:
-      return kTiles<T, W, Width, 4>.of;
+      return kTiles<Panel, Width, 4>.of;
     case 2:
-      return kTiles<T, W, Width, 2>.of;
+      return kTiles<Panel, Width, 2>.of;
     default:
-      return kTiles<T, W, Width, 1>.of;
+      return kTiles<Panel, Width, 1>.of;
   }
 }
 
-// Calls run(panels, width) with what the panels hold and how many vectors wide they are, both as types.
+// Calls run(panel, width) with what the panels hold and how many vectors wide they are, both as types.
 template <typename T, typename Run>
-INLINE void with_panels(const Panels& panels, int64_t width, Run&& run) {
-  const auto of_type = [&](auto* data) INLINE_LAMBDA {
-    width == 4 ? run(data, std::integral_constant<int, 4>{}) : run(data, std::integral_constant<int, 2>{});
+INLINE void with_panels(const Panels& panels, int64_t width, [[maybe_unused]] bool rounded, Run&& run) {
+  const auto of_type = [&](auto panel) INLINE_LAMBDA {
+    width == 4 ? run(panel, std::integral_constant<int, 4>{}) : run(panel, std::integral_constant<int, 2>{});
   };
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (panels.storage == Storage::bf16) return of_type(static_cast<const Bf16*>(panels.data));
+#if defined(STACKED_LSTM_BF16_UNITS)
+    if (panels.storage == Storage::bf16) return rounded ? of_type(Pairs<1>{}) : of_type(Pairs<2>{});
+#else
+    if (panels.storage == Storage::bf16) return of_type(Halves{});
+#endif
   }
-  of_type(static_cast<const T*>(panels.data));
+  of_type(Whole<T>{});
 }
 
 // Calls f(n) for first … last-1, or the other way round.
@@ -137,13 +230,17 @@ INLINE void there_or_back(int64_t first, int64_t last, bool from_last, F&& f) {
   for (int64_t n = first; n < last; ++n) f(from_last ? first + last - 1 - n : n);
 }
 
-template <typename T, typename W, int Width>
-void product_of_width(const Product<T>& p, const W* panels) {
-  constexpr int64_t columns = Width * kLanes<T>;
-  const Tile<T, W>* tiles = tiles_for<T, W, Width>(p.unroll_rows);
+template <typename Panel, int Width>
+void product_of_width(const Product<typename Panel::T>& p) {
+  constexpr int64_t columns = Width * kLanes<typename Panel::T>;
+  if (p.first_panel >= p.last_panel) return;
+  const auto* const panels = static_cast<const typename Panel::Stored*>(p.panels.data);
+  const int64_t steps = (p.inner + Panel::kRows - 1) / Panel::kRows;
+  const auto a = operands_of<Panel>(p.a, p.lda, p.rows, p.inner, p.operands);
+  const Tile<Panel>* tiles = tiles_for<Panel, Width>(p.unroll_rows);
   there_or_back(p.first_panel, p.last_panel, p.from_last, [&](int64_t panel) INLINE_LAMBDA {
     share_rows(p.rows, kTileRows<Width>, [&](int64_t row, int64_t count) INLINE_LAMBDA {
-      tiles[count](panels + panel * p.inner * columns, p.a + row * p.lda, p.lda, p.inner,
+      tiles[count](panels + panel * steps * Panel::kRows * columns, a.data + row * a.ld, a.ld, a.part, steps,
                    p.init ? p.init + row * p.init_step + panel * columns : nullptr, p.init_step,
                    p.c + row * p.ldc + panel * columns, p.ldc);
     });
@@ -152,9 +249,8 @@ void product_of_width(const Product<T>& p, const W* panels) {
 
 template <typename T>
 void product(const Product<T>& p) {
-  with_panels<T>(p.panels, p.width, [&]<typename W>(const W* panels, auto width) INLINE_LAMBDA {
-    product_of_width<T, W, width>(p, panels);
-  });
+  with_panels<T>(p.panels, p.width, p.rounded,
+                 [&]<typename Panel>(Panel, auto width) INLINE_LAMBDA { product_of_width<Panel, width>(p); });
 }
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
@@ -189,17 +285,22 @@ __attribute__((noinline)) void cells_forward(const StepForward<T>& s, const T* p
   }
 }
 
-template <typename T, typename W, int Width>
-void step_forward_of_width(const StepForward<T>& s, const W* panels) {
+template <typename Panel, int Width>
+void step_forward_of_width(const StepForward<typename Panel::T>& s) {
+  using T = typename Panel::T;
   constexpr int V = kLanes<T>;
   constexpr int64_t columns = Width * V;
-  const Tile<T, W>* tiles = tiles_for<T, W, Width>(s.unroll_rows);
+  if (s.first_block >= s.last_block) return;
+  const auto* const panels = static_cast<const typename Panel::Stored*>(s.panels.data);
+  const int64_t steps = (s.inner + Panel::kRows - 1) / Panel::kRows;
+  const auto h = operands_of<Panel>(s.h, s.ldh, s.rows, s.inner, s.operands);
+  const Tile<Panel>* tiles = tiles_for<Panel, Width>(s.unroll_rows);
   alignas(STACKED_LSTM_VECTOR_BYTES) T pre[kTileRows<Width> * 4 * V];
   there_or_back(s.first_block, s.last_block, s.from_last, [&](int64_t block) INLINE_LAMBDA {
     share_rows(s.rows, kTileRows<Width>, [&](int64_t row, int64_t count) INLINE_LAMBDA {
       for (int64_t part = 0; part < 4 / Width; ++part) {
         const int64_t panel = block * (4 / Width) + part;
-        tiles[count](panels + panel * s.inner * columns, s.h + row * s.ldh, s.ldh, s.inner,
+        tiles[count](panels + panel * steps * Panel::kRows * columns, h.data + row * h.ld, h.ld, h.part, steps,
                      s.projected + row * 4 * s.padded_hidden + panel * columns, 4 * s.padded_hidden,
                      pre + part * columns, 4 * V);
       }
@@ -210,9 +311,8 @@ void step_forward_of_width(const StepForward<T>& s, const W* panels) {
 
 template <typename T>
 void step_forward(const StepForward<T>& s) {
-  with_panels<T>(s.panels, s.width, [&]<typename W>(const W* panels, auto width) INLINE_LAMBDA {
-    step_forward_of_width<T, W, width>(s, panels);
-  });
+  with_panels<T>(s.panels, s.width, s.rounded,
+                 [&]<typename Panel>(Panel, auto width) INLINE_LAMBDA { step_forward_of_width<Panel, width>(s); });
 }
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
@@ -381,12 +481,32 @@ void gradient(const GradientProduct<T>& p) {
 
 // ---- Packing --------------------------------------------------------------------------------------------------------
 
-// Two neighbouring vectors of a panel's row.
-template <typename T>
-INLINE void store_pair(T* out, Vec<T> even, Vec<T> odd) {
-  store(out, even), store(out + kLanes<T>, odd);
+// Rows of a panel whose numbers share words.
+template <typename W>
+inline constexpr int kRowsTogether = 1;
+#if defined(STACKED_LSTM_BF16_UNITS)
+template <>
+inline constexpr int kRowsTogether<Bf16> = 2;
+#endif
+// Rows that a panel of K rows has.
+template <typename W>
+INLINE int64_t rows_in_panel(int64_t inner) {
+  return (inner + kRowsTogether<W> - 1) / kRowsTogether<W> * kRowsTogether<W>;
 }
-INLINE void store_pair(Bf16* out, Vec<float> even, Vec<float> odd) { pack_bf16(out, even, odd); }
+
+// Two neighbouring vectors of a panel's row, or of its rows that stand together. at(row, vector) has the numbers.
+template <typename T, typename At>
+INLINE void store_vectors(T* out, At&& at) {
+  store(out, at(0, 0)), store(out + kLanes<T>, at(0, 1));
+}
+template <typename At>
+INLINE void store_vectors(Bf16* out, At&& at) {
+  if constexpr (kRowsTogether<Bf16> == 2) {
+    pack_bf16(out, at(0, 0), at(1, 0)), pack_bf16(out + 2 * kLanes<float>, at(0, 1), at(1, 1));
+  } else {
+    pack_bf16(out, at(0, 0), at(0, 1));
+  }
+}
 
 // `lanes` rows of W from `first` on, of which `count` exist; the others are zero.
 template <typename T>
@@ -415,7 +535,10 @@ void pack_lanes(const RowsOf<T>& even, const RowsOf<T>& odd, int64_t inner, W* o
     Vec<T> a[V], b[V];
     even.columns(k, inner, a), odd.columns(k, inner, b);
     const int64_t steps = inner - k < V ? inner - k : V;
-    for (int64_t step = 0; step < steps; ++step) store_pair(out + (k + step) * ldo, a[step], b[step]);
+    for (int64_t step = 0; step < steps; step += kRowsTogether<W>) {  // past the last row, columns are zeros
+      store_vectors(out + (k + step) * ldo,
+                    [&](int row, int vector) INLINE_LAMBDA { return (vector ? b : a)[step + row]; });
+    }
   }
 }
 
@@ -433,11 +556,13 @@ template <typename T, typename RowsOfColumn>
 INLINE void pack_panels(int64_t inner, int64_t width, int64_t first, int64_t last, Storage storage, void* panels,
                         RowsOfColumn&& rows_of) {
   const int64_t ldo = width * kLanes<T>;
-  with_storage<T>(storage, panels, [&](auto* out) INLINE_LAMBDA {
+  with_storage<T>(storage, panels, [&]<typename W>(W* out) INLINE_LAMBDA {
+    const int64_t rows = rows_in_panel<W>(inner);
     for (int64_t panel = first; panel < last; ++panel) {
       for (int64_t v = 0; v < width; v += 2) {
         const int64_t column = panel * width + v;
-        pack_lanes(rows_of(column), rows_of(column + 1), inner, out + panel * inner * ldo + v * kLanes<T>, ldo);
+        W* const to = out + panel * rows * ldo + v * kLanes<T> * kRowsTogether<W>;
+        pack_lanes(rows_of(column), rows_of(column + 1), inner, to, ldo);
       }
     }
   });
@@ -468,20 +593,22 @@ void pack_columns(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_
   const int64_t ldo = width * V;
   constexpr int64_t kTogether =
       4;  // panels: a row is read in pieces of some cache lines, and few pages are written at once
-  with_storage<T>(storage, panels, [&](auto* data) INLINE_LAMBDA {
+  with_storage<T>(storage, panels, [&]<typename W>(W* data) INLINE_LAMBDA {
+    const int64_t rows = rows_in_panel<W>(blocks * padded_rows);
     for (int64_t some = first; some < last; some += kTogether) {
       const int64_t end = last - some < kTogether ? last : some + kTogether;
-      for (int64_t to = 0; to < blocks * padded_rows; ++to) {
-        const int64_t block = to / padded_rows, row = to % padded_rows;
-        const T* from = w + (block * rows_per_block + row) * columns;
+      for (int64_t to = 0; to < rows; to += kRowsTogether<W>) {
         for (int64_t panel = some; panel < end; ++panel) {
-          auto* out = data + (panel * blocks * padded_rows + to) * ldo;
-          const auto vector = [&](int64_t v) INLINE_LAMBDA {
-            const int64_t column = (panel * width + v) * V, left = columns - column;
-            const T* p = from + column;
-            return row >= rows_per_block || left <= 0 ? Vec<T>{} : left >= V ? load(p) : load_first(p, left);
-          };
-          for (int64_t v = 0; v < width; v += 2) store_pair(out + v * V, vector(v), vector(v + 1));
+          W* const out = data + (panel * rows + to) * ldo;
+          for (int64_t v = 0; v < width; v += 2) {
+            store_vectors(out + v * V * kRowsTogether<W>, [&](int next, int vector) INLINE_LAMBDA {
+              const int64_t block = (to + next) / padded_rows, row = (to + next) % padded_rows;
+              const int64_t column = (panel * width + v + vector) * V, left = columns - column;
+              if (block >= blocks || row >= rows_per_block || left <= 0) return Vec<T>{};
+              const T* p = w + (block * rows_per_block + row) * columns + column;
+              return left >= V ? load(p) : load_first(p, left);
+            });
+          }
         }
       }
     }
@@ -513,6 +640,6 @@ void maths(const T* x, int64_t n, T* sigmoid, T* tanh) {
 
 template <typename T>
 constexpr Kernels<T> kTable = {
-    kLanes<T>,       pack_gates<T>,    pack_rows<T>,     pack_columns<T>, pack_bias<T>, product<T>,
-    step_forward<T>, step_backward<T>, activate_rows<T>, gradient<T>,     sum_rows<T>,  maths<T>,
+    kLanes<T>,       kUnits,           pack_gates<T>,    pack_rows<T>, pack_columns<T>, pack_bias<T>, product<T>,
+    step_forward<T>, step_backward<T>, activate_rows<T>, gradient<T>,  sum_rows<T>,     maths<T>,
 };

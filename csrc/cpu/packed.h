@@ -42,11 +42,12 @@ std::vector<PackedLane<T>> lay_out(const StackShape& shape, Storage storage, Tak
     const LayerShape& layer = shape.of_lane(n);
     const int64_t gate_rows = 4 * layer.padded_hidden();
     PackedLane<T> lane{};
-    lane.weight_ih = take(gate_rows * layer.input * stored);
-    lane.weight_hh = take(gate_rows * layer.output() * stored);
+    lane.weight_ih = take(gate_rows * stored_rows(storage, layer.input) * stored);
+    lane.weight_hh = take(gate_rows * stored_rows(storage, layer.output()) * stored);
     lane.bias = reinterpret_cast<T*>(take(gate_rows * int64_t{sizeof(T)}));
     if (layer.projection > 0) {
-      lane.weight_hr = take(panel_elements(layer.projection, layer.hidden, kWidth, kernels<T>().lanes) * stored);
+      const int64_t rows = stored_rows(storage, layer.hidden);
+      lane.weight_hr = take(panel_elements(layer.projection, rows, kWidth, kernels<T>().lanes) * stored);
     }
     lanes.push_back(lane);
   }

@@ -29,10 +29,11 @@ class StackStep {
         platform_(platform),
         workers_(workers),
         team_(workers, platform.at_the_same_time()) {
-    int64_t units = 0, columns = 0;
+    int64_t units = 0, columns = 0, widest = 0;
     for (const LayerShape& layer : shape_.layers) {
       units = std::max(units, layer.padded_hidden());
       columns = std::max(columns, std::max(round_up(layer.output(), kWidth * kernels_.lanes), layer.padded_hidden()));
+      widest = std::max({widest, layer.input, layer.output(), layer.hidden});
     }
     const int64_t layers = shape_.depth();
     ldh_ = columns, ldc_ = units;
@@ -41,6 +42,8 @@ class StackStep {
       c_ = memory_->template take<T>(layers * shape_.batch * ldc_);
       gates_ = memory_->template take<T>(layers * shape_.batch * 4 * ldc_);
       hidden_ = shape_.layers[0].projection > 0 ? memory_->template take<T>(layers * shape_.batch * ldc_) : nullptr;
+      operand_bytes_ = operand_bytes(kernels_, call.weights.storage(), shape_.batch, widest);
+      operands_ = memory_->template take<char>(workers_ * operand_bytes_);
       done_ = memory_->template take<Count>(workers_);
     });
     for (int64_t n = 0; n < workers_; ++n) new (done_ + n) Count;
@@ -78,6 +81,7 @@ class StackStep {
     const int64_t hand_overs = projects ? 2 : 1;  // a layer
     const Range blocks = share_of(padded / lanes, rank, size);
     const Range units{std::min(blocks.first * lanes, hidden), std::min(blocks.last * lanes, hidden)};
+    void* const operands = operands_ + rank * operand_bytes_;
     T* const gates = gates_ + index * batch * 4 * ldc_;
     T* const h = h_ + index * batch * ldh_;
     T* const c = c_ + index * batch * ldc_;
@@ -96,6 +100,7 @@ class StackStep {
         .rows = batch,
         .unroll_rows = batch,
         .inner = out,
+        .operands = operands,
         .init = weights.bias,
         .c = gates,
         .ldc = 4 * padded,
@@ -116,6 +121,8 @@ class StackStep {
         .rows = batch,
         .unroll_rows = batch,
         .inner = layer.input,
+        .rounded = true,
+        .operands = operands,
         .projected = gates,
         .hidden = hidden,
         .padded_hidden = padded,
@@ -144,6 +151,7 @@ class StackStep {
           .rows = batch,
           .unroll_rows = batch,
           .inner = hidden,
+          .operands = operands,
           .c = h,
           .ldc = ldh_,
       });
@@ -171,7 +179,9 @@ class StackStep {
   int64_t ldh_, ldc_;
   T *h_, *c_, *gates_;  // of each layer, [sequence][…], whole vectors
   T* hidden_;           // o·tanh(c); with a projection
-  Count* done_;         // of each worker
+  int64_t operand_bytes_;
+  char* operands_;  // of each worker's products
+  Count* done_;     // of each worker
 };
 
 }  // namespace

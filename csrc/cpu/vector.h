@@ -52,7 +52,7 @@ INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
-// Numbers of 16 bits, as the upper halves of a float's; two vectors of them in the words of one, see kernels.h.
+// Numbers of 16 bits, as the upper halves of a float's; two vectors of them are the halves of the words of one.
 struct Bf16 {
   uint16_t bits;
 };
@@ -73,6 +73,24 @@ INLINE void pack_bf16(Bf16* p, Vec<float> even, Vec<float> odd) {
   const IntVec<float> words = ((round_to_bf16(even) >> 16) & 0xffff) | (round_to_bf16(odd) & int32_t(0xffff0000));
   __builtin_memcpy(p, &words, sizeof words);
 }
+
+#if defined(STACKED_LSTM_BF16_UNITS)
+// sum + low·low + high·high, of the halves of words. Denormal numbers count as zero, in all that these units do.
+INLINE Vec<float> dot_pairs(IntVec<float> a, IntVec<float> b, Vec<float> sum) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+// The numbers of two vectors, one after the other, rounded as above: word n holds numbers 2n and 2n+1.
+INLINE IntVec<float> round_to_pairs(Vec<float> first, Vec<float> second) {
+  return (IntVec<float>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+// What rounding left of x, whose rounded numbers are `half` of a vector of pairs: exact. Nothing of infinities and NaNs.
+template <int half>
+INLINE Vec<float> rest_of(Vec<float> x, IntVec<float> pairs) {
+  const __m256i numbers = _mm512_maskz_extracti64x4_epi64(0xff, (__m512i)pairs, half);
+  const Vec<float> rest = x - (Vec<float>)((IntVec<float>)_mm512_maskz_cvtepu16_epi32(0xffff, numbers) << 16);
+  return rest - rest == Vec<float>{} ? rest : Vec<float>{};
+}
+#endif
 
 // Calls f with the constants 0 … N-1: an unrolled loop whose index may pick a register.
 template <int N, typename F>

@@ -149,13 +149,18 @@ class Wave {
     const int64_t w = width * kernels_.lanes;
     return {std::min(panels.first * w, columns), std::min(panels.last * w, columns)};
   }
-  int64_t panel_elements(int64_t columns, int64_t inner, int64_t width) const {
-    return cpu::panel_elements(columns, inner, width, kernels_.lanes);
+  // Columns, in whole panels.
+  int64_t padded_columns(int64_t columns, int64_t width) const {
+    return panel_elements(columns, 1, width, kernels_.lanes);
   }
 
   static void* take_panels(Workspace::Lease& memory, int64_t elements, Storage storage) {
     if (storage == Storage::bf16) return memory->take<uint16_t>(elements);
     return memory->take<T>(elements);
+  }
+  // For the operands of products of at most so many rows and that inner dimension, one after another.
+  void* take_operands(Workspace::Lease& memory, int64_t rows, int64_t inner, Storage storage) const {
+    return memory->take<char>(operand_bytes(kernels_, storage, rows, inner));
   }
 
   // This batch slice's share of a packing job; all of them need all of it.

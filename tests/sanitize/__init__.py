@@ -40,7 +40,7 @@ def build(sanitizer: str) -> Path:
         target = folder / f"{source.stem}.o"
         if not target.exists() or target.stat().st_mtime < max(source.stat().st_mtime, newest_header):
             found = FLAGS[sanitizer]
-            if source.stem in ("kernels_avx2", "kernels_avx512"):
+            if source.stem in ("kernels_avx2", "kernels_avx512", "kernels_avx512_bf16"):
                 # The same source as kernels_default, which is watched for undefined behaviour too; twice the time here.
                 found = [flag.replace(",undefined", "") for flag in found]
             command = [compiler(), *flags, *found, "-c", str(source), "-o", str(target)]
