@@ -38,6 +38,12 @@ EagerOptions from_value(const c10::IValue& value) {
 }
 constexpr const char* kOptions = "options";
 
+// Where kernels work. Whoever casts for autocast has done so.
+struct Below {
+  at::AutoDispatchBelowADInplaceOrView autograd;
+  c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
+};
+
 Tensor defined_or_empty(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
@@ -48,7 +54,7 @@ struct StackedLSTMBackward : torch::autograd::Function<StackedLSTMBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& h_0, const Tensor& c_0,
                                at::TensorList weights, const EagerCall* call) {
     const EagerOptions& o = call->options;
-    const at::AutoDispatchBelowADInplaceOrView below;
+    const Below below;
     auto [output, h_n, c_n, reserve] =
         stacked_lstm::forward(input, call->batch_sizes, h_0, c_0, weights, call->seed, o.bias, o.num_layers,
                               o.bidirectional, o.proj_size, o.dropout, saving_name(o), o.backend, o.bf16_weights);
@@ -74,12 +80,12 @@ struct StackedLSTMBackward : torch::autograd::Function<StackedLSTMBackward> {
 
     const bool plain =
         std::all_of(flowing.begin(), flowing.end(), [](const Tensor& g) { return !g.defined() || is_plain(g); });
-    if (!plain || c10::GradMode::is_enabled() || somebody_watches(saved.input.device().type())) {
+    if (!plain || c10::GradMode::is_enabled() || somebody_watches()) {
       variable_list found = formula()({flowing[0], flowing[1], flowing[2]}, saved, needs);
       std::move(found.begin(), found.end(), gradients.begin());
       return gradients;
     }
-    const at::AutoDispatchBelowADInplaceOrView below;
+    const Below below;
     const bool any_weight = std::find(needs.begin() + 3, needs.end(), true) != needs.end();
     auto [grad_input, grad_h_0, grad_c_0, grad_weights] = stacked_lstm::backward(
         optional(flowing[0]), optional(flowing[1]), optional(flowing[2]), saved.input, saved.batch_sizes, saved.h_0,
@@ -129,7 +135,7 @@ std::optional<EagerResults> call_eagerly(const EagerCall& call) {
   const auto alike = [&](const Tensor& tensor) {
     return is_plain(tensor) && tensor.scalar_type() == type && tensor.device() == device;
   };
-  if (!alike(input) || somebody_watches(device.type())) return {};
+  if (!alike(input) || somebody_watches()) return {};
   if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return {};
   if ((call.h_0 && !alike(*call.h_0)) || (call.c_0 && !alike(*call.c_0))) return {};
   if (!std::all_of(call.weights.begin(), call.weights.end(), alike) || !fits(call)) return {};
@@ -150,7 +156,7 @@ std::optional<EagerResults> call_eagerly(const EagerCall& call) {
     variable_list results = StackedLSTMBackward::apply(input, h_0, c_0, call.weights, &call);
     return EagerResults{std::move(results[0]), std::move(results[1]), std::move(results[2])};
   }
-  const at::AutoDispatchBelowADInplaceOrView below;
+  const Below below;
   auto [output, h_n, c_n, reserve] =
       forward(input, call.batch_sizes, h_0, c_0, call.weights, call.seed, o.bias, o.num_layers, o.bidirectional,
               o.proj_size, o.dropout, "none", o.backend, o.bf16_weights);

@@ -43,6 +43,7 @@ struct EagerResults {
 };
 
 // Nothing where a call is not the plain case, or its arguments do not fit each other: the caller knows better what to say.
+// Under autocast, tensors come as they are to be computed with.
 std::optional<EagerResults> call_eagerly(const EagerCall& call);
 
 // What a backward pass needs, as the forward pass left it.

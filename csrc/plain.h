@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -17,9 +16,9 @@ inline bool is_plain(const at::Tensor& tensor) {
   return keys == c10::DispatchKeySet(c10::DispatchKey::CPU) || keys == c10::DispatchKeySet(c10::DispatchKey::CUDA);
 }
 
-inline bool somebody_watches(c10::DeviceType device) {
+inline bool somebody_watches() {
   return at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled() ||
-         at::autocast::is_autocast_enabled(device) || torch::jit::tracer::isTracing();
+         torch::jit::tracer::isTracing();
 }
 
 // Whether the weights are those of a stack of these sizes, in the operators' order.

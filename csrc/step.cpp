@@ -2,6 +2,7 @@
 #include "step.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/autocast_mode.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -114,8 +115,8 @@ std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Pl
     return is_plain(tensor) && tensor.is_cpu() && !(grad_mode && tensor.requires_grad()) &&
            tensor.scalar_type() == type;
   };
-  if (somebody_watches(at::kCPU) || !fits(a.input) || !fits(a.h_0) || !fits(a.c_0) ||
-      !std::all_of(a.weights.begin(), a.weights.end(), fits)) {
+  if (somebody_watches() || at::autocast::is_autocast_enabled(at::kCPU) || !fits(a.input) || !fits(a.h_0) ||
+      !fits(a.c_0) || !std::all_of(a.weights.begin(), a.weights.end(), fits)) {
     return {};
   }
   // Rows may be apart, but only where they are not copied anyway.

@@ -240,7 +240,7 @@ class StackedLSTM(nn.RNNBase):
             return None
         h_0, c_0 = hx or (None, None)
         weights = self._current_weights()
-        if _transform((input, *(hx or ()), *weights)):
+        if _transform((input, *(hx or ()), *weights)) or _autocast_dtype(input.device.type) is not None:
             return None
         sizes = (self.bias, self.num_layers, self.bidirectional, self.proj_size)
         time_major = input.transpose(0, 1) if self.batch_first else input

@@ -161,6 +161,17 @@ def test_what_is_not_plain_is_left_to_the_operators():
     assert StackedLSTM(*SIZES, dropout=0.5).eval()._fast_call(x, hx) is not None
 
 
+def test_under_autocast_the_cast_tensors_go_the_short_way():
+    module = StackedLSTM(*SIZES)
+    x, hx = an_input(module)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = module(x, hx)
+        output.float().sum().backward()
+    assert output.dtype == torch.bfloat16 and type(output.grad_fn).__name__ == type(module(x, hx)[0].grad_fn).__name__
+    assert "Generated" not in type(output.grad_fn).__name__
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
