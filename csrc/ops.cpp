@@ -144,8 +144,11 @@ void check_same(const Tensor& tensor, const Tensor& input, const char* name) {
                     input.scalar_type(), ", got: ", tensor.scalar_type());
 }
 
-void check_shape(const Tensor& tensor, at::IntArrayRef shape, const std::string& name) {
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " should have shape ", shape, ", got: ", tensor.sizes());
+// The parts of a weight's name are put together where it is wrong: a deep stack has many weights.
+void check_shape(const Tensor& tensor, at::IntArrayRef shape, const char* name, const char* direction = "",
+                 int64_t layer = -1) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, layer < 0 ? std::string() : "_l" + std::to_string(layer), direction,
+                    " should have shape ", shape, ", got: ", tensor.sizes());
 }
 
 StackShape shape_of(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0,
@@ -178,13 +181,16 @@ StackShape shape_of(const Tensor& input, const OptionalTensor& batch_sizes, cons
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const LayerShape& layer = shape.of_lane(lane);
     const Tensor* w = &weights[lane * a_lane];
-    const std::string suffix = "_l" + std::to_string(lane / directions) + (lane % directions ? "_reverse" : "");
-    for (int64_t n = 0; n < a_lane; ++n) check_same(w[n], input, "every weight");
-    check_shape(w[0], {4 * hidden, layer.input}, "weight_ih" + suffix);
-    check_shape(w[1], {4 * hidden, output}, "weight_hh" + suffix);
-    if (options.bias) check_shape(w[2], {4 * hidden}, "bias_ih" + suffix);
-    if (options.bias) check_shape(w[3], {4 * hidden}, "bias_hh" + suffix);
-    if (options.proj_size > 0) check_shape(w[a_lane - 1], {output, hidden}, "weight_hr" + suffix);
+    const char* const direction = lane % directions ? "_reverse" : "";
+    const auto check = [&](const Tensor& weight, at::IntArrayRef sizes, const char* name) {
+      check_same(weight, input, "every weight");
+      check_shape(weight, sizes, name, direction, lane / directions);
+    };
+    check(w[0], {4 * hidden, layer.input}, "weight_ih");
+    check(w[1], {4 * hidden, output}, "weight_hh");
+    if (options.bias) check(w[2], {4 * hidden}, "bias_ih");
+    if (options.bias) check(w[3], {4 * hidden}, "bias_hh");
+    if (options.proj_size > 0) check(w[a_lane - 1], {output, hidden}, "weight_hr");
   }
 
   check_same(h_0, input, "h_0");
@@ -275,6 +281,7 @@ class Operands {
   explicit Operands(at::ScalarType type) : type_(type) {}
 
   const T* take(const Tensor& tensor) {
+    if (tensor.scalar_type() == type_ && tensor.is_contiguous()) return tensor.const_data_ptr<T>();  // the caller's
     kept_.push_back(tensor.to(type_).contiguous());
     return kept_.back().const_data_ptr<T>();
   }
