@@ -373,6 +373,9 @@ class BackwardWave : Wave<T> {
       const int64_t later = rows_at(s + 1), n = rows_at(s);
       const int64_t at = (index_ * shape.batch + sequences_.first) * out_;
       w_.wait_slices(position_, place_.batch_slice, &Progress::steps, hand_overs_before(s));
+      if (w_.slices(position_) > 1) {
+        for (int64_t b = 0; b < later; ++b) Base::prefetch(lane_.dgates + (slot_at(s + 1) + b) * lddg_, 4 * padded_);
+      }
       if (later > 0) {
         w_.kernels_.product({
             .panels = {lane_.weight_hh, w_.storage_},
