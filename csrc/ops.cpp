@@ -806,16 +806,17 @@ PYBIND11_MODULE(_C, m) {
   using namespace stacked_lstm;
   m.def("build_info", &build_info);
   m.def("isa", &cpu::isa);
-  m.def("cpu_plan",
-        [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional,
-           int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision, bool backward) {
-          const StackShape shape =
-              padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+  m.def("cpu_plan", [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
+                       bool bidirectional, int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision,
+                       bool backward, bool bf16_weights) {
+    const StackShape shape =
+        padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
 #if AT_PARALLEL_OPENMP && !defined(_OPENMP)
-          threads = 1;
+    threads = 1;
 #endif
-          return describe(cpu::plan(shape, threads, double_precision ? 8 : 4, backward), shape.directions);
-        });
+    const cpu::Storage storage = bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same;
+    return describe(cpu::plan(shape, threads, double_precision ? 8 : 4, storage, backward), shape.directions);
+  });
   m.def("force_cpu_schedule", [](const py::object& wanted) {
     forced_schedule.reset();
     if (wanted.is_none()) return;
@@ -838,7 +839,7 @@ PYBIND11_MODULE(_C, m) {
            int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision, bool backward) {
           const StackShape shape =
               padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
-          const Schedule schedule = cpu::plan(shape, threads, double_precision ? 8 : 4, backward);
+          const Schedule schedule = cpu::plan(shape, threads, double_precision ? 8 : 4, cpu::Storage::same, backward);
           const int64_t directions = shape.directions, lanes = shape.lanes();
           py::list workers;
           for (int64_t worker = 0; worker < schedule.workers(); ++worker) {

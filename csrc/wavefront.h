@@ -116,16 +116,18 @@ constexpr int64_t lane_at(int64_t position, int64_t lanes, bool backward) {
 
 // ---- The cost model -------------------------------------------------------------------------------------------------
 
-// A core, in multiply-adds and bytes a nanosecond. Defaults: what the kernels reach on an AVX-512 server core of 2.5 GHz
-// (Cascade Lake) that shares its machine.
+// A core, in multiply-adds and bytes a nanosecond. Rates: what the kernels reach on a server core with AVX-512 (Zen 4, in a
+// virtual machine), fitted to which of several forced schedules was the fastest. Sizes of caches are found at run time.
 struct CpuMachine {
-  double multiply_adds = 45;  // of one element type
-  double l2_bytes = 1 << 20;  // what stays close from step to step
-  double near_rate = 50;      // bytes a nanosecond from there
-  double far_rate = 24;       // from the shared cache
-  double cell = 0.9;          // nanoseconds a cell, beside its products
-  double hand_over = 700;   // nanoseconds from one core's store to another's use, and what waiting for the slower costs
-  double imbalance = 1.1;   // the slower of two slices that meet every step, over their mean
+  double multiply_adds = 50;   // of one element type
+  double l2_bytes = 1 << 20;   // what stays close from step to step
+  double near_rate = 90;       // bytes a nanosecond from there
+  double l3_bytes = 32 << 20;  // of all cores together
+  double far_rate = 60;        // from there
+  double memory_rate = 8;      // from beyond
+  double cell = 0.5;           // nanoseconds a cell, beside its products
+  double hand_over = 500;   // nanoseconds from one core's store to another's use, and what waiting for the slower costs
+  double imbalance = 1.05;  // the slower of two slices that meet every step, over their mean
   double start = 4000;      // nanoseconds to wake a second worker
   int64_t unit_grain = 64;  // units are split no finer than this
 };
@@ -134,21 +136,27 @@ namespace detail {
 
 struct StepCost {
   double arithmetic, weights, hand_over;
-  double total() const { return std::max(arithmetic, weights) + hand_over; }
+  // Reading and multiplying do not overlap entirely.
+  double total() const { return std::max(arithmetic, weights) + 0.25 * std::min(arithmetic, weights) + hand_over; }
 };
 
-inline StepCost step_cost(const LayerShape& layer, const CpuMachine& machine, int64_t element, double rows,
-                          int64_t slices) {
-  const double units = static_cast<double>(round_up((layer.hidden + slices - 1) / slices, machine.unit_grain / 4));
+inline StepCost step_cost(const LayerShape& layer, const CpuMachine& machine, int64_t weight, double rows,
+                          const Phase& phase) {
+  const auto slices = static_cast<double>(phase.unit_slices), groups = static_cast<double>(phase.layer_groups);
+  const auto grain = machine.unit_grain / 4;
+  const auto units = static_cast<double>(round_up((layer.hidden + phase.unit_slices - 1) / phase.unit_slices, grain));
   double recurrent = 4 * units * static_cast<double>(layer.output());
   if (layer.projection > 0) recurrent += units * static_cast<double>(layer.projection);
-  const double bytes = recurrent * static_cast<double>(element);
-  // What is read in turn and does not quite fit is not there when its turn comes again.
-  const double rate = bytes < 0.9 * machine.l2_bytes ? machine.near_rate : machine.far_rate;
+  // Weights are read there and back: of those that do not fit a cache, as many as do are there when their turn comes again.
+  const double bytes = recurrent * static_cast<double>(weight), everybody = bytes * slices * groups;
+  const double near = std::min(bytes, 0.9 * machine.l2_bytes);
+  const double beyond = std::min(bytes - near, bytes * std::max(1 - 0.75 * machine.l3_bytes / everybody, 0.0));
+  const double reading =
+      near / machine.near_rate + (bytes - near - beyond) / machine.far_rate + beyond / machine.memory_rate;
   const double input = 4 * units * static_cast<double>(layer.input) * rows / machine.multiply_adds;
   const double cells = rows * units * machine.cell;
   const double slower = slices > 1 ? machine.imbalance : 1;
-  return {slower * (recurrent * rows / machine.multiply_adds + input + cells), slower * (bytes / rate + input + cells),
+  return {slower * (recurrent * rows / machine.multiply_adds + input + cells), slower * (reading + input + cells),
           slices > 1 ? machine.hand_over * (layer.projection > 0 ? 2 : 1) : 0};
 }
 
@@ -168,7 +176,7 @@ inline int64_t chunk_for(const StackShape& shape, const Phase& phase, int64_t ba
   return std::min(std::max<int64_t>(chunk, 1), std::max<int64_t>(steps, 1));
 }
 
-inline void predict(Schedule& schedule, const StackShape& shape, const CpuMachine& machine, int64_t element,
+inline void predict(Schedule& schedule, const StackShape& shape, const CpuMachine& machine, int64_t weight,
                     bool backward) {
   const int64_t depth = shape.depth(), directions = shape.directions;
   const double steps = static_cast<double>(shape.steps);
@@ -181,8 +189,7 @@ inline void predict(Schedule& schedule, const StackShape& shape, const CpuMachin
     const Phase& phase = schedule.phase[p];
     double sum = 0, most = 0;
     for (int64_t n = phase.first_layer; n < phase.last_layer; ++n) {
-      const StepCost cost =
-          step_cost(shape.layers[backward ? depth - 1 - n : n], machine, element, rows, phase.unit_slices);
+      const StepCost cost = step_cost(shape.layers[backward ? depth - 1 - n : n], machine, weight, rows, phase);
       sum += cost.total(), most = std::max(most, cost.total());
       arithmetic += cost.arithmetic, weights += cost.weights, hand_over += cost.hand_over;
     }
@@ -206,9 +213,10 @@ inline void predict(Schedule& schedule, const StackShape& shape, const CpuMachin
 
 }  // namespace detail
 
-// The cheapest schedule for at most `threads` workers, by the model above.
+// The cheapest schedule for at most `threads` workers, by the model above. `element` and `weight`: bytes of a number, and of
+// a packed weight.
 inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMachine& machine, int64_t element,
-                         bool backward) {
+                         int64_t weight, bool backward) {
   const int64_t depth = shape.depth(), directions = shape.directions;
   int64_t narrowest = shape.layers[0].output();
   for (const LayerShape& layer : shape.layers) narrowest = std::min(narrowest, layer.output());
@@ -218,7 +226,7 @@ inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMach
   bool first = true;
   const auto consider = [&](Schedule candidate) {
     candidate.chunk_steps = detail::chunk_for(shape, candidate.phase[0], candidate.batch_slices, element);
-    detail::predict(candidate, shape, machine, element, backward);
+    detail::predict(candidate, shape, machine, weight, backward);
     if (first || candidate.predicted_us < best.predicted_us) best = candidate;
     first = false;
   };

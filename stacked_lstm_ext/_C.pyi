@@ -18,6 +18,7 @@ def cpu_plan(
     threads: int,
     double_precision: bool,
     backward: bool,
+    bf16_weights: bool,
 ) -> dict[str, Any]: ...
 def cpu_schedule(
     input_size: int,

@@ -39,17 +39,16 @@ namespace {
 template <typename T>
 class BackwardWave : Wave<T> {
   using Base = Wave<T>;
-  using Base::shape_, Base::kernels_, Base::team_, Base::schedule_;
+  using Base::shape_, Base::kernels_, Base::team_, Base::schedule_, Base::storage_;
 
  public:
   BackwardWave(const BackwardCall<T>& call, const Workers& workers, Platform& platform)
-      : Base(call.shape, workers, platform, true),
+      : Base(call.shape, storage_of(call), workers, platform, true),
         call_(call),
         platform_(platform),
         size_(reserve_size(call.shape, call.saving, call.keep_top)),
         reserve_(const_cast<T*>(call.reserve), size_),
         width_(recurrent_width(call.shape.batch)),
-        storage_(storage_of(call)),
         recompute_(call.saving == Saving::recompute),
         staged_rows_(std::max<int64_t>(this->chunk_rows_, kGradientRows<T>)) {
     widest_ = round_up(std::max({this->widest_input_, this->widest_output_, this->widest_hidden_}), kUnitPadding * 4);
@@ -735,7 +734,6 @@ class BackwardWave : Wave<T> {
   const ReserveSize size_;
   const Reserve<T> reserve_;
   const int64_t width_;
-  const Storage storage_;
   const bool recompute_;
   const int64_t staged_rows_;
   int64_t widest_ = 0, widest_below_ = 0;

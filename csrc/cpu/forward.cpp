@@ -20,17 +20,16 @@ namespace {
 template <typename T>
 class ForwardWave : Wave<T> {
   using Base = Wave<T>;
-  using Base::shape_, Base::kernels_, Base::team_, Base::schedule_;
+  using Base::shape_, Base::kernels_, Base::team_, Base::schedule_, Base::storage_;
 
  public:
   ForwardWave(const ForwardCall<T>& call, const Workers& workers, Platform& platform, PackedStack<T>* packed)
-      : Base(call.shape, workers, platform, false),
+      : Base(call.shape, storage_of(call), workers, platform, false),
         call_(call),
         platform_(platform),
         reserve_(call.reserve, reserve_size(call.shape, call.saving, call.keep_top)),
         packed_(packed),
-        width_(recurrent_width(call.shape.batch)),
-        storage_(storage_of(call)) {
+        width_(recurrent_width(call.shape.batch)) {
     // Nothing is written to the caller's memory before all of this is there.
     memory_->lay_out([&] { take_memory(); });
   }
@@ -259,7 +258,6 @@ class ForwardWave : Wave<T> {
   const Reserve<T> reserve_;
   PackedStack<T>* const packed_;
   const int64_t width_;
-  const Storage storage_;
   std::vector<PackedLane<T>> weights_;
   std::vector<Lane> lanes_;
   std::vector<Scratch> scratch_;

@@ -9,6 +9,7 @@
 
 #include "../stack.h"
 #include "../wavefront.h"
+#include "kernels.h"
 
 namespace stacked_lstm::cpu {
 
@@ -25,8 +26,8 @@ class Platform {
 // Sizes of this machine's caches, for the cost model.
 const CpuMachine& machine(int64_t element);
 
-// The schedule that a call of these sizes takes when `threads` are free.
-Schedule plan(const StackShape& shape, int64_t threads, int64_t element, bool backward);
+// The schedule that a call of these sizes takes when `threads` are free. `element`: bytes of a number.
+Schedule plan(const StackShape& shape, int64_t threads, int64_t element, Storage storage, bool backward);
 
 // Who may work on a call.
 struct Workers {

@@ -47,12 +47,13 @@ Storage storage_of(const Call& call) {
 template <typename T>
 class Wave {
  public:
-  Wave(const StackShape& shape, const Workers& workers, const Platform& platform, bool backward)
+  Wave(const StackShape& shape, Storage storage, const Workers& workers, const Platform& platform, bool backward)
       : shape_(shape),
         kernels_(kernels<T>()),
         lane_count_(shape.lanes()),
+        storage_(storage),
         backward_(backward),
-        schedule_(workers.forced ? *workers.forced : plan(shape, workers.threads, sizeof(T), backward)),
+        schedule_(workers.forced ? *workers.forced : plan(shape, workers.threads, sizeof(T), storage, backward)),
         chunk_limit_(schedule_.chunk_steps),
         workers_(schedule_.workers()),
         team_(workers_, platform.at_the_same_time()),
@@ -67,7 +68,7 @@ class Wave {
   // Fewer workers came than were asked for: the schedule for those. Buffers were sized for the first one's chunks.
   void reschedule(int64_t size) {
     if (size == workers_) return;
-    schedule_ = plan(shape_, size, sizeof(T), backward_);
+    schedule_ = plan(shape_, size, sizeof(T), storage_, backward_);
     schedule_.chunk_steps = std::min(schedule_.chunk_steps, chunk_limit_);
     for (Progress& p : progress_) p.packed.value = p.steps.value = p.chunks.value = p.blocks.value = p.done.value = 0;
   }
@@ -225,6 +226,7 @@ class Wave {
   const StackShape& shape_;
   const Kernels<T>& kernels_;
   const int64_t lane_count_;
+  const Storage storage_;
   const bool backward_;
   Schedule schedule_;
   const int64_t chunk_limit_;

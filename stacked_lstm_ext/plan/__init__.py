@@ -345,7 +345,8 @@ def make_plan(
             double_precision = dtype == torch.float64
             if name == "diagonal":
                 return _C.diagonal_plan(*shape, double_precision, backward, saving, dropout)
-            return _C.cpu_plan(*shape, threads, double_precision, backward)
+            halves = dtype == torch.bfloat16 or (bf16_weights and stores_bf16(name, dtype))
+            return _C.cpu_plan(*shape, threads, double_precision, backward, halves)
 
         describe = {"cpu": _describe_wavefront, "diagonal": _describe_diagonals, "persistent": _describe_launches}[name]
         schedule = ask(backward=False)

@@ -275,7 +275,8 @@ int run_case(const Case& c, const char* type, bool bf16_weights = false) {
   problem.bf16_weights = bf16_weights;
   const bool rounds_inputs = problem.rounds_inputs();
   if (rounds_inputs) problem.round(problem.input);  // what is left are the inputs of the layers above
-  const Schedule alone = cpu::plan(problem.shape, 1, sizeof(T), false);
+  const Schedule alone =
+      cpu::plan(problem.shape, 1, sizeof(T), bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same, false);
   problem.run({1, &alone}, Pool::threads);
   const auto expected = problem.results();
   for (const auto& result : expected) {
