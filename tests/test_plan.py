@@ -33,7 +33,7 @@ def run_of(plan: Plan) -> dict:
 @pytest.mark.parametrize("bf16_weights", [False, True], ids=["", "bf16_weights"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
-@pytest.mark.parametrize("case", [*SHAPES, Case(2, 1, 30, 64, 256)], ids=str)
+@pytest.mark.parametrize("case", [*SHAPES, Case(2, 1, 100, 256, 256)], ids=str)
 def test_a_plan_never_lies(case, threads, dtype, bf16_weights):
     """In inference, in training with either saving mode: the schedule that ran is the one that was planned."""
     torch.set_num_threads(threads)
