@@ -359,6 +359,7 @@ Results forward_cpu(const Call& call, const std::string& saving) {
   kernel.c_n = c_n.mutable_data_ptr<T>();
   kernel.reserve = reserve.mutable_data_ptr<T>();
   kernel.bf16_weights = call.options.bf16_weights;
+  kernel.bf16_activations = call.input.scalar_type() == at::kBFloat16;
   const bool keep = packed.stack && !packed.ready();
   TorchPlatform platform;
   remember(cpu::forward(kernel, workers_for(shape), platform, packed.stack.get()), call, saving, false);
@@ -416,6 +417,7 @@ Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradien
   }
 
   kernel.bf16_weights = options.bf16_weights;
+  kernel.bf16_activations = call.input.scalar_type() == at::kBFloat16;
   TorchPlatform platform;
   remember(cpu::backward(kernel, workers_for(shape), platform), call, saving, true);
   const auto out = call.input.scalar_type();

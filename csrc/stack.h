@@ -121,6 +121,9 @@ struct ForwardCall {
   T* c_n;
   T* reserve;
   bool bf16_weights = false;  // T is float; the products see weights that are rounded to bfloat16
+  // Where units multiply bfloat16, all products see activations rounded so, too, not only the inputs of W_ih's: the caller's
+  // tensors are bfloat16. What is carried from step to step stays as it is beside the products.
+  bool bf16_activations = false;
 };
 
 template <typename T>
@@ -143,6 +146,7 @@ struct BackwardCall {
   T* grad_c_0;
   std::vector<LaneGradients<T>> gradients;  // a lane each, or empty
   bool bf16_weights = false;                // as in the forward pass
+  bool bf16_activations = false;            // likewise
 };
 
 // The parts of a reserve. Layout: c of every lane, gates of every lane, h of every layer that is kept.

@@ -99,8 +99,8 @@ bool run(const StepArguments& a, const StackShape& shape, int64_t threads, cpu::
     const float *const x = floats.widened<T>(a.input, inputs), *const h_0 = floats.widened<T>(a.h_0, hs),
                        *const c_0 = floats.widened<T>(a.c_0, cs);
     float *const y = floats.take(outputs), *const h = floats.take(hs), *const c = floats.take(cs);
-    results.schedule =
-        cpu::step(cpu::StepCall<A>{shape, *packed, x, shape.layers[0].input, h_0, c_0, y, h, c}, workers, platform);
+    results.schedule = cpu::step(cpu::StepCall<A>{shape, *packed, x, shape.layers[0].input, h_0, c_0, y, h, c, bf16},
+                                 workers, platform);
     std::copy(y, y + outputs, output), std::copy(h, h + hs, h_n), std::copy(c, c + cs, c_n);
   }
   return true;

@@ -186,13 +186,13 @@ def tolerance(dtype: torch.dtype, layers: int, steps: int, inner: int = 1, batch
       to at most as much again: 2. Each layer adds its own, and a gradient passes every layer twice: 2 * layers.
     - Random errors reach about 4 standard deviations somewhere among some thousand elements: 4.
     - The result is rounded once to ``dtype``: half an eps of it.
-    - Where the CPU kernels use units that multiply bfloat16, every layer but the first rounds its input to that: errors
-      spread evenly over half an eps, a standard deviation of that over sqrt(3), which add up as those above.
+    - Where the CPU kernels use units that multiply bfloat16, a layer rounds to that what enters its products: errors spread
+      evenly over half an eps, a standard deviation of that over sqrt(3), which add up as those above.
     """
     u = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     rounded = torch.finfo(dtype).eps / 2
-    inputs = (layers - 1) * rounded / math.sqrt(3) if dtype == torch.bfloat16 and _C.isa() == "avx512_bf16" else 0.0
-    return rounded + 4 * 2 * 2 * (layers * u * (math.sqrt(inner) + math.sqrt(steps * batch)) + inputs)
+    operands = rounded / math.sqrt(3) if dtype == torch.bfloat16 and _C.isa() == "avx512_bf16" else 0.0
+    return rounded + 4 * 2 * 2 * layers * (u * (math.sqrt(inner) + math.sqrt(steps * batch)) + operands)
 
 
 def case_tolerance(case: Case, dtype: torch.dtype) -> float:

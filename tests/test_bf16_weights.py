@@ -378,6 +378,7 @@ def test_the_reference_and_the_kernels_agree():
             torch.testing.assert_close(one, two, **near(two, dtype == torch.float32, passes=2))
 
 
+@without_units
 def test_a_bfloat16_module_loses_nothing_by_it():
     """Its weights are bfloat16 as they are, and so is its input; float32 inside, one rounding at the end."""
     case = Case(2, 3, 6, 5, 40)
@@ -388,6 +389,28 @@ def test_a_bfloat16_module_loses_nothing_by_it():
     expected = results(wide, x.detach().float(), tuple(state.detach().float() for state in hx), gradients=False)
     actual = results(narrow, x, hx, gradients=False)
     assert_same_bits(actual, {name: value.to(torch.bfloat16) for name, value in expected.items()})
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_with_units_a_bfloat16_module_multiplies_h_as_bfloat16(dtype, batch):
+    """Of the second step only W_hh·h less its bfloat16 number is left: nothing, if that is what the product saw."""
+    module = StackedLSTM(1, 1, 1, dtype=dtype, bf16_weights=dtype == torch.float32)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.zero_()
+        module.weight_ih_l0[2] = 1  # g of the first step sees x = 1; the second step has x = 0
+        module.bias_ih_l0[1] = -1e4  # and forgets its c
+        x = torch.zeros(2, batch, 1, dtype=dtype)
+        x[0] = 1
+        h_1 = module(x)[0][0, 0, 0].to(torch.bfloat16).item()
+        assert h_1 == pytest.approx(0.5 * math.tanh(0.5 * math.tanh(1)), rel=2**-8)
+        module.weight_hh_l0[2] = 1
+        x[1] = -h_1
+        _, (_, c_n) = module(x)
+    left = c_n.float().abs().max().item()
+    units = _C.isa() == "avx512_bf16"
+    assert left == 0.0 if dtype == torch.bfloat16 and units else 0 < left < 2**-8 * h_1
 
 
 def test_the_setting_travels():

@@ -338,7 +338,8 @@ class BackwardWave : Wave<T> {
       w_.kernels_.product(product);
       lda = out_ + kRowPadding;
       stage_h_before(sequences_, steps, scratch_.staged, lda);
-      product.panels.data = lane_.gates_hh, product.lda = lda, product.inner = out_, product.rounded = false;
+      product.panels.data = lane_.gates_hh, product.lda = lda, product.inner = out_;
+      product.rounded = w_.call_.bf16_activations;
       product.init = scratch_.large, product.init_step = 4 * padded_;
       w_.kernels_.product(product);
       w_.kernels_.activate(scratch_.large, rows, padded_, blocks_.first, blocks_.last);
@@ -386,6 +387,7 @@ class BackwardWave : Wave<T> {
             .rows = later,
             .unroll_rows = active_at(s + 1),
             .inner = 4 * padded_,
+            .rounded = w_.call_.bf16_activations,
             .operands = scratch_.operands,
             .c = scratch_.dh,
             .ldc = ld_,
@@ -435,6 +437,7 @@ class BackwardWave : Wave<T> {
             .rows = n,
             .unroll_rows = active_at(s),
             .inner = out_,
+            .rounded = w_.call_.bf16_activations,
             .operands = scratch_.operands,
             .c = scratch_.dh,
             .ldc = ld_,
@@ -505,6 +508,7 @@ class BackwardWave : Wave<T> {
             .rows = rows,
             .unroll_rows = w_.shape_.rows(),
             .inner = 4 * padded_,
+            .rounded = w_.call_.bf16_activations,
             .operands = scratch_.operands,
             .c = scratch_.dy,
             .ldc = ld_,

@@ -22,6 +22,7 @@ struct StepCall {
   T* output;     // (B, output)
   T* h_n;
   T* c_n;
+  bool bf16_activations = false;  // as in a ForwardCall
 };
 
 // Fills what the call points to, the units of every layer shared out to `workers`. Returns how it was done: with fewer
