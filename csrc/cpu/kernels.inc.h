@@ -481,9 +481,6 @@ void gradient(const GradientProduct<T>& p) {
 
 // ---- Packing --------------------------------------------------------------------------------------------------------
 
-// Where weights are asked for: in the second-level cache. Rows a power of two apart share a set or two of the first.
-inline constexpr int kSecondLevel = 2;
-
 // Rows of a panel whose numbers share words.
 template <typename W>
 inline constexpr int kRowsTogether = 1;
@@ -546,7 +543,7 @@ inline constexpr int kVectorsTogether = kLanes<T> * kRowsTogether<W> * int{sizeo
 template <typename T, typename W>
 void pack_lanes(const RowsOf<T>* rows, const RowsOf<T>* next, int64_t inner, W* out, int64_t ldo) {
   constexpr int V = kLanes<T>, R = kRowsTogether<W>, N = kVectorsTogether<T, W>;
-  constexpr int kLine = 64 / int{sizeof(T)};
+  constexpr int kLine = 64 / int{sizeof(T)}, kSecondLevel = 2;  // rows a power of two apart share sets of the first
   for (int64_t k = 0; k < inner; k += V, out += V * ldo) {
     Vec<T> v[N][V];
     unroll<N>([&](auto n) INLINE_LAMBDA {
@@ -618,8 +615,9 @@ void pack_columns(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_
   const int64_t ldo = width * V;
   // Panels: a row is read in pieces of many lines, but few panels are written at once.
   const int64_t together = 32 / width;
-  // Of the source, to ask for: a piece of a row is too short for the processor's own prefetchers.
+  // Of W, to ask for where rows are long: pieces of those are no sequence that the processor's prefetchers would follow.
   constexpr int kRowsAhead = 4;
+  const bool ask = columns * int64_t{sizeof(T)} >= 1024;
   with_storage<T>(storage, panels, [&]<typename W>(W* data) INLINE_LAMBDA {
     constexpr int R = kRowsTogether<W>;
     const int64_t rows = rows_in_panel<W>(blocks * padded_rows);
@@ -639,7 +637,7 @@ void pack_columns(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_
               const int64_t column = (panel * width + v + vector) * V, left = columns - column;
               if (!from[next] || left <= 0) return Vec<T>{};
               const T* const p = from[next] + column;
-              __builtin_prefetch(p + kRowsAhead * columns, 0, kSecondLevel);
+              if (ask) __builtin_prefetch(p + kRowsAhead * columns);
               return left >= V ? load(p) : load_first(p, left);
             });
           }
