@@ -74,11 +74,21 @@ def kept_parts(case: Case, reserve: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return parts_of(case, reserve, len(range(8, case.steps, 8)) * case.batch, sum(rows_of(case)) // 4)
 
 
+@pytest.fixture
+def _allocated_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_allocated_memory_is_nan")
 @pytest.mark.parametrize("case", PACKED, ids=packed_name)
 def test_of_c_and_gates_those_are_kept_that_the_documentation_says(case):
     check_what_is_kept(case)
 
 
+@pytest.mark.usefixtures("_allocated_memory_is_nan")
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_of_c_and_gates_those_are_kept_at_every_number_of_steps(case):
     for steps in STEPS:
