@@ -57,8 +57,8 @@ struct StackShape {
 
 // With Saving::recompute, c is kept after every so many steps of a lane …
 inline constexpr int64_t kCheckpointSteps = 8;
-// … and the gates of this part of the rows: they take about the room of the c that is not kept.
-inline constexpr int64_t kKeptGates = 4;
+// … and the gates of one in so many rows: about the room of the c that is not kept, and a third less to compute again.
+inline constexpr int64_t kKeptGates = 3;
 
 // Rows of c and of gates that a lane keeps. They follow from T, B and the number of rows alone: who traces a call does not
 // know how the rows of a packed batch are shared out over its steps.

@@ -54,7 +54,7 @@ KERNEL_BACKENDS = ("cpu", "diagonal", "persistent", "auto")
 # set.
 _UNIT_PADDING = 16
 # With saving="recompute", the CPU kernels keep c after every so many steps, and one in so many rows of gates.
-_CHECKPOINT_STEPS, _KEPT_GATES = 8, 4
+_CHECKPOINT_STEPS, _KEPT_GATES = 8, 3
 
 
 def reserve_numel(

@@ -65,9 +65,10 @@ class BackwardWave : Wave<T> {
     const int64_t batch = std::max<int64_t>(shape_.batch, 1);
     const int64_t block = shape_.packed() ? std::max(kGradientRows<T>, batch) : block_steps() * batch;
     ring_rows_ = std::min(std::max<int64_t>(shape_.rows(), 1), block + this->chunk_rows_);
-    int64_t groups = 1;  // a lane of each is under way, and one that a group has just done with
+    int64_t groups = 1;  // a lane of each is under way
     for (int64_t p = 0; p < schedule_.phases; ++p) groups = std::max(groups, schedule_.phase[p].layer_groups);
-    set_count_ = std::min({this->workers_, this->lane_count_, groups + 1});
+    // One more, of the lane that a group has just done with, lets the first of its workers go on: for memory, a wait a lane.
+    set_count_ = std::min({this->workers_, this->lane_count_, recompute_ ? groups : groups + 1});
     memory_->lay_out([&] { take_memory(); });
   }
 
