@@ -36,10 +36,16 @@ STACKED_LSTM_HOST_DEVICE Gates<T> activate(const Gates<T>& a) {
   }
 }
 
+// c' of one unit.
+template <typename T>
+STACKED_LSTM_HOST_DEVICE T cell_state(const Gates<T>& y, const T& c) {
+  return y.f * c + y.i * y.g;
+}
+
 // One step of one unit: takes c to c', in place, and returns h.
 template <typename Math, typename T>
 STACKED_LSTM_HOST_DEVICE T cell_forward(const Gates<T>& y, T& c) {
-  c = y.f * c + y.i * y.g;
+  c = cell_state(y, c);
   return y.o * Math::tanh(c);
 }
 

@@ -7,6 +7,7 @@
 // Lanes. A lane is one direction of one layer; lane = layer·D + direction. A reverse lane takes the steps from T-1 down.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -19,7 +20,7 @@ namespace stacked_lstm {
 enum class Saving {
   none,       // nothing: inference
   full,       // h, c and the four gate activations of every cell
-  recompute,  // h and c; backward computes the gates again, as large products
+  recompute,  // h and c; backward computes the gates again, as large products. On the CPU part of both: see Reserve
 };
 
 // Units are padded to a multiple of this inside reserves and workspaces, so that every vector is a whole one.
@@ -54,7 +55,24 @@ struct StackShape {
   int64_t time(int64_t lane, int64_t s) const { return lane % directions ? steps - 1 - s : s; }
 };
 
-// Elements of a call's reserve: [lane][row][hidden] c, then the gates, then the outputs of layers (see Reserve).
+// With Saving::recompute, c is kept after every so many steps of a lane …
+inline constexpr int64_t kCheckpointSteps = 8;
+// … and the gates of one in so many rows: about the room of the c that is not kept, and a third less to compute again.
+inline constexpr int64_t kKeptGates = 3;
+
+// Rows of c and of gates that a lane keeps. They follow from T, B and the number of rows alone: who traces a call does not
+// know how the rows of a packed batch are shared out over its steps.
+struct KeptRows {
+  int64_t c = 0, gates = 0;
+};
+inline KeptRows kept_rows(const StackShape& shape, Saving saving) {
+  const int64_t rows = shape.rows();
+  if (saving == Saving::none) return {};
+  if (saving == Saving::full) return {rows, rows};
+  return {(std::max<int64_t>(shape.steps, 1) - 1) / kCheckpointSteps * shape.batch, rows / kKeptGates};
+}
+
+// Elements of a call's reserve.
 struct ReserveSize {
   int64_t c = 0, gates = 0, h = 0;
   int64_t total() const { return c + gates + h; }
@@ -64,13 +82,13 @@ struct ReserveSize {
 inline ReserveSize reserve_size(const StackShape& shape, Saving saving, bool keep_top) {
   ReserveSize size;
   if (saving == Saving::none) return size;
-  const int64_t rows = shape.rows();
+  const KeptRows kept = kept_rows(shape, saving);
   for (int64_t k = 0; k < shape.depth(); ++k) {
     const LayerShape& layer = shape.layers[k];
-    const int64_t cells = rows * shape.directions * layer.padded_hidden();
-    size.c += cells;
-    if (saving == Saving::full) size.gates += 4 * cells;
-    if (k + 1 < shape.depth() || keep_top) size.h += rows * shape.directions * layer.output();
+    const int64_t units = shape.directions * layer.padded_hidden();
+    size.c += kept.c * units;
+    size.gates += 4 * kept.gates * units;
+    if (k + 1 < shape.depth() || keep_top) size.h += shape.rows() * shape.directions * layer.output();
   }
   return size;
 }
@@ -149,19 +167,74 @@ struct BackwardCall {
   bool bf16_activations = false;            // likewise
 };
 
-// The parts of a reserve. Layout: c of every lane, gates of every lane, h of every layer that is kept.
+// The parts of a call's reserve on the CPU: c of every lane, gates of every lane, h of every layer that is kept. Of a lane,
+// in rows of the call, Saving::full keeps all; Saving::recompute, of its steps s,
+//
+//   s       0 ┄┄ 7  8 ┄ 15 16 ┄ 23 24 ┄ 31
+//   h       ■■■■■■■■■■■■■■■■■■■■■■■■■■■■■■   all of it
+//   c            ■       ■       ■           after every kCheckpointSteps-th step but the last, B rows each
+//   gates                          ■■■■■■■   of the last steps, which backward takes first: as many as have 1/kKeptGates of
+//                                            the rows, or less
 template <typename T>
-struct Reserve {
-  T* c = nullptr;
-  T* gates = nullptr;
-  T* h = nullptr;
-
-  Reserve(T* data, const ReserveSize& size) {
+class Reserve {
+ public:
+  Reserve(T* data, const StackShape& shape, Saving saving, bool keep_top)
+      : shape_(shape), full_(saving == Saving::full), kept_(kept_rows(shape, saving)) {
+    const ReserveSize size = reserve_size(shape, saving, keep_top);
     if (size.total() == 0) return;
-    c = data;
-    if (size.gates > 0) gates = data + size.c;
-    h = data + size.c + size.gates;
+    c_ = data, gates_ = c_ + size.c, h_ = gates_ + size.gates;
   }
+
+  // c after step s of a lane, [sequence][padded_hidden]; null where it is not kept.
+  T* c(int64_t lane, int64_t s) const {
+    int64_t row = shape_.first_row(shape_.time(lane, s));
+    if (!full_) {
+      if ((s + 1) % kCheckpointSteps != 0 || s + 1 == shape_.steps) return nullptr;
+      row = s / kCheckpointSteps * shape_.batch;
+    }
+    return c_ ? c_ + (lane * kept_.c + row) * padded() : nullptr;
+  }
+  // Its gates, [sequence][4·padded_hidden]; null where they are not kept.
+  T* gates(int64_t lane, int64_t s) const {
+    const int64_t t = shape_.time(lane, s);
+    const int64_t row = shape_.first_row(t) - gates_from(lane);
+    if (row < 0 || row + shape_.active(t) > kept_.gates || !gates_) return nullptr;
+    return gates_ + (lane * kept_.gates + row) * 4 * padded();
+  }
+  // Of all directions of a layer, [row][D·output].
+  T* h(int64_t layer) const {
+    T* h = h_;
+    for (int64_t n = 0; n < layer; ++n) h += shape_.rows() * shape_.directions * shape_.layers[n].output();
+    return h;
+  }
+
+  // Clears units first … last-1 of the rows of a lane that none of its steps has: whoever compares reserves finds equal ones
+  // equal. They are less than a step's rows of gates, and where sequences have ended, or not started, rows of c.
+  void clear_rest(int64_t lane, int64_t first, int64_t last) const {
+    if (full_ || !c_) return;
+    for (int64_t s = kCheckpointSteps - 1; s + 1 < shape_.steps; s += kCheckpointSteps) {
+      for (int64_t b = shape_.active(shape_.time(lane, s)); b < shape_.batch; ++b) {
+        T* row = c(lane, s) + b * padded();
+        std::fill(row + first, row + last, T(0));
+      }
+    }
+    int64_t used = 0;
+    for (int64_t s = shape_.steps - 1; s >= 0 && gates(lane, s); --s) used += shape_.active(shape_.time(lane, s));
+    for (int64_t n = 0; n < kept_.gates - used; ++n) {  // at the end that is further from the lane's last step
+      T* row = gates_ + (lane * kept_.gates + (lane % shape_.directions ? kept_.gates - 1 - n : n)) * 4 * padded();
+      std::fill(row + first * 4, row + last * 4, T(0));
+    }
+  }
+
+ private:
+  // The first of the call's rows that a lane may keep gates of.
+  int64_t gates_from(int64_t lane) const { return lane % shape_.directions ? 0 : shape_.rows() - kept_.gates; }
+  int64_t padded() const { return shape_.layers[0].padded_hidden(); }  // hidden is the same in all layers
+
+  const StackShape& shape_;
+  const bool full_;
+  const KeptRows kept_;
+  T *c_ = nullptr, *gates_ = nullptr, *h_ = nullptr;
 };
 
 }  // namespace stacked_lstm

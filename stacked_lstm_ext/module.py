@@ -42,8 +42,8 @@ class StackedLSTM(nn.RNNBase):
         proj_size: if positive, h is projected to this many features.
         device: of the parameters.
         dtype: of the parameters. float32, float64, bfloat16 and float16 have kernels.
-        recompute: keep only h and c for the backward pass and compute the gates again there: about a third of the
-            memory for about one more product per layer.
+        recompute: keep h and little else for the backward pass and compute the gates again there: two fifths of the
+            memory on the CPU, a third on a GPU, for at most one more product per layer.
         bf16_weights: let the products see the weight matrices rounded to bfloat16. Parameters, gradients, biases,
             states and all arithmetic stay in the module's dtype. The CPU kernels then read half the bytes of float32
             weights, which is what a small batch of a wide stack waits for; elsewhere the numbers are the same and

@@ -53,10 +53,14 @@ KERNEL_BACKENDS = ("cpu", "diagonal", "persistent", "auto")
 # Rows of the unit dimension are padded in the reserve so that every one starts on a vector of the widest instruction
 # set.
 _UNIT_PADDING = 16
+# With saving="recompute", the CPU kernels keep c after every so many steps, and one in so many rows of gates.
+_CHECKPOINT_STEPS, _KEPT_GATES = 8, 3
 
 
 def reserve_numel(
     rows: int,
+    steps: int,
+    batch_size: int,
     hidden_size: int,
     num_layers: int,
     bidirectional: bool,
@@ -69,7 +73,8 @@ def reserve_numel(
 
     Args:
         rows: ``T·B``, or the length of the packed data.
-        saving: ``"none"``, ``"full"`` (h, c and the four gates) or ``"recompute"`` (h and c).
+        saving: ``"none"``, ``"full"`` (h, c and the four gates) or ``"recompute"`` (h and c; ``"cpu"``: h, and of c and the
+            gates what ``csrc/stack.h`` says).
         backend: what runs both passes, one of ``KERNEL_BACKENDS``. All but ``"cpu"`` keep the same.
     """
     if backend not in KERNEL_BACKENDS:
@@ -79,8 +84,13 @@ def reserve_numel(
     directions = 2 if bidirectional else 1
     padded_units = (hidden_size + _UNIT_PADDING - 1) // _UNIT_PADDING * _UNIT_PADDING
     width = directions * (proj_size or hidden_size)
-    per_cell = 5 if saving == "full" else 1
-    cells = rows * per_cell * num_layers * directions * padded_units
+    if saving == "full":
+        kept = 5 * rows
+    elif backend != "cpu":
+        kept = rows
+    else:
+        kept = (steps - 1) // _CHECKPOINT_STEPS * batch_size + 4 * (rows // _KEPT_GATES)
+    cells = kept * num_layers * directions * padded_units
     # The last layer's h is the output itself.
     outputs = rows * (num_layers - 1) * width
     if dtype.itemsize > 2:
@@ -136,8 +146,9 @@ def _forward_fake(
     _check_arguments(input, batch_sizes, h_0, c_0, weights, seed, backend, bf16_weights)
     hidden_size = c_0.size(-1)
     width = (2 if bidirectional else 1) * (proj_size or hidden_size)
-    rows = input.size(0) if batch_sizes is not None else input.size(0) * input.size(1)
-    numel = reserve_numel(rows, hidden_size, num_layers, bidirectional, proj_size, input.dtype, saving, backend)
+    batch_size = h_0.size(1)
+    rows, steps = (input.size(0) * batch_size, input.size(0)) if batch_sizes is None else (input.size(0), batch_sizes.size(0))
+    numel = reserve_numel(rows, steps, batch_size, hidden_size, num_layers, bidirectional, proj_size, input.dtype, saving, backend)
     reserve_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (
         input.new_empty((*input.shape[:-1], width)),

@@ -4,11 +4,10 @@
 // first:
 //   1. wait for the chunk of the layer above, and stage dL/dh of it: the sum over that layer's directions, through the
 //      dropout between the two;
-//   2. with recomputation, all gates of the chunk from x and h, two products;
-//   3. step after step back: dG(s+1)·W_hh, the cell's derivative, dG(s) handed to the other unit slices (and, with a
+//   2. step after step back: dG(s+1)·W_hh, the cell's derivative, dG(s) handed to the other unit slices (and, with a
 //      projection, dh handed over first, then dh·W_hr);
-//   4. the gradient of the layer's input, dG·W_ih of the whole chunk, one product; publish the chunk;
-//   5. the weight gradients, dGᵀ·[x, h_prev], of the blocks of rows that are complete by now: gate rows shared out over all
+//   3. the gradient of the layer's input, dG·W_ih of the whole chunk, one product; publish the chunk;
+//   4. the weight gradients, dGᵀ·[x, h_prev], of the blocks of rows that are complete by now: gate rows shared out over all
 //      workers of the lane, who meet for it. Layers side by side lose nothing: each pauses a chunk after the one above.
 //
 //      steps, from right to left          A block is whole steps of at most kGradientRows rows, or one step. It follows from
@@ -16,6 +15,11 @@
 //      │ chunk │ block   │ blocks that    the blocks from the last to the first. Of dG (and, with a projection, of dh and of
 //      │       │         │ are summed     o·tanh(c)) only a ring of rows is there: as many as a block and a chunk have. Where
 //   ┄┄┄┴───────┴─────────┴┄┄┄┄┄┄┄┄┄┄┄     that holds all rows of the call, nobody meets before the end.
+//
+// With recomputation, the last step of a stretch first computes what was not kept (Reserve in stack.h) of all its steps: the
+// gates, two products of x and h, and then c, step after step forward. A stretch starts after a kept c. Nobody waits for it,
+// as x and h are all there, and how long it is cannot be seen in the bits: a row's gates need no other row, and every c that
+// was kept is taken as it is.
 //
 // Hazards.
 //   dG(s) takes the place of rows a ring's length back. Of a block, they are read by the products of their chunks and by the
@@ -41,24 +45,29 @@ class BackwardWave : Wave<T> {
   using Base = Wave<T>;
   using Base::shape_, Base::kernels_, Base::team_, Base::schedule_, Base::storage_;
 
+  // A stretch goes over so many kept c's at most: whoever waits for one of its steps waits for all of it.
+  static constexpr int64_t kMostIntervals = 4;
+
  public:
   BackwardWave(const BackwardCall<T>& call, const Workers& workers, Platform& platform)
       : Base(call.shape, storage_of(call), workers, platform, true),
         call_(call),
         platform_(platform),
-        size_(reserve_size(call.shape, call.saving, call.keep_top)),
-        reserve_(const_cast<T*>(call.reserve), size_),
+        reserve_(const_cast<T*>(call.reserve), call.shape, call.saving, call.keep_top),
         width_(recurrent_width(call.shape.batch)),
         recompute_(call.saving == Saving::recompute),
-        staged_rows_(std::max<int64_t>(this->chunk_rows_, kGradientRows<T>)) {
+        stretch_rows_(recompute_ ? stretch_rows() : 0),
+        product_rows_(std::max(this->chunk_rows_, stretch_rows_)),
+        staged_rows_(std::max<int64_t>(product_rows_, kGradientRows<T>)) {
     widest_ = round_up(std::max({this->widest_input_, this->widest_output_, this->widest_hidden_}), kUnitPadding * 4);
     for (int64_t k = 1; k < shape_.depth(); ++k) widest_below_ = std::max(widest_below_, shape_.layers[k].input);
     const int64_t batch = std::max<int64_t>(shape_.batch, 1);
     const int64_t block = shape_.packed() ? std::max(kGradientRows<T>, batch) : block_steps() * batch;
     ring_rows_ = std::min(std::max<int64_t>(shape_.rows(), 1), block + this->chunk_rows_);
-    int64_t groups = 1;  // a lane of each is under way, and one that a group has just done with
+    int64_t groups = 1;  // a lane of each is under way
     for (int64_t p = 0; p < schedule_.phases; ++p) groups = std::max(groups, schedule_.phase[p].layer_groups);
-    set_count_ = std::min({this->workers_, this->lane_count_, groups + 1});
+    // One more, of the lane that a group has just done with, lets the first of its workers go on: for memory, a wait a lane.
+    set_count_ = std::min({this->workers_, this->lane_count_, recompute_ ? groups : groups + 1});
     memory_->lay_out([&] { take_memory(); });
   }
 
@@ -85,8 +94,9 @@ class BackwardWave : Wave<T> {
   struct Scratch {
     T* staged;       // x or h of a chunk, or of a block
     T* dy;           // of a chunk: dL/dh from above, and later dG·W_ih
-    T* large;        // the gates of a chunk, recomputed; after it, what the weight gradients of a block copy
+    T* large;        // what the weight gradients of a block copy
     T* dh;           // of a step
+    T *gates, *c;    // with recomputation: of a stretch, [row][4·padded_hidden] and [row][padded_hidden]
     void* operands;  // of any product
   };
   struct Rows {
@@ -98,6 +108,18 @@ class BackwardWave : Wave<T> {
   // Steps of a block of weight gradients, where every step has the whole batch.
   int64_t block_steps() const { return std::max<int64_t>(kGradientRows<T> / std::max<int64_t>(shape_.batch, 1), 1); }
   bool ring_holds_all() const { return ring_rows_ >= shape_.rows(); }
+  // Rows of a stretch, at most: enough for products at full rate, few enough to stay close, but never less than those of the
+  // whole batch from one kept c to the next.
+  int64_t stretch_rows() const {
+    constexpr int64_t kRows = 128;
+    const int64_t least = kCheckpointSteps * shape_.batch;
+    return std::min(std::max(kRows, least), std::min(kMostIntervals * least, shape_.rows()));
+  }
+  // Steps of a stretch of so many sequences.
+  int64_t stretch_steps(int64_t sequences) const {
+    const int64_t least = kCheckpointSteps * std::max<int64_t>(sequences, 1);
+    return std::clamp<int64_t>(stretch_rows_ / least, 1, kMostIntervals) * kCheckpointSteps;
+  }
   // Where time t's rows are in the ring. Those of one step stand together: a packed batch's may reach past the ring's end,
   // where there is room for them. Steps that are there at the same time never share a place.
   int64_t slot_of(int64_t t) const { return shape_.first_row(t) % ring_rows_; }
@@ -116,12 +138,12 @@ class BackwardWave : Wave<T> {
     scratch_.clear();
     for (int64_t worker = 0; worker < this->workers_; ++worker) {
       const int64_t ld = widest_ + kRowPadding;
-      const int64_t gates = recompute_ ? this->chunk_rows_ * 4 * this->widest_hidden_ : 0;
-      const int64_t gradient = call_.gradients.empty() ? 0 : kGradientScratch<T>;
+      const int64_t cells = stretch_rows_ * this->widest_hidden_;
       scratch_.push_back(
           {memory_->take<T>(staged_rows_ * ld), memory_->take<T>(this->chunk_rows_ * ld),
-           memory_->take<T>(std::max(gates, gradient)), memory_->take<T>(shape_.batch * ld),
-           this->take_operands(memory_, this->chunk_rows_, std::max(4 * this->widest_hidden_, widest_), storage_)});
+           memory_->take<T>(call_.gradients.empty() ? 0 : kGradientScratch<T>), memory_->take<T>(shape_.batch * ld),
+           memory_->take<T>(cells * 4), memory_->take<T>(cells),
+           this->take_operands(memory_, product_rows_, std::max(4 * this->widest_hidden_, widest_), storage_)});
     }
   }
 
@@ -159,10 +181,7 @@ class BackwardWave : Wave<T> {
 
   // h of a layer, as forward left it.
   const T* output_of(int64_t layer) const {
-    if (layer + 1 == shape_.depth() && !call_.keep_top) return call_.output;
-    const T* h = reserve_.h;
-    for (int64_t n = 0; n < layer; ++n) h += shape_.rows() * shape_.directions * shape_.layers[n].output();
-    return h;
+    return layer + 1 == shape_.depth() && !call_.keep_top ? call_.output : reserve_.h(layer);
   }
   // Where one direction of a layer leaves the gradient of its input.
   Rows input_gradient(int64_t layer, int64_t direction) const {
@@ -198,6 +217,7 @@ class BackwardWave : Wave<T> {
           lddr_(out_ + kRowPadding),
           ldm_(padded_),
           progress_(wave.own(position, place)),
+          stretch_{wave.shape_.steps, wave.shape_.steps},
           block_(block_before(wave.shape_.steps)),
           oldest_(block_) {}
 
@@ -209,8 +229,10 @@ class BackwardWave : Wave<T> {
         w_.wait_for_input(position_, place_, chunk);
         const Range steps = w_.steps_of(w_.chunks() - 1 - chunk);
         stage_dy(steps);
-        const T* gates = recomputed_gates(steps);
-        for (int64_t s = steps.last - 1; s >= steps.first; --s) step(s, steps, gates);
+        for (int64_t s = steps.last - 1; s >= steps.first; --s) {
+          if (w_.recompute_ && s < stretch_.first) recompute(s);
+          step(s, steps);
+        }
         input_gradient(steps);
         publish(progress_.chunks, chunk + 1);
         if (!w_.ring_holds_all()) finish_blocks(steps.first, chunk + 1);
@@ -227,6 +249,12 @@ class BackwardWave : Wave<T> {
     // First local row of step s, in the call and in the ring.
     int64_t row_at(int64_t s) const { return w_.shape_.first_row(time(s)) + sequences_.first; }
     int64_t slot_at(int64_t s) const { return w_.slot_of(time(s)) + sequences_.first; }
+    // Local rows of steps first … last-1.
+    int64_t rows_between(int64_t first, int64_t last) const {
+      int64_t rows = 0;
+      for (int64_t s = first; s < last; ++s) rows += rows_at(s);
+      return rows;
+    }
     int64_t active_at(int64_t s) const { return s < w_.shape_.steps ? w_.shape_.active(time(s)) : 0; }
 
     // Own panels of dG·W_hh. Its columns are the own units, or with a projection a share of its own.
@@ -313,9 +341,44 @@ class BackwardWave : Wave<T> {
       }
     }
 
-    // The gates of a chunk's first row: saved, or computed here from the saved h of this layer and the one below.
-    const T* recomputed_gates(const Range& steps) {
-      if (!w_.recompute_) return nullptr;
+    // The gates of a step's rows, and c after it: kept, or of the stretch.
+    const T* gates_of(int64_t s) const {
+      if (const T* kept = w_.reserve_.gates(index_, s)) return kept + sequences_.first * 4 * padded_;
+      return scratch_.gates + rows_between(stretch_.first, s) * 4 * padded_;
+    }
+    const T* c_after(int64_t s) const {
+      if (const T* kept = w_.reserve_.c(index_, s)) return kept + sequences_.first * padded_;
+      return scratch_.c + rows_between(stretch_.first, s) * padded_;
+    }
+    // Calls f(row, rows, c) for the rows of a step, c being the state of that row before the step: the sequences that
+    // start here have it from c_0.
+    template <typename F>
+    void with_c_before(int64_t s, F&& f) const {
+      const int64_t n = rows_at(s), before = std::min(rows_at(s - 1), n);
+      if (before > 0) f(0, before, c_after(s - 1));
+      if (before < n) f(before, n - before, lane_.c_0 + (sequences_.first + before) * padded_);
+    }
+
+    // The stretch that step s is the last one of.
+    void recompute(int64_t s) {
+      const int64_t steps = w_.stretch_steps(sequences_.size());
+      stretch_ = {s / steps * steps, s + 1};
+      int64_t kept_from = stretch_.last;
+      while (kept_from > stretch_.first && w_.reserve_.gates(index_, kept_from - 1)) --kept_from;
+      if (kept_from > stretch_.first) recompute_gates({stretch_.first, kept_from});
+      for (int64_t step = stretch_.first; step < stretch_.last; ++step) {
+        if (w_.reserve_.c(index_, step)) continue;
+        const T* gates = gates_of(step);
+        T* c_next = scratch_.c + rows_between(stretch_.first, step) * padded_;
+        with_c_before(step, [&](int64_t row, int64_t rows, const T* c) {
+          w_.kernels_.states(gates + row * 4 * padded_, c, rows, padded_, blocks_.first, blocks_.last,
+                             c_next + row * padded_);
+        });
+      }
+    }
+
+    // The gates of the stretch's first steps, from h of this layer and the one below.
+    void recompute_gates(const Range& steps) {
       const Range panels{blocks_.first * 4 / kWidth, blocks_.last * 4 / kWidth};
       int64_t lda = layer_.input + kRowPadding;
       const int64_t rows = stage_x(steps, scratch_.staged, lda);
@@ -332,7 +395,7 @@ class BackwardWave : Wave<T> {
           .rounded = true,
           .operands = scratch_.operands,
           .init = lane_.bias,
-          .c = scratch_.large,
+          .c = scratch_.gates,
           .ldc = 4 * padded_,
       };
       w_.kernels_.product(product);
@@ -340,10 +403,9 @@ class BackwardWave : Wave<T> {
       stage_h_before(sequences_, steps, scratch_.staged, lda);
       product.panels.data = lane_.gates_hh, product.lda = lda, product.inner = out_;
       product.rounded = w_.call_.bf16_activations;
-      product.init = scratch_.large, product.init_step = 4 * padded_;
+      product.init = scratch_.gates, product.init_step = 4 * padded_;
       w_.kernels_.product(product);
-      w_.kernels_.activate(scratch_.large, rows, padded_, blocks_.first, blocks_.last);
-      return scratch_.large;
+      w_.kernels_.activate(scratch_.gates, rows, padded_, blocks_.first, blocks_.last);
     }
 
     int64_t stage_x(const Range& steps, T* out, int64_t ldo) const {
@@ -409,14 +471,11 @@ class BackwardWave : Wave<T> {
     // Hand-overs of the steps after s.
     int64_t hand_overs_before(int64_t s) const { return (w_.shape_.steps - 1 - s) * (projects_ ? 2 : 1); }
 
-    void step(int64_t s, const Range& steps, const T* recomputed) {
-      const StackShape& shape = w_.shape_;
-      const int64_t n = rows_at(s), row = row_at(s), slot = slot_at(s);
+    void step(int64_t s, const Range& steps) {
+      const int64_t n = rows_at(s), slot = slot_at(s);
       make_room(s);
       recurrent_gradient(s);
-      int64_t local = 0;  // rows of the chunk before this step
-      for (int64_t earlier = steps.first; earlier < s; ++earlier) local += rows_at(earlier);
-      const T* dy = scratch_.dy + local * ld_;
+      const T* dy = scratch_.dy + rows_between(steps.first, s) * ld_;
       if (projects_) {
         T* projected = lane_.dh + slot * lddr_;
         for (int64_t b = 0; b < n; ++b) {
@@ -444,46 +503,28 @@ class BackwardWave : Wave<T> {
         });
         dy = nullptr;
       }
-      const int64_t cells = index_ * shape.rows() + row;
-      const T* gates = recomputed ? recomputed + local * 4 * padded_ : w_.reserve_.gates + cells * 4 * padded_;
-      StepBackward<T> cell{
-          .first_block = blocks_.first,
-          .last_block = blocks_.last,
-          .rows = n,
-          .hidden = hidden_,
-          .padded_hidden = padded_,
-          .gates = gates,
-          .dh = scratch_.dh,
-          .lddh = ld_,
-          .dy = dy,
-          .lddy = ld_,
-          .c_next = w_.reserve_.c + cells * padded_,
-          .c = nullptr,
-          .dc = lane_.dc + sequences_.first * padded_,
-          .dgates = lane_.dgates + slot * lddg_,
-          .lddg = lddg_,
-          .projected = projects_ ? lane_.hidden + slot * ldm_ : nullptr,
-          .ldm = ldm_,
-      };
-      // The state before the step: sequences that start here have it from c_0.
-      const int64_t before = std::min(s > 0 ? rows_at(s - 1) : 0, n);
-      if (before > 0) {
-        cell.rows = before;
-        cell.c = w_.reserve_.c + (index_ * shape.rows() + row_at(s - 1)) * padded_;
-        w_.kernels_.step_backward(cell);
-      }
-      if (before < n) {
-        cell.rows = n - before;
-        cell.gates += before * 4 * padded_;
-        cell.dh += before * ld_;
-        if (cell.dy) cell.dy += before * ld_;
-        cell.c_next += before * padded_;
-        cell.c = lane_.c_0 + (sequences_.first + before) * padded_;
-        cell.dc += before * padded_;
-        cell.dgates += before * lddg_;
-        if (cell.projected) cell.projected += before * ldm_;
-        w_.kernels_.step_backward(cell);
-      }
+      const T *gates = gates_of(s), *c_next = c_after(s);
+      with_c_before(s, [&](int64_t row, int64_t rows, const T* c) {
+        w_.kernels_.step_backward({
+            .first_block = blocks_.first,
+            .last_block = blocks_.last,
+            .rows = rows,
+            .hidden = hidden_,
+            .padded_hidden = padded_,
+            .gates = gates + row * 4 * padded_,
+            .dh = scratch_.dh + row * ld_,
+            .lddh = ld_,
+            .dy = dy ? dy + row * ld_ : nullptr,
+            .lddy = ld_,
+            .c_next = c_next + row * padded_,
+            .c = c,
+            .dc = lane_.dc + (sequences_.first + row) * padded_,
+            .dgates = lane_.dgates + (slot + row) * lddg_,
+            .lddg = lddg_,
+            .projected = projects_ ? lane_.hidden + (slot + row) * ldm_ : nullptr,
+            .ldm = ldm_,
+        });
+      });
       publish(progress_.steps, hand_overs_before(s - 1));
     }
 
@@ -726,6 +767,7 @@ class BackwardWave : Wave<T> {
     const int64_t padded_end_;  // of own columns
     const int64_t lddr_, ldm_;
     Progress& progress_;
+    Range stretch_;         // steps whose gates and c are there, where they were not kept; none before the first
     Range block_;           // the next block to sum over, steps in the lane's order …
     int64_t finished_ = 0;  // … and how many were before it
     Range oldest_;          // the first block that somebody may still read, as far as this worker knows …
@@ -735,10 +777,11 @@ class BackwardWave : Wave<T> {
   const BackwardCall<T>& call_;
   Platform& platform_;
   Workspace::Lease memory_;
-  const ReserveSize size_;
   const Reserve<T> reserve_;
   const int64_t width_;
   const bool recompute_;
+  const int64_t stretch_rows_;  // at most
+  const int64_t product_rows_;  // at most
   const int64_t staged_rows_;
   int64_t widest_ = 0, widest_below_ = 0;
   int64_t ring_rows_ = 0, set_count_ = 0;

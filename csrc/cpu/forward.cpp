@@ -27,7 +27,7 @@ class ForwardWave : Wave<T> {
       : Base(call.shape, storage_of(call), workers, platform, false),
         call_(call),
         platform_(platform),
-        reserve_(call.reserve, reserve_size(call.shape, call.saving, call.keep_top)),
+        reserve_(call.reserve, call.shape, call.saving, call.keep_top),
         packed_(packed),
         width_(recurrent_width(call.shape.batch)) {
     // Nothing is written to the caller's memory before all of this is there.
@@ -94,10 +94,7 @@ class ForwardWave : Wave<T> {
   // h of a layer, all directions: the caller's output, the reserve, or a buffer that is used again two layers on.
   T* output_of(int64_t layer) const {
     if (layer + 1 == shape_.depth()) return call_.output;
-    if (call_.saving == Saving::none) return passing_[layer % 2];
-    T* h = reserve_.h;
-    for (int64_t n = 0; n < layer; ++n) h += shape_.rows() * shape_.directions * shape_.layers[n].output();
-    return h;
+    return call_.saving == Saving::none ? passing_[layer % 2] : reserve_.h(layer);
   }
 
   void pack(int64_t position, const Place& place, const LayerShape& layer, const Range& blocks) {
@@ -146,8 +143,7 @@ class ForwardWave : Wave<T> {
     const T* c_0 = call_.c_0 + (index * shape_.batch + first) * hidden;
     T* h_n = call_.h_n + (index * shape_.batch + first) * out;
     T* c_n = call_.c_n + (index * shape_.batch + first) * hidden;
-    T* saved_c = reserve_.c ? reserve_.c + index * shape_.rows() * padded : nullptr;
-    T* saved_gates = reserve_.gates ? reserve_.gates + index * shape_.rows() * padded * 4 : nullptr;
+    if (place.batch_slice == 0) reserve_.clear_rest(index, blocks.first * kernels_.lanes, blocks.last * kernels_.lanes);
 
     // Sequences [from, to) start with the step that reads buffer h[parity].
     const auto start = [&](int64_t from, int64_t to, int64_t parity) {
@@ -187,6 +183,7 @@ class ForwardWave : Wave<T> {
       for (int64_t s = steps.first; s < steps.last; ++s) {
         const int64_t t = shape_.time(index, s), n = this->local_rows(sequences, t), row = shape_.first_row(t) + first;
         T *from = h[s & 1], *to = h[(s + 1) & 1];
+        T *saved_c = reserve_.c(index, s), *saved_gates = reserve_.gates(index, s);
         this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 1);
         if (slices > 1) {
           for (int64_t b = 0; b < n; ++b) Base::prefetch(from + b * lane.ldh, out);
@@ -211,8 +208,8 @@ class ForwardWave : Wave<T> {
             .ldh_next = lane.ldh,
             .y = y + row * ldy,
             .ldy = ldy,
-            .saved_c = saved_c ? saved_c + row * padded : nullptr,
-            .saved_gates = saved_gates ? saved_gates + row * padded * 4 : nullptr,
+            .saved_c = saved_c ? saved_c + first * padded : nullptr,
+            .saved_gates = saved_gates ? saved_gates + first * padded * 4 : nullptr,
             .from_last = (s & 1) != 0,
         };
         if (projects) step.h_next = lane.hidden + first * lane.ldm, step.ldh_next = lane.ldm;

@@ -172,6 +172,9 @@ struct Kernels {
   void (*step_backward)(const StepBackward<T>&);
   // Pre-activations to activations, in place, for unit blocks first … last-1.
   void (*activate)(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_block, int64_t last_block);
+  // c after a step, [row][padded_hidden], from its activations and c before it, for unit blocks first … last-1.
+  void (*states)(const T* gates, const T* c, int64_t rows, int64_t padded_hidden, int64_t first_block,
+                 int64_t last_block, T* c_next);
   void (*gradient)(const GradientProduct<T>&);
   // sum[n] = Σ over rows of a[row][n], n < columns, one after the other; added to sum with `accumulate`.
   void (*sum_rows)(const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate, T* sum);

@@ -362,6 +362,17 @@ void activate_rows(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_
 }
 
 template <typename T>
+void states(const T* gates, const T* c, int64_t rows, int64_t padded_hidden, int64_t first_block, int64_t last_block,
+            T* c_next) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t at = row * padded_hidden + block * kLanes<T>;
+      store(c_next + at, cell_state(load_gates(gates + at * 4), load(c + at)));
+    }
+  }
+}
+
+template <typename T>
 void sum_rows(const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate, T* sum) {
   constexpr int V = kLanes<T>;
   for (int64_t n = 0; n < columns; n += V) {  // rows are padded to whole vectors
@@ -673,5 +684,5 @@ void maths(const T* x, int64_t n, T* sigmoid, T* tanh) {
 template <typename T>
 constexpr Kernels<T> kTable = {
     kLanes<T>,       kUnits,           pack_gates<T>,    pack_rows<T>, pack_columns<T>, pack_bias<T>, product<T>,
-    step_forward<T>, step_backward<T>, activate_rows<T>, gradient<T>,  sum_rows<T>,     maths<T>,
+    step_forward<T>, step_backward<T>, activate_rows<T>, states<T>,    gradient<T>,     sum_rows<T>,  maths<T>,
 };

@@ -318,6 +318,8 @@ def make_plan(
         saving = choose_saving(needs_grad, recompute)
         numel = reserve_numel(
             seq_len * batch_size,
+            seq_len,
+            batch_size,
             sizes["hidden_size"],
             sizes["num_layers"],
             sizes["bidirectional"],

@@ -68,6 +68,7 @@ const Case kCases[] = {
     {"many blocks of rows", 2, 96, 11, 3, 70, 0, false, false, false, Saving::full},
     {"blocks of one step", 3, 250, 5, 3, 5, 0, false, false, true, Saving::recompute},
     {"many blocks of rows, every option", 2, 40, 32, 3, 9, 5, true, true, true, Saving::recompute},
+    {"gates of several stretches again", 2, 5, 70, 3, 9, 0, false, false, false, Saving::recompute},
     {"many blocks of rows, lengths", 3, 40, 32, 3, 9, 0, false, true, false, Saving::full},
 };
 
@@ -224,8 +225,8 @@ struct Problem {
   }
 
   std::vector<std::vector<T>> results() const {
-    std::vector<std::vector<T>> all{output,        h_n,           c_n,      inferred[0], inferred[1],
-                                    grad_input[0], grad_input[1], grad_h_0, grad_c_0,    stepped};
+    std::vector<std::vector<T>> all{output,        h_n,           c_n,      reserve,  inferred[0], inferred[1],
+                                    grad_input[0], grad_input[1], grad_h_0, grad_c_0, stepped};
     all.insert(all.end(), gradients.begin(), gradients.end());
     return all;
   }
