@@ -1,20 +1,134 @@
-"""The README's table, from a result file: ``python -m benchmarks.table RESULT.json [--readme README.md]``.
+"""The tables of the README and of docs/cpu.md, from result files.
 
-Only what the file holds is written, with its machine, between ``<!-- table:begin -->`` and ``<!-- table:end -->``.
+``python -m benchmarks.table RESULT.json --readme README.md`` writes speed-ups over the grid between ``<!-- table:begin -->``
+and ``<!-- table:end -->``; with ``--docs docs/cpu.md``, what that page shows of such a result stands between markers named after
+its kind: ``shares`` of the limit over the grid, ``floors``, ``options`` or ``streaming`` (``options-float64`` and so on in
+other dtypes). Only what the file holds is written, with its machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.cases import MODES
 from benchmarks.compare import read
-from benchmarks.report import BUSY, disturbed_share, mean_speedup, milliseconds, names, select, thread_counts
+from benchmarks.report import BUSY, disturbed_share, geometric_mean, mean_speedup, milliseconds, names, select, thread_counts
 from benchmarks.suite import BASELINE, Result
 
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+OURS = "StackedLSTM"
+
+
+def columns_of(result: Result, rows: list[Result]) -> list[tuple[str, int]]:
+    """(mode, threads) of the rows, in the order in which the tables show them."""
+    found = {(row["mode"], row["threads"]) for row in rows}
+    return [(mode, threads) for mode in MODES for threads in thread_counts(result) if (mode, threads) in found]
+
+
+def heading(mode: str, threads: int) -> str:
+    return mode + (f", {threads} thread{'s' * (threads != 1)}" if threads else "")
+
+
+def size_of(case: Result) -> str:
+    return ", ".join(str(case[key]) for key in ("layers", "batch", "steps", "hidden_size"))
+
+
+def cells(
+    result: Result, rows: list[Result], first: str, name_of: Callable[[Result], str], cell_of: Callable[[Result], str]
+) -> list[str]:
+    """A line for each shape, a column for each mode and number of threads."""
+    columns = columns_of(result, rows)
+    lines = [f"| {first} | " + " | ".join(heading(*column) for column in columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for shape in dict.fromkeys(row["name"] for row in rows):
+        at = {(row["mode"], row["threads"]): row for row in rows if row["name"] == shape}
+        shown = [cell_of(at[column]) if column in at else "–" for column in columns]
+        lines.append(f"| {name_of(next(iter(at.values())))} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def shares(result: Result) -> list[str]:
+    """Shares of the limit over the grid: ours, and every other contestant's."""
+    rows = select(result, group="grid")
+    others = [name for name in names(rows) if name != OURS and not name.startswith(f"{OURS} ")]
+
+    def cell(row: Result) -> str:
+        of = {name: entry["share_of_limit"] for name, entry in row["contestants"].items() if entry.get("share_of_limit")}
+        return ", ".join([f"**{of[OURS]:.0%}**".replace("%", " %"), *(f"{100 * of[name]:.0f}" for name in others if name in of)])
+
+    lines = cells(result, rows, "layers, batch, steps, width", lambda row: size_of(row["case"]), cell)
+    lines += ["", f"Shares of the limit: ours in bold, then {', '.join(others)} where they run the shape."]
+    means = []
+    for column in columns_of(result, rows):
+        stock = [row["contestants"].get(BASELINE, {}).get("share_of_limit") for row in select(result, *column, "grid")]
+        if all(stock):
+            means.append(f"{geometric_mean(1 / share for share in stock):.2f} ({heading(*column)})")
+    return [*lines, f"The limit itself would be, in the geometric mean, {', '.join(means)} times as fast as `{BASELINE}`."]
+
+
+def options(result: Result) -> list[str]:
+    """How many times as fast as nn.LSTM."""
+    rows = [row for row in result["rows"] if not row["case"]["streamed"]]
+
+    def cell(row: Result) -> str:
+        entry = row["contestants"].get(OURS, {})
+        return f"{entry['speedup']:.2f}" if entry.get("speedup") else "–"
+
+    lines = cells(result, rows, "shape", lambda row: row["name"], cell)
+    return [*lines, "", f"Times as fast as `{BASELINE}`, {result['dtype']}."]
+
+
+def streaming(result: Result) -> list[str]:
+    """Microseconds a step, with the state carried from call to call."""
+    rows = [row for row in result["rows"] if row["case"]["streamed"] and row["mode"] == "inference"]
+
+    def one(row: Result, entry: Result) -> str:
+        return f"{1e3 * entry['median'] / row['case']['steps']:.1f} µs ({entry['speedup']:.1f}×)"
+
+    def cell(row: Result) -> str:
+        shown = {name: one(row, entry) for name, entry in row["contestants"].items() if name != BASELINE and "median" in entry}
+        return "; ".join(f"{name.removeprefix(f'{OURS} (').removesuffix(')')} {text}" if name != OURS else text
+                         for name, text in shown.items() if name.startswith(OURS))  # fmt: skip
+
+    def name(row: Result) -> str:
+        return ", ".join(str(row["case"][key]) for key in ("layers", "batch", "hidden_size"))
+
+    lines = cells(result, rows, "step by step: layers, batch, width", name, cell)
+    return [*lines, "", f"In brackets, times as fast as `{BASELINE}` called in the same way."]
+
+
+def floors(result: Result) -> list[str]:
+    lines = [f"| on {result['threads']} threads | | | ratio | |", "| --- | ---: | ---: | ---: | --- |"]
+    for name, row in result["rows"].items():
+        ours, other = (f"{row[key]:.3g} {row['unit']}" for key in ("ours", "other"))
+        bound = "at least" if "at least" in row else "at most"
+        missed = "" if row["holds"] else ", missed"
+        lines.append(f"| {name} | {ours} | {other} | {row['ratio']:.2f} | {bound} {row[bound]:g}{missed} |")
+    return lines
+
+
+KINDS: dict[str, Callable[[Result], list[str]]] = {
+    "shares": shares,
+    "floors": floors,
+    "options": options,
+    "streaming": streaming,
+}
+
+
+def for_docs(result: Result, path: Path) -> tuple[str, str]:
+    """The markers' name and the table, with its source."""
+    suite = result.get("suite", "floors")
+    kind = "shares" if suite in ("quick", "full") else suite
+    if kind not in KINDS:
+        raise ValueError(f"docs have tables of {', '.join(KINDS)}, got: a result of the suite {suite}")
+    dtype = result.get("dtype", "float32")
+    name = kind if dtype == "float32" else f"{kind}-{dtype}"
+    environment = result["environment"]
+    source = f"[{path.name}](../benchmarks/results/{path.name}): {machine(environment)}."
+    return name, "\n".join([*KINDS[kind](result), "", source])
 
 
 def markdown(result: Result) -> str:
@@ -25,23 +139,14 @@ def markdown(result: Result) -> str:
     )
     if ours is None:
         raise ValueError("the result holds no timing of ours on the grid")
-    columns = [
-        (mode, threads) for mode in MODES for threads in thread_counts(result) if select(result, mode, threads, "grid")
-    ]
-
-    def heading(mode: str, threads: int) -> str:
-        return mode + (f", {threads} thread{'s' * (threads != 1)}" if threads else "")
-
-    lines = ["| layers, batch, steps, width | " + " | ".join(heading(*column) for column in columns) + " |"]
-    lines.append("| --- |" + " ---: |" * len(columns))
-    for shape in dict.fromkeys(row["name"] for row in rows):
-        cells = []
-        for column in columns:
-            at_shape = [row for row in select(result, *column, "grid") if row["name"] == shape]
-            cells.append(timed(at_shape[0]["contestants"].get(ours, {})) if at_shape else "–")
-        case = next(row["case"] for row in rows if row["name"] == shape)
-        size = ", ".join(str(case[key]) for key in ("layers", "batch", "steps", "hidden_size"))
-        lines.append(f"| {size} | " + " | ".join(cells) + " |")
+    columns = columns_of(result, rows)
+    lines = cells(
+        result,
+        rows,
+        "layers, batch, steps, width",
+        lambda row: size_of(row["case"]),
+        lambda row: timed(row["contestants"].get(ours, {})),
+    )
     for name in names(rows):
         means = [mean_speedup(select(result, *column, "grid"), name) for column in columns]
         if name != BASELINE and any(means):
@@ -59,9 +164,16 @@ def timed(entry: Result) -> str:
 
 def caption(result: Result, ours: str) -> str:
     """What the numbers are, and the machine they are from."""
-    environment = result["environment"]
+    return (
+        f"Median time of {ours}, {result['dtype']}, and in brackets how many times as fast as `{BASELINE}` it is. Each "
+        f"was verified against the float64 reference first. Measured on {machine(result['environment'])}."
+    )
+
+
+def machine(environment: Result) -> str:
+    """Of a result's environment: the machine, the software, the day and the commit."""
     cpu, gpu = environment["cpu"], environment["gpu"]
-    machine = gpu["model"] if gpu else f"{cpu['model']} ({cpu['cores']} cores, {cpu['caches'].get('L2', '?')} L2)"
+    hardware = gpu["model"] if gpu else f"{cpu['model']} ({cpu['cores']} cores, {cpu['caches'].get('L2', '?')} L2)"
     software = f"torch {environment['packages']['torch']}"
     if runtime := environment["packages"].get("onnxruntime"):
         software += f", ONNX Runtime {runtime}"
@@ -69,23 +181,20 @@ def caption(result: Result, ours: str) -> str:
     if environment["commit"]:
         revision, *changes = environment["commit"].split(" ", 1)
         commit = " ".join([f", commit {revision[:12]}", *changes])
-    return (
-        f"Median time of {ours}, {result['dtype']}, and in brackets how many times as fast as `{BASELINE}` it is. Each "
-        f"was verified against the float64 reference first. Measured on {machine}, {software}, "
-        f"{environment['time'][:10]}{commit}."
-    )
+    return f"{hardware}, {software}, {environment['time'][:10]}{commit}"
 
 
-def put_into(readme: str, table: str) -> str:
-    """`readme` with what stands between the two markers replaced.
+def put_into(page: str, table: str, name: str = "table") -> str:
+    """`page` with what stands between the two markers of that name replaced.
 
     Raises:
         ValueError: when the markers are not there, once each and in order.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"the file needs one {BEGIN} and, after it, one {END}")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"the file needs one {begin} and, after it, one {end}")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,16 +205,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--readme", type=Path, help="file with the markers; without it the table goes to standard output"
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument("--docs", type=Path, help="page with the markers of the result's kind, such as docs/cpu.md")
+    given = parser.parse_args(arguments)
     try:
-        result = read(options.result)
-        table = markdown(result)
-        if disturbed_share(result) > BUSY:
+        result = json.loads(given.result.read_text())
+        floors_only = isinstance(result, dict) and isinstance(result.get("rows"), dict)
+        result = result if floors_only else read(given.result)
+        if not floors_only and disturbed_share(result) > BUSY:
             print("warning: the machine was busy; measure again before you publish this", file=sys.stderr)
-        if options.readme:
-            options.readme.write_text(put_into(options.readme.read_text(), table))
-        else:
-            print(table)
+        if given.docs:
+            name, table = for_docs(result, given.result)
+            given.docs.write_text(put_into(given.docs.read_text(), table, name))
+        if given.readme:
+            given.readme.write_text(put_into(given.readme.read_text(), markdown(result)))
+        if not given.docs and not given.readme:
+            print(for_docs(result, given.result)[1] if floors_only else markdown(result))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

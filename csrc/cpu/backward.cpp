@@ -251,6 +251,7 @@ class BackwardWave : Wave<T> {
     int64_t slot_at(int64_t s) const { return w_.slot_of(time(s)) + sequences_.first; }
     // Local rows of steps first … last-1.
     int64_t rows_between(int64_t first, int64_t last) const {
+      if (!w_.shape_.packed()) return (last - first) * sequences_.size();
       int64_t rows = 0;
       for (int64_t s = first; s < last; ++s) rows += rows_at(s);
       return rows;
