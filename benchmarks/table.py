@@ -56,8 +56,10 @@ def shares(result: Result) -> list[str]:
     others = [name for name in names(rows) if name != OURS and not name.startswith(f"{OURS} ")]
 
     def cell(row: Result) -> str:
-        of = {name: entry["share_of_limit"] for name, entry in row["contestants"].items() if entry.get("share_of_limit")}
-        return ", ".join([f"**{of[OURS]:.0%}**".replace("%", " %"), *(f"{100 * of[name]:.0f}" for name in others if name in of)])
+        of = {name: 100 * entry["share_of_limit"] for name, entry in row["contestants"].items() if entry.get("share_of_limit")}
+        if OURS not in of:
+            return "–"
+        return ", ".join([f"**{of[OURS]:.0f} %**", *(f"{of[name]:.0f}" for name in others if name in of)])
 
     lines = cells(result, rows, "layers, batch, steps, width", lambda row: size_of(row["case"]), cell)
     lines += ["", f"Shares of the limit: ours in bold, then {', '.join(others)} where they run the shape."]
@@ -66,7 +68,9 @@ def shares(result: Result) -> list[str]:
         stock = [row["contestants"].get(BASELINE, {}).get("share_of_limit") for row in select(result, *column, "grid")]
         if all(stock):
             means.append(f"{geometric_mean(1 / share for share in stock):.2f} ({heading(*column)})")
-    return [*lines, f"The limit itself would be, in the geometric mean, {', '.join(means)} times as fast as `{BASELINE}`."]
+    if means:
+        lines.append(f"The limit itself would be, in the geometric mean, {', '.join(means)} times as fast as `{BASELINE}`.")
+    return lines
 
 
 def options(result: Result) -> list[str]:
@@ -85,13 +89,16 @@ def streaming(result: Result) -> list[str]:
     """Microseconds a step, with the state carried from call to call."""
     rows = [row for row in result["rows"] if row["case"]["streamed"] and row["mode"] == "inference"]
 
-    def one(row: Result, entry: Result) -> str:
-        return f"{1e3 * entry['median'] / row['case']['steps']:.1f} µs ({entry['speedup']:.1f}×)"
-
     def cell(row: Result) -> str:
-        shown = {name: one(row, entry) for name, entry in row["contestants"].items() if name != BASELINE and "median" in entry}
-        return "; ".join(f"{name.removeprefix(f'{OURS} (').removesuffix(')')} {text}" if name != OURS else text
-                         for name, text in shown.items() if name.startswith(OURS))  # fmt: skip
+        shown = []
+        for name, entry in row["contestants"].items():
+            if not name.startswith(OURS) or "median" not in entry:
+                continue
+            variant = name.removeprefix(OURS).strip(" ()")  # such as "bf16 weights"
+            step_us = 1e3 * entry["median"] / row["case"]["steps"]
+            speedup = f" ({entry['speedup']:.1f}×)" if entry.get("speedup") else ""
+            shown.append(f"{variant} {step_us:.1f} µs{speedup}".strip())
+        return "; ".join(shown) or "–"
 
     def name(row: Result) -> str:
         return ", ".join(str(row["case"][key]) for key in ("layers", "batch", "hidden_size"))
