@@ -176,14 +176,20 @@ inline int64_t chunk_for(const StackShape& shape, const Phase& phase, int64_t ba
   return std::min(std::max<int64_t>(chunk, 1), std::max<int64_t>(steps, 1));
 }
 
-inline void predict(Schedule& schedule, const StackShape& shape, const CpuMachine& machine, int64_t weight,
+// Rows of a step, in the mean, that the batch slice with most of them has. Packed batches are sorted by length: the first
+// slice has the longest sequences, and most steps may have no others.
+inline double rows_of_a_slice(const StackShape& shape, int64_t batch_slices) {
+  const int64_t most = (shape.batch + batch_slices - 1) / batch_slices;
+  if (!shape.packed() || shape.steps == 0) return static_cast<double>(most);
+  int64_t rows = 0;
+  for (int64_t t = 0; t < shape.steps; ++t) rows += std::min(shape.active(t), most);
+  return static_cast<double>(rows) / static_cast<double>(shape.steps);
+}
+
+inline void predict(Schedule& schedule, const StackShape& shape, double rows, const CpuMachine& machine, int64_t weight,
                     bool backward) {
   const int64_t depth = shape.depth(), directions = shape.directions;
   const double steps = static_cast<double>(shape.steps);
-  const double rows = static_cast<double>((shape.batch + schedule.batch_slices - 1) / schedule.batch_slices) *
-                      (shape.batch > 0 && shape.steps > 0
-                           ? static_cast<double>(shape.rows()) / static_cast<double>(shape.batch * shape.steps)
-                           : 1);  // packed batches have fewer rows
   double total = 0, arithmetic = 0, weights = 0, hand_over = 0, fill = 0;
   for (int64_t p = 0; p < schedule.phases; ++p) {
     const Phase& phase = schedule.phase[p];
@@ -224,14 +230,16 @@ inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMach
 
   Schedule best;
   bool first = true;
+  double rows = 0;
   const auto consider = [&](Schedule candidate) {
     candidate.chunk_steps = detail::chunk_for(shape, candidate.phase[0], candidate.batch_slices, element);
-    detail::predict(candidate, shape, machine, weight, backward);
+    detail::predict(candidate, shape, rows, machine, weight, backward);
     if (first || candidate.predicted_us < best.predicted_us) best = candidate;
     first = false;
   };
   for (int64_t batch_slices = 1; batch_slices <= std::min(threads, std::max<int64_t>(shape.batch, 1)); ++batch_slices) {
     const int64_t share = threads / batch_slices;
+    rows = detail::rows_of_a_slice(shape, batch_slices);
     for (int64_t groups = 1; groups <= std::min(share, directions == 2 ? 2 : depth); ++groups) {
       const int64_t slices = std::min(share / groups, most_slices);
       Schedule candidate;

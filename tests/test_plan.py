@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import DTYPES, KERNELS, Case, assert_matches, case_tolerance, make_input, results
 from torch.func import functional_call
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import stacked_lstm_ext
@@ -147,6 +148,15 @@ def test_layers_that_overflow_the_shared_cache_are_not_run_side_by_side():
     """Two layers' weights read in turn at every step are more than one layer's, shared out."""
     schedule = _C.cpu_plan(8192, 8192, 0, 2, False, 100, 1, 2, False, False, False)
     assert schedule["phases"] == [{"first_layer": 0, "last_layer": 2, "layer_groups": 1, "unit_slices": 2}]
+
+
+def test_a_packed_batch_is_not_cut_where_one_part_would_have_all_the_work():
+    """Packed batches are sorted: of two halves, the first has the longest sequences."""
+    torch.set_num_threads(2)
+    module, x = StackedLSTM(64, 64, 2), torch.randn(20, 16, 64)
+    for lengths, slices in (([20] * 16, 2), ([20] * 8 + [1] * 8, 1)):
+        module(pack_padded_sequence(x, torch.tensor(lengths)))
+        assert last_run()["batch_slices"] == slices, lengths
 
 
 def test_more_work_is_predicted_to_take_longer():
