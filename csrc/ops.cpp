@@ -819,6 +819,14 @@ PYBIND11_MODULE(_C, m) {
     const cpu::Storage storage = bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same;
     return describe(cpu::plan(shape, threads, double_precision ? 8 : 4, storage, backward), shape.directions);
   });
+  m.def("share_batch", [](const std::vector<int64_t>& batch_sizes, int64_t slices) {
+    StackShape shape;
+    shape.steps = static_cast<int64_t>(batch_sizes.size());
+    shape.batch = batch_sizes.at(0);
+    shape.packed_rows.assign(1, 0);
+    for (const int64_t size : batch_sizes) shape.packed_rows.push_back(shape.packed_rows.back() + size);
+    return share_batch(shape, slices).first;
+  });
   m.def("force_cpu_schedule", [](const py::object& wanted) {
     forced_schedule.reset();
     if (wanted.is_none()) return;

@@ -22,6 +22,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "stack.h"
 
@@ -63,8 +64,6 @@ struct Schedule {
     for (int64_t p = 0; p < phases; ++p) groups = std::max(groups, phase[p].layer_groups);
     return directions == 1 ? (groups - 1) * chunk_steps : 0;
   }
-  // Sequences of a batch slice: first, and one past the last.
-  int64_t first_sequence(int64_t batch, int64_t batch_slice) const { return batch * batch_slice / batch_slices; }
 
   // Calls visit(position, place) for every position that `worker` has a part in, in the order in which to take them.
   template <typename Visit>
@@ -96,6 +95,36 @@ inline const char* why_not(const Schedule& schedule, const StackShape& shape, in
     layer = phase.last_layer;
   }
   return layer == shape.depth() ? nullptr : "its phases should take every layer";
+}
+
+// The sequences of a call, shared out to batch slices, each of at least one.
+struct BatchShares {
+  std::vector<int64_t> first;  // a slice's first sequence; last of all, the batch
+  int64_t most_rows = 0;       // the largest slice's, over all steps
+};
+
+// Slices of about as many rows each. A packed batch is sorted by length: its first slices have fewer, longer sequences.
+inline BatchShares share_batch(const StackShape& shape, int64_t slices) {
+  const int64_t batch = shape.batch;
+  BatchShares shares{std::vector<int64_t>(static_cast<size_t>(slices + 1), batch)};
+  const auto first = [&](int64_t slice) -> int64_t& { return shares.first[static_cast<size_t>(slice)]; };
+  if (!shape.packed()) {
+    for (int64_t slice = 0; slice < slices; ++slice) first(slice) = batch * slice / slices;
+    shares.most_rows = (batch + slices - 1) / slices * shape.steps;
+    return shares;
+  }
+  first(0) = 0;
+  int64_t slice = 0, rows = 0, own_rows = 0, length = shape.steps;
+  for (int64_t b = 0; b < batch; ++b) {
+    while (length > 0 && shape.active(length - 1) <= b) --length;
+    // The next slice begins where half of the sequence is past this one's share, or where it has to for all to get one.
+    const bool enough = slices * (2 * rows + length) > 2 * shape.rows() * (slice + 1);
+    const bool must = batch - b == slices - 1 - slice;
+    if (b > first(slice) && slice + 1 < slices && (enough || must)) first(++slice) = b, own_rows = 0;
+    rows += length, own_rows += length;
+    shares.most_rows = std::max(shares.most_rows, own_rows);
+  }
+  return shares;
 }
 
 // What a chunk of a position needs of the layer before it (below it in forward, above it in backward).
@@ -176,16 +205,6 @@ inline int64_t chunk_for(const StackShape& shape, const Phase& phase, int64_t ba
   return std::min(std::max<int64_t>(chunk, 1), std::max<int64_t>(steps, 1));
 }
 
-// Rows of a step, in the mean, that the batch slice with most of them has. Packed batches are sorted by length: the first
-// slice has the longest sequences, and most steps may have no others.
-inline double rows_of_a_slice(const StackShape& shape, int64_t batch_slices) {
-  const int64_t most = (shape.batch + batch_slices - 1) / batch_slices;
-  if (!shape.packed() || shape.steps == 0) return static_cast<double>(most);
-  int64_t rows = 0;
-  for (int64_t t = 0; t < shape.steps; ++t) rows += std::min(shape.active(t), most);
-  return static_cast<double>(rows) / static_cast<double>(shape.steps);
-}
-
 inline void predict(Schedule& schedule, const StackShape& shape, double rows, const CpuMachine& machine, int64_t weight,
                     bool backward) {
   const int64_t depth = shape.depth(), directions = shape.directions;
@@ -223,14 +242,14 @@ inline void predict(Schedule& schedule, const StackShape& shape, double rows, co
 // a packed weight.
 inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMachine& machine, int64_t element,
                          int64_t weight, bool backward) {
-  const int64_t depth = shape.depth(), directions = shape.directions;
+  const int64_t depth = shape.depth(), directions = shape.directions, steps = std::max<int64_t>(shape.steps, 1);
   int64_t narrowest = shape.layers[0].output();
   for (const LayerShape& layer : shape.layers) narrowest = std::min(narrowest, layer.output());
   const int64_t most_slices = std::max<int64_t>(narrowest / machine.unit_grain, 1);
 
   Schedule best;
   bool first = true;
-  double rows = 0;
+  double rows = 0;  // of a step, in the mean, that the slice with most of them has
   const auto consider = [&](Schedule candidate) {
     candidate.chunk_steps = detail::chunk_for(shape, candidate.phase[0], candidate.batch_slices, element);
     detail::predict(candidate, shape, rows, machine, weight, backward);
@@ -239,7 +258,7 @@ inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMach
   };
   for (int64_t batch_slices = 1; batch_slices <= std::min(threads, std::max<int64_t>(shape.batch, 1)); ++batch_slices) {
     const int64_t share = threads / batch_slices;
-    rows = detail::rows_of_a_slice(shape, batch_slices);
+    rows = static_cast<double>(share_batch(shape, batch_slices).most_rows) / static_cast<double>(steps);
     for (int64_t groups = 1; groups <= std::min(share, directions == 2 ? 2 : depth); ++groups) {
       const int64_t slices = std::min(share / groups, most_slices);
       Schedule candidate;

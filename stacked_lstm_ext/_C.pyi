@@ -35,6 +35,9 @@ def cpu_schedule(
     """Every worker's ``(layer, direction, batch_slice, unit_slice, chunk, waits)`` in the order in which it takes them;
     ``waits`` holds ``(layer, direction, chunks that must be done)``."""
 
+def share_batch(batch_sizes: list[int], slices: int) -> list[int]:
+    """The first sequence of every batch slice of a packed batch, sorted by length, and the number of sequences."""
+
 def force_cpu_schedule(schedule: dict[str, Any] | None) -> None:
     """Run the CPU kernels of this thread with ``schedule`` (the form that ``cpu_plan`` returns; ``batch_slices``,
     ``chunk_steps`` and ``phases`` count) instead of the cheapest; ``None`` goes back to that."""

@@ -150,11 +150,38 @@ def test_layers_that_overflow_the_shared_cache_are_not_run_side_by_side():
     assert schedule["phases"] == [{"first_layer": 0, "last_layer": 2, "layer_groups": 1, "unit_slices": 2}]
 
 
-def test_a_packed_batch_is_not_cut_where_one_part_would_have_all_the_work():
-    """Packed batches are sorted: of two halves, the first has the longest sequences."""
+@pytest.mark.parametrize(
+    "lengths, slices, first",
+    [
+        ((9,) * 8, 2, [0, 4, 8]),
+        ((9,) * 7, 7, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ((100, 100, 84, 80, 79, 77, 67, 64, 61, 57, 45, 40, 34, 28, 4, 2), 2, [0, 5, 16]),
+        ((100, 1, 1, 1), 2, [0, 1, 4]),
+        ((100, 1, 1, 1), 4, [0, 1, 2, 3, 4]),
+        ((40, 40, 20, 20, 20, 20), 3, [0, 1, 3, 6]),
+        ((6, 5, 4), 1, [0, 3]),
+    ],
+)
+def test_batch_slices_have_about_as_many_rows_each(lengths, slices, first):
+    assert _C.share_batch([sum(n > t for n in lengths) for t in range(lengths[0])], slices) == first
+
+
+def test_a_share_of_a_packed_batch_is_a_sequence_at_least_and_at_most_one_too_much():
+    generator = torch.Generator().manual_seed(0)
+    for batch in (1, 2, 5, 17, 64):
+        for slices in range(1, batch + 1):
+            lengths = torch.randint(1, 50, (batch,), generator=generator).sort(descending=True).values
+            first = _C.share_batch([int((lengths > t).sum()) for t in range(int(lengths[0]))], slices)
+            rows = [int(lengths[a:b].sum()) for a, b in itertools.pairwise(first)]
+            assert first[0] == 0 and first[-1] == batch and all(a < b for a, b in itertools.pairwise(first))
+            assert max(rows) <= int(lengths.sum()) / slices + int(lengths[0])
+
+
+def test_the_planner_knows_what_one_long_sequence_costs():
+    """Where one sequence has most of the rows, sharing out the batch does not help."""
     torch.set_num_threads(2)
     module, x = StackedLSTM(64, 64, 2), torch.randn(20, 16, 64)
-    for lengths, slices in (([20] * 16, 2), ([20] * 8 + [1] * 8, 1)):
+    for lengths, slices in (([20] * 16, 2), ([20] + [1] * 15, 1)):
         module(pack_padded_sequence(x, torch.tensor(lengths)))
         assert last_run()["batch_slices"] == slices, lengths
 

@@ -58,6 +58,7 @@ class Wave {
         workers_(schedule_.workers()),
         team_(workers_, platform.at_the_same_time()),
         progress_(static_cast<size_t>(lane_count_ * workers_)),
+        first_sequence_(share_batch(shape, schedule_.batch_slices).first),
         chunk_rows_(chunk_limit_ * shape.batch) {
     for (const LayerShape& layer : shape.layers) widest_input_ = std::max(widest_input_, layer.input);
     for (const LayerShape& layer : shape.layers) widest_output_ = std::max(widest_output_, layer.output());
@@ -70,6 +71,7 @@ class Wave {
     if (size == workers_) return;
     schedule_ = plan(shape_, size, sizeof(T), storage_, backward_);
     schedule_.chunk_steps = std::min(schedule_.chunk_steps, chunk_limit_);
+    first_sequence_ = share_batch(shape_, schedule_.batch_slices).first;
     for (Progress& p : progress_) p.packed.value = p.steps.value = p.chunks.value = p.blocks.value = p.done.value = 0;
   }
 
@@ -119,8 +121,8 @@ class Wave {
   }
 
   Range sequences(const Place& place) const {
-    return {schedule_.first_sequence(shape_.batch, place.batch_slice),
-            schedule_.first_sequence(shape_.batch, place.batch_slice + 1)};
+    const int64_t* const first = &first_sequence_[static_cast<size_t>(place.batch_slice)];
+    return {first[0], first[1]};
   }
   // Local rows of time t.
   int64_t local_rows(const Range& sequences, int64_t t) const {
@@ -233,6 +235,7 @@ class Wave {
   const int64_t workers_;
   Team team_;
   std::vector<Progress> progress_;
+  std::vector<int64_t> first_sequence_;
   const int64_t chunk_rows_;
   int64_t widest_input_ = 0, widest_output_ = 0, widest_hidden_ = 0;
 };
