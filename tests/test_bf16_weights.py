@@ -53,6 +53,14 @@ def option_and_rounded(case: Case, recompute=False, dtype=torch.float32) -> tupl
     return ours, plain
 
 
+def zero_weights(*size: int, **options) -> StackedLSTM:
+    module = StackedLSTM(*size, **options)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.zero_()
+    return module
+
+
 def run_with(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
     """Python with an instruction set forced; the test is skipped where the processor lacks it."""
     environment = {**os.environ, "STACKED_LSTM_EXT_ISA": isa}
@@ -198,11 +206,12 @@ SHARES = [  # threads, (batch slices, layer groups, unit slices), steps of a chu
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("case", [Case(3, 5, 11, 7, 41), Case(2, 9, 7, 7, 129, proj=33), Case(2, 1, 9, 7, 150)], ids=str)
-def test_bits_do_not_depend_on_threads_schedules_or_who_packs(case, recompute):
-    ours, _ = option_and_rounded(case, recompute)
-    x, hx = make_input(case, torch.float32)
+def test_bits_do_not_depend_on_threads_schedules_or_who_packs(case, recompute, dtype):
+    ours, _ = option_and_rounded(case, recompute, dtype)
+    x, hx = make_input(case, dtype)
     torch.set_num_threads(1)
     alone = results(ours, x, hx)
     try:
@@ -395,10 +404,8 @@ def test_a_bfloat16_module_loses_nothing_by_it():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_with_units_a_bfloat16_module_multiplies_h_as_bfloat16(dtype, batch):
     """Of the second step only W_hh·h less its bfloat16 number is left: nothing, if that is what the product saw."""
-    module = StackedLSTM(1, 1, 1, dtype=dtype, bf16_weights=dtype == torch.float32)
+    module = zero_weights(1, 1, 1, dtype=dtype, bf16_weights=dtype == torch.float32)
     with torch.no_grad():
-        for weight in module.parameters():
-            weight.zero_()
         module.weight_ih_l0[2] = 1  # g of the first step sees x = 1; the second step has x = 0
         module.bias_ih_l0[1] = -1e4  # and forgets its c
         x = torch.zeros(2, batch, 1, dtype=dtype)
@@ -409,8 +416,47 @@ def test_with_units_a_bfloat16_module_multiplies_h_as_bfloat16(dtype, batch):
         x[1] = -h_1
         _, (_, c_n) = module(x)
     left = c_n.float().abs().max().item()
-    units = _C.isa() == "avx512_bf16"
-    assert left == 0.0 if dtype == torch.bfloat16 and units else 0 < left < 2**-8 * h_1
+    assert left == 0.0 if dtype == torch.bfloat16 and UNITS else 0 < left < 2**-8 * h_1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("hidden", [1, 17, 65, 129])
+@pytest.mark.parametrize("batch, steps", [(1, 1), (3, 1), (1, 3), (17, 3), (129, 3), (385, 1), (1023, 2)])
+def test_weight_gradients_of_a_bfloat16_module_have_every_row(batch, steps, hidden, threads):
+    """Small whole numbers through gates that stand half open: nothing needs rounding, and units or not, sums are exact."""
+    torch.set_num_threads(threads)
+    inputs = hidden + 2
+    ours = zero_weights(inputs, hidden, 1, dtype=torch.bfloat16)
+    stock = nn.LSTM(inputs, hidden, dtype=torch.float64)
+    stock.load_state_dict(ours.state_dict())
+    x, h_0, dy = (
+        torch.randint(-1, 2, size, dtype=torch.bfloat16)
+        for size in ((steps, batch, inputs), (1, batch, hidden), (steps, batch, hidden))
+    )
+    for module, dtype in ((ours, torch.bfloat16), (stock, torch.float64)):
+        output, _ = module(x.to(dtype), (h_0.to(dtype), torch.zeros_like(h_0, dtype=dtype)))
+        output.backward(dy.to(dtype))
+    for (name, actual), expected in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        assert torch.equal(actual.grad, expected.grad.to(torch.bfloat16)), name
+    assert any(p.grad.any() for p in ours.parameters()) or batch * steps < 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_with_units_weight_gradients_of_a_bfloat16_module_see_gate_gradients_as_bfloat16(dtype):
+    """A second sequence takes a gate's gradient, as a bfloat16 number, away from the first one's."""
+    module = zero_weights(1, 1, 1, dtype=dtype, bf16_weights=dtype == torch.float32)
+
+    def gradient_of_g(c_0: list[float], dy: list[float]) -> float:
+        module.zero_grad()
+        c = torch.tensor(c_0, dtype=dtype).view(1, -1, 1)
+        x = torch.ones(1, len(c_0), 1, dtype=dtype)
+        module(x, (torch.zeros_like(c), c))[0].backward(torch.tensor(dy, dtype=dtype).view_as(x))
+        return module.weight_ih_l0.grad[2].item()
+
+    alone = torch.tensor(gradient_of_g([1.0], [1.0]), dtype=torch.bfloat16).item()
+    assert alone == pytest.approx(0.25 * (1 - math.tanh(0.5) ** 2), rel=2**-8)
+    left = abs(gradient_of_g([1.0, 0.0], [1.0, -4 * alone]))
+    assert left == 0.0 if dtype == torch.bfloat16 and UNITS else 0 < left < 2**-8 * alone
 
 
 def test_the_setting_travels():

@@ -663,6 +663,7 @@ class BackwardWave : Wave<T> {
           .m = 4 * hidden_,
           .n = columns,
           .accumulate = !first_block(),
+          .rounded = w_.call_.bf16_activations,
           .scratch = scratch_.large,
       };
       if (units.size() == hidden_ && padded_ == hidden_) return w_.kernels_.gradient(product);  // all gate rows in one
@@ -738,6 +739,7 @@ class BackwardWave : Wave<T> {
           .m = own.size(),
           .n = hidden_,
           .accumulate = !first_block(),
+          .rounded = w_.call_.bf16_activations,
           .scratch = scratch_.large,
       });
     }

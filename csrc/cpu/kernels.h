@@ -144,7 +144,8 @@ struct GradientProduct {
   int64_t ldb;
   int64_t rows, parting, m, n;
   bool accumulate;
-  T* scratch;  // kGradientScratch of them
+  bool rounded = false;  // a and b to bfloat16, where there are units for it
+  void* scratch;         // for kGradientScratch numbers
 };
 
 // The operands of a row, in words of two: the high parts, then the low parts where they are taken, whole vectors of each.

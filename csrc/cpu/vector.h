@@ -83,6 +83,13 @@ INLINE Vec<float> dot_pairs(IntVec<float> a, IntVec<float> b, Vec<float> sum) {
 INLINE IntVec<float> round_to_pairs(Vec<float> first, Vec<float> second) {
   return (IntVec<float>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
+// The numbers of two rows, rounded likewise: word n holds number n of either.
+INLINE IntVec<float> round_row(Vec<float> x) {
+  return (IntVec<float>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+INLINE IntVec<float> round_rows(Vec<float> first, Vec<float> second) {
+  return round_row(first) | (round_row(second) << 16);
+}
 // What rounding left of x, whose rounded numbers are `half` of a vector of pairs: exact. Nothing of infinities and NaNs.
 template <int half>
 INLINE Vec<float> rest_of(Vec<float> x, IntVec<float> pairs) {
