@@ -99,6 +99,7 @@ auto with_storage(at::ScalarType type, Run&& run) {
 // Devices do not change while a process runs.
 const Device& cuda_device(c10::DeviceIndex index) {
   static std::map<int, Device> known;  // under `mutex`
+  if (index < 0) index = c10::cuda::current_device();
   const auto found = known.find(index);
   if (found != known.end()) return found->second;
   const cudaDeviceProp* p = at::cuda::getDeviceProperties(index);
@@ -128,7 +129,10 @@ const Device& cuda_device(c10::DeviceIndex index) {
 
 // Of float32: what torch's own products do on a GPU. (16 bits have but one way.)
 Product product_for(at::ScalarType type) {
-  return type != at::kFloat || at::globalContext().allowTF32CuBLAS() ? Product::tensor : Product::exact;
+  if (type != at::kFloat) return Product::tensor;
+  // Not allowTF32CuBLAS(), which raises where the switch was set by torch's newer interface.
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::TF32 ? Product::tensor : Product::exact;
 }
 
 // Why no plan needs to be made.

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -199,6 +200,14 @@ def test_one_part_s_failure_does_not_stop_the_others(run_command):
 def test_what_is_skipped_fails_nothing(run_command):
     status, result, _ = run_command([made_up("first", "sys.exit(3)"), made_up("second")])
     assert status == 0 and [part["status"] for part in result["parts"]] == ["skipped", "ok"]
+
+
+def test_what_the_parts_said_is_kept_beside_the_result(run_command, tmp_path):
+    run_command([made_up("first", "print('a figure'); sys.exit(1)"), made_up("second", "print('another')")])
+    (path,) = tmp_path.glob("*.logs.tar.gz")
+    with tarfile.open(path) as archive:
+        said = {name: archive.extractfile(name).read() for name in archive.getnames()}
+    assert sorted(said) == ["first.log", "second.log"] and b"a figure" in said["first.log"]
 
 
 def test_a_part_gets_its_time_though_the_one_before_hangs(run_command):
@@ -1030,6 +1039,29 @@ def test_tests_run_a_process_a_file_and_a_hanging_file_is_killed(result_file, mo
     assert "test_waits" in files["test_hang.py"]["failures"][0] and "killed" in files["test_hang.py"]["failures"][0]
     assert files["test_marked.py"]["failures"][0].startswith("test_marked::test_bad: assert 1 == 2")
     assert files["test_marked.py"]["skips"] == ["no second GPU"]
+
+
+@pytest.mark.slow
+def test_what_stands_behind_a_test_that_hangs_dies_or_spoils_the_device_is_run(result_file, monkeypatch, tmp_path):
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "test_kernels.py").write_text(
+        "import os, signal, time, pytest\npytestmark = pytest.mark.gpu\n"
+        "def test_first(): pass\n"
+        "@pytest.mark.parametrize('options', [{'bidirectional': True, 'n': 1}], ids=str)\n"
+        "def test_hangs(options): time.sleep(60)\n"
+        "def test_between(): assert 1 == 2\n"
+        "def test_dies(): os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "def test_spoils(): os._exit(int(os.environ['STACKED_LSTM_EXT_TEST_SPOILT']))\n"
+        "def test_last(): pass\n"
+    )
+    monkeypatch.setattr(test_part, "REPORTS", tmp_path / "reports")
+    monkeypatch.setattr(test_part, "STALL_S", 5.0)
+    assert test_part.main(["--result", str(result_file), "--seconds", "80"], tmp_path) == Exit.FAILED
+    found = results.load(result_file)["tests"]
+    assert (found["passed"], found["failed"]) == (2, 1)
+    failures = " | ".join(found["files"][0]["failures"])
+    for words in ("it hung; it was at", "'n': 1}", "test_between", "SIGSEGV", "test_dies", "test_spoils"):
+        assert words in failures
 
 
 def test_a_run_in_which_every_test_was_skipped_has_failed(result_file, monkeypatch, tmp_path):

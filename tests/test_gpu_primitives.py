@@ -58,6 +58,7 @@ def test_a_hand_over_that_waits_for_too_little_is_seen(tmp_path):
         (1, '{"a": {"unit": "ns", "median": 1, "min": 1, "max": 1, "wrong": 7}}', Exit.FAILED, "a: wrong values"),
         (1, '{"a": {"error": "too many blocks"}}', Exit.FAILED, "a: too many blocks"),
         (1, '{"a": {"unit"', Exit.FAILED, "printed no figures"),
+        (-9, '{"a": {"unit": "ns", "median": 1, "min": 1, "max": 1, "wrong": 0}', Exit.FAILED, "stopped after 1 primitives"),
     ],
 )
 def test_the_part_of_make_gpu_tells_good_runs_from_bad(code, output, expected, words):

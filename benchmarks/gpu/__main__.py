@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -98,6 +99,8 @@ def run(options: argparse.Namespace, registry: Sequence[Part]) -> int:
             result["parts"].append(asdict(outcome))
             result["seconds"] = round(time.monotonic() - started, 1)
             results.save(path, result)
+            if options.out:
+                keep_logs(path.with_suffix(".logs.tar.gz"))
     except KeyboardInterrupt:
         print(f"interrupted; what was done is in {path}")
         return 130
@@ -124,6 +127,13 @@ def one_part(
     outcome = parts.run(part, arguments, seconds, log, echo, environment, results.ROOT)
     print(f"== {part.name}: {outcome.status}, {outcome.seconds:.0f} s {outcome.reason}".rstrip(), flush=True)
     return outcome
+
+
+def keep_logs(path: Path) -> None:
+    """What the parts said, beside a result that is written to a folder of its own: a machine on loan keeps nothing else."""
+    with tarfile.open(path, "w:gz") as archive:
+        for log in sorted(found for found in LOGS.rglob("*") if found.suffix in (".log", ".xml")):
+            archive.add(log, str(log.relative_to(LOGS)))
 
 
 def echo(line: str) -> None:

@@ -37,10 +37,17 @@ def command(nvcc: build_support.Nvcc, capability: tuple[int, int]) -> list[str]:
 
 def judge(code: int, output: str, said: str) -> tuple[Exit, str, dict[str, Any]]:
     """Exit, summary and figures of a run that printed `output`."""
+    last = (said.strip().splitlines() or ["nothing"])[-1]
     try:
         figures = json.loads(output)
     except ValueError:
-        return Exit.FAILED, f"it printed no figures (status {code}): {(said.strip().splitlines() or ['nothing'])[-1]}", {}
+        try:
+            figures = json.loads(output + "}")  # each is flushed: those before it was killed, or gave up
+        except ValueError:
+            figures = {}
+        if not figures:
+            return Exit.FAILED, f"it printed no figures (status {code}): {last}", {}
+        return Exit.FAILED, f"it stopped after {len(figures)} primitives (status {code}): {last}", figures
     wrong = [name for name, figure in figures.items() if figure.get("wrong", 0) or "error" in figure]
     if wrong or code != 0:
         first = figures[wrong[0]].get("error", "wrong values") if wrong else f"status {code}"
@@ -86,6 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
             [str(PROGRAM)], capture_output=True, text=True, timeout=max(end - time.monotonic(), 1), check=False
         )
     except subprocess.TimeoutExpired as error:
+        if error.cmd[0] == str(PROGRAM):
+            text = bytes(error.stdout or b"").decode()  # bytes, whatever was asked for
+            return finish(*judge(124, text, "not done in time"))
         return finish(Exit.FAILED, f"{Path(error.cmd[0]).name} was not done in time", {})
     return finish(*judge(ran.returncode, ran.stdout, ran.stderr))
 
