@@ -661,10 +661,18 @@ py::dict gpu_plan(int64_t input_size, int64_t hidden_size, int64_t proj_size, in
   return plan;
 }
 
+// Whether the first weights are those of a module of such sizes. Others may have been put into it, and would fit each other:
+// nn.LSTM refuses that by its own sizes.
+bool of_sizes(TensorList weights, int64_t input_size, int64_t hidden_size) {
+  return weights.size() > 1 && weights[0].dim() == 2 && weights[0].size(1) == input_size && weights[1].dim() == 2 &&
+         weights[1].size(0) == 4 * hidden_size;
+}
+
 // (output, h_n, c_n), or None where `step` (step.h) declines or an argument is no tensor, or of a class of its own, which
 // may override what torch's functions do.
 py::object step_once(const py::handle& input, const py::handle& h_0, const py::handle& c_0, const py::list& weights,
-                     bool bias, int64_t num_layers, int64_t proj_size, bool bf16_weights) {
+                     int64_t input_size, int64_t hidden_size, bool bias, int64_t num_layers, int64_t proj_size,
+                     bool bf16_weights) {
   thread_local std::vector<Tensor> tensors;  // keeps its memory, but no tensor
   const struct Emptied {
     ~Emptied() { tensors.clear(); }  // with the GIL
@@ -677,6 +685,7 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
     if (!THPVariable_CheckExact(weight.ptr())) return py::none();
     tensors.push_back(THPVariable_Unpack(weight.ptr()));
   }
+  if (!of_sizes(TensorList(tensors).slice(3), input_size, hidden_size)) return py::none();
   const StepArguments arguments{tensors[0], tensors[1], tensors[2], TensorList(tensors).slice(3),
                                 bias,       num_layers, proj_size,  bf16_weights};
   std::optional<StepResults> results;
@@ -695,8 +704,9 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
 
 // A call of the module by the short way of eager.h; None where it declines. `h_0` and `c_0` None: zeros.
 py::object call(const py::handle& input, const py::handle& batch_sizes, const py::handle& h_0, const py::handle& c_0,
-                const py::list& weights, const py::handle& seed, bool bias, int64_t num_layers, bool bidirectional,
-                int64_t proj_size, double dropout, bool recompute, std::string backend, bool bf16_weights) {
+                const py::list& weights, const py::handle& seed, int64_t input_size, int64_t hidden_size, bool bias,
+                int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout, bool recompute,
+                std::string backend, bool bf16_weights) {
   const EagerOptions options{bias,    num_layers, bidirectional,      proj_size,
                              dropout, recompute,  std::move(backend), bf16_weights};
   std::vector<Tensor> tensors;
@@ -711,6 +721,7 @@ py::object call(const py::handle& input, const py::handle& batch_sizes, const py
   const auto optional = [](const py::handle& tensor) {
     return tensor.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(tensor.ptr()));
   };
+  if (!of_sizes(tensors, input_size, hidden_size)) return py::none();
   if (!THPVariable_CheckExact(input.ptr()) || !ordinary(batch_sizes) || !ordinary(h_0) || !ordinary(c_0) ||
       !ordinary(seed)) {
     return py::none();

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,9 @@ class StackedLSTM(nn.RNNBase):
     Raises:
         ValueError: for sizes out of range, an input that is neither 2-D nor 3-D, or one whose dtype is not the
             weights'.
-        TypeError: for constructor arguments of the wrong type, or an ``hx`` that is no pair of tensors.
+        TypeError: for constructor arguments of the wrong type, or an ``hx`` that is neither a tuple nor a list.
         RuntimeError: for sizes that do not fit, an empty sequence, tensors on several devices, a forced backend
-            (:func:`.backend`) that cannot run the call.
+            (:func:`.backend`) that cannot run the call (ValueError where it is ``"persistent"``).
 
     Example::
 
@@ -143,6 +143,12 @@ class StackedLSTM(nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Nothing: no kernel here wants its weights in the one buffer that cuDNN does."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """``torch.jit.script`` asks for this; left to itself, it would fail without saying why."""
+        raise RuntimeError(
+            "torch.jit.script cannot compile a StackedLSTM: script revert_lstm(copy.deepcopy(model)), or use torch.export"
+        )
 
     def drop_packed_weights(self) -> None:
         """Forget the weights that calls without gradients have packed for the CPU; the next call packs them anew.
@@ -242,7 +248,7 @@ class StackedLSTM(nn.RNNBase):
         weights = self._current_weights()
         if _transform((input, *(hx or ()), *weights)) or _autocast_dtype(input.device.type) is not None:
             return None
-        sizes = (self.bias, self.num_layers, self.bidirectional, self.proj_size)
+        sizes = (self.input_size, self.hidden_size, self.bias, self.num_layers, self.bidirectional, self.proj_size)
         time_major = input.transpose(0, 1) if self.batch_first else input
         result = ops.call(time_major, None, h_0, c_0, weights, None, *sizes, 0.0, self.recompute, "cpu", self.bf16_weights)
         if result is None:
@@ -299,7 +305,8 @@ class StackedLSTM(nn.RNNBase):
         weights = self._current_weights()
         if _transform((input, h, c, *weights)):
             return None
-        return ops.step(input, h, c, weights, self.bias, self.num_layers, self.proj_size, self.bf16_weights)
+        sizes = (self.input_size, self.hidden_size, self.bias, self.num_layers, self.proj_size)
+        return ops.step(input, h, c, weights, *sizes, self.bf16_weights)
 
     def _forward_packed(self, packed: PackedSequence, hx: Sequence[Tensor] | None) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
@@ -414,7 +421,7 @@ class StackedLSTM(nn.RNNBase):
 
         Raises:
             ValueError: for sizes that no input can have.
-            RuntimeError: if the forced backend cannot run such a call.
+            RuntimeError: if the forced backend cannot run such a call (ValueError where it is ``"persistent"``).
         """
         if batch_size < 0:
             raise ValueError(f"batch_size should be at least 0, got {batch_size}")

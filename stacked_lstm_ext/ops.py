@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ from .reference import lstm_reference, round_to_bf16
 try:
     from . import _C as _C
 except ImportError as error:
+    here = Path(__file__).resolve().parent
+    if not any(here.glob("_C*.so")):
+        raise ImportError(
+            f"nothing is compiled in {here}, a folder of sources that hides any installed stacked_lstm_ext from a Python "
+            "started beside it: start Python elsewhere, or compile in place: pip install --no-build-isolation -e ."
+        ) from error
     raise ImportError(
         f"the compiled part of stacked_lstm_ext did not load beside torch {torch.__version__}: {error}. It has to be "
         "built in the environment it runs in: pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -425,7 +432,8 @@ def run_kernel(
     if not torch.compiler.is_compiling():
         bias, num_layers, bidirectional, proj_size, dropout, saving, backend, bf16_weights = options
         sizes = (bias, num_layers, bidirectional, proj_size)
-        results = call(input, batch_sizes, h_0, c_0, weights, seed, *sizes, dropout, saving == "recompute", backend, bf16_weights)
+        widths = input.size(-1), weights[1].size(0) // 4
+        results = call(input, batch_sizes, h_0, c_0, weights, seed, *widths, *sizes, dropout, saving == "recompute", backend, bf16_weights)
         if results is not None:
             return results
     output, h_n, c_n, _ = forward(input, batch_sizes, h_0, c_0, weights, seed, *options)

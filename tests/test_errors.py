@@ -329,3 +329,31 @@ def test_a_result_changed_in_place_never_gives_a_wrong_gradient(which):
     else:
         for p, q in zip(module.parameters(), expected_module.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad)
+
+
+def _odd_sizes(module: nn.Module, input_size: int, hidden_size: int) -> None:
+    """Other weights, which fit each other, in the place of a module's own."""
+    other = nn.LSTM(input_size, hidden_size, module.num_layers)
+    for name, parameter in other.named_parameters():
+        setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=module.weight_ih_l0.requires_grad))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("sizes", [(7, 5), (3, 6)], ids=["input", "hidden"])
+@pytest.mark.parametrize("form", ["with states", "without", "batch_first", "unbatched", "step"])
+def test_weights_of_other_sizes_are_refused_as_by_torch(form, sizes, gradients):
+    """The module's own sizes count, though the weights fit each other and the input."""
+    options = {"num_layers": 2, "batch_first": form == "batch_first"}
+    ours, stock = StackedLSTM(3, 5, **options), nn.LSTM(3, 5, **options)
+    x = zeros(4, 2, sizes[0]) if form != "unbatched" else zeros(4, sizes[0])
+    batch = 4 if form == "batch_first" else 2
+    hx = None if form in ("without", "unbatched") else (zeros(2, batch, sizes[1]), zeros(2, batch, sizes[1]))
+    unseen = hx is None and sizes[0] == 3  # stock's zeros are of the module's size, and it computes with the odd weights
+    said = []
+    for module in (ours, *(() if unseen else (stock,))):
+        module.requires_grad_(gradients)
+        _odd_sizes(module, *sizes)
+        with pytest.raises(ValueError if unseen else RuntimeError) as refused:
+            module.step(x[0], hx) if form == "step" and module is ours else module(x, hx)
+        said.append(str(refused.value))
+    assert len(set(said)) == 1
