@@ -3,6 +3,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -127,6 +128,7 @@ std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Pl
   thread_local StackShape shape;  // keeps its memory
   if (!shape_of(a, shape)) return {};
 
+  RECORD_FUNCTION("stacked_lstm_ext::step", {});
   StepResults results;
   results.shape = &shape;
   bool done = false;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
@@ -13,6 +13,13 @@ from .transplant import obstacle_to_replacing, transplant
 __all__ = ["convert_lstm", "revert_lstm"]
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@overload
+def convert_lstm(model: nn.LSTM, *, recompute: bool = False, bf16_weights: bool = False) -> StackedLSTM: ...
+@overload
+def convert_lstm(model: Model, *, recompute: bool = False, bf16_weights: bool = False) -> Model: ...
 def convert_lstm(model: nn.Module, *, recompute: bool = False, bf16_weights: bool = False) -> nn.Module:
     """Swap every ``torch.nn.LSTM`` inside ``model`` for a :class:`.StackedLSTM`, in place.
 
@@ -37,6 +44,10 @@ def convert_lstm(model: nn.Module, *, recompute: bool = False, bf16_weights: boo
     return _swap(model, nn.LSTM, lambda lstm: transplant(lstm, StackedLSTM, options=options, take_hooks=True))
 
 
+@overload
+def revert_lstm(model: StackedLSTM) -> nn.LSTM: ...
+@overload
+def revert_lstm(model: Model) -> Model: ...
 def revert_lstm(model: nn.Module) -> nn.Module:
     """Swap every :class:`.StackedLSTM` inside ``model`` for a ``torch.nn.LSTM``, in place: undo :func:`convert_lstm`.
 

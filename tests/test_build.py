@@ -673,3 +673,12 @@ def test_the_cuda_compiler_is_installed_once_and_again_after_another_torch(ready
     (ready / ".venv" / f"ready-cuda-{major}.{minor}").touch()
     assert not would_install()
     assert would_install("TORCH=2.14.1")
+
+
+def test_a_source_tree_that_hides_the_installed_package_says_so(tmp_path):
+    shutil.copytree(ROOT / "stacked_lstm_ext", tmp_path / "stacked_lstm_ext", ignore=shutil.ignore_patterns("_C.*.so"))
+    ran = subprocess.run(
+        [sys.executable, "-c", "import stacked_lstm_ext"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode != 0 and f"nothing is compiled in {tmp_path / 'stacked_lstm_ext'}" in ran.stderr
+    assert "start Python elsewhere" in ran.stderr

@@ -742,3 +742,8 @@ def test_a_trace_runs_at_other_lengths_and_batches_as_stock_s_does():
         warnings.simplefilter("ignore")
         traced, expected = torch.jit.trace(ours, (x,)), torch.jit.trace(stock, (x,))
     torch.testing.assert_close(traced(other), expected(other))
+
+
+def test_scripting_says_what_to_do_instead():
+    with pytest.raises(RuntimeError, match="revert_lstm"):
+        torch.jit.script(torch.nn.Sequential(StackedLSTM(3, 4)))

@@ -214,6 +214,17 @@ def test_a_step_allocates_its_three_results_and_nothing_else(dtype):
     assert results[0].shape == output.shape
 
 
+def test_the_profiler_sees_steps_and_calls():
+    module, x = StackedLSTM(3, 4, 2), torch.randn(5, 1, 3)
+    with torch.no_grad():
+        _, hx = ready(module, x, (torch.zeros(2, 1, 4),) * 2).step(x[0], (torch.zeros(2, 1, 4),) * 2)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            module.step(x[0], hx)
+            module(x)
+    names = [event.key for event in profiler.key_averages()]
+    assert "stacked_lstm_ext::step" in names and "stacked_lstm_ext::forward" in names
+
+
 DECLINED = {
     "a state that is not contiguous": lambda x, h, c: (x, h.transpose(0, 1).contiguous().transpose(0, 1), c),
     "an input that is not contiguous": lambda x, h, c: (x.t().contiguous().t(), h, c),

@@ -57,9 +57,9 @@ def backend(name: str) -> Iterator[None]:
             ``"persistent"`` (many layers and all steps in one launch, with the recurrent weights on the chip; on a GPU).
 
     Raises:
-        ValueError: for any other name; and from a call inside the block whose sizes or options the persistent kernels
-            cannot run: the message says why.
-        RuntimeError: from a call inside the block that this backend cannot run; the message says why.
+        ValueError: for any other name; and from a call inside the block that the persistent kernels cannot run: the
+            message says why.
+        RuntimeError: from a call inside the block that another backend cannot run; the message says why.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
@@ -355,10 +355,12 @@ def make_plan(
         forward = describe(schedule)
         if needs_grad:
             backward_schedule = ask(backward=True)
+            again = "two thirds of the gates again; " if name == "cpu" else "the gates again, one product a layer; then "
             backward = (
-                ("the gates again, one product a layer; then " if saving == "recompute" else "")
+                (again if saving == "recompute" else "")
                 + describe(backward_schedule)
-                + "; then one product per weight (the reference, under create_graph=True)"
+                + ("; weight gradients meanwhile" if name == "cpu" else "; then one product per weight")
+                + " (the reference, under create_graph=True)"
             )
         isa = schedule.get("isa")
         threads = schedule.get("threads", threads)
