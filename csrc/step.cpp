@@ -128,7 +128,7 @@ std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Pl
   thread_local StackShape shape;  // keeps its memory
   if (!shape_of(a, shape)) return {};
 
-  RECORD_FUNCTION("stacked_lstm_ext::step", {});
+  RECORD_FUNCTION("stacked_lstm_ext::step", {});  // for the profiler, as in eager.cpp
   StepResults results;
   results.shape = &shape;
   bool done = false;
