@@ -677,8 +677,12 @@ def test_the_cuda_compiler_is_installed_once_and_again_after_another_torch(ready
 
 def test_a_source_tree_that_hides_the_installed_package_says_so(tmp_path):
     shutil.copytree(ROOT / "stacked_lstm_ext", tmp_path / "stacked_lstm_ext", ignore=shutil.ignore_patterns("_C.*.so"))
-    ran = subprocess.run(
-        [sys.executable, "-c", "import stacked_lstm_ext"], cwd=tmp_path, capture_output=True, text=True, check=False
+    # An editable install leaves a finder that would find _C in the tree it was made from, from any other tree, too.
+    as_installed = (
+        "import sys\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if '__editable__' not in getattr(finder, '__module__', '')]\n"
+        "import stacked_lstm_ext\n"
     )
+    ran = subprocess.run([sys.executable, "-c", as_installed], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode != 0 and f"nothing is compiled in {tmp_path / 'stacked_lstm_ext'}" in ran.stderr
     assert "start Python elsewhere" in ran.stderr
