@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <span>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -207,6 +208,15 @@ inline uint64_t capacity(const LaunchConfig& config, const void* kernel) {
 
 namespace stacked_lstm::cuda::launch_detail {
 
+template <typename... Parameters>
+emulator::Kernel kernel_of(void (*kernel)(Parameters...), const std::tuple<Parameters...>& values) {
+  return std::apply(
+      [&](const auto&... value) {
+        return emulator::Kernel{reinterpret_cast<const void*>(kernel), {std::as_bytes(std::span(&value, 1))...}};
+      },
+      values);
+}
+
 inline Status status_of(const LaunchConfig& config, const emulator::Shape& shape, const emulator::Report& report) {
   constexpr int kInvalidConfiguration = 9, kLaunchFailure = 719, kCooperativeLaunchTooLarge = 720;  // of cudaError_t
   switch (report.kind) {
@@ -242,7 +252,8 @@ Status launch(const LaunchConfig& config, void (*kernel)(Parameters...), Argumen
       values);
 #else
   const emulator::Shape shape = {config.grid, config.block, config.shared_bytes, config.cluster, config.co_resident};
-  return launch_detail::status_of(config, shape, emulator::run(shape, [&] { std::apply(kernel, values); }));
+  return launch_detail::status_of(
+      config, shape, emulator::run(shape, [&] { std::apply(kernel, values); }, launch_detail::kernel_of(kernel, values)));
 #endif
 }
 

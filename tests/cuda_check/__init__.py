@@ -1,7 +1,7 @@
 """What the CUDA kernels became: compiled for every architecture, and looked at, on a machine that needs no GPU.
 
 nvcc compiles each ``csrc/cuda/*.cu``, and the program that measures primitives, once an architecture, with the flags of
-``setup.py`` and warnings as errors. What is then known of a kernel comes from three places: ptxas' own report (registers,
+``setup.py`` and warnings as errors: to PTX, which ``make ptx`` runs, and from there. What is then known of a kernel comes from three places: ptxas' own report (registers,
 stack, spills, shared memory), cuobjdump (parameters, launch bounds) and nvdisasm (the instructions). ``MEANT`` in
 ``meant.py`` says what each kernel should be; ``complaints`` compares. Of the persistent kernels the loop over time is looked
 at too (``sass.py``): where its weights lie, and what a step runs through (``slots.py`` counts that). Findings are kept in
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import build_support as support  # noqa: E402
 
-from . import sass, slots  # noqa: E402
+from . import ptx, sass, slots  # noqa: E402
 
 ARCHS = ("80", "86", "89", "90a", "100", "120")
 OLDEST_NVCC = (12, 8)  # the first that knows sm_100 and sm_120
@@ -202,9 +202,27 @@ def readable(demangled: str) -> str:
 # -- compiling --------------------------------------------------------------------------------------------------------
 
 
-def compile_flags(arch: str) -> list[str]:
-    """setup.py's flags for one architecture, with warnings as errors and ptxas' report."""
-    return [*support.nvcc_flags(werror=True), f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
+def compile_flags(arch: str, fmad: bool = True) -> list[str]:
+    """setup.py's flags for one architecture, with warnings as errors. Without ``fmad``: none of its products and sums become
+    one operation, as none do on the emulator."""
+    return [*support.nvcc_flags(werror=True), f"-arch=sm_{arch}", *([] if fmad else ["-fmad=false"])]
+
+
+def assemble_flags(arch: str) -> list[str]:
+    """From PTX on, with ptxas' report."""
+    return ["-Werror", "all-warnings", "-lineinfo", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
+
+
+def ptx_of(source: Path, arch: str, tools: Tools, fmad: bool = True, includes: Sequence[Path] = ()) -> Path:
+    """The PTX of ``source``; ``includes``: folders of headers besides csrc and its own."""
+    near = {path for path in source.parent.iterdir() if path.suffix in (".h", ".cuh")}
+    headers = sorted({*near, *(ROOT / header for header in support.headers(ROOT))})
+    command = [tools.nvcc.path, *compile_flags(arch, fmad), *(f"-I{path}" for path in (ROOT / "csrc", *includes))]
+    folder = ROOT / "build" / "ptx" if source.is_relative_to(ROOT) else source.parent
+    try:
+        return ptx.make(source, command, run(tools.nvcc.path, "--version"), headers, folder)
+    except subprocess.CalledProcessError as error:
+        raise CheckError(f"{source.name}, sm_{arch}: nvcc failed\n{error.stdout}{error.stderr}") from error
 
 
 PERSISTENT = re.compile(r"(forward|backward)<\w+, (tensor|exact), (cluster|l2), [\d, ]+>")
@@ -223,11 +241,10 @@ def look_at_step(kernel: Kernel, function: sass.Function) -> None:
 
 def compile_one(source: Path, arch: str, tools: Tools, cubin: Path, includes: Sequence[Path] = ()) -> list[Kernel]:
     """Compile ``source`` into ``cubin``; its kernels."""
-    includes = [ROOT / "csrc", *includes]
-    command: list[str | Path] = [*compile_flags(arch), *(f"-I{path}" for path in includes), source, "-o", cubin]
+    command = [*assemble_flags(arch), ptx_of(source, arch, tools, includes=includes), "-o", cubin]
     done = subprocess.run([tools.nvcc.path, *command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise CheckError(f"{source.name}, sm_{arch}: nvcc failed\n{done.stdout}{done.stderr}")
+        raise CheckError(f"{source.name}, sm_{arch}: ptxas failed\n{done.stdout}{done.stderr}")
     resources = read_ptxas(done.stdout + done.stderr)
     bounds = read_elf(run(tools.cuobjdump, "--dump-elf", cubin))
     opcodes = read_sass(run(tools.nvdisasm, "--emit-json", cubin))
@@ -245,7 +262,7 @@ def compile_one(source: Path, arch: str, tools: Tools, cubin: Path, includes: Se
 def examine(source: Path, arch: str, tools: Tools, versions: str, folder: Path) -> list[Kernel]:
     """``compile_one``, or what it found the last time if nothing has changed since."""
     inputs = [source, *(ROOT / header for header in support.headers(ROOT)), *sorted(Path(__file__).parent.glob("*.py"))]
-    parts = [versions, *compile_flags(arch), *(f"{path.name}\n{path.read_text()}" for path in inputs)]
+    parts = [versions, *compile_flags(arch), *assemble_flags(arch), *(f"{path.name}\n{path.read_text()}" for path in inputs)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     place = folder / f"{source.stem}-sm_{arch}.json"
     try:

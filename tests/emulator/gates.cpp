@@ -31,7 +31,7 @@
 #include <vector>
 
 #include "../../csrc/gates.h"
-#include "core.h"
+#include "lend.h"
 
 // AddressSanitizer's, where the kernels are instrumented. This file never is.
 extern "C" {
@@ -409,6 +409,18 @@ class Buffer {
     if (sparse_) return;
     before_.assign(memory_.get(), memory_.get() + elements_);
     each_zone([](const T* begin, const T* end) { poison(begin, end); });
+  }
+
+  // To the next launch: the rows, and nothing between them.
+  void lend(const std::string& name) const {
+    const auto access = role_ == Role::input ? emulator::Access::read : emulator::Access::read_write;
+    if (!data_) return;
+    if (plane_.stride == plane_.width && plane_.first == 0) {
+      return emulator::lend(name, data_, plane_.rows * plane_.width, access);
+    }
+    for (int64_t row = plane_.first; row < plane_.rows; ++row) {
+      emulator::lend(name + ", row " + std::to_string(row), data_ + row * plane_.stride, plane_.width, access);
+    }
   }
 
   // Whether nothing has changed beside the plane, and in it nothing if it was an input.
@@ -896,11 +908,17 @@ void run(const Setup& setup) {
     sizes.mask.scale = setup.rate < 1 ? 1 / (1 - setup.rate) : 0;
     sizes.mask.seed = &setup.seed;
   }
+  emulator::device_memory().clear();
+  for (int64_t n = 0; n < cells; ++n) {
+    const std::string of = " of cell " + std::to_string(n);
+    tests[static_cast<size_t>(n)]->each_buffer([&](const char* name, const auto& buffer) { buffer.lend(name + of); });
+  }
+  emulator::lend("seed", sizes.mask.seed, 1, emulator::Access::read);
   const std::string error = (table().of<T>().*Test<T>::kernel)(sizes, given.data(), cells, nullptr);
   expect(error.empty(), what + ": " + error);
 
   const int64_t most = *std::max_element(setup.rows.begin(), setup.rows.end());
-  if (!arguments.host && most > 0 && cells <= 64 && setup.first_row == 0) {
+  if (!arguments.host && !emulator::launcher() && most > 0 && cells <= 64 && setup.first_row == 0) {
     const uint64_t threads = emulator::statistics().threads;
     expect(threads == threads_of(setup.width, most, cells, packed ? pack : 1),
            what + ": " + std::to_string(threads) + " threads, so units are " + (packed ? "not " : "") + "packed");
@@ -1086,7 +1104,7 @@ void huge_part() {
     setup.width = width, setup.rows = {3, 1}, setup.pad = int64_t{1} << 30, setup.element_row = int64_t{1} << 40;
     run_all<T>(setup);
   }
-  if (arguments.host) return;
+  if (arguments.host || emulator::launcher()) return;  // tests/ptx runs whole grids
   // Rows beyond 2³¹, of which only the last blocks are run.
   for (const int64_t width : {1, 3, 4}) {
     Setup setup;

@@ -1,0 +1,157 @@
+"""Runs what nvcc makes of the kernels, its PTX, on the host.
+
+``machine.h`` is the machine. The cases are those of ``tests/emulator``: the same programs prepare memory, launch and judge,
+and ``launcher.cpp`` runs their launches on the PTX of the package's own sources. ``python -m tests.ptx`` runs them all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests import cuda_check, emulator
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "ptx"
+CUDA = ROOT / "csrc" / "cuda"
+ELEMENTS = ("bf16", "f16", "f32")
+SAMPLES = emulator.HERE / "samples" / "samples.cu"
+
+
+@dataclass(frozen=True)
+class Program:
+    """One of ``tests/emulator``'s, and what it launches."""
+
+    kernels: tuple[Path, ...]  # whose PTX is run
+    more_kernels: tuple[Path, ...] = ()  # compiled for the host alone
+    host: tuple[Path, ...] = ()
+
+
+PROGRAMS = {
+    "forward": Program(
+        tuple(CUDA / f"persistent_forward_{element}.cu" for element in ELEMENTS),
+        (emulator.HERE / "fast_maths.cu",),
+        (emulator.HERE / "persistent_forward.cpp", HERE / "forward_instances.cpp"),
+    ),
+    "backward": Program(
+        tuple(CUDA / f"persistent_backward_{element}.cu" for element in ELEMENTS),
+        (),
+        (emulator.HERE / "persistent_backward.cpp", HERE / "backward_instances.cpp"),
+    ),
+    "gates": Program((CUDA / "gates.cu",), (ROOT / "csrc" / "gates_host.cpp",), (emulator.HERE / "gates.cpp",)),
+    "primitives": Program((ROOT / "benchmarks" / "primitives.cu",)),
+}
+# The kernels are compiled for the host, too: fast, and with no operation that two operations were not written for.
+FLAGS = ("-O1", "-g0", "-ffp-contract=off")
+
+
+def machine_sources() -> list[Path]:
+    """The machine's own files."""
+    return sorted(path for path in HERE.glob("*.cpp") if not path.stem.endswith("_instances"))
+
+
+def ptx_file(source: Path, arch: str, fmad: bool = True, tools: cuda_check.Tools | None = None) -> Path:
+    """The PTX of ``source`` for sm_``arch``, as ``make cuda-check`` has it; see ``cuda_check.compile_flags`` for ``fmad``."""
+    return cuda_check.ptx_of(source, arch, tools or cuda_check.find_tools(), fmad)
+
+
+def ptx_files(
+    arch: str, fmad: bool = True, sources: Iterable[Path] = cuda_check.KNOWN_SOURCES, tools: cuda_check.Tools | None = None
+) -> dict[Path, Path]:
+    """The PTX of each source."""
+    tools = tools or cuda_check.find_tools()
+    return {source: ptx_file(source, arch, fmad, tools) for source in sources}
+
+
+def program(name: str) -> Path:
+    """One of ``PROGRAMS``, compiled and linked with the emulator and the machine."""
+    what = PROGRAMS[name]
+    kernels = [*what.kernels, *what.more_kernels]
+    return emulator.build(f"ptx-{name}", kernels, flags=FLAGS, host_sources=[*what.host, *machine_sources()], exported=True)
+
+
+@dataclass
+class Tally:
+    """What is known of a kernel after some launches; see launcher.cpp."""
+
+    launches: int = 0
+    warp_steps: int = 0
+    thread_steps: int = 0
+    compared: int = 0  # elements, with the emulator's
+    different: int = 0
+    farthest: int = 0  # units in the last place
+
+    def add(self, other: Tally) -> None:
+        self.launches += other.launches
+        self.warp_steps += other.warp_steps
+        self.thread_steps += other.thread_steps
+        self.compared += other.compared
+        self.different += other.different
+        self.farthest = max(self.farthest, other.farthest)
+
+
+@dataclass
+class Ran:
+    """How a program ended, and what its kernels did, by mangled name."""
+
+    status: int
+    output: str
+    kernels: dict[str, Tally]
+
+
+def run(
+    path: Path,
+    files: Iterable[Path],
+    *arguments: object,
+    mode: str = "alone",
+    sums: str = "truncated",
+    log: Path | None = None,
+    timeout: float | None = 600,
+) -> Ran:
+    """Run a program that ``program`` made on these files of PTX. launcher.cpp says what ``mode`` and ``sums`` are, and what
+    stands in the ``log`` (a file of its own for each run)."""
+    settings = {"PTX_FILES": ":".join(map(str, files)), "PTX_MODE": mode, "PTX_SUMS": sums}
+    if log:
+        log.unlink(missing_ok=True)
+        settings["PTX_LOG"] = str(log)
+    command = [str(path), *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=timeout, check=False)
+    return Ran(done.returncode, done.stdout + done.stderr, read_log(log) if log else {})
+
+
+def read_log(path: Path) -> dict[str, Tally]:
+    kernels: dict[str, Tally] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        name, *numbers = line.split()
+        kernels.setdefault(name, Tally()).add(Tally(*map(int, numbers)))
+    return kernels
+
+
+def entries(ptx: str) -> list[str]:
+    """The mangled names of a PTX text's kernels."""
+    return re.findall(r"^\.visible \.entry (\w+)\(", ptx, re.MULTILINE)
+
+
+def opcodes(ptx: str) -> set[str]:
+    """The opcodes, with their qualifiers, of a PTX text."""
+    return set(re.findall(r"^\s*(?:\{\s*)?(?:@!?%\w+\s+)?([a-z][\w.:]*)\s[^;]*;", ptx, re.MULTILINE))
+
+
+def readable(names: Iterable[str]) -> dict[str, str]:
+    """Mangled names as a person writes them."""
+    names = list(names)
+    text = subprocess.run(["c++filt", *names], check=True, capture_output=True, text=True).stdout if names else ""
+    return dict(zip(names, map(cuda_check.readable, text.splitlines())))
+
+
+def totals(runs: Iterable[Mapping[str, Tally]]) -> dict[str, Tally]:
+    """What all runs did together."""
+    all_of: dict[str, Tally] = {}
+    for kernels in runs:
+        for name, tally in kernels.items():
+            all_of.setdefault(name, Tally()).add(tally)
+    return all_of
