@@ -68,8 +68,8 @@ def run(program: Path | str, *arguments: object) -> str:
     return done.stdout
 
 
-def find_tools(environ: Mapping[str, str] = os.environ, wheels: Sequence[Path] | None = None) -> Tools:
-    """nvcc and the disassemblers: from CUDA_HOME, else from PyPI's wheels, else from wherever a build would take them.
+def find_compiler(environ: Mapping[str, str] = os.environ, wheels: Sequence[Path] | None = None) -> support.Nvcc:
+    """nvcc: from CUDA_HOME, else from PyPI's wheels, else from wherever a build would take it.
 
     The wheels go before a toolkit on PATH because their releases are pinned, and so is what ptxas makes of a kernel.
     """
@@ -82,6 +82,13 @@ def find_tools(environ: Mapping[str, str] = os.environ, wheels: Sequence[Path] |
         raise CheckError(f"nvcc {nvcc.release} ({nvcc.path}) is too old: sm_120 needs {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer")
     if nvcc.trouble:
         raise CheckError(f"nvcc {nvcc.release} ({nvcc.path}) does not work: {nvcc.trouble}")
+    return nvcc
+
+
+def find_tools(environ: Mapping[str, str] = os.environ, wheels: Sequence[Path] | None = None) -> Tools:
+    """``find_compiler``, and the disassemblers from the same places."""
+    wheels = support.nvidia_wheels() if wheels is None else wheels
+    nvcc = find_compiler(environ, wheels)
 
     def find(name: str) -> Path:
         places = [nvcc.path.parent / name, *(path for place in wheels for path in sorted(place.glob(f"cu*/bin/{name}")))]
@@ -213,14 +220,14 @@ def assemble_flags(arch: str) -> list[str]:
     return ["-Werror", "all-warnings", "-lineinfo", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
 
 
-def ptx_of(source: Path, arch: str, tools: Tools, fmad: bool = True, includes: Sequence[Path] = ()) -> Path:
+def ptx_of(source: Path, arch: str, nvcc: support.Nvcc, fmad: bool = True, includes: Sequence[Path] = ()) -> Path:
     """The PTX of ``source``; ``includes``: folders of headers besides csrc and its own."""
     near = {path for path in source.parent.iterdir() if path.suffix in (".h", ".cuh")}
     headers = sorted({*near, *(ROOT / header for header in support.headers(ROOT))})
-    command = [tools.nvcc.path, *compile_flags(arch, fmad), *(f"-I{path}" for path in (ROOT / "csrc", *includes))]
+    command = [nvcc.path, *compile_flags(arch, fmad), *(f"-I{path}" for path in (ROOT / "csrc", *includes))]
     folder = ROOT / "build" / "ptx" if source.is_relative_to(ROOT) else source.parent
     try:
-        return ptx.make(source, command, run(tools.nvcc.path, "--version"), headers, folder)
+        return ptx.make(source, command, run(nvcc.path, "--version"), headers, folder)
     except subprocess.CalledProcessError as error:
         raise CheckError(f"{source.name}, sm_{arch}: nvcc failed\n{error.stdout}{error.stderr}") from error
 
@@ -241,7 +248,7 @@ def look_at_step(kernel: Kernel, function: sass.Function) -> None:
 
 def compile_one(source: Path, arch: str, tools: Tools, cubin: Path, includes: Sequence[Path] = ()) -> list[Kernel]:
     """Compile ``source`` into ``cubin``; its kernels."""
-    command = [*assemble_flags(arch), ptx_of(source, arch, tools, includes=includes), "-o", cubin]
+    command = [*assemble_flags(arch), ptx_of(source, arch, tools.nvcc, includes=includes), "-o", cubin]
     done = subprocess.run([tools.nvcc.path, *command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CheckError(f"{source.name}, sm_{arch}: ptxas failed\n{done.stdout}{done.stderr}")

@@ -6,10 +6,12 @@ and ``launcher.cpp`` runs their launches on the PTX of the package's own sources
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,22 +51,28 @@ PROGRAMS = {
 FLAGS = ("-O1", "-g0", "-ffp-contract=off")
 
 
+compiler = functools.cache(cuda_check.find_compiler)
+
+
 def machine_sources() -> list[Path]:
     """The machine's own files."""
     return sorted(path for path in HERE.glob("*.cpp") if not path.stem.endswith("_instances"))
 
 
-def ptx_file(source: Path, arch: str, fmad: bool = True, tools: cuda_check.Tools | None = None) -> Path:
-    """The PTX of ``source`` for sm_``arch``, as ``make cuda-check`` has it; see ``cuda_check.compile_flags`` for ``fmad``."""
-    return cuda_check.ptx_of(source, arch, tools or cuda_check.find_tools(), fmad)
+def ptx_file(source: Path, arch: str, fmad: bool = True) -> Path:
+    """The PTX of ``source`` for sm_``arch``, as ``make cuda-check`` has it; see ``cuda_check.compile_flags`` for ``fmad``.
+
+    Raises:
+        cuda_check.CheckError: where there is no nvcc, or it does not compile.
+    """
+    return cuda_check.ptx_of(source, arch, compiler(), fmad)
 
 
-def ptx_files(
-    arch: str, fmad: bool = True, sources: Iterable[Path] = cuda_check.KNOWN_SOURCES, tools: cuda_check.Tools | None = None
-) -> dict[Path, Path]:
+def ptx_files(arch: str, fmad: bool = True, sources: Iterable[Path] = cuda_check.KNOWN_SOURCES) -> dict[Path, Path]:
     """The PTX of each source."""
-    tools = tools or cuda_check.find_tools()
-    return {source: ptx_file(source, arch, fmad, tools) for source in sources}
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        sources = list(sources)
+        return dict(zip(sources, pool.map(lambda source: ptx_file(source, arch, fmad), sources)))
 
 
 def program(name: str) -> Path:
