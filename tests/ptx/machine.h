@@ -64,8 +64,8 @@ struct Options {
 
 struct Launch {
   unsigned grid[3] = {1, 1, 1}, block[3] = {1, 1, 1};
-  size_t shared_bytes = 0;  // dynamic
-  unsigned cluster = 1;     // blocks, consecutive in x
+  size_t shared_bytes = 0;                       // dynamic
+  unsigned cluster = 1;                          // blocks, consecutive in x
   std::vector<std::vector<uint8_t>> parameters;  // each parameter's bytes
 };
 
@@ -74,6 +74,7 @@ struct Statistics {
 };
 
 class Program;
+struct File;
 
 // The kernels of one PTX file, decoded. Opcodes that the machine does not know are errors when a kernel is decoded: all of
 // its instructions are, whether they are reached or not.
@@ -90,6 +91,7 @@ class Module {
   // Decodes it at the first call.
   const Program& program(const std::string& entry) const;
   const std::string& target() const;  // "sm_90a"
+  const File& file() const;           // as it was read
 
  private:
   struct Impl;
@@ -97,6 +99,7 @@ class Module {
 };
 
 // Runs one launch to its end. Throws Error: the first thing that is wrong, or that nothing can go on, with who waits for what.
-Statistics run(const Module& module, const std::string& entry, const Launch& launch, Ranges& memory, const Options& options);
+Statistics run(const Module& module, const std::string& entry, const Launch& launch, Ranges& memory,
+               const Options& options);
 
 }  // namespace ptx
