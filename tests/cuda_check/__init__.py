@@ -209,10 +209,13 @@ def readable(demangled: str) -> str:
 # -- compiling --------------------------------------------------------------------------------------------------------
 
 
-def compile_flags(arch: str, fmad: bool = True) -> list[str]:
-    """setup.py's flags for one architecture, with warnings as errors. Without ``fmad``: none of its products and sums become
-    one operation, as none do on the emulator."""
-    return [*support.nvcc_flags(werror=True), f"-arch=sm_{arch}", *([] if fmad else ["-fmad=false"])]
+# No product and sum become one operation, as none do on the host; and σ and tanh are ones that are the same there.
+PLAIN = ("-fmad=false", "-DSTACKED_LSTM_PLAIN_MATHS")
+
+
+def compile_flags(arch: str, plain: bool = False) -> list[str]:
+    """setup.py's flags for one architecture, with warnings as errors. ``plain``: for bits that can be compared (``PLAIN``)."""
+    return [*support.nvcc_flags(werror=True), f"-arch=sm_{arch}", *(PLAIN if plain else ())]
 
 
 def assemble_flags(arch: str) -> list[str]:
@@ -220,11 +223,11 @@ def assemble_flags(arch: str) -> list[str]:
     return ["-Werror", "all-warnings", "-lineinfo", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
 
 
-def ptx_of(source: Path, arch: str, nvcc: support.Nvcc, fmad: bool = True, includes: Sequence[Path] = ()) -> Path:
+def ptx_of(source: Path, arch: str, nvcc: support.Nvcc, plain: bool = False, includes: Sequence[Path] = ()) -> Path:
     """The PTX of ``source``; ``includes``: folders of headers besides csrc and its own."""
     near = {path for path in source.parent.iterdir() if path.suffix in (".h", ".cuh")}
     headers = sorted({*near, *(ROOT / header for header in support.headers(ROOT))})
-    command = [nvcc.path, *compile_flags(arch, fmad), *(f"-I{path}" for path in (ROOT / "csrc", *includes))]
+    command = [nvcc.path, *compile_flags(arch, plain), *(f"-I{path}" for path in (ROOT / "csrc", *includes))]
     folder = ROOT / "build" / "ptx" if source.is_relative_to(ROOT) else source.parent
     try:
         return ptx.make(source, command, run(nvcc.path, "--version"), headers, folder)

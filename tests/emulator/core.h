@@ -351,8 +351,9 @@ struct Piece {
   size_t bytes;
   std::string name;
   Access access;
-  size_t width;                 // of an element, in bytes
-  bool (*is_nan)(const void*);  // whether an element is; null where elements are no numbers
+  size_t width;                   // of an element, in bytes
+  double (*number)(const void*);  // an element's; null where elements are no numbers
+  double epsilon;                 // from 1 to the next number
 };
 std::vector<Piece>& device_memory();  // process-wide
 

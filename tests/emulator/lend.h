@@ -15,14 +15,19 @@ namespace stacked_lstm::emulator {
 template <typename T>
 void lend(std::string name, const T* begin, int64_t count, Access access) {
   if (!begin || count <= 0) return;
-  bool (*is_nan)(const void*) = nullptr;
+  double (*number)(const void*) = nullptr;
+  double epsilon = 0;
   if constexpr (!std::is_integral_v<T> && requires(T element) { widen(element); }) {
-    is_nan = [](const void* element) {
-      const auto value = widen(*static_cast<const T*>(element));
-      return value != value;
-    };
+    number = [](const void* element) { return static_cast<double>(widen(*static_cast<const T*>(element))); };
+    static const double of_type = [] {
+      double e = 1;
+      while (widen(narrow<T>(static_cast<Accumulator<T>>(1 + e / 2))) > 1) e /= 2;
+      return e;
+    }();
+    epsilon = of_type;
   }
-  device_memory().push_back({begin, static_cast<size_t>(count) * sizeof(T), std::move(name), access, sizeof(T), is_nan});
+  device_memory().push_back(
+      {begin, static_cast<size_t>(count) * sizeof(T), std::move(name), access, sizeof(T), number, epsilon});
 }
 
 }  // namespace stacked_lstm::emulator

@@ -47,8 +47,9 @@ PROGRAMS = {
     "gates": Program((CUDA / "gates.cu",), (ROOT / "csrc" / "gates_host.cpp",), (emulator.HERE / "gates.cpp",)),
     "primitives": Program((ROOT / "benchmarks" / "primitives.cu",)),
 }
-# The kernels are compiled for the host, too: fast, and with no operation that two operations were not written for.
+# The kernels are compiled for the host, too, for their launches, and to be emulated where bits are compared.
 FLAGS = ("-O1", "-g0", "-ffp-contract=off")
+DEFINES = ("STACKED_LSTM_PLAIN_MATHS",)
 
 
 compiler = functools.cache(cuda_check.find_compiler)
@@ -59,27 +60,29 @@ def machine_sources() -> list[Path]:
     return sorted(path for path in HERE.glob("*.cpp") if not path.stem.endswith("_instances"))
 
 
-def ptx_file(source: Path, arch: str, fmad: bool = True) -> Path:
-    """The PTX of ``source`` for sm_``arch``, as ``make cuda-check`` has it; see ``cuda_check.compile_flags`` for ``fmad``.
+def ptx_file(source: Path, arch: str, plain: bool = False) -> Path:
+    """The PTX of ``source`` for sm_``arch``, as ``make cuda-check`` has it; see ``cuda_check.PLAIN``.
 
     Raises:
         cuda_check.CheckError: where there is no nvcc, or it does not compile.
     """
-    return cuda_check.ptx_of(source, arch, compiler(), fmad)
+    return cuda_check.ptx_of(source, arch, compiler(), plain)
 
 
-def ptx_files(arch: str, fmad: bool = True, sources: Iterable[Path] = cuda_check.KNOWN_SOURCES) -> dict[Path, Path]:
+def ptx_files(arch: str, plain: bool = False, sources: Iterable[Path] = cuda_check.KNOWN_SOURCES) -> dict[Path, Path]:
     """The PTX of each source."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         sources = list(sources)
-        return dict(zip(sources, pool.map(lambda source: ptx_file(source, arch, fmad), sources)))
+        return dict(zip(sources, pool.map(lambda source: ptx_file(source, arch, plain), sources)))
 
 
 def program(name: str) -> Path:
     """One of ``PROGRAMS``, compiled and linked with the emulator and the machine."""
     what = PROGRAMS[name]
     kernels = [*what.kernels, *what.more_kernels]
-    return emulator.build(f"ptx-{name}", kernels, flags=FLAGS, host_sources=[*what.host, *machine_sources()], exported=True)
+    return emulator.build(
+        f"ptx-{name}", kernels, None, DEFINES, flags=FLAGS, host_sources=[*what.host, *machine_sources()], exported=True
+    )
 
 
 @dataclass
@@ -91,7 +94,7 @@ class Tally:
     thread_steps: int = 0
     compared: int = 0  # elements, with the emulator's
     different: int = 0
-    farthest: int = 0  # units in the last place
+    farthest: float = 0  # units in the last place
 
     def add(self, other: Tally) -> None:
         self.launches += other.launches
@@ -135,7 +138,7 @@ def read_log(path: Path) -> dict[str, Tally]:
     kernels: dict[str, Tally] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         name, *numbers = line.split()
-        kernels.setdefault(name, Tally()).add(Tally(*map(int, numbers)))
+        kernels.setdefault(name, Tally()).add(Tally(*map(int, numbers[:-1]), float(numbers[-1])))
     return kernels
 
 

@@ -16,6 +16,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -38,7 +39,8 @@ namespace {
 // What is said of a kernel at the end.
 struct Tally {
   uint64_t launches = 0, warp_steps = 0, thread_steps = 0;
-  uint64_t compared = 0, different = 0, farthest = 0;  // elements; and the greatest distance, in units of the last place
+  uint64_t compared = 0, different = 0;  // elements
+  double farthest = 0;                   // the greatest difference, in units in the last place of the number, or of 1 if it is less
 };
 
 std::string setting(const char* name, const char* otherwise = "") {
@@ -64,19 +66,6 @@ std::string readable(const std::string& mangled) {
   const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status),
                                                     std::free);
   return status == 0 ? name.get() : mangled;
-}
-
-// How many numbers of a format lie between two. Bits of a sign and a magnitude are ordered as numbers are.
-uint64_t distance(const std::byte* a, const std::byte* b, size_t width) {
-  int64_t at[2] = {};
-  for (int n = 0; n < 2; ++n) {
-    uint64_t bits = 0;
-    std::memcpy(&bits, n == 0 ? a : b, width);
-    const uint64_t sign = uint64_t{1} << (8 * width - 1);
-    at[n] = bits & sign ? -static_cast<int64_t>(bits ^ sign) : static_cast<int64_t>(bits);
-  }
-  return at[0] > at[1] ? static_cast<uint64_t>(at[0]) - static_cast<uint64_t>(at[1])
-                       : static_cast<uint64_t>(at[1]) - static_cast<uint64_t>(at[0]);
 }
 
 class Session {
@@ -203,10 +192,16 @@ class Session {
       for (size_t at = 0; at + width <= emulated[n].size(); at += width) {
         ++tally.compared;
         if (std::memcmp(got + at, wanted + at, width) == 0) continue;
-        const bool nan = piece.is_nan && piece.is_nan(got + at), other_nan = piece.is_nan && piece.is_nan(wanted + at);
-        if (nan && other_nan) continue;
-        const uint64_t apart = piece.is_nan && nan == other_nan ? distance(got + at, wanted + at, width) : ~uint64_t{0};
-        ++tally.different, tally.farthest = std::max(tally.farthest, apart);
+        ++tally.different;
+        if (piece.number) {
+          const double is = piece.number(got + at), was = piece.number(wanted + at);
+          if (std::isnan(is) && std::isnan(was)) {
+            --tally.different;
+            continue;
+          }
+          tally.farthest =
+              std::max(tally.farthest, std::fabs(is - was) / (piece.epsilon * std::max(1.0, std::fabs(was))));
+        }
         if (first.empty()) {
           first = "element " + std::to_string(at / width) + " of " + piece.name + " is " + hex(got + at, width) +
                   ", on the emulator " + hex(wanted + at, width);
