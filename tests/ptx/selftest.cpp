@@ -357,6 +357,7 @@ const std::vector<Illegal> kIllegal = {
     {"non-coherent before a write", {}, "ld.global.nc.u32 %r0, [%out]; st.global.u32 [%out], %t;", "non-coherent"},
     {"non-coherent after a write", {}, "st.global.u32 [%out], %t; ld.global.nc.u32 %r0, [%out];", "non-coherent"},
     {"a division by zero", {}, "mov.u32 %r1, 0; div.s32 %r0, %t, %r1;", "a division by zero"},
+    {"a sleep that is too long", {}, "nanosleep.u32 1000001;", "a millisecond is the most"},
     {"trap", {}, "setp.eq.s32 %p1, %t, 7; @%p1 trap;", "thread 7"},
     {"lanes missing at shfl",
      {},
