@@ -306,13 +306,13 @@ class Run {
     }
   }
 
-  // A warp of the queue. Of many, one of the first: so a grid that is larger than a GPU goes through it block by block.
+  // A warp of the queue. Of many, one of the first, so that a grid larger than a GPU is worked through block by block. A warp
+  // of a slow block runs only when eight draws in a row find no other.
   Warp* pick() {
     constexpr size_t kResident = 256;
-    const size_t choice = machine_.queue.size() < kResident ? machine_.queue.size() : kResident;
+    const size_t choice = std::min(machine_.queue.size(), kResident);
     size_t n = machine_.draw(choice);
-    if (machine_.queue[n]->block->slow) n = machine_.draw(choice);  // a slow block: twice as rarely, and again
-    for (int again = 0; again < 6 && machine_.queue[n]->block->slow; ++again) n = machine_.draw(choice);
+    for (int draws = 1; draws < 8 && machine_.queue[n]->block->slow; ++draws) n = machine_.draw(choice);
     Warp* warp = machine_.queue[n];
     machine_.queue.erase(machine_.queue.begin() + static_cast<std::ptrdiff_t>(n));
     warp->queued = false;

@@ -205,8 +205,10 @@ bool decode_cluster_barrier(Decoder& d) {
 // ---- alone
 
 void sleep(Warp& w, const Instruction& i, uint32_t lanes) {
+  constexpr uint32_t kMostNanoseconds = 1'000'000;
   uint32_t longest = 0;
   each(lanes, [&](int lane) { longest = std::max(longest, w.in<uint32_t>(i.in[0])[lane]); });
+  if (longest > kMostNanoseconds) fault(-1, "nanosleep for " + std::to_string(longest) + ": a millisecond is the most");
   w.machine().time += longest;
 }
 void trap(Warp&, const Instruction&, uint32_t lanes) {
