@@ -209,13 +209,14 @@ def readable(demangled: str) -> str:
 # -- compiling --------------------------------------------------------------------------------------------------------
 
 
-# No product and sum become one operation, as none do on the host; and σ and tanh are ones that are the same there.
+# Flags for PTX whose results have the bits of the host's: no product and sum become one operation, and σ and tanh are
+# functions that are the same on both.
 PLAIN = ("-fmad=false", "-DSTACKED_LSTM_PLAIN_MATHS")
 
 
-def compile_flags(arch: str, plain: bool = False) -> list[str]:
-    """setup.py's flags for one architecture, with warnings as errors. ``plain``: for bits that can be compared (``PLAIN``)."""
-    return [*support.nvcc_flags(werror=True), f"-arch=sm_{arch}", *(PLAIN if plain else ())]
+def compile_flags(arch: str) -> list[str]:
+    """setup.py's flags for one architecture, with warnings as errors."""
+    return [*support.nvcc_flags(werror=True), f"-arch=sm_{arch}"]
 
 
 def assemble_flags(arch: str) -> list[str]:
@@ -223,14 +224,19 @@ def assemble_flags(arch: str) -> list[str]:
     return ["-Werror", "all-warnings", "-lineinfo", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
 
 
-def ptx_of(source: Path, arch: str, nvcc: support.Nvcc, plain: bool = False, includes: Sequence[Path] = ()) -> Path:
-    """The PTX of ``source``; ``includes``: folders of headers besides csrc and its own."""
+def ptx_recipe(source: Path, arch: str, nvcc: support.Nvcc, flags: Sequence[str] = (), includes: Sequence[Path] = ()) -> ptx.Recipe:
+    """How PTX is made of ``source``, with more ``flags`` if need be; ``includes``: folders of headers besides csrc and its own."""
     near = {path for path in source.parent.iterdir() if path.suffix in (".h", ".cuh")}
     headers = sorted({*near, *(ROOT / header for header in support.headers(ROOT))})
-    command = [nvcc.path, *compile_flags(arch, plain), *(f"-I{path}" for path in (ROOT / "csrc", *includes))]
+    command = (nvcc.path, *compile_flags(arch), *flags, *(f"-I{path}" for path in (ROOT / "csrc", *includes)))
     folder = ROOT / "build" / "ptx" if source.is_relative_to(ROOT) else source.parent
+    return ptx.Recipe(source, command, run(nvcc.path, "--version"), tuple(headers), folder)
+
+
+def ptx_of(source: Path, arch: str, nvcc: support.Nvcc, flags: Sequence[str] = (), includes: Sequence[Path] = ()) -> Path:
+    """The PTX of ``source``; see ``ptx_recipe``. ``CheckError`` where it does not compile."""
     try:
-        return ptx.make(source, command, run(nvcc.path, "--version"), headers, folder)
+        return ptx_recipe(source, arch, nvcc, flags, includes).make()
     except subprocess.CalledProcessError as error:
         raise CheckError(f"{source.name}, sm_{arch}: nvcc failed\n{error.stdout}{error.stderr}") from error
 

@@ -7,7 +7,8 @@ import fcntl
 import hashlib
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -19,25 +20,43 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def make(source: Path, nvcc: Sequence[str | Path], version: str, headers: Iterable[Path], folder: Path) -> Path:
-    """The PTX that the command ``nvcc`` makes of ``source``. Its name tells what it was made from, so that it is never stale:
-    the command, the compiler's ``version``, the source, and the ``headers`` that it may include.
+@dataclass(frozen=True)
+class Recipe:
+    """How the PTX of a source is made, and where it lies. Its name tells what it was made from, so that it is never stale:
+    the command, the compiler's version, the source, and the headers that it may include."""
 
-    Raises:
-        subprocess.CalledProcessError: with what nvcc said.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256("\0".join(map(str, [version, source, *nvcc])).encode())
-    stem = f"{source.stem}-{digest.hexdigest()[:8]}"
-    with _locked(folder / f"{stem}.lock"):
-        for path in (source, *headers):
-            digest.update(f"\0{path}\0".encode() + path.read_bytes())
-        target = folder / f"{stem}-{digest.hexdigest()[:16]}.ptx"
-        if not target.exists():
-            for old in folder.glob(f"{stem}-*.ptx"):
-                old.unlink()
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = Path(scratch) / target.name
-                subprocess.run([*nvcc, "-ptx", source, "-o", made], check=True, capture_output=True, text=True)
-                made.rename(target)
-    return target
+    source: Path
+    nvcc: tuple[str | Path, ...]  # the command
+    version: str
+    headers: tuple[Path, ...]
+    folder: Path
+
+    @property
+    def stem(self) -> str:
+        digest = hashlib.sha256("\0".join(map(str, [self.version, self.source, *self.nvcc])).encode())
+        return f"{self.source.stem}-{digest.hexdigest()[:8]}"
+
+    @property
+    def target(self) -> Path:
+        digest = hashlib.sha256()
+        for path in (self.source, *self.headers):
+            digest.update(f"{path}\0".encode() + path.read_bytes() + b"\0")
+        return self.folder / f"{self.stem}-{digest.hexdigest()[:16]}.ptx"
+
+    def make(self) -> Path:
+        """The file, made where it is not there.
+
+        Raises:
+            subprocess.CalledProcessError: with what nvcc said.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / f"{self.stem}.lock"):
+            target = self.target
+            if not target.exists():
+                for old in self.folder.glob(f"{self.stem}-*.ptx"):
+                    old.unlink()
+                with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+                    made = Path(scratch) / target.name
+                    subprocess.run([*self.nvcc, "-ptx", self.source, "-o", made], check=True, capture_output=True, text=True)
+                    made.rename(target)
+        return target

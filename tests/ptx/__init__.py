@@ -31,58 +31,66 @@ class Program:
     kernels: tuple[Path, ...]  # whose PTX is run
     more_kernels: tuple[Path, ...] = ()  # compiled for the host alone
     host: tuple[Path, ...] = ()
+    instances: tuple[Path, ...] = ()  # the list of what is compiled
 
 
 PROGRAMS = {
     "forward": Program(
         tuple(CUDA / f"persistent_forward_{element}.cu" for element in ELEMENTS),
         (emulator.HERE / "fast_maths.cu",),
-        (emulator.HERE / "persistent_forward.cpp", HERE / "forward_instances.cpp"),
+        (emulator.HERE / "persistent_forward.cpp",),
+        (HERE / "forward_instances.cpp",),
     ),
     "backward": Program(
         tuple(CUDA / f"persistent_backward_{element}.cu" for element in ELEMENTS),
         (),
-        (emulator.HERE / "persistent_backward.cpp", HERE / "backward_instances.cpp"),
+        (emulator.HERE / "persistent_backward.cpp",),
+        (HERE / "backward_instances.cpp",),
     ),
     "gates": Program((CUDA / "gates.cu",), (ROOT / "csrc" / "gates_host.cpp",), (emulator.HERE / "gates.cpp",)),
     "primitives": Program((ROOT / "benchmarks" / "primitives.cu",)),
+    "samples": Program((SAMPLES,), (SAMPLES.with_suffix(".cpp"),)),
 }
 # The kernels are compiled for the host, too, for their launches, and to be emulated where bits are compared.
 FLAGS = ("-O1", "-g0", "-ffp-contract=off")
 DEFINES = ("STACKED_LSTM_PLAIN_MATHS",)
 
 
+FEW = "STACKED_LSTM_FEW_INSTANCES"  # of the persistent kernels, for tests that have to be quick
+MACHINE = ("arithmetic", "async", "conversion", "decode", "machine", "matrix", "meeting", "memory", "syntax")
+
 compiler = functools.cache(cuda_check.find_compiler)
 
 
-def machine_sources() -> list[Path]:
-    """The machine's own files."""
-    return sorted(path for path in HERE.glob("*.cpp") if not path.stem.endswith("_instances"))
-
-
-def ptx_file(source: Path, arch: str, plain: bool = False) -> Path:
-    """The PTX of ``source`` for sm_``arch``, as ``make cuda-check`` has it; see ``cuda_check.PLAIN``.
+def ptx_file(source: Path, arch: str, plain: bool = False, few: bool = False) -> Path:
+    """The PTX of ``source`` for sm_``arch``: as ``make cuda-check`` has it, or ``plain`` (see ``cuda_check.PLAIN``).
 
     Raises:
         cuda_check.CheckError: where there is no nvcc, or it does not compile.
     """
-    return cuda_check.ptx_of(source, arch, compiler(), plain)
+    flags = [*(cuda_check.PLAIN if plain else ()), *([f"-D{FEW}"] if few else ())]
+    return cuda_check.ptx_of(source, arch, compiler(), flags)
+
+
+def has_ptx(source: Path, arch: str) -> bool:
+    """Whether the PTX of ``source`` for sm_``arch`` has been made already."""
+    return cuda_check.ptx_recipe(source, arch, compiler()).target.exists()
 
 
 def ptx_files(arch: str, plain: bool = False, sources: Iterable[Path] = cuda_check.KNOWN_SOURCES) -> dict[Path, Path]:
     """The PTX of each source."""
+    sources = list(sources)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        sources = list(sources)
         return dict(zip(sources, pool.map(lambda source: ptx_file(source, arch, plain), sources)))
 
 
-def program(name: str) -> Path:
+def program(name: str, few: bool = False) -> Path:
     """One of ``PROGRAMS``, compiled and linked with the emulator and the machine."""
     what = PROGRAMS[name]
-    kernels = [*what.kernels, *what.more_kernels]
-    return emulator.build(
-        f"ptx-{name}", kernels, None, DEFINES, flags=FLAGS, host_sources=[*what.host, *machine_sources()], exported=True
-    )
+    defines = [*DEFINES, *([FEW] if few else ())]
+    host = [*what.host, HERE / "launcher.cpp", *(HERE / f"{part}.cpp" for part in MACHINE)]
+    kernels = [*what.kernels, *what.more_kernels, *what.instances]
+    return emulator.build(f"ptx-{name}", kernels, None, defines, flags=FLAGS, host_sources=host, exported=True)
 
 
 @dataclass
@@ -149,7 +157,10 @@ def entries(ptx: str) -> list[str]:
 
 def opcodes(ptx: str) -> set[str]:
     """The opcodes, with their qualifiers, of a PTX text."""
-    return set(re.findall(r"^\s*(?:\{\s*)?(?:@!?%\w+\s+)?([a-z][\w.:]*)\s[^;]*;", ptx, re.MULTILINE))
+    code = re.sub(r"//.*|^\s*\.(loc|file)\b.*", "", ptx, flags=re.MULTILINE)
+    statements = re.split(r"[;{}]|[\w$]+:(?!:)(?<!::)", code)
+    found = (re.match(r"\s*(?:@!?%?\w+\s+)?([a-z][\w.:]*)", statement) for statement in statements)
+    return {match[1] for match in found if match}
 
 
 def readable(names: Iterable[str]) -> dict[str, str]:
