@@ -1,11 +1,12 @@
 """What the CUDA kernels became: compiled for every architecture, and looked at, on a machine that needs no GPU.
 
 nvcc compiles each ``csrc/cuda/*.cu``, and the program that measures primitives, once an architecture, with the flags of
-``setup.py`` and warnings as errors: to PTX, which ``make ptx`` runs, and from there. What is then known of a kernel comes from three places: ptxas' own report (registers,
-stack, spills, shared memory), cuobjdump (parameters, launch bounds) and nvdisasm (the instructions). ``MEANT`` in
-``meant.py`` says what each kernel should be; ``complaints`` compares. Of the persistent kernels the loop over time is looked
-at too (``sass.py``): where its weights lie, and what a step runs through (``slots.py`` counts that). Findings are kept in
-``build/cuda-check`` and made again only when something they depend on has changed.
+``setup.py`` and warnings as errors: to PTX, which ``make ptx`` runs, and from there to machine code. What is then known of a
+kernel comes from three places: ptxas' own report (registers, stack, spills, shared memory), cuobjdump (parameters, launch
+bounds) and nvdisasm (the instructions). ``MEANT`` in ``meant.py`` says what each kernel should be; ``complaints`` compares. Of
+the persistent kernels the loop over time is looked at too (``sass.py``): where its weights lie, and what a step runs through
+(``slots.py`` counts that). Findings are kept in ``build/cuda-check`` and made again only when something they depend on has
+changed.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ using cuda::persistent::FastMaths;
 Gates<float> fast_gates(bool tanh_unit, const Gates<float>& a) {
   return tanh_unit ? activate<FastMaths<true>>(a) : activate<FastMaths<false>>(a);
 }
-float fast_tanh(bool tanh_unit, float x) {
-  return tanh_unit ? FastMaths<true>::tanh(x) : FastMaths<false>::tanh(x);
-}
+float fast_tanh(bool tanh_unit, float x) { return tanh_unit ? FastMaths<true>::tanh(x) : FastMaths<false>::tanh(x); }
 
 }  // namespace stacked_lstm::persistent

@@ -142,18 +142,18 @@ void append_every(std::vector<Case>& all, Number type, const std::string& elemen
   for (const BackwardKernel<T>& kernel : backward_kernels<T>()) {
     const auto turn = static_cast<int>(all.size());
     const Instance& i = kernel.instance;
-    const int block_units = kGroupUnits * i.pieces / backward_pieces<T>(1), hidden = kMaxWarps * 16 * (i.m_tiles - 1) + 37;
+    const int block_units = kGroupUnits * i.pieces / backward_pieces<T>(1),
+              hidden = kMaxWarps * 16 * (i.m_tiles - 1) + 37;
     Case c = {};
     c.name = element + (i.product == kTensor ? "_tensor" : "_exact") + (i.exchange == kCluster ? "_cluster_" : "_l2_") +
              number(i.m_tiles) + "_" + number(i.pieces) + "_" + number(i.tiles);
     c.type = type, c.product = i.product, c.exchange = i.exchange;
     c.m_tiles = i.m_tiles, c.pieces = i.pieces, c.tiles = i.tiles;
     c.hidden = hidden, c.blocks = (hidden + block_units - 1) / block_units;
-    c.lanes = 2, c.steps = i.m_tiles > 2 ? 2 : 3, c.batch = kTileColumns * (c.tiles - 1) + 3, c.chunk_steps = 1 + turn % 3;
+    c.lanes = 2, c.steps = i.m_tiles > 2 ? 2 : 3, c.batch = kTileColumns * (c.tiles - 1) + 3,
+    c.chunk_steps = 1 + turn % 3;
     c.batch_groups = c.copies = 1;
-    constexpr unsigned kEach[] = {kAll,
-                                  kAll | kRecompute | kBias,
-                                  kAll | kPacked | kReverse,
+    constexpr unsigned kEach[] = {kAll, kAll | kRecompute | kBias, kAll | kPacked | kReverse,
                                   (kAll | kDropout | kAbove) & ~kShared,
                                   kAll | kBoth | kPacked | kAbove | kDropout | kRecompute};
     c.options = kEach[turn % 5];

@@ -200,11 +200,21 @@ void append_every(std::vector<Case>& all, Element element, const std::string& na
     c.layers = 2, c.steps = 4, c.batch = kTileColumns * (c.tiles - 1) + 3, c.inputs = 19, c.chunk = 1 + turn % 3;
     c.batch_groups = c.copies = 1;
     switch (turn % 5) {
-      case 0: c.options = kAll | kMasked; break;
-      case 1: c.options = kAll | kStrided; break;
-      case 2: c.options = kBias | kLast | kShifted, c.way = kReverse; break;
-      case 3: c.options = kAll, c.lengths = falling(c.steps, c.batch); break;
-      case 4: c.options = kAll | kMasked, c.way = kBoth, c.lengths = falling(c.steps, c.batch); break;
+      case 0:
+        c.options = kAll | kMasked;
+        break;
+      case 1:
+        c.options = kAll | kStrided;
+        break;
+      case 2:
+        c.options = kBias | kLast | kShifted, c.way = kReverse;
+        break;
+      case 3:
+        c.options = kAll, c.lengths = falling(c.steps, c.batch);
+        break;
+      case 4:
+        c.options = kAll | kMasked, c.way = kBoth, c.lengths = falling(c.steps, c.batch);
+        break;
     }
     all.push_back(c);
   }

@@ -40,7 +40,7 @@ namespace {
 struct Tally {
   uint64_t launches = 0, warp_steps = 0, thread_steps = 0;
   uint64_t compared = 0, different = 0;  // elements
-  double farthest = 0;                   // the greatest difference, in units in the last place of the number, or of 1 if it is less
+  double farthest = 0;  // the greatest difference, in units in the last place of the number, or of 1 if it is less
 };
 
 std::string setting(const char* name, const char* otherwise = "") {
@@ -106,7 +106,8 @@ class Session {
     }
     Report report;
     try {
-      const ptx::Statistics statistics = ptx::run(module_of(name), name, launch_of(shape, kernel), ranges_of(pieces), now());
+      const ptx::Statistics statistics =
+          ptx::run(module_of(name), name, launch_of(shape, kernel), ranges_of(pieces), now());
       ++tally.launches, tally.warp_steps += statistics.warp_steps, tally.thread_steps += statistics.thread_steps;
     } catch (const ptx::Error& error) {
       report.kind = Kind::trap;
@@ -183,7 +184,8 @@ class Session {
   }
 
   // What is not as the emulator left it, where that is wrong.
-  std::string compare(const std::vector<Piece>& pieces, const std::vector<std::vector<std::byte>>& emulated, Tally& tally) {
+  std::string compare(const std::vector<Piece>& pieces, const std::vector<std::vector<std::byte>>& emulated,
+                      Tally& tally) {
     std::string first;
     for (size_t n = 0; n < pieces.size(); ++n) {
       const Piece& piece = pieces[n];

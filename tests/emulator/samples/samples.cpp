@@ -61,8 +61,8 @@ void lend(const std::tuple<In&...>& in, const std::tuple<Out&...>& out) {
   using emulator::Access;
   emulator::device_memory().clear();
   const auto each = [](const auto& vectors, const char* name, Access access) {
-    std::apply(
-        [&](auto&... v) { (emulator::lend(name, v.data(), static_cast<int64_t>(v.size()), access), ...); }, vectors);
+    std::apply([&](auto&... v) { (emulator::lend(name, v.data(), static_cast<int64_t>(v.size()), access), ...); },
+               vectors);
   };
   each(in, "an input", Access::read), each(out, "an output", Access::read_write);
 }
