@@ -1042,6 +1042,9 @@ void cells_part() {
       continue;
     }
     run_all<T>(setup);
+    if (cells != 9) continue;
+    setup.width = 8;  // whole packs, too
+    run_all<T>(setup);
   }
   Setup nothing;
   nothing.rows = {0, 0};

@@ -207,7 +207,7 @@ void append_every(std::vector<Case>& all, Element element, const std::string& na
         c.options = kAll | kStrided;
         break;
       case 2:
-        c.options = kBias | kLast | kShifted, c.way = kReverse;
+        c.options = kBias | kLast | kSaveC | kShifted, c.way = kReverse;
         break;
       case 3:
         c.options = kAll, c.lengths = falling(c.steps, c.batch);
