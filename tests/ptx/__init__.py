@@ -28,27 +28,23 @@ SAMPLES = emulator.HERE / "samples" / "samples.cu"
 class Program:
     """One of ``tests/emulator``'s, and what it launches."""
 
-    kernels: tuple[Path, ...]  # whose PTX is run
-    more_kernels: tuple[Path, ...] = ()  # compiled for the host alone
-    host: tuple[Path, ...] = ()
-    instances: tuple[Path, ...] = ()  # the list of what is compiled
+    ptx: tuple[Path, ...]  # the sources of the kernels
+    kernels: tuple[Path, ...]  # what has their launches, and is compiled for the host
+    host: tuple[Path, ...] = ()  # what launches and judges
 
 
+def _persistent(direction: str, *more: Path) -> Program:
+    sources = tuple(CUDA / f"persistent_{direction}_{element}.cu" for element in ELEMENTS)
+    kernels = (*sources, HERE / f"{direction}_instances.cpp", *more)
+    return Program(sources, kernels, (emulator.HERE / f"persistent_{direction}.cpp",))
+
+
+PRIMITIVES = ROOT / "benchmarks" / "primitives.cu"
 PROGRAMS = {
-    "forward": Program(
-        tuple(CUDA / f"persistent_forward_{element}.cu" for element in ELEMENTS),
-        (emulator.HERE / "fast_maths.cu",),
-        (emulator.HERE / "persistent_forward.cpp",),
-        (HERE / "forward_instances.cpp",),
-    ),
-    "backward": Program(
-        tuple(CUDA / f"persistent_backward_{element}.cu" for element in ELEMENTS),
-        (),
-        (emulator.HERE / "persistent_backward.cpp",),
-        (HERE / "backward_instances.cpp",),
-    ),
-    "gates": Program((CUDA / "gates.cu",), (ROOT / "csrc" / "gates_host.cpp",), (emulator.HERE / "gates.cpp",)),
-    "primitives": Program((ROOT / "benchmarks" / "primitives.cu",)),
+    "forward": _persistent("forward", emulator.HERE / "fast_maths.cu"),
+    "backward": _persistent("backward"),
+    "gates": Program((CUDA / "gates.cu",), (CUDA / "gates.cu", ROOT / "csrc" / "gates_host.cpp"), (emulator.HERE / "gates.cpp",)),
+    "primitives": Program((PRIMITIVES,), (PRIMITIVES,)),
     "samples": Program((SAMPLES,), (SAMPLES.with_suffix(".cpp"),)),
 }
 # The kernels are compiled for the host, too, for their launches, and to be emulated where bits are compared.
@@ -89,8 +85,7 @@ def program(name: str, few: bool = False) -> Path:
     what = PROGRAMS[name]
     defines = [*DEFINES, *([FEW] if few else ())]
     host = [*what.host, HERE / "launcher.cpp", *(HERE / f"{part}.cpp" for part in MACHINE)]
-    kernels = [*what.kernels, *what.more_kernels, *what.instances]
-    return emulator.build(f"ptx-{name}", kernels, None, defines, flags=FLAGS, host_sources=host, exported=True)
+    return emulator.build(f"ptx-{name}", what.kernels, None, defines, flags=FLAGS, host_sources=host, exported=True)
 
 
 @dataclass

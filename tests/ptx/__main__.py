@@ -88,7 +88,7 @@ def missing(compiled: Iterable[str], ran: Iterable[str], arch: str) -> list[str]
 
 def coverage(arch: str, ran: dict[str, Tally], programs: Iterable[str]) -> tuple[str, list[str]]:
     """A line of counts for what has run of these programs' kernels, and what has not."""
-    compiled = [name for one in programs for source in PROGRAMS[one].kernels for name in entries(ptx_file(source, arch).read_text())]
+    compiled = [name for one in programs for source in PROGRAMS[one].ptx for name in entries(ptx_file(source, arch).read_text())]
     absent = missing(compiled, (name for name, tally in ran.items() if tally.launches), arch)
     of = [ran[name] for name in compiled if name in ran and ran[name].launches]
     steps = sum(tally.thread_steps for tally in of)
@@ -101,7 +101,7 @@ def other_opcodes(make: bool) -> tuple[list[str], list[str]]:
     said, wrong = [], []
     for arch in OTHER_ARCHS:
         base, looked_at = "90a" if float(arch) >= 90 else "80", 0
-        for source in {source for one in PROGRAMS.values() for source in one.kernels if source != SAMPLES}:
+        for source in {source for one in PROGRAMS.values() for source in one.ptx if source != SAMPLES}:
             if arch not in cuda_check.archs_of(source) or not (make or has_ptx(source, arch)):
                 continue
             looked_at += 1
@@ -131,7 +131,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         try:
             # Everything is made before anything runs: many at once, none twice.
-            sources = dict.fromkeys((source, one.arch, one.plain) for one in chosen for source in PROGRAMS[one.program].kernels)
+            sources = dict.fromkeys((source, one.arch, one.plain) for one in chosen for source in PROGRAMS[one.program].ptx)
             list(pool.map(lambda job: ptx_file(*job), sources))
             programs = {name: program(name) for name in dict.fromkeys(one.program for one in chosen)}
         except (cuda_check.CheckError, RuntimeError) as error:
@@ -142,7 +142,7 @@ def main() -> int:
         def go(job: tuple[int, Run]) -> tuple[Run, Ran, float]:
             number, one = job
             began = time.monotonic()
-            files = [ptx_file(source, one.arch, one.plain) for source in PROGRAMS[one.program].kernels]
+            files = [ptx_file(source, one.arch, one.plain) for source in PROGRAMS[one.program].ptx]
             log = Path(scratch) / f"{number}.log"
             ran = run(programs[one.program], files, *one.arguments.split(), mode=one.mode, sums=one.sums, log=log, timeout=3600)
             return one, ran, time.monotonic() - began

@@ -405,8 +405,14 @@ void Decoder::decode(const Statement& statement) {
     instruction_->flow = Flow::exit;
     return;
   }
-  if (!decode_move(*this) && !decode_arithmetic(*this) && !decode_conversion(*this) && !decode_memory(*this) &&
-      !decode_meeting(*this) && !decode_matrix(*this) && !decode_asynchronous(*this)) {
+  if (decode_move(*this) || decode_arithmetic(*this) || decode_conversion(*this)) {
+    const std::string& opcode = statement_->opcode;
+    instruction_->spread = opcode.starts_with("selp") ? Spread::choice
+                           : opcode == "and.pred"     ? Spread::conjunction
+                           : opcode == "or.pred"      ? Spread::disjunction
+                           : instruction_->outs > 0   ? Spread::all
+                                                      : Spread::none;
+  } else if (!decode_memory(*this) && !decode_meeting(*this) && !decode_matrix(*this) && !decode_asynchronous(*this)) {
     fail("an opcode that the machine does not know");
   }
   no_more();

@@ -379,6 +379,25 @@ class Run {
     each(lanes, [&](int lane) { warp.pc[static_cast<size_t>(lane)] = pc; });
   }
 
+  // Of the lanes, those in which the result has a value.
+  static uint32_t defined(const Warp& warp, const Instruction& i, uint32_t lanes) {
+    const auto written = [&](size_t n) {
+      return i.in[n].number < 0 ? kAllLanes : warp.written[static_cast<size_t>(i.in[n].number)];
+    };
+    uint32_t all = lanes;
+    for (size_t n = 0; n < i.ins; ++n) all &= written(n);
+    if (all == lanes || i.spread == Spread::all) return all;
+    each(lanes & ~all, [&](int lane) {
+      const auto has = [&](size_t n) { return (written(n) >> lane & 1) != 0; };
+      const auto is = [&](size_t n) { return warp.in<uint8_t>(i.in[n])[lane] != 0; };
+      const bool value = i.spread == Spread::choice        ? has(2) && has(is(2) ? 0 : 1)
+                         : i.spread == Spread::conjunction ? (has(0) && !is(0)) || (has(1) && !is(1))
+                                                           : (has(0) && is(0)) || (has(1) && is(1));
+      all |= uint32_t{value} << lane;
+    });
+    return all;
+  }
+
   // Operands that were never written are no values.
   void check_reads(const Warp& warp, const Instruction& i, uint32_t lanes) {
     for (size_t n = 0; n < i.ins; ++n) {
@@ -516,9 +535,17 @@ class Run {
         }
         case Flow::next: {
           if (active) {
-            check_reads(warp, i, active);
-            i.execute(warp, i, active);
-            for (size_t n = 0; n < i.outs; ++n) warp.written[static_cast<size_t>(i.out[n].number)] |= active;
+            uint32_t whole = active;
+            if (i.spread == Spread::none) {
+              check_reads(warp, i, active);
+            } else {
+              whole = defined(warp, i, active);
+            }
+            if (whole) i.execute(warp, i, whole);
+            for (size_t n = 0; n < i.outs; ++n) {
+              uint32_t& written = warp.written[static_cast<size_t>(i.out[n].number)];
+              written = (written & ~active) | whole;
+            }
           }
           ++pc;
           if (i.polls) {

@@ -39,9 +39,20 @@ enum class Flow : uint8_t {
   membermask  // with all lanes of a mask, which is the last operand, at once
 };
 
+// What comes of a source that has no value, because it was never written or what wrote it left it undefined. Compilers compute
+// with such numbers where they prefer a selection to a branch, and then do not select them.
+enum class Spread : uint8_t {
+  none,         // an error: memory, and other lanes, must not see it
+  all,          // a result without a value
+  choice,       // the same, if it is the chosen one of two numbers, or the predicate that chooses
+  conjunction,  // the same, unless the other predicate is false
+  disjunction   // or true
+};
+
 struct Instruction {
   Execute execute = nullptr;  // null where the flow is all there is
   Flow flow = Flow::next;
+  Spread spread = Spread::none;
   bool polls = false;  // it may be what a loop waits by: other warps get their turn
   bool guarded = false, guard_negated = false;
   uint8_t outs = 0, ins = 0;

@@ -181,6 +181,13 @@ const std::string kAwait =
 
 const std::vector<Legal> kLegal = {
     {"a load and a store", {}, "ld.global.nc.u32 %r0, [%in+4];" + kStore, [](unsigned n) { return 3 * n + 3; }},
+    {"what was never written, and is not selected",
+     {},
+     "setp.lt.u32 %p1, %t, 32; add.s32 %r2, %r1, 1; selp.b32 %r0, %t, %r2, %p1;\n"
+     "setp.eq.u32 %p2, %r2, 0; setp.ge.u32 %p3, %t, 32; and.pred %p4, %p2, %p3; or.pred %p5, %p1, %p2;\n"
+     "@%p4 add.s32 %r0, %r0, 100; @%p5 add.s32 %r0, %r0, 1;" +
+         kStore,
+     [](unsigned n) { return n + 1; }},
     {"vectors",
      {},
      "and.b32 %r1, %t, 28; mul.wide.u32 %d1, %r1, 4; sub.s64 %d2, %in, %d0; add.s64 %d1, %d1, %d2;\n"
@@ -336,7 +343,13 @@ const std::vector<Illegal> kIllegal = {
     {"a register that was never written",
      {},
      "add.s32 %r0, %t, %r1;" + kStore,
-     "register %r1 is read, and was never written"},
+     "register %r0 is read, and was never written"},
+    {"… in an address",
+     {},
+     "add.s64 %d1, %in, %d2; ld.global.u32 %r0, [%d1];",
+     "register %d1 is read, and was never written"},
+    {"… that is selected", {}, "setp.lt.u32 %p1, %t, 31; selp.b32 %r0, %t, %r1, %p1;" + kStore, "thread 31"},
+    {"… in a condition", {}, "setp.eq.u32 %p1, %r1, 0; @%p1 mov.u32 %r0, 1;", "the guard was never written"},
     {"… in some lanes", {}, "setp.lt.u32 %p1, %t, 31; @%p1 mov.u32 %r0, 1;" + kStore, "thread 31"},
     {"… of a lane that took no part",
      {},
