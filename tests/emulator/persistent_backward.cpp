@@ -136,27 +136,37 @@ const std::vector<Case> kCases = {
     {"l2_768", bf16, kTensor, 6, 2, 1, kL2, 1, 2, 3, 768, 48, 2, kAll & ~kShared},
 };
 
-// A case for each compiled instance, in which some warps have units in all of their tiles, with each option in turn.
+// A case for each compiled instance, with each option in turn. Of the first batch tile alone, for it takes long, and not once
+// more for float16, some warps have units in all of their tiles.
 template <typename T>
 void append_every(std::vector<Case>& all, Number type, const std::string& element) {
   for (const BackwardKernel<T>& kernel : backward_kernels<T>()) {
     const auto turn = static_cast<int>(all.size());
     const Instance& i = kernel.instance;
     const int block_units = kGroupUnits * i.pieces / backward_pieces<T>(1),
-              hidden = kMaxWarps * 16 * (i.m_tiles - 1) + 37;
+              m_tiles = i.tiles == 1 && type != f16 ? i.m_tiles : std::min(i.m_tiles, 2),
+              hidden = kMaxWarps * 16 * (m_tiles - 1) + 37;
     Case c = {};
     c.name = element + (i.product == kTensor ? "_tensor" : "_exact") + (i.exchange == kCluster ? "_cluster_" : "_l2_") +
              number(i.m_tiles) + "_" + number(i.pieces) + "_" + number(i.tiles);
     c.type = type, c.product = i.product, c.exchange = i.exchange;
     c.m_tiles = i.m_tiles, c.pieces = i.pieces, c.tiles = i.tiles;
     c.hidden = hidden, c.blocks = (hidden + block_units - 1) / block_units;
-    c.lanes = 2, c.steps = i.m_tiles > 2 ? 2 : 3, c.batch = kTileColumns * (c.tiles - 1) + 3,
-    c.chunk_steps = 1 + turn % 3;
+    constexpr int kMostBlocks = 132;  // of one a multiprocessor
+    c.lanes = 2 * c.blocks <= kMostBlocks ? 2 : 1;
+    c.steps = i.m_tiles > 2 ? 2 : 3, c.batch = kTileColumns * (c.tiles - 1) + 3, c.chunk_steps = 1 + turn % 3;
     c.batch_groups = c.copies = 1;
     constexpr unsigned kEach[] = {kAll, kAll | kRecompute | kBias, kAll | kPacked | kReverse,
                                   (kAll | kDropout | kAbove) & ~kShared,
                                   kAll | kBoth | kPacked | kAbove | kDropout | kRecompute};
-    c.options = kEach[turn % 5];
+    c.options = c.lanes == 1 ? kAll : kEach[turn % 5];
+    Cut cut;
+    cut.exchange = c.exchange, cut.tiles = c.tiles, cut.pieces = c.pieces, cut.m_tiles = c.m_tiles;
+    cut.groups = c.pieces / backward_pieces<T>(1), cut.blocks = c.blocks, cut.chunk_steps = c.chunk_steps;
+    constexpr size_t kMostBytes = 160 << 10;  // of a block's shared memory, on the smallest device
+    if (backward_shared_bytes<T>(cut, c.hidden, true) > kMostBytes) c.options &= ~unsigned{kShared};
+    cut.inputs_in_shared = (c.options & kShared) != 0;
+    if (backward_shared_bytes<T>(cut, c.hidden, true) > kMostBytes) c.chunk_steps = 1;
     c.segment_steps = turn % 3 == 0 ? 2 : 0;
     all.push_back(c);
   }

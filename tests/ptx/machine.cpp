@@ -400,7 +400,8 @@ class Run {
 
   // Operands that were never written are no values.
   void check_reads(const Warp& warp, const Instruction& i, uint32_t lanes) {
-    for (size_t n = 0; n < i.ins; ++n) {
+    const size_t sums = i.spread == Spread::sums ? i.outs : 0;  // the last ones
+    for (size_t n = 0; n + sums < i.ins; ++n) {
       const int32_t number = i.in[n].number;
       if (number < 0) continue;
       const uint32_t missing = lanes & ~warp.written[static_cast<size_t>(number)];
@@ -522,10 +523,15 @@ class Run {
           ++machine_.statistics.collectives;
           check_reads(warp, i, lanes);
           warp.undefined = 0;
+          uint32_t missing[4] = {};  // of sums
+          for (size_t n = 0; n < i.outs && i.spread == Spread::sums; ++n) {
+            const Operand& sum = i.in[i.ins - i.outs + n];
+            if (sum.number >= 0) missing[n] = lanes & ~warp.written[static_cast<size_t>(sum.number)];
+          }
           i.execute(warp, i, lanes);
           for (size_t n = 0; n < i.outs; ++n) {
             uint32_t& written = warp.written[static_cast<size_t>(i.out[n].number)];
-            written = (written | lanes) & ~(n == 0 ? warp.undefined : 0);
+            written = (written | lanes) & ~(missing[n] | (n == 0 ? warp.undefined : 0));
           }
           set_pc(warp, lanes, ++pc);
           if (warp.waiting != Waiting::nothing || lanes != warp.alive()) return true;
@@ -541,7 +547,9 @@ class Run {
             } else {
               whole = defined(warp, i, active);
             }
+            warp.undefined = 0;
             if (whole) i.execute(warp, i, whole);
+            whole &= ~warp.undefined;
             for (size_t n = 0; n < i.outs; ++n) {
               uint32_t& written = warp.written[static_cast<size_t>(i.out[n].number)];
               written = (written & ~active) | whole;

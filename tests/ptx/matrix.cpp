@@ -137,6 +137,7 @@ bool decode_multiplication(Decoder& d) {
   d.in_group(1, 4, 32);
   d.in_group(2, 2, 32);
   d.in_group(3, 4, 32);
+  d.instruction().spread = Spread::sums;
   d.executes(multiply, Flow::aligned);
   return true;
 }

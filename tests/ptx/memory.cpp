@@ -86,7 +86,8 @@ Block& Machine::owner(const Warp& warp, int lane, uint32_t address, bool own) {
   return block;
 }
 
-uint8_t* Machine::shared(const Warp& warp, int lane, uint32_t address, unsigned bytes, bool write, bool own) {
+uint8_t* Machine::shared(const Warp& warp, int lane, uint32_t address, unsigned bytes, bool write, bool own,
+                         bool* whole) {
   if (address % bytes != 0)
     fault(lane, "shared address " + hexadecimal(address) + " is no multiple of " + std::to_string(bytes));
   Block& block = owner(warp, lane, address, own);
@@ -105,6 +106,10 @@ uint8_t* Machine::shared(const Warp& warp, int lane, uint32_t address, unsigned 
     if (write) {
       marks[n] |= kWritten;
     } else if (!(marks[n] & kWritten)) {
+      if (whole) {
+        *whole = false;
+        break;
+      }
       fault(lane, "shared address " + hexadecimal(address + n) + " is read, and was never written");
     }
   }
@@ -119,8 +124,10 @@ Address address_of(Warp& w, const Instruction& i, int lane) {
   return w.in<Address>(i.in[0])[lane] + static_cast<Address>(i.offset);
 }
 
-// Where lane's access goes. `constant`: through the non-coherent path.
-uint8_t* place(Warp& w, const Instruction& i, int lane, unsigned bytes, bool write, bool constant = false) {
+// Where lane's access goes. `constant`: through the non-coherent path. `whole` becomes false where shared memory is read that was
+// never written; without it that is an error.
+uint8_t* place(Warp& w, const Instruction& i, int lane, unsigned bytes, bool write, bool constant = false,
+               bool* whole = nullptr) {
   Machine& machine = w.machine();
   switch (static_cast<Space>(i.space)) {
     case Space::global: {
@@ -129,9 +136,9 @@ uint8_t* place(Warp& w, const Instruction& i, int lane, unsigned bytes, bool wri
       return machine.global(lane, address, bytes, write, constant);
     }
     case Space::shared_cta:
-      return machine.shared(w, lane, address_of<uint32_t>(w, i, lane), bytes, write, true);
+      return machine.shared(w, lane, address_of<uint32_t>(w, i, lane), bytes, write, true, whole);
     case Space::shared_cluster:
-      return machine.shared(w, lane, address_of<uint32_t>(w, i, lane), bytes, write, false);
+      return machine.shared(w, lane, address_of<uint32_t>(w, i, lane), bytes, write, false, whole);
     case Space::parameter: {
       const uint64_t offset = address_of<uint64_t>(w, i, lane) - kParameterWindow;
       if (write) fault(lane, "a parameter is written");
@@ -144,7 +151,7 @@ uint8_t* place(Warp& w, const Instruction& i, int lane, unsigned bytes, bool wri
     case Space::generic: {
       const auto address = address_of<uint64_t>(w, i, lane);
       if (address >> 56 == kSharedWindow >> 56) {
-        return machine.shared(w, lane, static_cast<uint32_t>(address), bytes, write, false);
+        return machine.shared(w, lane, static_cast<uint32_t>(address), bytes, write, false, whole);
       }
       return machine.global(lane, address, bytes, write, constant);
     }
@@ -152,11 +159,14 @@ uint8_t* place(Warp& w, const Instruction& i, int lane, unsigned bytes, bool wri
   return nullptr;
 }
 
-// `elements` of `element_bytes` each, into registers that may be wider. mode 1: non-coherent.
+// `elements` of `element_bytes` each, into registers that may be wider. mode 1: non-coherent. What shared memory never got has no
+// value, and is none in the register.
 void load(Warp& w, const Instruction& i, uint32_t lanes) {
   const unsigned bytes = i.element_bytes;
   each(lanes, [&](int lane) {
-    const uint8_t* from = place(w, i, lane, bytes * i.elements, false, i.mode == 1);
+    bool whole = true;
+    const uint8_t* from = place(w, i, lane, bytes * i.elements, false, i.mode == 1, &whole);
+    if (!whole) w.undefined |= uint32_t{1} << lane;
     for (unsigned n = 0; n < i.elements; ++n) {
       uint64_t value = 0;
       std::memcpy(&value, from + n * bytes, bytes);

@@ -46,7 +46,8 @@ enum class Spread : uint8_t {
   all,          // a result without a value
   choice,       // the same, if it is the chosen one of two numbers, or the predicate that chooses
   conjunction,  // the same, unless the other predicate is false
-  disjunction   // or true
+  disjunction,  // or true
+  sums          // mma: of a sum that went in, the same sum that comes out; nothing else may be without a value
 };
 
 struct Instruction {

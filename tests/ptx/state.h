@@ -164,8 +164,9 @@ struct Machine {
 
   // ---- memory
   uint8_t* global(int lane, uint64_t address, unsigned bytes, bool write, bool constant);
-  // `own`: by the window shared::cta.
-  uint8_t* shared(const Warp& warp, int lane, uint32_t address, unsigned bytes, bool write, bool own);
+  // `own`: by the window shared::cta. `whole`: see place() of memory.cpp.
+  uint8_t* shared(const Warp& warp, int lane, uint32_t address, unsigned bytes, bool write, bool own,
+                  bool* whole = nullptr);
   Block& owner(const Warp& warp, int lane, uint32_t address, bool own);
 
   // ---- mbarriers and copies
