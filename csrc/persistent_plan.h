@@ -25,6 +25,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -66,7 +67,8 @@ struct Ask {
   const Instance* backward = nullptr;
   int64_t backward_count = 0;
   // How many blocks of such a launch the device holds at once, if the driver can be asked. It is, for the cuts of the
-  // cheapest plan; where the answer is less than the Device promises, that counts, and the plan is made anew.
+  // cheapest plan; where the answer is less than the Device promises, that counts, and the plan is made anew. (An answer that
+  // is more changes nothing: the Device should promise no less than there is.)
   std::function<int64_t(bool backward, const Cut& cut, int most_inputs, int hidden, bool over)> capacity;
 };
 
@@ -290,10 +292,12 @@ inline StepCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Hom
   cost.w_ih = w_ih;
   cost.reads_every = m.backward ? cut.chunk_steps : std::max(kPassTiles / cut.tiles, 1);
 
-  // What comes to a block each step. Half of a word through L2 is its tag.
+  // What comes to a block each step, if not from itself. Half of a word through L2 is its tag.
   const double arriving = columns * units * (m.backward ? 4 : bytes);
-  cost.exchange = cut.exchange == Exchange::cluster ? costs.cluster_us + m.cycles_us(arriving / costs.cluster_rate)
-                                                    : costs.l2_us + m.cycles_us(2 * arriving / costs.l2_rate);
+  cost.exchange = inside_block(cut, static_cast<size_t>(m.ask.bytes))
+                      ? m.cycles_us(costs.barrier + costs.shared_latency)
+                  : cut.exchange == Exchange::cluster ? costs.cluster_us + m.cycles_us(arriving / costs.cluster_rate)
+                                                      : costs.l2_us + m.cycles_us(2 * arriving / costs.l2_rate);
 
   // Rows of W_hh, their K, and the warps that share them: tensor cores are busy, or a warp waits for its own sums, or for
   // the other operand. Forward, one tile of columns has two chains of sums.
@@ -389,6 +393,7 @@ void for_each_cut(const Ask& ask, bool backward, int64_t hidden, Visit&& visit) 
     if (i->product != ask.product || (i->m_tiles > 0) != backward) continue;
     Cut cut;
     cut.product = i->product, cut.exchange = i->exchange;
+    const int least_blocks = cut.exchange == Exchange::cluster ? kMinCluster : 1;
     cut.tiles = i->tiles, cut.pieces = i->pieces, cut.m_tiles = i->m_tiles;
     const auto own = [&](int64_t groups) {
       cut.groups = static_cast<int>(groups);
@@ -398,7 +403,7 @@ void for_each_cut(const Ask& ask, bool backward, int64_t hidden, Visit&& visit) 
       const int64_t rows = i->pieces * elements;
       if (rows % (4 * kGroupUnits) != 0) continue;
       own(rows / (4 * kGroupUnits));
-      if (cut.units() <= kMaxWarps * kTileRows * i->m_tiles) visit(cut);
+      if (cut.blocks >= least_blocks && cut.units() <= kMaxWarps * kTileRows * i->m_tiles) visit(cut);
       continue;
     }
     for (int splits = 1; splits <= kMaxWarps; ++splits) {
@@ -408,7 +413,7 @@ void for_each_cut(const Ask& ask, bool backward, int64_t hidden, Visit&& visit) 
       for (int groups = 1; groups * splits <= kMaxWarps; ++groups) {
         own(groups);
         // More groups without fewer blocks only cost more.
-        if (cut.blocks == blocks_before || !holds(*i)) continue;
+        if (cut.blocks < least_blocks || cut.blocks == blocks_before || !holds(*i)) continue;
         blocks_before = cut.blocks;
         const bool smaller = std::any_of(instances, instances + count, [&](const Instance& other) {
           return other.product == i->product && other.exchange == i->exchange && other.tiles == i->tiles &&
@@ -594,6 +599,7 @@ class Planner {
     });
     for_each_cut(m_.ask, m_.backward, hidden, [&](const Cut& cut) {
       if (smallest_tiles > 0 && cut.tiles > smallest_tiles) return;
+      if (only_ && cut.exchange != *only_) return;
       Pass pass;
       pass.first_layer = first, pass.last_layer = first + count;
       pass.backward = m_.backward, pass.directions = directions_, pass.hidden = hidden;
@@ -741,6 +747,24 @@ class Planner {
   }
 
   Plan cheapest() {
+    only_.reset();
+    Plan best = cheapest_passes();
+    if (!m_.backward || !best.why_not.empty() || m_.device.max_cluster < kMinCluster) return best;
+    // Passes are chosen for themselves, not for the SMs that they leave to weight gradients; and the two exchanges differ in
+    // those: clusters leave idle what does not make up a cluster. So a plan by each of them alone is compared as well.
+    for (const Exchange exchange : {Exchange::cluster, Exchange::l2}) {
+      if (std::all_of(best.passes.begin(), best.passes.end(), [&](auto& p) { return p.cut.exchange == exchange; }))
+        continue;
+      only_ = exchange;
+      const Plan other = cheapest_passes();
+      if (other.why_not.empty() && other.predicted_us < best.predicted_us) best = other;
+    }
+    only_.reset();
+    return best;
+  }
+
+  // By the exchange `only_`, if it is set.
+  Plan cheapest_passes() {
     passes_.clear();
     tails_.assign(static_cast<size_t>(depth_ + 1), {});
     tails_.back() = {0, 0};
@@ -820,6 +844,7 @@ class Planner {
   const Model m_;
   const int64_t directions_, depth_;
   std::vector<Held> told_;
+  std::optional<Exchange> only_;
   std::map<std::tuple<int64_t, int64_t, int64_t>, Pass> passes_;  // by the first layer's inputs, hidden and count
   std::vector<Tail> tails_;
 };
