@@ -226,12 +226,11 @@ def assemble_flags(arch: str) -> list[str]:
 
 
 def ptx_recipe(source: Path, arch: str, nvcc: support.Nvcc, flags: Sequence[str] = (), includes: Sequence[Path] = ()) -> ptx.Recipe:
-    """How PTX is made of ``source``, with more ``flags`` if need be; ``includes``: folders of headers besides csrc and its own."""
-    near = {path for path in source.parent.iterdir() if path.suffix in (".h", ".cuh")}
-    headers = sorted({*near, *(ROOT / header for header in support.headers(ROOT))})
+    """How PTX is made of ``source``, with more ``flags`` if need be; ``includes``: folders of headers besides csrc."""
+    headers = ptx.included(source, [ROOT / "csrc", *includes])
     command = (nvcc.path, *compile_flags(arch), *flags, *(f"-I{path}" for path in (ROOT / "csrc", *includes)))
     folder = ROOT / "build" / "ptx" if source.is_relative_to(ROOT) else source.parent
-    return ptx.Recipe(source, command, run(nvcc.path, "--version"), tuple(headers), folder)
+    return ptx.Recipe(source, command, run(nvcc.path, "--version"), headers, folder)
 
 
 def ptx_of(source: Path, arch: str, nvcc: support.Nvcc, flags: Sequence[str] = (), includes: Sequence[Path] = ()) -> Path:
