@@ -273,8 +273,7 @@ inline Status launch(const LaunchConfig& config, const void* kernel, void** argu
     cudaLaunchAttribute& priority = prepared.attributes[launch.numAttrs++];
     priority.id = cudaLaunchAttributePriority;
     priority.val.priority = Known::instance().greatest_priority();
-    const Demand demand =
-        demand_of(blocks(config), capacity, config.cluster, static_cast<uint64_t>(multiprocessors));
+    const Demand demand = demand_of(blocks(config), capacity, config.cluster, static_cast<uint64_t>(multiprocessors));
     return status_of(in_turn(device).run(launch.stream, demand, queue));
   }
   return status_of(queue());

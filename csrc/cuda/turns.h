@@ -68,7 +68,7 @@ class Turns {
     const auto [known, is_new] = group_.try_emplace(stream, Member{demand, mark});
     if (is_new) return;
     Member& member = known->second;
-    member.demand = worst(member.demand, demand);
+    member.demand = {std::max(member.demand.blocks, demand.blocks), std::min(member.demand.spare, demand.spare)};
     retired.push_back(std::exchange(member.mark, mark));
   }
 
@@ -87,25 +87,14 @@ class Turns {
     Mark mark;      // of the last one: the stream has then done the others, too
   };
 
-  static Demand worst(const Demand& a, const Demand& b) {
-    return {std::max(a.blocks, b.blocks), std::min(a.spare, b.spare)};
-  }
-
-  // Whether the newest group still fits on the device when this launch joins it.
+  // Whether the newest group, which fits on the device, still does when this launch joins it.
   bool fits(uint64_t stream, const Demand& demand) const {
-    Demand own = demand;
     uint64_t others = 0;
-    for (const auto& [number, member] : group_) {
-      if (number == stream) {
-        own = worst(own, member.demand);
-      } else {
-        others += member.demand.blocks;
-      }
-    }
-    if (others > own.spare) return false;
+    for (const auto& [other, member] : group_) others += other == stream ? 0 : member.demand.blocks;
+    if (others > demand.spare) return false;
     return std::all_of(group_.begin(), group_.end(), [&](const auto& entry) {
       const Demand& its = entry.second.demand;
-      return entry.first == stream || others - its.blocks + own.blocks <= its.spare;
+      return entry.first == stream || others - its.blocks + demand.blocks <= its.spare;
     });
   }
 
@@ -178,7 +167,11 @@ class InTurn {
       return error;
     }
     const Error error = Calls::record(made, stream);
-    (error == Error{} ? event : unused_.emplace_back()) = made;
+    if (error == Error{}) {
+      event = made;
+    } else {
+      unused_.push_back(made);
+    }
     return error;
   }
 
