@@ -248,6 +248,8 @@ const std::vector<Row> kTable = {
     {"one multiprocessor too many", {{'A', {60}, ""}, {'B', {73}, "A"}}},
     {"three fit in pairs, not all", {{'A', {50}, ""}, {'B', {50}, ""}, {'C', {50}, "AB"}, {'D', {50}, "AB"}}},
     {"a stream counts with the largest of its launches", {{'A', {100}, ""}, {'A', {10}, ""}, {'B', {60}, "A"}}},
+    {"whichever it is", {{'A', {10}, ""}, {'A', {100}, ""}, {'B', {60}, "A"}}},
+    {"and with the one that is easiest to disturb", {{'A', {16}, ""}, {'A', {16, 16}, ""}, {'B', {7}, "A"}}},
     {"and once that is over, with the others", {{'A', {100}, ""}, {'B', {60}, "A"}, {'A', {60}, ""}, {'B', {60}, ""}}},
     {"two blocks a multiprocessor, yet one on each", {{'A', {132, 1, 2}, ""}, {'B', {1}, "A"}}},
     {"a block may cost two places", {{'A', {100, 1, 2}, ""}, {'B', {83, 1, 2}, "A"}}},
@@ -308,6 +310,13 @@ void calls() {
       queue(turns, n < 5 ? 'A' : 'B', all);
       expect(played.records == n, "from then on every launch is marked when it is queued");
     }
+  }
+  {
+    played = Played{};
+    played.default_a = true;
+    InTurn<PlayedCalls> turns;
+    for (const char stream : {'A', 'B', 'A'}) queue(turns, stream, demand_of(Kind{20}));
+    expect(played.records == 2, "also where the second stream's launch fits beside the first");
   }
   {
     played = Played{};
