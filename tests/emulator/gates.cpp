@@ -1130,6 +1130,8 @@ void numbers_part() {
   for (const size_t count : {0, 1, 127, 128, 129, 499, 500, 501, 1000, 1203}) {
     std::vector<int64_t> given(count), got(count + 2, kUntouched);
     for (size_t n = 0; n < count; ++n) given[n] = (int64_t{1} << 40) + static_cast<int64_t>(n * n);
+    emulator::device_memory().clear();
+    emulator::lend("numbers", got.data() + 1, static_cast<int64_t>(count), emulator::Access::read_write);
     const std::string error = table().numbers(given.data(), static_cast<int64_t>(count), got.data() + 1, nullptr);
     expect(error.empty() && std::equal(given.begin(), given.end(), got.begin() + 1) && got.front() == kUntouched &&
                got.back() == kUntouched,
