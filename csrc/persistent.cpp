@@ -166,7 +166,8 @@ std::string misfit(const Plan& plan, const StackShape& shape, const Kernels<T>& 
     if (shape.directions == 2 && layers > 1) return who + "a bidirectional layer needs the whole layer below it";
     if (lanes > kMaxLanes) return who + number(lanes) + " lanes, and a launch takes " + number(kMaxLanes);
     const int64_t hidden = shape.layers[0].hidden;
-    if (cut.blocks < 1 || cut.groups < 1 || cut.tiles < 1 || cut.chunk_steps < 1 || cut.units() < hidden) {
+    if (std::string error = blocks_misfit(cut); !error.empty()) return who + error;
+    if (cut.groups < 1 || cut.tiles < 1 || cut.chunk_steps < 1 || cut.units() < hidden) {
       return who + number(cut.units()) + " units in blocks of " + number(cut.block_units()) + ", and there are " +
              number(hidden);
     }

@@ -30,8 +30,10 @@ inline constexpr int kMaxLanes = 32;
 inline constexpr int kGroupUnits = 8;
 inline constexpr int kTileColumns = 8;  // of the batch
 inline constexpr int kWarpThreads = 32;
-inline constexpr int kMaxWarps = 8;     // of a block: 65536 registers, 255 a thread
-inline constexpr int kMaxCluster = 16;  // blocks
+inline constexpr int kMaxWarps = 8;  // of a block: 65536 registers, 255 a thread
+// Blocks of a cluster. st.async is undefined in a cluster of one block (PTX ISA: it needs %cluster_nctarank > 1), so a lane
+// of one block has Exchange::l2.
+inline constexpr int kMinCluster = 2, kMaxCluster = 16;
 // What a quad of lanes loads of a row of weights or of h at a time, 16 bytes each: two k-steps of mma.
 inline constexpr int kPieceBytes = 64;
 template <typename T>
@@ -62,10 +64,31 @@ struct Cut {
   STACKED_LSTM_HOST_DEVICE int units() const { return blocks * block_units(); }  // of a lane, padded
 };
 
+// What is wrong with how many blocks a lane has, or "".
+inline std::string blocks_misfit(const Cut& cut) {
+  const bool cluster = cut.exchange == Exchange::cluster;
+  if (cut.blocks >= (cluster ? kMinCluster : 1) && !(cluster && cut.blocks > kMaxCluster)) return "";
+  return std::to_string(cut.blocks) + " blocks of a lane: " +
+         (cluster ? "a cluster has " + std::to_string(kMinCluster) + " to " + std::to_string(kMaxCluster)
+                  : "it has at least 1") +
+         (cluster && cut.blocks == 1 ? ", since a cluster of one block has no peers to push to" : "");
+}
+
 // Backward: pieces of K that `groups` groups come to.
 template <typename T>
 STACKED_LSTM_HOST_DEVICE int backward_pieces(int groups) {
   return groups * 4 * kGroupUnits / kPieceElements<T>;  // 1 a group in 16 bits, 2 in 32
+}
+
+// Exchange::l2 in a lane of one block: h, or the sums of dh, stay in the block's shared memory, and nothing goes through L2.
+// Compiled into the instances that hold every lane that one block can, with the fewest weights; the others have words all the
+// same. `element`: bytes.
+STACKED_LSTM_HOST_DEVICE constexpr bool may_be_inside_block(int m_tiles, int pieces, size_t element) {
+  const int k = pieces * kPieceBytes / static_cast<int>(element);
+  return m_tiles > 0 ? m_tiles == 1 : k <= kMaxWarps * kGroupUnits;
+}
+STACKED_LSTM_HOST_DEVICE constexpr bool inside_block(const Cut& cut, size_t element) {
+  return cut.exchange == Exchange::l2 && cut.blocks == 1 && may_be_inside_block(cut.m_tiles, cut.pieces, element);
 }
 
 // What is compiled: a kernel for each of these; the other members of Cut are known at run time.
@@ -290,8 +313,8 @@ size_t forward_shared_bytes(const Cut& cut, int inputs) {
 // Where things are in a backward block's shared memory. Offsets in bytes; `over`: some lane of the launch has one over it.
 template <typename T>
 struct BackwardLayout {
-  uint32_t arrived;     // 2 mbarriers
-  uint32_t sums;        // Exchange::cluster: [source block][exchange mod 2][cell] of dh, partial
+  uint32_t arrived;  // 2 mbarriers
+  uint32_t sums;     // Exchange::cluster: [source block][exchange mod 2][cell] of dh, partial; inside a block: [cell]
   uint32_t grad_gates;  // [step mod 2][column][pitch]: K of the block's product
   uint32_t above;       // [step of the chunk][column][pitch]: the same of the lane above
   uint32_t from_above;  // [step of the chunk][batch tile][m_tile][thread] of 4 sums: what dh's accumulators start from
@@ -306,7 +329,9 @@ struct BackwardLayout {
     const int64_t cells = int64_t{cut.columns()} * cut.block_units();
     arrived = 0;
     sums = 16;
-    grad_gates = sums + (cut.exchange == Exchange::cluster ? size(2 * cut.blocks * cells * 4) : 0);
+    grad_gates = sums + (cut.exchange == Exchange::cluster ? size(2 * cut.blocks * cells * 4)
+                         : inside_block(cut, sizeof(T))    ? size(cells * 4)
+                                                           : 0);
     above = grad_gates + size(2 * step);
     from_above = above + size(chunk_steps * step);
     weights = from_above + size(chunk_steps * tiles * kThreadBytes);

@@ -290,10 +290,12 @@ inline StepCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Hom
   cost.w_ih = w_ih;
   cost.reads_every = m.backward ? cut.chunk_steps : std::max(kPassTiles / cut.tiles, 1);
 
-  // What comes to a block each step. Half of a word through L2 is its tag.
+  // What comes to a block each step, if not from itself. Half of a word through L2 is its tag.
   const double arriving = columns * units * (m.backward ? 4 : bytes);
-  cost.exchange = cut.exchange == Exchange::cluster ? costs.cluster_us + m.cycles_us(arriving / costs.cluster_rate)
-                                                    : costs.l2_us + m.cycles_us(2 * arriving / costs.l2_rate);
+  cost.exchange = inside_block(cut, static_cast<size_t>(m.ask.bytes))
+                      ? m.cycles_us(costs.barrier + costs.shared_latency)
+                  : cut.exchange == Exchange::cluster ? costs.cluster_us + m.cycles_us(arriving / costs.cluster_rate)
+                                                      : costs.l2_us + m.cycles_us(2 * arriving / costs.l2_rate);
 
   // Rows of W_hh, their K, and the warps that share them: tensor cores are busy, or a warp waits for its own sums, or for
   // the other operand. Forward, one tile of columns has two chains of sums.
@@ -389,6 +391,7 @@ void for_each_cut(const Ask& ask, bool backward, int64_t hidden, Visit&& visit) 
     if (i->product != ask.product || (i->m_tiles > 0) != backward) continue;
     Cut cut;
     cut.product = i->product, cut.exchange = i->exchange;
+    const int least_blocks = cut.exchange == Exchange::cluster ? kMinCluster : 1;
     cut.tiles = i->tiles, cut.pieces = i->pieces, cut.m_tiles = i->m_tiles;
     const auto own = [&](int64_t groups) {
       cut.groups = static_cast<int>(groups);
@@ -398,7 +401,7 @@ void for_each_cut(const Ask& ask, bool backward, int64_t hidden, Visit&& visit) 
       const int64_t rows = i->pieces * elements;
       if (rows % (4 * kGroupUnits) != 0) continue;
       own(rows / (4 * kGroupUnits));
-      if (cut.units() <= kMaxWarps * kTileRows * i->m_tiles) visit(cut);
+      if (cut.blocks >= least_blocks && cut.units() <= kMaxWarps * kTileRows * i->m_tiles) visit(cut);
       continue;
     }
     for (int splits = 1; splits <= kMaxWarps; ++splits) {
@@ -408,7 +411,7 @@ void for_each_cut(const Ask& ask, bool backward, int64_t hidden, Visit&& visit) 
       for (int groups = 1; groups * splits <= kMaxWarps; ++groups) {
         own(groups);
         // More groups without fewer blocks only cost more.
-        if (cut.blocks == blocks_before || !holds(*i)) continue;
+        if (cut.blocks < least_blocks || cut.blocks == blocks_before || !holds(*i)) continue;
         blocks_before = cut.blocks;
         const bool smaller = std::any_of(instances, instances + count, [&](const Instance& other) {
           return other.product == i->product && other.exchange == i->exchange && other.tiles == i->tiles &&

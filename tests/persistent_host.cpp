@@ -61,7 +61,7 @@ std::string misfit(const Arguments& a, const Instance* instances, int count) {
     return "no such kernel";
   if (s.lanes < 1 || s.lanes > kMaxLanes) return number(s.lanes) + " lanes";
   if (cut.units() < s.hidden) return "units for " + number(cut.units()) + " of " + number(s.hidden);
-  if (cut.exchange == Exchange::cluster && cut.blocks > kMaxCluster) return "a cluster of " + number(cut.blocks);
+  if (std::string error = blocks_misfit(cut); !error.empty()) return error;
   if (s.first_group < 0 || s.copies < 1 || s.first_group + s.copies > s.batch_groups)
     return "batch groups out of range";
   for (int group = 0; group < s.batch_groups; ++group) {

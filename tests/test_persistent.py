@@ -321,7 +321,10 @@ WRONG = [  # a forward pass of 4 layers of 9 units, and what is said of it
     ([forward_pass(0, 3)], "do not take all layers"),
     ([forward_pass(1, 4)], "in order"),
     ([forward_pass(0, 2), forward_pass(1, 4)], "in order"),
-    ([forward_pass(0, 4, blocks=1)], "8 units in blocks of 8, and there are 9"),
+    ([forward_pass(0, 4, blocks=1)], "1 blocks of a lane: a cluster has 2 to 16"),
+    ([forward_pass(0, 4, blocks=17)], "17 blocks of a lane: a cluster has 2 to 16"),
+    ([forward_pass(0, 4, blocks=1, l2=1)], "8 units in blocks of 8, and there are 9"),
+    ([forward_pass(0, 4, blocks=0, l2=1)], "0 blocks of a lane: it has at least 1"),
     ([forward_pass(0, 4, batch_groups=7, copies=8)], "batch groups"),
     ([forward_pass(0, 4, pieces=3)], "no kernel of 3 pieces"),
     ([forward_pass(0, 4, tiles=3)], "no kernel"),
@@ -869,7 +872,7 @@ def emulated(host):
 EMULATED = [
     Case(3, 5, 6, 4, 7),
     Case(2, 3, 4, 5, 40),
-    Case(3, 6, 7, 4, 9, lengths=(7, 7, 5, 2, 1, 1)),
+    Case(3, 6, 7, 4, 33, lengths=(7, 7, 5, 2, 1, 1)),
     Case(2, 5, 4, 4, 8, lengths=(4, 4, 2, 1, 1), bidirectional=True),
     Case(2, 19, 3, 33, 24, bias=False),
 ]
@@ -882,8 +885,8 @@ EMULATED = [
 def test_the_cuda_kernels_match_float64_in_the_same_driver(case, device, kind, saving, emulated):
     with planned_for(device):
         check(case, kind, saving, dropout=0.3)
-    exchange = "cluster" if device == "h100" else "l2"
-    assert {part["exchange"] for part in last_run()["passes"]} == {exchange}
+    for part in last_run()["passes"]:
+        assert part["exchange"] == ("cluster" if device == "h100" and part["blocks_lane"] > 1 else "l2")
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
@@ -902,10 +905,10 @@ def test_the_cuda_kernels_give_the_same_bits_in_any_order(case, kind, emulated):
 @pytest.mark.parametrize("l2", [0, 1], ids=["cluster", "l2"])
 @pytest.mark.parametrize("lengths", [None, (7, 7, 5, 2, 1, 1)], ids=["padded", "packed"])
 def test_the_cuda_kernels_give_the_same_bits_in_segments_and_rounds(lengths, l2, emulated):
-    case = Case(3, 6, 7, 5, 20, lengths=lengths)
+    case = Case(3, 6, 7, 5, 36, lengths=lengths)
     arguments = persistent_arguments(case, torch.bfloat16, dropout=0.25, seed=3)
-    forward = {"first_layer": 0, "last_layer": 3, "l2": l2, "blocks": 3, "chunk_steps": 2}
-    backward = {**forward, "blocks": 1, "groups": 4, "pieces": 4, "m_tiles": 1, "chunk_steps": 2}
+    forward = {"first_layer": 0, "last_layer": 3, "l2": l2, "blocks": 5, "chunk_steps": 2}
+    backward = {**forward, "blocks": 2, "groups": 4, "pieces": 4, "m_tiles": 1, "chunk_steps": 2}
     with cut_up([forward], [backward]):
         whole = run_operators(arguments)
     with cut_up([{**forward, "batch_groups": 3, "copies": 2}], [{**backward, "segment_steps": 2, "batch_groups": 2, "copies": 1}]):

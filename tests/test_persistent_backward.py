@@ -8,7 +8,8 @@ import pytest
 KERNELS = [emulator.HERE / "persistent_backward_16.cu", emulator.HERE / "persistent_backward_32.cu"]
 CHECKS = [emulator.HERE / "persistent_backward.cpp"]
 # Small ones, in which every line of the kernel and every way to wait is; and of these, every way that threads meet.
-SMALL = ["two_steps", "dropout", "reverse", "both", "tf32_odd", "float", "l2_one", "l2_two", "l2_ragged", "l2_batch", "l2_float"]
+SMALL = ["two_steps", "dropout", "reverse", "both", "tf32_odd", "float", "l2_one", "inside_one", "l2_two", "l2_ragged"]
+SMALL += ["l2_batch", "l2_float"]
 MEETING = ["two_steps", "dropout", "both", "tf32_odd", "l2_one", "l2_two", "l2_float"]
 
 
@@ -28,7 +29,7 @@ def succeeds(*arguments, sanitizer=None):
 GROUPS = [
     ["one", "alone", "two", "deep", "ragged", "ninety", "dropout", "half", "layer"],
     ["packed", "reverse", "nothing", "both", "groups", "full"],
-    ["tf32", "float", "l2"],
+    ["tf32", "float", "l2", "inside", "not_inside"],
 ]
 
 

@@ -24,17 +24,26 @@ struct Status {
 
 struct LaunchConfig {
   dim3 grid, block;
-  size_t shared_bytes = 0;   // dynamic shared memory of a block
-  unsigned cluster = 1;      // blocks, consecutive in x
+  size_t shared_bytes = 0;  // dynamic shared memory of a block
+  // Blocks of a cluster, consecutive in x; 0: a kernel without clusters. 1 is refused: a kernel that pushes to its peers
+  // (st.async) is undefined in a cluster of one block.
+  unsigned cluster = 0;
   bool co_resident = false;  // blocks wait for each other: refused if not all fit on the device at once
   void* stream = nullptr;    // a cudaStream_t
 };
 
 namespace launch_detail {
 
+constexpr int kInvalidConfiguration = 9;  // of cudaError_t
+
 inline uint64_t blocks(const LaunchConfig& config) {
   return static_cast<uint64_t>(config.grid.x) * config.grid.y * config.grid.z;
 }
+
+inline bool lone_cluster(const LaunchConfig& config) { return config.cluster == 1; }
+
+// How many blocks are placed together.
+inline unsigned placed_together(const LaunchConfig& config) { return config.cluster > 0 ? config.cluster : 1; }
 
 inline std::string does_not_fit(const LaunchConfig& config, uint64_t capacity) {
   std::string text = "too many blocks in cooperative launch: " + std::to_string(blocks(config));
@@ -273,7 +282,8 @@ inline Status launch(const LaunchConfig& config, const void* kernel, void** argu
     cudaLaunchAttribute& priority = prepared.attributes[launch.numAttrs++];
     priority.id = cudaLaunchAttributePriority;
     priority.val.priority = Known::instance().greatest_priority();
-    const Demand demand = demand_of(blocks(config), capacity, config.cluster, static_cast<uint64_t>(multiprocessors));
+    const Demand demand =
+        demand_of(blocks(config), capacity, placed_together(config), static_cast<uint64_t>(multiprocessors));
     return status_of(in_turn(device).run(launch.stream, demand, queue));
   }
   return status_of(queue());
@@ -292,8 +302,12 @@ inline uint64_t capacity(const LaunchConfig& config, const void* kernel) {
 
 namespace stacked_lstm::cuda::launch_detail {
 
+inline emulator::Shape shape_of(const LaunchConfig& config) {
+  return {config.grid, config.block, config.shared_bytes, placed_together(config), config.co_resident};
+}
+
 inline Status status_of(const LaunchConfig& config, const emulator::Shape& shape, const emulator::Report& report) {
-  constexpr int kInvalidConfiguration = 9, kLaunchFailure = 719, kCooperativeLaunchTooLarge = 720;  // of cudaError_t
+  constexpr int kLaunchFailure = 719, kCooperativeLaunchTooLarge = 720;  // of cudaError_t
   switch (report.kind) {
     case emulator::Kind::none:
       return {};
@@ -317,6 +331,9 @@ namespace stacked_lstm::cuda {
 template <typename... Parameters, typename... Arguments>
 Status launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument for each of the kernel's parameters");
+  if (launch_detail::lone_cluster(config)) {
+    return {launch_detail::kInvalidConfiguration, "invalid configuration: a cluster of one block has no peers"};
+  }
   std::tuple<Parameters...> values{static_cast<Parameters>(std::forward<Arguments>(arguments))...};
 #if defined(__CUDACC__)
   return std::apply(
@@ -326,7 +343,7 @@ Status launch(const LaunchConfig& config, void (*kernel)(Parameters...), Argumen
       },
       values);
 #else
-  const emulator::Shape shape = {config.grid, config.block, config.shared_bytes, config.cluster, config.co_resident};
+  const emulator::Shape shape = launch_detail::shape_of(config);
   return launch_detail::status_of(config, shape, emulator::run(shape, [&] { std::apply(kernel, values); }));
 #endif
 }
@@ -335,14 +352,14 @@ Status launch(const LaunchConfig& config, void (*kernel)(Parameters...), Argumen
 // may be launched: one cluster.
 template <typename... Parameters>
 uint64_t capacity(const LaunchConfig& config, void (*kernel)(Parameters...)) {
+  if (launch_detail::lone_cluster(config)) return 0;
 #if defined(__CUDACC__)
   return launch_detail::capacity(config, reinterpret_cast<const void*>(kernel));
 #else
   static_cast<void>(kernel);
   const emulator::Device& device = emulator::options().device;
   if (config.shared_bytes > device.shared_per_block || config.cluster > device.largest_cluster) return 0;
-  return emulator::resident_capacity(
-      {config.grid, config.block, config.shared_bytes, config.cluster, config.co_resident});
+  return emulator::resident_capacity(launch_detail::shape_of(config));
 #endif
 }
 

@@ -255,24 +255,32 @@ class ClusterSums {
 // Hazard: words have two places, of even and odd exchanges. n+2 may be written over n because its writer has received n+1
 // from every block, and a block sends that behind the barrier of its step, to which its threads come when they have read
 // the words of n. (Words are zero at the launch: no exchange's tag.)
+//
+// A lane of one block has no peers, and its sums stay in the block (see inside_block): in shared memory, behind a barrier.
+//
+// Hazard: they have one place. Exchange n+1 may be written over n because its writer has passed the barrier of the step
+// between them, to which all threads come when they have read n.
 template <class C>
 class L2Sums {
+  static constexpr bool kMayBeInside = may_be_inside_block(C::kMTiles, C::kPieces, sizeof(typename C::T));
   const Place& place_;
   Waiting& waiting_;
   const Target<C> target_;
   const int blocks_;
+  float* sums_;              // inside a block: [patch][64]
   uint64_t* words_;          // [owner][source block][n mod 2][patch][64]
   uint32_t to_, per_owner_;  // in words: where a lane's first sums go; and from one owner to the next
 
  public:
   static constexpr bool kCluster = false;
 
-  __device__ __forceinline__ L2Sums(const Cut& cut, const Place& place, Waiting& waiting, float*, uint64_t*,
+  __device__ __forceinline__ L2Sums(const Cut& cut, const Place& place, Waiting& waiting, float* sums, uint64_t*,
                                     uint64_t* words)
       : place_(place),
         waiting_(waiting),
         target_(place),
         blocks_(cut.blocks),
+        sums_(sums),
         words_(words),
         per_owner_(static_cast<uint32_t>(cut.blocks * 2 * C::kCells)) {
     to_ = static_cast<uint32_t>(target_.owner) * per_owner_ +
@@ -286,6 +294,12 @@ class L2Sums {
   __device__ __forceinline__ void send(uint32_t n, int m, int column_tile, const float (&d)[4]) const {
     const int owner = target_.owner + m * Target<C>::kOwnerStep;
     if (owner >= blocks_ || waiting_.given_up()) return;  // half of a tile may be past the last unit
+    if (inside()) {
+      const int at =
+          (target_.patch + column_tile) * C::kPatch + CellPlace<C>::shared_spot_of_lane(place_.warp_lane % 16);
+      *reinterpret_cast<float4*>(sums_ + at) = {d[0], d[1], d[2], d[3]};
+      return;
+    }
     uint64_t* to = words_ + (kept(to_) + static_cast<uint32_t>(m * Target<C>::kOwnerStep) * per_owner_) +
                    (n % 2 * C::kCells + static_cast<uint32_t>(column_tile) * C::kPatch);
 #pragma unroll
@@ -298,6 +312,14 @@ class L2Sums {
   __device__ __forceinline__ void receive(uint32_t n, const CellPlace<C>& cells, CellSums<C>& sums, int step) {
     constexpr bool kFew = C::kThreadCells > 1 || C::kProduct == Product::exact;
     constexpr int kAtOnce = C::kFewRegisters ? 2 : kFew ? 4 : 8;  // words of a cell under way together
+    if (inside()) {
+      block_barrier();  // the sums of all warps are visible to all threads
+#pragma unroll
+      for (int k = 0; k < C::kThreadCells; ++k) {
+        sums[k] = cells.has(k) ? sums_[cells.patch * C::kPatch + cells.shared_spot() + k * C::kThreads] : 0.0f;
+      }
+      return;
+    }
     const uint64_t* from = words_ + (static_cast<uint32_t>(place_.rank) * per_owner_ + n % 2 * C::kCells +
                                      static_cast<uint32_t>(cells.patch * C::kPatch + cells.word_spot()));
 #pragma unroll
@@ -341,6 +363,9 @@ class L2Sums {
   }
 
   __device__ __forceinline__ void finish() const {}
+
+ private:
+  __device__ __forceinline__ bool inside() const { return kMayBeInside && blocks_ == 1; }
 };
 
 template <class C>
@@ -427,7 +452,7 @@ template <class C>
 struct BackwardShared {
   using T = typename C::T;
   uint64_t* arrived;   // ClusterSums: two mbarriers
-  float* sums;         // ClusterSums: [source block][exchange mod 2][patch][64]
+  float* sums;         // ClusterSums: [source block][exchange mod 2][patch][64]; inside a block: [patch][64]
   T* grad_gates;       // [s mod 2][column][K]: dgates(s), as operands
   T* above;            // [step of the chunk][column][K]: those of the same gate rows of the lane above, as operands
   float4* from_above;  // [step of the chunk][batch tile][m][thread]: what the accumulators start from
@@ -1025,10 +1050,7 @@ std::string backward_misfit(const BackwardArguments<typename C::T>& arguments) {
     return "steps " + number(s.first_step) + " to " + number(s.last_step) + " of " + number(s.steps) +
            ", in chunks of " + number(cut.chunk_steps);
   }
-  if (cut.blocks < 1 || (C::kExchange == Exchange::cluster && cut.blocks > kMaxCluster)) {
-    return number(cut.blocks) + " blocks of a lane" +
-           (cut.blocks < 1 ? "" : ": a cluster has at most " + number(kMaxCluster));
-  }
+  if (std::string error = blocks_misfit(cut); !error.empty()) return error;
   const int most_units = kMaxWarps * C::kMTiles * 16;
   if (s.hidden < 1 || s.hidden > cut.units() || cut.units() > most_units) {
     return "hidden " + number(s.hidden) + ", units " + number(cut.units()) + ", rows of weights " + number(most_units) +

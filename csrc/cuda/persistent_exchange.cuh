@@ -140,13 +140,21 @@ class ClusterExchange : Exchanged<T> {
 //
 // Hazard: words have two places, for even and odd steps. h(s+1) may be written over h(s-1) because its writer has read all
 // words of h(s), and a block sends those only after all of its threads have read the words of h(s-1), and met.
-template <typename T, Product product, int Tiles>
+//
+// A lane of one block has no peers, and its h stays in the block (see inside_block): the groups write h(s) to shared memory
+// themselves, and the barrier in receive() takes the place of the words.
+//
+// Hazard: h has two buffers there, too. h(s) may be written over h(s-2) because its writer has passed the barrier of step s,
+// to which all warps come when they have multiplied h(s-2), in step s-1.
+template <typename T, Product product, int Pieces, int Tiles>
 class L2Exchange : Exchanged<T> {
   static constexpr int kElements = 4 / static_cast<int>(sizeof(T));  // of a word
   static constexpr int kGroupWords = kGroupUnits / kElements;        // of a column
   using Exchanged<T>::cut, Exchanged<T>::place, Exchanged<T>::waiting, Exchanged<T>::columns, Exchanged<T>::pitch;
 
   static_assert(kWarpThreads % kGroupWords == 0, "a lane has the same word of several columns");
+
+  static constexpr bool kMayBeInside = may_be_inside_block(0, Pieces, sizeof(T));
 
   uint64_t* words_;  // [s mod 2][column][word]
   uint64_t* to_;     // the first that this lane sends in a step
@@ -170,7 +178,7 @@ class L2Exchange : Exchanged<T> {
     if (s == 0) return;
     constexpr int kAtOnce = 8;  // words of a thread under way together
     const int row_words = forward_row_words<T>(cut), warps = static_cast<int>(blockDim.x) / kWarpThreads;
-    for (int column = place.warp; column < columns; column += warps) {
+    for (int column = inside() ? columns : place.warp; column < columns; column += warps) {
       const uint64_t* from = words_ + ((s + 1) % 2 * kTileColumns * Tiles + column) * row_words;
       T* to = this->h + (s % 2 * kTileColumns * Tiles + column) * pitch;
       for (int first = place.warp_lane; first < row_words; first += kAtOnce * kWarpThreads) {
@@ -199,7 +207,7 @@ class L2Exchange : Exchanged<T> {
       }
     }
     // Every thread's part of h(s-1) is visible to all; and all words of h(s-1) have been read, so that the block's h(s)
-    // may tell its peers to write over them.
+    // may tell its peers to write over them. Inside a block: all warps have multiplied h(s-2), which h(s) is written over.
     block_barrier();
   }
 
@@ -221,17 +229,25 @@ class L2Exchange : Exchanged<T> {
       } else {
         value = *reinterpret_cast<const uint32_t*>(mine);
       }
-      store_relaxed<Scope::device>(to, static_cast<uint64_t>(s + 1) << 32 | value);
+      if (inside()) {
+        const int column = (s + 1) % 2 * kTileColumns * Tiles + word / kGroupWords;
+        *reinterpret_cast<uint32_t*>(this->h + column * pitch + this->unit + word % kGroupWords * kElements) = value;
+      } else {
+        store_relaxed<Scope::device>(to, static_cast<uint64_t>(s + 1) << 32 | value);
+      }
     }
   }
 
   __device__ __forceinline__ void next() { to_ += to_other_, to_other_ = -to_other_; }
 
   __device__ __forceinline__ void finish() const {}
+
+ private:
+  __device__ __forceinline__ bool inside() const { return kMayBeInside && cut.blocks == 1; }
 };
 
-template <typename T, Product product, Exchange exchange, int Tiles>
+template <typename T, Product product, Exchange exchange, int Pieces, int Tiles>
 using ExchangeOf = std::conditional_t<exchange == Exchange::cluster, ClusterExchange<T, product, Tiles>,
-                                      L2Exchange<T, product, Tiles>>;
+                                      L2Exchange<T, product, Pieces, Tiles>>;
 
 }  // namespace stacked_lstm::cuda::persistent

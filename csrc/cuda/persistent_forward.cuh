@@ -505,7 +505,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
       cut,     place,           waiting,         shared.h(),
       h_pitch, sequences.count, warp.first_unit, shared_address(shared.bytes + shared.layout.arrived)};
   const int64_t words = int64_t{2} * cut.columns() * forward_row_words<T>(cut);  // of a lane
-  ExchangeOf<T, product, exchange, Tiles> peers(
+  ExchangeOf<T, product, exchange, Pieces, Tiles> peers(
       exchanged, arguments.words + (int64_t{place.copy} * sizes.lanes + place.lane) * words);
   bool has_reader = false;
   for (int n = 0; n < sizes.lanes; ++n) has_reader |= arguments.lane[n].below == place.lane;
@@ -635,9 +635,7 @@ std::string forward_misfit(const ForwardArguments<T>& arguments, const Instance&
   if (cut.groups < 1 || cut.splits < 1 || cut.groups * cut.splits > kMaxWarps) {
     return number(cut.groups) + " groups of " + number(cut.splits) + " warps: a block has at most " + number(kMaxWarps);
   }
-  if (cut.blocks < 1 || (cut.exchange == Exchange::cluster && cut.blocks > kMaxCluster)) {
-    return number(cut.blocks) + " blocks: a cluster has 1 to " + number(kMaxCluster);
-  }
+  if (std::string error = blocks_misfit(cut); !error.empty()) return error;
   const int depth = cut.splits * cut.pieces * kPieceElements<T>;
   if (s.hidden < 1 || s.hidden > cut.units() || cut.units() > depth) {
     return "hidden " + number(s.hidden) + ", units " + number(cut.units()) + ", K " + number(depth) +

@@ -788,22 +788,4 @@ EQUIVALENT: list[Equivalent] = [
         code="first == 0",
         reason="grad_h_0 is given to the launch of step 0 alone",
     ),
-    Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
-        function="backward_misfit",
-        kind="guard",
-        change="always false",
-        code="cut.blocks < 1",
-        reason="the same refusal in more words",
-        near='""',
-    ),
-    Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
-        function="backward_misfit",
-        kind="guard",
-        change="off by one",
-        code="cut.blocks < 1",
-        reason="a single block is not refused",
-        near='""',
-    ),
 ]

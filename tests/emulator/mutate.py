@@ -59,12 +59,12 @@ class Target:
 
 SAMPLES = ["row_shares", "warp_roles", "chunk_flags", "tagged_words", "tile_product", "mbarrier_ring"]
 SAMPLES += ["cluster_recurrence", "bulk_pipeline", "column_sums"]
-PERSISTENT_CASES = ["one_block", "two_steps", "l2_one", "refusals", "shifted", "strided", "masked", "packed", "packed_tf32"]
+PERSISTENT_CASES = ["two_blocks", "two_steps", "l2_one", "inside_one", "refusals", "shifted", "strided", "masked", "packed", "packed_tf32"]
 PERSISTENT_CASES += ["exact", "copied", "rounds", "packed_groups", "ragged", "l2_ragged", "three_splits", "wide_batch"]
-PERSISTENT_CASES += ["wide_input", "capacity", "one", "ones_deep", "both", "largest", "l2_most_lanes", "independence"]
+PERSISTENT_CASES += ["wide_input", "capacity", "one_step", "deep", "both", "largest", "l2_most_lanes", "independence"]
 PERSISTENT_CASES += ["eight", "l2_eighty", "tf32_batch"]
 PERSISTENT_BACKWARD_CASES = ["refusals", "two_steps", "l2_one", "alone", "dropout", "both", "tf32_odd", "float", "nothing_last"]
-PERSISTENT_BACKWARD_CASES += ["deep", "sixteen", "l2_seventeen"]
+PERSISTENT_BACKWARD_CASES += ["deep", "sixteen", "l2_seventeen", "inside_one"]
 PERSISTENT_BACKWARD_LARGE = ["packed", "reverse", "l2_float", "ninety_six", "ragged", "l2_ragged", "l2_batch"]  # in one order
 PERSISTENT_BACKWARD = [f"tests/emulator/persistent_backward{part}" for part in ("_16.cu", "_32.cu", ".cpp")]
 GATE_PARTS = ("options", "sizes", "alignment", "dropout", "cells", "specials", "huge", "refusal", "numbers")

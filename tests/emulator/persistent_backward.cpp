@@ -99,10 +99,10 @@ constexpr Exchange kCluster = Exchange::cluster, kL2 = Exchange::l2;
 constexpr Product kTensor = Product::tensor, kExact = Product::exact;
 const Case kCases[] = {
     //                     product   m p tiles           L   T   B   H blocks chunk
-    {"one", bf16, kTensor, 1, 4, 1, kCluster, 1, 1, 1, 1, 1, 4, kAll},
+    {"one_step", bf16, kTensor, 1, 4, 1, kCluster, 1, 1, 1, 33, 2, 4, kAll},
     {"alone", bf16, kTensor, 1, 4, 1, kCluster, 1, 3, 8, 40, 2, 4, kOutput | kAbove},  // nobody wants grad_h_0
     {"two_steps", bf16, kTensor, 1, 4, 1, kCluster, 2, 2, 3, 40, 2, 4, kAll, 1},
-    {"deep", bf16, kTensor, 1, 4, 1, kCluster, 32, 2, 1, 1, 1, 1, kAll},  // fewer steps than lanes; chunks of one step
+    {"deep", bf16, kTensor, 1, 4, 1, kCluster, 32, 2, 1, 33, 2, 1, kAll},  // fewer steps than lanes; chunks of one step
     {"ragged", bf16, kTensor, 1, 4, 1, kCluster, 3, 11, 3, 40, 2, 4, kAll | kRecompute | kBias, 5},
     {"ninety_six", bf16, kTensor, 1, 4, 1, kCluster, 2, 3, 3, 96, 4, 2, kAll | kAbove | kDropout, 2},  // 128 units
     {"dropout", bf16, kTensor, 1, 4, 1, kCluster, 3, 3, 3, 41, 2, 2, (kAll | kDropout | kMisaligned) & ~kShared},
@@ -123,6 +123,12 @@ const Case kCases[] = {
     {"sixteen", f32, kExact, 2, 2, 1, kCluster, 1, 2, 1, 128, 16, 2, kAll},
     {"l2_one", bf16, kTensor, 1, 4, 1, kL2, 3, 3, 1, 1, 1, 1, (kAll & ~kOutput) | kTopFirst, 2},
     {"l2_two", bf16, kTensor, 1, 4, 1, kL2, 2, 3, 3, 40, 2, 2, kAll | kPacked},
+    {"inside_one", bf16, kTensor, 1, 4, 1, kL2, 3, 7, 5, 29, 1, 2, kAll | kPacked, 3},  // one block: sums stay in it
+    {"inside_reverse", bf16, kTensor, 1, 4, 1, kL2, 2, 6, 5, 32, 1, 3, kAll | kPacked | kReverse | kDropout, 2},
+    {"inside_batch", bf16, kTensor, 1, 4, 4, kL2, 2, 5, 29, 20, 1, 2, (kAll | kRecompute | kBias) & ~kShared, 2},
+    {"inside_tf32", f32, kTensor, 1, 4, 2, kL2, 2, 5, 13, 15, 1, 2, kAll | kBoth | kAbove, 2},
+    {"inside_float", f32, kExact, 1, 4, 1, kL2, 3, 4, 3, 9, 1, 1, kAll, 3},
+    {"not_inside", f32, kExact, 2, 2, 1, kL2, 2, 4, 3, 7, 1, 2, kAll, 2},  // words to itself
     {"l2_ragged", bf16, kTensor, 1, 4, 1, kL2, 3, 11, 3, 40, 2, 4, kAll | kPacked, 5},
     {"l2_batch", bf16, kTensor, 2, 4, 2, kL2, 2, 3, 17, 136, 5, 2, kAll | kReverse, 2, 2, 2},
     {"l2_seventeen", f32, kExact, 2, 2, 1, kL2, 1, 2, 1, 136, 17, 2, kAll},  // a warp's second tile has owners, too
@@ -457,9 +463,13 @@ std::string refusals() {
       fails("steps -1 to 2 of 2", [](Arguments& a) { a.sizes.first_step = -1; }),
       fails("steps 0 to 3 of 2", [](Arguments& a) { a.sizes.last_step = 3; }),
       fails("in chunks of 0", [](Arguments& a) { a.cut.chunk_steps = 0; }),
-      fails("0 blocks of a lane", [](Arguments& a) { a.cut.blocks = 0; }),
-      fails("17 blocks of a lane: a cluster has at most 16", [](Arguments& a) { a.cut.blocks = 17; }),
-      fails("hidden 40, units 32, rows of weights 128", [](Arguments& a) { a.cut.blocks = 1; }),
+      fails("0 blocks of a lane: a cluster has 2 to 16", [](Arguments& a) { a.cut.blocks = 0; }),
+      fails("1 blocks of a lane: a cluster has 2 to 16, since a cluster of one block has no peers",
+            [](Arguments& a) { a.cut.blocks = 1, a.sizes.hidden = 32; }),
+      fails("17 blocks of a lane: a cluster has 2 to 16", [](Arguments& a) { a.cut.blocks = 17; }),
+      refused(l2, Outcome::failed, "0 blocks of a lane: it has at least 1",
+              [](Arguments& a, Device&) { a.cut.blocks = 0; }),
+      fails("hidden 72, units 64, rows of weights 128", [](Arguments& a) { a.sizes.hidden = 72; }),
       fails("hidden 40, units 160, rows of weights 128", [](Arguments& a) { a.cut.blocks = 5; }),
       fails("hidden 0, units 64", [](Arguments& a) { a.sizes.hidden = 0; }),
       fails("batch groups 0 to 2 of 1", [](Arguments& a) { a.sizes.copies = 2; }),
@@ -501,6 +511,14 @@ std::string refusals() {
   for (const std::string& error : errors) {
     if (!error.empty()) return error;
   }
+  // Nor does any other kernel run in such clusters.
+  cuda::LaunchConfig lone;
+  lone.grid = dim3(1), lone.block = dim3(32), lone.cluster = 1;
+  void (*const nothing)() = [] {};
+  if (cuda::launch(lone, nothing).ok() || cuda::capacity(lone, nothing) != 0)
+    return "a launch in clusters of one block";
+  lone.cluster = 0;
+  if (!cuda::launch(lone, nothing).ok() || cuda::capacity(lone, nothing) == 0) return "no launch without clusters";
   // As many as were refused above.
   const emulator::Device before = emulator::options().device;
   Stack<bfloat16> stack(l2);

@@ -11,7 +11,7 @@ const std::vector<BackwardKernel<bfloat16>>& backward_kernels<bfloat16>() {
       kernel<T, kTensor, kL2, 2, 4, 2>(),
 #if !defined(FEW_KERNELS)
       kernel<T, kTensor, kCluster, 2, 4, 4>(), kernel<T, kTensor, kCluster, 4, 4, 1>(),
-      kernel<T, kTensor, kL2, 6, 2, 1>(),
+      kernel<T, kTensor, kL2, 6, 2, 1>(),      kernel<T, kTensor, kL2, 1, 4, 4>(),
 #endif
   };
   return all;

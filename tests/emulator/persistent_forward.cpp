@@ -107,14 +107,14 @@ std::vector<int> falling(int steps, int batch) {  // lengths with ends at every 
 
 const std::vector<Case> kCases = {
     //                                    pieces splits tiles groups blocks chunk   L  T  B  I   H
-    {"one", kBf16, kTensor, kCluster, 2, 1, 1, 1, 1, 4, 1, 1, 1, 1, 1},                // nothing to exchange
-    {"one_block", kBf16, kTensor, kCluster, 2, 1, 1, 1, 1, 2, 4, 9, 3, 17, 8, kBias},  // pushes to itself
-    {"ones_deep", kBf16, kTensor, kCluster, 2, 1, 1, 1, 1, 1, 8, 3, 1, 1, 1},          // fewer steps than layers
-    {"two_steps", kBf16, kTensor, kCluster, 2, 1, 1, 2, 2, 4, 2, 2, 8, 17, 30},        // one push, a group half empty
-    {"ragged", kBf16, kTensor, kCluster, 2, 1, 1, 1, 3, 6, 3, 19, 3, 17, 20, kSaves},  // passes of 4, 2 steps, … 1
-    {"forty", kF16, kTensor, kCluster, 2, 2, 1, 3, 2, 3, 3, 9, 8, 128, 40},            // float16
-    {"wide_batch", kBf16, kTensor, kCluster, 2, 2, 4, 3, 4, 2, 2, 5, 17, 64, 96},      // a batch tile nearly empty
-    {"full_batch", kBf16, kTensor, kCluster, 2, 4, 4, 2, 8, 3, 2, 4, 32, 40, 128},     // four splits
+    {"one_step", kBf16, kTensor, kCluster, 2, 1, 1, 1, 2, 4, 1, 1, 1, 1, 9},             // nothing to exchange
+    {"two_blocks", kBf16, kTensor, kCluster, 2, 1, 1, 1, 2, 2, 4, 9, 3, 17, 16, kBias},  // the smallest cluster
+    {"deep", kBf16, kTensor, kCluster, 2, 1, 1, 1, 2, 1, 8, 3, 1, 1, 9},                 // fewer steps than layers
+    {"two_steps", kBf16, kTensor, kCluster, 2, 1, 1, 2, 2, 4, 2, 2, 8, 17, 30},          // one push, a group half empty
+    {"ragged", kBf16, kTensor, kCluster, 2, 1, 1, 1, 3, 6, 3, 19, 3, 17, 20, kSaves},    // passes of 4, 2 steps, … 1
+    {"forty", kF16, kTensor, kCluster, 2, 2, 1, 3, 2, 3, 3, 9, 8, 128, 40},              // float16
+    {"wide_batch", kBf16, kTensor, kCluster, 2, 2, 4, 3, 4, 2, 2, 5, 17, 64, 96},        // a batch tile nearly empty
+    {"full_batch", kBf16, kTensor, kCluster, 2, 4, 4, 2, 8, 3, 2, 4, 32, 40, 128},       // four splits
     {"odd_batch", kBf16, kTensor, kCluster, 2, 4, 2, 2, 7, 2, 2, 3, 9, 17, 100, kBias | kMasked},
     {"three_splits", kBf16, kTensor, kCluster, 2, 3, 1, 2, 5, 4, 2, 4, 5, 33, 75},       // 150 bytes a row
     {"wide_input", kBf16, kTensor, kCluster, 2, 2, 1, 2, 2, 4, 2, 6, 4, 1101, 32},       // x in three parts
@@ -122,6 +122,13 @@ const std::vector<Case> kCases = {
     {"largest", kBf16, kTensor, kCluster, 2, 4, 1, 2, 16, 2, 1, 2, 8, 17, 256, kBias},   // a cluster of 16
     {"eight", kBf16, kTensor, kCluster, 2, 1, 1, 1, 8, 2, 1, 2, 1, 3, 60, kBias},        // a cluster of 8
     {"l2_one", kBf16, kTensor, kL2, 2, 1, 1, 1, 1, 2, 3, 3, 1, 1, 1},
+    {"inside_one", kBf16, kTensor, kL2, 2, 1, 1, 1, 1, 2, 4, 9, 3, 17, 8, kBias},  // one block: h stays in it
+    {"inside_wide", kBf16, kTensor, kL2, 2, 1, 1, 8, 1, 3, 3, 8, 7, 33, 61},       // as many units as a block has
+    {"inside_split", kF16, kTensor, kL2, 2, 2, 1, 3, 1, 2, 2, 7, 8, 17, 24, kAll | kMasked, kBoth},
+    {"inside_batch", kBf16, kTensor, kL2, 2, 1, 2, 3, 1, 2, 2, 5, 21, 17, 20, kAll, kReverse, 2, 2, falling(5, 21)},
+    {"inside_exact", kF32, kExact, kL2, 2, 1, 1, 3, 1, 2, 2, 6, 5, 7, 24},
+    {"inside_tf32", kF32, kTensor, kL2, 2, 3, 1, 2, 1, 3, 2, 7, 3, 17, 13, kAll, kForward, 1, 1, {7, 4, 1}},
+    {"not_inside", kBf16, kTensor, kL2, 8, 1, 1, 2, 1, 2, 2, 5, 3, 17, 16},  // too many weights: words to itself
     {"l2_ragged", kBf16, kTensor, kL2, 2, 1, 1, 1, 3, 4, 3, 19, 3, 17, 20, kSaves},
     {"l2_forty", kF16, kTensor, kL2, 2, 2, 1, 3, 2, 3, 3, 9, 8, 64, 40},
     {"l2_batch", kBf16, kTensor, kL2, 2, 2, 2, 3, 4, 3, 2, 5, 13, 64, 96},
@@ -173,7 +180,8 @@ const std::vector<Case> kCases = {
     {"packed_exact", kF32,  kExact, kCluster, 2,           1, 1, 1, 3, 2, 2, 6, 4, 17, 20,
      kAll | kMasked, kBoth, 1,      1,        {6, 5, 2, 1}},
     {"packed_tf32", kF32, kTensor, kL2, 2, 1, 1, 1, 3, 2, 2, 6, 4, 17, 20, kAll, kReverse, 1, 1, {6, 5, 2, 1}},
-    {"thirty", kBf16, kTensor, kCluster, 2, 1, 1, 1, 1, 2, 30, 5, 2, 3, 7, kAll | kMasked},
+    {"thirty", kBf16, kTensor, kCluster, 2, 1, 1, 1, 2, 2, 30, 5, 2, 3, 11, kAll | kMasked},
+    {"l2_thirty", kBf16, kTensor, kL2, 2, 1, 1, 1, 1, 2, 30, 5, 2, 3, 7, kAll | kMasked},
     {"l2_most_lanes", kBf16, kTensor, kL2, 2, 1, 1, 1, 2, 1, 32, 3, 2, 3, 9, kBias},
 };
 
@@ -531,8 +539,14 @@ std::string refusals() {
       refused("ragged", kFailed, "0 groups of 1 warps", [](Arguments& a, Device&) { a.cut.groups = 0; }),
       refused("ragged", kFailed, "1 groups of 0 warps", [](Arguments& a, Device&) { a.cut.splits = 0; }),
       refused("ragged", kFailed, "9 groups of 1 warps", [](Arguments& a, Device&) { a.cut.groups = 9; }),
-      refused("ragged", kFailed, "0 blocks: a cluster has", [](Arguments& a, Device&) { a.cut.blocks = 0; }),
-      refused("ragged", kFailed, "17 blocks: a cluster has", [](Arguments& a, Device&) { a.cut.blocks = 17; }),
+      refused("ragged", kFailed, "0 blocks of a lane: a cluster has 2 to 16",
+              [](Arguments& a, Device&) { a.cut.blocks = 0; }),
+      refused("ragged", kFailed, "1 blocks of a lane: a cluster has 2 to 16, since a cluster of one block has no peers",
+              [](Arguments& a, Device&) { a.cut.blocks = 1, a.sizes.hidden = 8; }),
+      refused("ragged", kFailed, "17 blocks of a lane: a cluster has 2 to 16",
+              [](Arguments& a, Device&) { a.cut.blocks = 17; }),
+      refused("l2_ragged", kFailed, "0 blocks of a lane: it has at least 1",
+              [](Arguments& a, Device&) { a.cut.blocks = 0; }),
       refused("ragged", kFailed, "hidden 0, units", [](Arguments& a, Device&) { a.sizes.hidden = 0; }),
       refused("ragged", kFailed, "hidden 20, units 16, K 64", [](Arguments& a, Device&) { a.cut.blocks = 2; }),
       refused("ragged", kFailed, "hidden 20, units 72, K 64", [](Arguments& a, Device&) { a.cut.blocks = 9; }),

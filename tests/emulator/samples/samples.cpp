@@ -46,7 +46,7 @@ std::string compare(const std::vector<float>& got, const std::vector<double>& ex
   return "";
 }
 
-LaunchConfig config(dim3 grid, int threads, size_t shared_bytes = 0, unsigned cluster = 1, bool co_resident = false) {
+LaunchConfig config(dim3 grid, int threads, size_t shared_bytes = 0, unsigned cluster = 0, bool co_resident = false) {
   LaunchConfig c;
   c.grid = grid, c.block = dim3(static_cast<unsigned>(threads)), c.shared_bytes = shared_bytes;
   c.cluster = cluster, c.co_resident = co_resident;
@@ -97,7 +97,7 @@ std::string chunks(int layers, int count) {
   std::vector<float> data = uniform(size);
   data.resize(size * static_cast<size_t>(layers + 1), kNaN);
   std::vector<uint32_t> flags(static_cast<size_t>(layers * S::kProducers), 0);
-  const LaunchConfig all = config(static_cast<unsigned>(layers * S::kProducers), S::kThreads, 0, 1, true);
+  const LaunchConfig all = config(static_cast<unsigned>(layers * S::kProducers), S::kThreads, 0, 0, true);
   const Status status = launch(all, hand_chunks_on, data.data(), flags.data(), count);
   if (!status.ok()) return status.text;
   std::vector<double> expected(data.begin(), data.begin() + static_cast<ptrdiff_t>(size));
@@ -115,7 +115,7 @@ std::string tags(int steps) {
   std::vector<uint64_t> words(2 * S::kWidth, ~uint64_t{0});
   for (int n = 0; n < S::kWidth; ++n) words[static_cast<size_t>(n)] = tagged(0, start[static_cast<size_t>(n)]);
   std::vector<float> out(S::kWidth, kNaN);
-  const LaunchConfig all = config(S::kBlocks, S::kUnits, 0, 1, true);
+  const LaunchConfig all = config(S::kBlocks, S::kUnits, 0, 0, true);
   const Status status = launch(all, exchange_tagged, words.data(), out.data(), steps);
   if (!status.ok()) return status.text;
   for (int step = 1; step <= steps; ++step) {
