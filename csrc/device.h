@@ -4,6 +4,10 @@
 // sheet (80 GB SXM), H100 white paper (SXM5), H200 and L4 data sheets, Ada white paper (RTX 4090), HGX B200 data sheet.
 // Registers and shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". A rate of
 // multiply-adds a clock is the dense tensor rate over 2 · SMs · clock.
+//
+// Clusters of an H100, and of an H200, which is the same chip: seen elsewhere, not by us. On an H100, a grid of clusters of 8
+// reached 120 of the 132 SMs (accel-sim/gpu-app-collection, pull request 87): 15 at once, so one of its 8 GPCs has 8 to 14
+// SMs left, and 7 clusters of 16 fit. A chip all of whose GPCs have 16 SMs or more would hold 8. Of a B200 nothing was found.
 #pragma once
 
 #include <algorithm>
@@ -25,9 +29,10 @@ struct Device {
   int64_t shared_sm = 0;
   int64_t l2_bytes = 0;
   int64_t max_cluster = 1;  // blocks; 1: no clusters. 16 is not portable and must be asked for
-  // A cluster lies inside one GPC. How many SMs each has differs from chip to chip: the least, so that a plan is too small
-  // rather than too large. Before a launch the driver is asked (cudaOccupancyMaxActiveClusters).
-  int64_t gpcs = 1, sms_gpc = 1;
+  // A cluster lies inside one GPC. How many SMs each GPC has differs from chip to chip: the least that was seen, so that a
+  // plan is too small rather than too large. Of the `gpcs`, `short_gpcs` have sms_short_gpc SMs, the others sms_gpc. (Where
+  // there is a driver, it is asked: see device_from.)
+  int64_t gpcs = 1, sms_gpc = 1, short_gpcs = 0, sms_short_gpc = 0;
   double clock_mhz = 0;
   double memory_gb_s = 0;
   double mma_rate = 0;  // multiply-adds a clock an SM, 16-bit operands, sums in float32; half of that for TF32
@@ -38,7 +43,9 @@ struct Device {
   // How many clusters of `size` blocks, a block an SM, are resident at once.
   int64_t clusters(int64_t size) const {
     if (size <= 1) return sms;
-    return size > std::min(max_cluster, sms_gpc) ? 0 : std::min(gpcs * (sms_gpc / size), sms / size);
+    if (size > max_cluster) return 0;
+    const int64_t short_ones = std::min(short_gpcs, gpcs);
+    return std::min((gpcs - short_ones) * (sms_gpc / size) + short_ones * (sms_short_gpc / size), sms / size);
   }
   double cycles_us(double cycles) const { return cycles / clock_mhz; }
 };
@@ -47,13 +54,13 @@ inline constexpr int64_t kKiB = 1024, kMiB = 1024 * kKiB;
 
 // clang-format off
 inline const std::array<Device, 6> kDevices{{
-    //                                              cc      SMs  registers  shared a block, an SM       L2         cluster  GPCs   MHz   GB/s  mma   share  fma
-    {"a100",    "A100 80 GB SXM",    "A100",      8, 0,  108,  65536,     163 * kKiB, 164 * kKiB,     40 * kMiB,   1,     7, 14, 1410, 2039, 1024, 0.90,   64},
-    {"h100",    "H100 80 GB SXM",    "H100",      9, 0,  132,  65536,     227 * kKiB, 228 * kKiB,     50 * kMiB,  16,     8, 16, 1830, 3350, 2048, 0.60,  128},
-    {"h200",    "H200 141 GB SXM",   "H200",      9, 0,  132,  65536,     227 * kKiB, 228 * kKiB,     50 * kMiB,  16,     8, 16, 1830, 4800, 2048, 0.60,  128},
-    {"l4",      "L4",                "L4",        8, 9,   58,  65536,      99 * kKiB, 100 * kKiB,     48 * kMiB,   1,     5, 10, 2040,  300,  512, 0.90,  128},
-    {"rtx4090", "GeForce RTX 4090",  "RTX 4090",  8, 9,  128,  65536,      99 * kKiB, 100 * kKiB,     72 * kMiB,   1,    11, 10, 2520, 1008,  256, 0.90,  128},
-    {"b200",    "B200 180 GB SXM",   "B200",      10, 0,  148,  65536,     227 * kKiB, 228 * kKiB,    126 * kMiB,  16,     8, 16, 1850, 8000, 4096, 0.30,  128},
+    //                                              cc      SMs  registers  shared a block, an SM       L2         cluster  GPCs, short   MHz   GB/s  mma   share  fma
+    {"a100",    "A100 80 GB SXM",    "A100",      8, 0,  108,  65536,     163 * kKiB, 164 * kKiB,     40 * kMiB,   1,     7, 14, 0, 0, 1410, 2039, 1024, 0.90,   64},
+    {"h100",    "H100 80 GB SXM",    "H100",      9, 0,  132,  65536,     227 * kKiB, 228 * kKiB,     50 * kMiB,  16,     8, 16, 1, 8, 1830, 3350, 2048, 0.60,  128},
+    {"h200",    "H200 141 GB SXM",   "H200",      9, 0,  132,  65536,     227 * kKiB, 228 * kKiB,     50 * kMiB,  16,     8, 16, 1, 8, 1830, 4800, 2048, 0.60,  128},
+    {"l4",      "L4",                "L4",        8, 9,   58,  65536,      99 * kKiB, 100 * kKiB,     48 * kMiB,   1,     5, 10, 0, 0, 2040,  300,  512, 0.90,  128},
+    {"rtx4090", "GeForce RTX 4090",  "RTX 4090",  8, 9,  128,  65536,      99 * kKiB, 100 * kKiB,     72 * kMiB,   1,    11, 10, 0, 0, 2520, 1008,  256, 0.90,  128},
+    {"b200",    "B200 180 GB SXM",   "B200",      10, 0,  148,  65536,     227 * kKiB, 228 * kKiB,    126 * kMiB,  16,     8, 16, 0, 0, 1850, 8000, 4096, 0.30,  128},
 }};
 // clang-format on
 
@@ -106,7 +113,10 @@ inline Device device_from(const DeviceProperties& told) {
   take(device.l2_bytes, told.l2_bytes);
   if (!known) device.max_cluster = told.major >= 9 ? 8 : 1;  // 8: every GPU that has clusters
   take(device.max_cluster, told.max_cluster);
-  if (device.max_cluster > 1) device.sms_gpc = 16, device.gpcs = std::max<int64_t>(device.sms / device.sms_gpc, 1);
+  // No driver says which SMs make up a GPC. It says how many clusters of a launch fit (cudaOccupancyMaxActiveClusters), and
+  // the planner asks it about the cheapest plan. So what is promised here has to be an upper bound: where the driver says
+  // less, the plan is made anew, and the plan that the driver confirms is the cheapest that fits; more it would not find.
+  device.gpcs = 1, device.sms_gpc = device.sms, device.short_gpcs = device.sms_short_gpc = 0;
   if (told.clock_khz > 0) device.clock_mhz = told.clock_khz / 1e3;
   if (told.memory_clock_khz > 0 && told.memory_bus_bits > 0) {  // two transfers a clock
     device.memory_gb_s = 2.0 * told.memory_clock_khz * told.memory_bus_bits / 8 / 1e6;

@@ -26,13 +26,14 @@ inline py::dict describe(const Device& device) {
                   py::arg("registers_sm") = device.registers_sm, py::arg("shared_block") = device.shared_block,
                   py::arg("shared_sm") = device.shared_sm, py::arg("l2_bytes") = device.l2_bytes,
                   py::arg("max_cluster") = device.max_cluster, py::arg("gpcs") = device.gpcs,
-                  py::arg("sms_gpc") = device.sms_gpc, py::arg("clock_mhz") = device.clock_mhz,
+                  py::arg("sms_gpc") = device.sms_gpc, py::arg("short_gpcs") = device.short_gpcs,
+                  py::arg("sms_short_gpc") = device.sms_short_gpc, py::arg("clock_mhz") = device.clock_mhz,
                   py::arg("memory_gb_s") = device.memory_gb_s, py::arg("mma_rate") = device.mma_rate,
                   py::arg("mma_share") = device.mma_share, py::arg("fma_rate") = device.fma_rate);
 }
 
 // A name of kDevices, or a dictionary: `like` is such a name, what else it holds, under the names of describe(), differs
-// from that GPU. (What describe() returns does without `like`.)
+// from that GPU. (What describe() returns does without `like`.) GPCs that are told are all alike, unless it says otherwise.
 inline Device device_of(const py::object& told) {
   const auto named = [](const std::string& name) {
     if (const Device* found = device_named(name)) return *found;
@@ -51,7 +52,9 @@ inline Device device_of(const py::object& told) {
   device.major = capability.first, device.minor = capability.second;
   take("sms", device.sms), take("registers_sm", device.registers_sm), take("shared_block", device.shared_block);
   take("shared_sm", device.shared_sm), take("l2_bytes", device.l2_bytes), take("max_cluster", device.max_cluster);
+  if (fields.contains("gpcs") || fields.contains("sms_gpc")) device.short_gpcs = 0;
   take("gpcs", device.gpcs), take("sms_gpc", device.sms_gpc), take("clock_mhz", device.clock_mhz);
+  take("short_gpcs", device.short_gpcs), take("sms_short_gpc", device.sms_short_gpc);
   take("memory_gb_s", device.memory_gb_s), take("mma_rate", device.mma_rate);
   take("mma_share", device.mma_share), take("fma_rate", device.fma_rate);
   return device;

@@ -25,6 +25,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -66,7 +67,8 @@ struct Ask {
   const Instance* backward = nullptr;
   int64_t backward_count = 0;
   // How many blocks of such a launch the device holds at once, if the driver can be asked. It is, for the cuts of the
-  // cheapest plan; where the answer is less than the Device promises, that counts, and the plan is made anew.
+  // cheapest plan; where the answer is less than the Device promises, that counts, and the plan is made anew. (An answer that
+  // is more changes nothing: the Device should promise no less than there is.)
   std::function<int64_t(bool backward, const Cut& cut, int most_inputs, int hidden, bool over)> capacity;
 };
 
@@ -597,6 +599,7 @@ class Planner {
     });
     for_each_cut(m_.ask, m_.backward, hidden, [&](const Cut& cut) {
       if (smallest_tiles > 0 && cut.tiles > smallest_tiles) return;
+      if (only_ && cut.exchange != *only_) return;
       Pass pass;
       pass.first_layer = first, pass.last_layer = first + count;
       pass.backward = m_.backward, pass.directions = directions_, pass.hidden = hidden;
@@ -744,6 +747,24 @@ class Planner {
   }
 
   Plan cheapest() {
+    only_.reset();
+    Plan best = cheapest_passes();
+    if (!m_.backward || !best.why_not.empty() || m_.device.max_cluster < kMinCluster) return best;
+    // Passes are chosen for themselves, not for the SMs that they leave to weight gradients; and the two exchanges differ in
+    // those: clusters leave idle what does not make up a cluster. So a plan by each of them alone is compared as well.
+    for (const Exchange exchange : {Exchange::cluster, Exchange::l2}) {
+      if (std::all_of(best.passes.begin(), best.passes.end(), [&](auto& p) { return p.cut.exchange == exchange; }))
+        continue;
+      only_ = exchange;
+      const Plan other = cheapest_passes();
+      if (other.why_not.empty() && other.predicted_us < best.predicted_us) best = other;
+    }
+    only_.reset();
+    return best;
+  }
+
+  // By the exchange `only_`, if it is set.
+  Plan cheapest_passes() {
     passes_.clear();
     tails_.assign(static_cast<size_t>(depth_ + 1), {});
     tails_.back() = {0, 0};
@@ -823,6 +844,7 @@ class Planner {
   const Model m_;
   const int64_t directions_, depth_;
   std::vector<Held> told_;
+  std::optional<Exchange> only_;
   std::map<std::tuple<int64_t, int64_t, int64_t>, Pass> passes_;  // by the first layer's inputs, hidden and count
   std::vector<Tail> tails_;
 };

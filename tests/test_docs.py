@@ -53,15 +53,15 @@ def test_the_kernels_page_names_a_source_for_each_idea():
 
 
 def test_what_the_ideas_are_predicted_to_save_follows_from_the_cost_model_s_figures():
-    """By hand on the page, L = 8, H = 512, B = 8 in 16 bits: 16 blocks of 32 units, 128 gate rows each."""
+    """By hand on the page, L = 8, H = 512, B = 8 in 16 bits: clusters of 16 blocks of 32 units, 128 gate rows each."""
     from stacked_lstm_ext.ops import _C
 
     costs = _C.persistent_costs()
     (h100,) = [device for device in _C.persistent_devices() if device["name"] == "h100"]
-    plan = _C.persistent_plan("h100", 512, [512] * 8, 0, False, 512, 8, 2)
+    plan = _C.persistent_plan(h100 | {"short_gpcs": 0}, 512, [512] * 8, 0, False, 512, 8, 2)
     (launched,) = plan["passes"]
     cut = launched["cut"]
-    assert (cut["blocks"], cut["groups"]) == (16, 4)
+    assert (cut["exchange"], cut["blocks"], cut["groups"]) == ("cluster", 16, 4)
     chunk = cut["chunk_steps"]
     clock, memory = h100["clock_mhz"], 1e3 * h100["memory_gb_s"]  # cycles and bytes a µs
     weights = 128 * 512 * 2 / costs["shared_rate"] / clock

@@ -17,6 +17,7 @@ import pytest
 from stacked_lstm_ext import _C
 
 DEVICES = {device["name"]: device for device in _C.persistent_devices()}
+EIGHT = DEVICES["h100"] | {"short_gpcs": 0}  # an H100 that holds 8 clusters of 16 blocks, one a layer of the largest stacks
 FORMATS = ((2, "tensor"), (4, "tensor"), (4, "exact"))  # bytes of an element, products
 STACK_KEYS = ("device", "input_size", "hidden", "proj", "bidirectional", "steps", "batch", "bytes")
 OPTIONS = ("product", "saving", "costs", "capacity")
@@ -86,6 +87,13 @@ def plans():
     return [(s, p) for s, p in made if not p["why_not"]]
 
 
+def clusters(device, size):
+    """How many clusters of so many blocks its GPCs hold at once, an SM a block."""
+    short = device["short_gpcs"]
+    in_gpcs = (device["gpcs"] - short) * (device["sms_gpc"] // size) + short * (device["sms_short_gpc"] // size)
+    return min(in_gpcs, device["sms"] // size)
+
+
 def directions_of(stack):
     return 1 + stack["bidirectional"]
 
@@ -120,9 +128,9 @@ def over_a_limit(stack, plan):
         yield "units", hidden, cut["blocks"] * units
         yield "blocks that own nothing", (cut["blocks"] - 1) * units + 1, hidden
         if cut["exchange"] == "cluster":
-            yield "cluster", max(cut["blocks"], 2), min(device["max_cluster"], 16)  # 1: this device has none
-            clusters = device["gpcs"] * (device["sms_gpc"] // cut["blocks"]) if cut["blocks"] > 1 else device["sms"]
-            yield "clusters", p["lanes"] * p["copies"], clusters
+            yield "blocks without which a cluster has no peers", 2, cut["blocks"]
+            yield "cluster", cut["blocks"], min(device["max_cluster"], 16)
+            yield "clusters", p["lanes"] * p["copies"], clusters(device, cut["blocks"])
         if stack["backward"]:
             least = 2 * columns * 4 * units * stack["bytes"]  # two buffers of the gates' gradients
             if cut["exchange"] == "cluster":
@@ -213,9 +221,11 @@ def test_weight_gradients_are_made_beside_the_recurrence_only_where_sms_are_idle
         assert s["backward"]
         after = plan(s | AFTER_ALL)
         assert not any(each["products_beside"] for each in after["passes"])
-        assert p["predicted_us"] < 0.97 * after["predicted_us"]
-        cuts = [[each["cut"], each["first_layer"], each["blocks"]] for each in p["passes"]]
-        assert cuts == [[each["cut"], each["first_layer"], each["blocks"]] for each in after["passes"]]
+        cuts, cuts_after = ([[each["cut"], each["first_layer"], each["blocks"]] for each in made["passes"]] for made in (p, after))
+        if cuts == cuts_after:
+            assert p["predicted_us"] < 0.97 * after["predicted_us"], s
+        else:  # all of them by one exchange, which leaves more SMs idle
+            assert p["predicted_us"] < after["predicted_us"] and len({cut["exchange"] for cut, _, _ in cuts}) == 1, s
 
         device = DEVICES[s["device"]]
         rate = device["fma_rate"] if s["product"] == "exact" else device["mma_rate"] / (s["bytes"] / 2)
@@ -441,14 +451,14 @@ def test_a_better_device_is_never_slower(backward):
 
 
 def test_depth_is_nearly_free_where_the_layers_fit():
-    one, sixteen = (plan(stack("h100", layers, 256, steps=512))["predicted_us"] for layers in (1, 16))
+    one, sixteen = (plan(stack(EIGHT, layers, 256, steps=512))["predicted_us"] for layers in (1, 16))
     assert sixteen <= 1.5 * one
 
 
 @pytest.mark.parametrize("hidden, low, high", [(512, 0.58, 0.93), (256, 0.47, 0.67)])
 def test_a_step_without_the_projection_is_predicted_within_the_range_of_the_prototype(hidden, low, high):
     steps = 512
-    (only,) = plan(stack("h100", 8, hidden, steps=steps))["passes"]
+    (only,) = plan(stack(EIGHT, 8, hidden, steps=steps))["passes"]
     terms = only["terms"]
     assert only["cut"]["exchange"] == "cluster"
     assert low <= (terms["exchange"] + terms["products"] + terms["gates"]) / steps <= high
@@ -523,14 +533,14 @@ def test_a_driver_describes_the_h100_as_we_do():
     device = _C.persistent_device_from(H100)
     assert device["name"] == "h100" and device["full_name"] == H100["name"]
     assert device["clock_mhz"] == 1980 and device["memory_gb_s"] == pytest.approx(3352, abs=1)
-    same = ("capability", "sms", "registers_sm", "shared_block", "shared_sm", "l2_bytes", "max_cluster", "gpcs", "mma_rate", "fma_rate")
+    same = ("capability", "sms", "registers_sm", "shared_block", "shared_sm", "l2_bytes", "max_cluster", "mma_rate", "fma_rate")
     assert {key: device[key] for key in same} == {key: DEVICES["h100"][key] for key in same}
 
 
 @pytest.mark.parametrize(
     "told, expected",
     [
-        (H100 | {"name": "NVIDIA H100 PCIe", "sms": 114}, {"name": "h100", "sms": 114, "gpcs": 7, "max_cluster": 16}),
+        (H100 | {"name": "NVIDIA H100 PCIe", "sms": 114}, {"name": "h100", "sms": 114, "max_cluster": 16}),
         (H100 | {"name": "NVIDIA GH100X"}, {"name": "sm_90", "max_cluster": 8, "mma_rate": 2048}),
         (H100 | {"max_cluster": 4}, {"name": "h100", "max_cluster": 4}),
         ({"name": "NVIDIA L40S", "major": 8, "minor": 9, "sms": 142}, {"name": "sm_89", "sms": 142, "max_cluster": 1}),
@@ -545,7 +555,9 @@ def test_a_driver_describes_the_h100_as_we_do():
 def test_any_gpu_is_a_device(told, expected):
     device = _C.persistent_device_from(told)
     assert {key: device[key] for key in expected} == expected
-    assert all(device[key] > 0 for key in device if key not in ("name", "full_name", "capability"))
+    assert all(device[key] > 0 for key in device if key not in ("name", "full_name", "capability", "short_gpcs", "sms_short_gpc"))
+    # Which SMs make up a GPC is not known. What is promised is an upper bound: see the next test but one.
+    assert all(clusters(device, size) == device["sms"] // size for size in range(2, 17))
     why_not = plan(stack(device, 2, 64))["why_not"]
     assert ("below 8.0" in why_not) == (told["major"] < 8)
 
@@ -557,7 +569,7 @@ def test_what_the_driver_takes_back_is_planned_anew():
         asked.append((backward, cut, most_inputs, hidden, over))
         return 0 if cut["exchange"] == "cluster" and cut["blocks"] == 16 else 96
 
-    free, held = (plan(stack("h100", 8, 512, input_size=40, **extra)) for extra in ({}, {"capacity": capacity}))
+    free, held = (plan(stack(EIGHT, 8, 512, input_size=40, **extra)) for extra in ({}, {"capacity": capacity}))
     assert {p["cut"]["blocks"] for p in free["passes"]} == {16} and len(free["passes"]) == 1
     assert held["passes"] and not any(p["cut"]["exchange"] == "cluster" and p["cut"]["blocks"] == 16 for p in held["passes"])
     assert all(p["blocks"] <= 96 for p in held["passes"])
@@ -572,13 +584,75 @@ def test_a_plan_fits_whatever_the_driver_holds(blocks, backward):
     assert p["passes"] and all(each["blocks"] <= blocks for each in p["passes"])
 
 
-def test_clusters_of_16_that_a_chip_has_fewer_of_than_described_make_more_passes():
-    def seven(backward, cut, *_):
-        return 7 * 16 if cut["exchange"] == "cluster" and cut["blocks"] == 16 else 132
+CHIPS = {  # H100s by how many of their GPCs have 16 SMs or more: the other GPCs have so many that the chip has 132
+    held: EIGHT | {"short_gpcs": 8 - held, "sms_short_gpc": short} for held, short in ((8, 16), (7, 14), (6, 12))
+}
 
-    p = plan(stack("h100", 8, 512, steps=512, capacity=seven))
-    assert not p["why_not"] and sum(len(each["layers"]) for each in p["passes"]) == 8
-    assert all(each["blocks"] <= seven(False, each["cut"]) for each in p["passes"])
+
+def holds(device, exchanges=("cluster", "l2")):
+    """What the driver of such a chip says: of these exchanges; of the other one that it holds a single block."""
+
+    def capacity(backward, cut, *_):
+        if cut["exchange"] not in exchanges:
+            return 1
+        return clusters(device, cut["blocks"]) * cut["blocks"] if cut["exchange"] == "cluster" else device["sms"]
+
+    return capacity
+
+
+CROWDED = [  # stacks that want most of the SMs, in clusters
+    stack("h100", layers, hidden, steps=512, batch=batch, backward=backward)
+    for layers, hidden, batch in ((8, 512, 8), (8, 512, 32), (7, 512, 8), (12, 512, 8), (8, 384, 8), (16, 256, 8), (1, 512, 200))
+    for backward in (False, True)
+] + [s for s in STACKS if s["device"] in ("h100", "h200")][:150]
+
+
+@pytest.mark.parametrize("held", CHIPS)
+def test_with_a_driver_the_cheapest_plan_for_the_chip_is_found(held):
+    """It is asked about few cuts; what it says leads to the plan that its whole chip, if it were described, would get.
+
+    (But for products beside the recurrence: passes are chosen for themselves, not for the room that they leave.)
+    """
+    described = _C.persistent_device_from(H100)
+    for s in CROWDED[:14] + [s | AFTER_ALL for s in CROWDED]:
+        same = {"device": CHIPS[held] | {key: described[key] for key in ("clock_mhz", "memory_gb_s")}}
+        asked, expected = (plan(s | extra) for extra in ({"device": described, "capacity": holds(CHIPS[held])}, same))
+        assert bool(asked["why_not"]) == bool(expected["why_not"]), s
+        assert asked["predicted_us"] == expected["predicted_us"], s
+
+
+@pytest.mark.parametrize("held", CHIPS)
+def test_on_every_chip_clusters_are_kept_where_they_are_cheaper_and_never_asked_for_where_they_do_not_fit(held):
+    kept = set()
+    for s in CROWDED[:14]:
+        s = s | {"device": CHIPS[held]}
+        p = plan(s)
+        for each in p["passes"]:
+            cut = each["cut"]
+            assert each["blocks"] <= holds(CHIPS[held])(False, cut), s
+        by = {exchange: plan(s | {"capacity": holds(CHIPS[held], [exchange])}) for exchange in ("cluster", "l2")}
+        us = {exchange: made["predicted_us"] for exchange, made in by.items() if not made["why_not"]}
+        assert us and p["predicted_us"] <= min(us.values()), s
+        exchanges = {each["cut"]["exchange"] for each in p["passes"]}
+        if exchanges == {"l2"}:
+            assert p["predicted_us"] == us["l2"] <= us.get("cluster", math.inf), s
+        kept |= exchanges
+    assert "cluster" in kept
+
+
+def test_the_eighth_layer_of_512_units_takes_a_chip_with_eight_clusters_of_16():
+    """Without: two passes in clusters are predicted to take longer than one through L2, whose blocks may lie anywhere."""
+    for layers, held, backward in itertools.product((6, 7, 8), CHIPS, (False, True)):
+        (only,) = plan(stack(CHIPS[held], layers, 512, steps=512, backward=backward))["passes"]
+        assert only["cut"]["blocks"] == 16
+        assert only["cut"]["exchange"] == ("cluster" if layers <= held else "l2"), (layers, held, backward)
+
+
+def test_a_device_that_is_not_here_is_taken_to_hold_the_fewest_clusters_that_were_seen():
+    for name in ("h100", "h200"):
+        assert [clusters(DEVICES[name], size) for size in (8, 16)] == [15, 7]
+        fewest, most = (plan(stack(device, 8, 512)) for device in (name, DEVICES[name] | {"short_gpcs": 0}))
+        assert fewest["predicted_us"] > most["predicted_us"]
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -594,14 +668,14 @@ def test_a_driver_that_holds_nothing_is_a_reason_and_no_endless_search(backward)
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_layers_of_different_widths_are_passes_of_their_own(backward):
-    p = plan(stack("h100", hidden=[256, 64, 64, 64, 128], input_size=30, backward=backward))
+    p = plan(stack("h100", hidden=[256, 96, 96, 96, 128], input_size=30, backward=backward))
     assert [(each["first_layer"], each["last_layer"]) for each in p["passes"]] == [(0, 1), (1, 4), (4, 5)]
     assert all(each["cut"]["exchange"] == "cluster" for each in p["passes"])
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_what_does_not_fit_at_once_is_split_into_passes(backward):
-    p = plan(stack("h100", 24, 512, backward=backward))
+    p = plan(stack(EIGHT, 24, 512, backward=backward))
     assert [(each["first_layer"], each["last_layer"]) for each in p["passes"]] == [(0, 8), (8, 16), (16, 24)]
 
 
@@ -620,6 +694,22 @@ def test_a_large_batch_runs_in_groups_side_by_side_and_in_rounds():
 def test_clusters_are_for_devices_that_have_them(device, backward):
     exchange = {each["cut"]["exchange"] for each in plan(stack(device, 4, 256, backward=backward))["passes"]}
     assert exchange == ({"cluster"} if DEVICES[device]["capability"] >= (9, 0) else {"l2"})
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("bytes_, product", FORMATS)
+@pytest.mark.parametrize("hidden", [1, 8, 9, 16, 17, 32, 33])
+def test_a_layer_that_one_block_holds_is_no_cluster(hidden, bytes_, product, backward):
+    """st.async is undefined in a cluster of one block. And a block needs none: its h, or sums of dh, are kept where they are."""
+    for device in ("h100", "a100"):
+        (only,) = plan(stack(device, 3, hidden, bytes=bytes_, product=product, backward=backward))["passes"]
+        cut, blocks, exchange = only["cut"], only["cut"]["blocks"], only["terms"]["exchange"]
+        assert cut["exchange"] == ("cluster" if blocks > 1 and device == "h100" else "l2")
+        inside = cut["m_tiles"] == 1 or (not backward and cut["pieces"] * 64 // bytes_ <= 64)
+        assert blocks > 1 or inside, "such a cut pays for words that nobody needs"
+        assert blocks == 1 or hidden > (8 if not backward else 32 if bytes_ == 2 else 16)
+        # Of a step: a barrier and a look at shared memory, or else more than a crossing takes at least.
+        assert (exchange / 64 < 0.1) == (blocks == 1) and (exchange / 64 > 0.2) == (blocks > 1)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -732,7 +822,7 @@ def test_measured_figures_take_the_place_of_the_built_in_ones(tmp_path):
     )
     assert device == DEVICES["h100"] | {"mma_share": pytest.approx(0.7)}
     assert set(costs) <= set(_C.persistent_costs())
-    slow, built_in = (persistent_plan("h100", [512] * 8, costs=c)["forward"] for c in (costs, None))
+    slow, built_in = (persistent_plan(EIGHT, [512] * 8, costs=c)["forward"] for c in (costs, None))
     assert slow["terms"]["exchange"] > built_in["terms"]["exchange"]
 
 
@@ -789,7 +879,7 @@ def command(*arguments, **environment):
 
 
 def test_the_command_prints_the_plan_and_who_works_when():
-    run = command("--layers", "8", "--hidden", "512", "--device", "h100")
+    run = command("--layers", "8", "--hidden", "512", "--device", "h100", "--clusters-of-16", "8")
     assert (run.returncode, run.stderr) == (0, "")
     assert "All times are predicted" in run.stdout and "BACKWARD" not in run.stdout
     assert "clusters of 16 blocks" in run.stdout and "bound by exchange" in run.stdout
@@ -797,6 +887,25 @@ def test_the_command_prints_the_plan_and_who_works_when():
     rows = [line.split()[-1] for line in run.stdout.splitlines() if line.startswith("pass 0 layer")]
     assert len(rows) == 8
     assert rows[0].index("0") < rows[7].index("0") and rows[0].rindex("9") < rows[7].rindex("9")
+
+
+def test_the_command_says_what_changes_with_the_clusters_that_a_chip_holds():
+    run = command("--layers", "8", "--hidden", "512", "--device", "h100", "--training")
+    assert (run.returncode, run.stderr) == (0, "")
+    table = run.stdout.split("clusters of 16 blocks they hold:\n")[1].splitlines()
+    assert table[0].split() == ["clusters", "of", "16", "forward", "backward", "what", "would", "run"]
+    for line, held in zip(table[1:4], (8, 7, 6), strict=True):
+        assert line.startswith(str(held)) and ("planned for" in line) == (held == 7)
+        assert line.count("clusters of 16, 1 pass" if held == 8 else "16 blocks through L2, 1 pass") == 2
+    assert "clusters of 16" not in command("--hidden", "512", "--device", "a100").stdout
+    assert "h  kept in the layer's one block" in command("--hidden", "16").stdout
+    for device, number, message in (
+        ("a100", "0", "a100 has no clusters of 16 blocks, got: 0"),
+        ("h100", "9", "h100 holds 0 to 8 clusters of 16 blocks, got: 9"),
+        ("h100", "-1", "h100 holds 0 to 8 clusters of 16 blocks, got: -1"),
+    ):
+        wrong = command("--hidden", "512", "--device", device, "--clusters-of-16", number)
+        assert wrong.returncode == 2 and message in wrong.stderr
 
 
 def test_the_command_prints_both_passes_of_training():

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.cells import (
     DEPTH_BATCH,
@@ -23,6 +24,7 @@ from benchmarks.gpu.cells import (
 from benchmarks.gpu.report import milliseconds
 from benchmarks.gpu.results import ROOT
 from stacked_lstm_ext.ops import _C
+from stacked_lstm_ext.plan.persistent import DEVICES, with_clusters_of_16
 
 SLOTS = ROOT / "docs" / "slots.txt"
 ELEMENT_BYTES = 2  # bfloat16 and float16
@@ -30,26 +32,48 @@ STEP_TERMS = ("exchange", "projection", "products", "gates", "chunks", "saves")
 SAVINGS = ("none", "full")  # inference; and training, forward and backward
 
 
+def chips(device: str) -> dict[int, dict[str, Any]]:
+    """How many clusters of 16 blocks a chip holds, to such a chip: the most that are possible, and the fewest that were seen.
+
+    (For a model without clusters of 16, or of which one number is known, one chip.)
+    """
+    fewest = DEVICES[device]
+    numbers = sorted({fewest["gpcs"], fewest["gpcs"] - fewest["short_gpcs"]}, reverse=True)
+    return {n: with_clusters_of_16(fewest, n) if fewest["max_cluster"] >= 16 else fewest for n in numbers}
+
+
 def cell(device: str, layers: int, batch: int, steps: int, hidden: int) -> str:
-    """ "0.63 / 1.68": ms of inference and of training by what `auto` takes; with * where that is the diagonal schedule."""
+    """ "0.63 / 1.68": ms of inference and of training by what `auto` takes; with * where that is the diagonal schedule.
+
+    "0.63–0.81 / 1.68": inference from a chip with the most clusters of 16 to one with the fewest.
+    """
     shown = []
     for saving in SAVINGS:
-        choice = _C.persistent_choice(
-            device, hidden, [hidden] * layers, 0, False, steps, batch, ELEMENT_BYTES, saving=saving
-        )
-        persistent = choice["persistent"]
-        us = choice["persistent_us" if persistent else "diagonal_us"]
-        shown.append(milliseconds(us / 1e3) + "*" * (not persistent))
+        times = []
+        for chip in chips(device).values():
+            choice = _C.persistent_choice(
+                chip, hidden, [hidden] * layers, 0, False, steps, batch, ELEMENT_BYTES, saving=saving
+            )
+            persistent = choice["persistent"]
+            us = choice["persistent_us" if persistent else "diagonal_us"]
+            times.append(milliseconds(us / 1e3) + "*" * (not persistent))
+        shown.append("–".join(dict.fromkeys(times)))
     return " / ".join(shown)
 
 
-def step(device: str, layers: int = 8, hidden: int = 512, batch: int = 8) -> str:
-    """Where the time of one forward step goes, of the page's example: what is there T times, in µs."""
-    plan = _C.persistent_plan(device, hidden, [hidden] * layers, 0, False, TARGET_STEPS, batch, ELEMENT_BYTES)
-    each = {name: us / TARGET_STEPS for name, us in plan["terms"].items() if name in STEP_TERMS}
-    parts = sorted(((us, name) for name, us in each.items() if us > 0.005), reverse=True)
-    shown = ", ".join(f"{name} {us:.2f}" for us, name in parts)
-    return f"A forward step at L = {layers}, H = {hidden}, B = {batch}: {plan['step_us']:.2f} µs: {shown}."
+def step(device: str, layers: int = 8, hidden: int = 512, batch: int = 8) -> list[str]:
+    """Where the time of one forward step goes, of the page's example, on each chip: what is there T times, in µs."""
+    lines = []
+    for number, chip in chips(device).items():
+        plan = _C.persistent_plan(chip, hidden, [hidden] * layers, 0, False, TARGET_STEPS, batch, ELEMENT_BYTES)
+        each = {name: us / TARGET_STEPS for name, us in plan["terms"].items() if name in STEP_TERMS}
+        parts = sorted(((us, name) for name, us in each.items() if us > 0.005), reverse=True)
+        shown = ", ".join(f"{name} {us:.2f}" for us, name in parts)
+        where = f", with {number} clusters of 16" if len(chips(device)) > 1 else ""
+        lines.append(
+            f"A forward step at L = {layers}, H = {hidden}, B = {batch}{where}: {plan['step_us']:.2f} µs:\n{shown}."
+        )
+    return lines
 
 
 def row(first: str, cells: Sequence[str]) -> str:
@@ -58,10 +82,12 @@ def row(first: str, cells: Sequence[str]) -> str:
 
 def markdown(device: str) -> str:
     """The three tables."""
-    (full_name,) = (known["full_name"] for known in _C.persistent_devices() if known["name"] == device)
     layers, batch, steps, width = ONE_LAYER
+    held = list(chips(device))
+    ranges = f" A range: from a chip that holds {held[0]} clusters of 16 blocks to one that holds {held[-1]}."
     lines = [
-        f"Predicted for {full_name}: ms of a call in 16 bits, inference / training. \\*: the diagonal schedule is taken.",
+        f"Predicted for {DEVICES[device]['full_name']}: ms of a call in 16 bits, inference / training. "
+        f"\\*: the diagonal schedule is taken.{ranges * (len(held) > 1)}",
         "",
         row(f"T = {TARGET_STEPS}", [f"B = {b}" for b in TARGET_BATCHES]),
         "| --- |" + " ---: |" * len(TARGET_BATCHES),
@@ -77,7 +103,7 @@ def markdown(device: str) -> str:
         "",
         f"One layer, B = {batch}, T = {steps}, H = {width}: {cell(device, layers, batch, steps, width)}.",
         "",
-        step(device),
+        "\n\n".join(step(device)),
     ]
     return "\n".join(lines)
 
@@ -101,8 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.expected", description=(__doc__ or "").splitlines()[0]
     )
-    devices = [device["name"] for device in _C.persistent_devices()]
-    parser.add_argument("--device", choices=devices, default="h100")
+    parser.add_argument("--device", choices=DEVICES, default="h100")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put them between the markers of a page")
     options = parser.parse_args(arguments)
     text = markdown(options.device)

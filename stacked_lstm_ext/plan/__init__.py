@@ -407,7 +407,8 @@ def _describe_launches(schedule: dict[str, Any]) -> str:
     for part in schedule["passes"]:
         first, last = part["first_layer"], part["last_layer"] - 1
         layers = f"layer {first}" if first == last else f"layers {first}-{last}"
-        blocks = f"{_count(part['blocks_lane'], 'block')} of {part['units_block']} units each ({part['exchange']})"
+        exchange = part["exchange"] if part["blocks_lane"] > 1 else "no exchange"
+        blocks = f"{_count(part['blocks_lane'], 'block')} of {part['units_block']} units each ({exchange})"
         how = [f"chunks of {_count(part['chunk_steps'], 'step')}"] if first != last else []
         if part["batch_groups"] > 1:
             how.append(f"{part['batch_groups']} batch groups, {part['copies']} at a time")

@@ -7,6 +7,7 @@ from those that ``make gpu`` has measured (:func:`read_costs`).
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import re
@@ -18,7 +19,7 @@ from typing import Any
 from ..ops import _C
 from . import _bytes, _count
 
-__all__ = ["draw_timeline", "format_plan", "format_timeline", "main", "persistent_plan", "read_costs"]
+__all__ = ["draw_timeline", "format_plan", "format_timeline", "main", "persistent_plan", "read_costs", "with_clusters_of_16"]
 
 NOTICE = "All times are predicted by a cost model; none was measured."
 FORMATS = {"bfloat16": (2, "tensor"), "float16": (2, "tensor"), "float32": (4, "exact"), "tf32": (4, "tensor")}
@@ -72,6 +73,19 @@ def persistent_plan(
         timeline=True,
         costs=costs or {},
     )
+
+
+def with_clusters_of_16(device: dict[str, Any], count: int) -> dict[str, Any]:
+    """A GPU of this model whose chip holds so many clusters of 16 blocks at once: its other GPCs have fewer SMs than 16.
+
+    Raises:
+        ValueError: if the model cannot hold as many.
+    """
+    if device["max_cluster"] < 16:
+        raise ValueError(f"{device['name']} has no clusters of 16 blocks, got: {count}")
+    if not 0 <= count <= device["gpcs"]:
+        raise ValueError(f"{device['name']} holds 0 to {device['gpcs']} clusters of 16 blocks, got: {count}")
+    return device | {"short_gpcs": device["gpcs"] - count, "sms_short_gpc": device["sms_short_gpc"] or 8}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -170,7 +184,11 @@ def format_plan(plan: dict[str, Any]) -> str:
         cut = p["cut"]
         exchanged = "partial sums of dh" if plan["backward"] else "h"
         where = (
-            f"pushed within clusters of {_count(cut['blocks'], 'block')}" if cut["exchange"] == "cluster" else "through L2, in tagged words"
+            f"pushed within clusters of {_count(cut['blocks'], 'block')}"
+            if cut["exchange"] == "cluster"
+            else "kept in the layer's one block"
+            if cut["blocks"] == 1
+            else "through L2, in tagged words"
         )
         most = max(last - first for first, last in p["sequences"])
         groups = f"{_count(p['batch_groups'], 'batch group')} of at most {_count(most, 'sequence')}"
@@ -205,6 +223,30 @@ def format_plan(plan: dict[str, Any]) -> str:
             lines.append(f"  {_words(name):<18}{us:10.1f} µs {us / total:6.1%}")
     lines.append(f"no schedule takes less than {plan['limit_us']:.4g} µs (weights once from memory; all multiply-adds)")
     return "\n".join(lines)
+
+
+def format_clusters(choices: dict[int, dict[str, Any]], planned: int) -> str:
+    """What the choice would be on chips that hold so many clusters of 16 blocks: number to what ``persistent_plan`` returned."""
+
+    def where(plan: dict[str, Any]) -> str:
+        if plan["why_not"]:
+            return "cannot"
+        ways = dict.fromkeys(
+            f"clusters of {p['cut']['blocks']}"
+            if p["cut"]["exchange"] == "cluster"
+            else f"{_count(p['cut']['blocks'], 'block')}{' through L2' * (p['cut']['blocks'] > 1)}"
+            for p in plan["passes"]
+        )
+        return f"{plan['predicted_us']:.4g} µs, {' and '.join(ways)}, {_count(len(plan['passes']), 'pass', 'es')}"
+
+    training = any(choice["backward"]["passes"] or choice["backward"]["why_not"] for choice in choices.values())
+    rows = [["clusters of 16", "forward", *["backward"] * training, "what would run"]]
+    for number, choice in choices.items():
+        plans = [choice["forward"], choice["backward"]][: 1 + training]
+        runs = "the persistent kernel" if choice["persistent"] else "the diagonals"
+        rows.append([f"{number}{' (planned for)' if number == planned else ''}", *map(where, plans), runs])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def format_timeline(plan: dict[str, Any], width: int = 96) -> str:
@@ -302,6 +344,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--training", action="store_true", help="plan backward too, and a forward that keeps what it needs")
     parser.add_argument("--recompute", action="store_true", help="in training, keep less, and compute the gates again")
     parser.add_argument("--device", choices=DEVICES, default="h100")
+    parser.add_argument(
+        "--clusters-of-16",
+        type=int,
+        metavar="N",
+        help="how many clusters of 16 blocks the chip holds at once (default: the fewest that were seen of this model); chips differ",
+    )
     parser.add_argument("--costs", type=Path, metavar="FILE", help="a result file of `make gpu` on that device: plan with what it measured")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the timeline (needs matplotlib)")
     options = parser.parse_args(arguments)
@@ -314,6 +362,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.png and importlib.util.find_spec("matplotlib") is None:
         parser.error("--png needs matplotlib, which is not installed (pip install matplotlib)")
     device = DEVICES[options.device]
+    if options.clusters_of_16 is not None:
+        try:
+            device = with_clusters_of_16(device, options.clusters_of_16)
+        except ValueError as error:
+            parser.error(f"--clusters-of-16: {error}")
     costs: dict[str, float] = {}
     if options.costs:
         try:
@@ -322,9 +375,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(str(error))
 
     training = options.training or options.recompute
-    choice = persistent_plan(
-        device,
-        hidden,
+    planned_for = functools.partial(
+        persistent_plan,
+        hidden_sizes=hidden,
         input_size=options.input,
         bidirectional=options.bidirectional,
         seq_len=options.steps,
@@ -333,6 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         saving="recompute" if options.recompute else "full" if training else "none",
         costs=costs,
     )
+    choice = planned_for(device)
     sizes = str(hidden[0]) if len(set(hidden)) == 1 else ",".join(map(str, hidden))
     title = (
         f"{_count(layers, 'layer')}, H {sizes}, B {options.batch}, T {options.steps}, {options.dtype}"
@@ -348,6 +402,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if plan["passes"]:
             print(f"\n{format_timeline(plan)}")
         print(f"\nby diagonals {_format_diagonals(choice[f'diagonal_{name}'])}")
+    if device["short_gpcs"] or options.clusters_of_16 is not None:
+        held = device["gpcs"] - device["short_gpcs"]
+        numbers = sorted({*range(device["gpcs"], device["gpcs"] - 3, -1), held}, reverse=True)
+        choices = {number: planned_for(with_clusters_of_16(device, number)) for number in numbers}
+        print(f"\nchips of one model differ in how many clusters of 16 blocks they hold:\n{format_clusters(choices, held)}")
     print(f"\nwhat would run: {'the persistent kernel' if choice['persistent'] else 'the diagonals'}, as {choice['reason']}")
     if options.png and (choice["forward"]["passes"] or choice["backward"]["passes"]):
         draw_timeline(choice, options.png, title)
