@@ -25,12 +25,14 @@ struct Site {
   Location at;
 };
 
+enum class Way : uint8_t { ordinary, strong, bulk };
+
 // The last write to two bytes.
 struct Write {
   uint32_t block = 0;  // number + 1; 0: nobody wrote them
   uint32_t time = 0;
   uint16_t site = 0;
-  bool bulk = false;
+  Way way = Way::ordinary;
 };
 
 struct Page {
@@ -177,14 +179,14 @@ void read(const void* pointer, size_t bytes, const char* why, const char* what, 
   });
 }
 
-void write(const void* pointer, size_t bytes, const char* what, const Location& at, uint32_t time, bool bulk) {
+void write(const void* pointer, size_t bytes, const char* what, const Location& at, uint32_t time, Way way) {
   if (in_shared_memory(pointer)) return;
   const uint16_t site = memory.number_of(what, at);
   const uint32_t block = this_block().number + 1;
   for_each(pointer, bytes, [&](Page& page, uintptr_t granule) {
     if (const uint16_t reader = page.constant[granule]) fail_not_constant(what, at, "writes", "has read", reader);
     if (!page.written) page.written = std::make_unique<std::array<Write, kGranules>>();
-    (*page.written)[granule] = {block, time, site, bulk};
+    (*page.written)[granule] = {block, time, site, way};
   });
 }
 
@@ -196,6 +198,16 @@ void read_global(const void* pointer, size_t bytes, const char* what, Location a
 
 void read_global_past_l1(const void* pointer, size_t bytes, const char* what, Location at) {
   read(pointer, bytes, "nothing orders the load after the write", what, at);
+}
+
+void read_global_strongly(const void* pointer, size_t bytes, const char* what, Location at) {
+  if (in_shared_memory(pointer)) return;
+  for_each_known(pointer, bytes, [&](Page& page, uintptr_t granule) {
+    if (!page.written) return;
+    const Write& write = (*page.written)[granule];
+    if (!write.block || write.way == Way::strong) return;
+    check_acquired(write, "nothing orders the load after that ordinary write", what, at);
+  });
 }
 
 void read_constant(const void* pointer, size_t bytes, const char* what, Location at) {
@@ -210,7 +222,11 @@ void read_constant(const void* pointer, size_t bytes, const char* what, Location
 }
 
 void write_global(const void* pointer, size_t bytes, const char* what, Location at) {
-  write(pointer, bytes, what, at, memory.now(), false);
+  write(pointer, bytes, what, at, memory.now(), Way::ordinary);
+}
+
+void write_global_strongly(const void* pointer, size_t bytes, const char* what, Location at) {
+  write(pointer, bytes, what, at, memory.now(), Way::strong);
 }
 
 void read_global_in_bulk(const void* pointer, size_t bytes, const char* what, Location at) {
@@ -219,7 +235,8 @@ void read_global_in_bulk(const void* pointer, size_t bytes, const char* what, Lo
     const Write& write = (*page.written)[granule];
     if (!write.block) return;
     check_acquired(write, "nothing orders the copy after the write", what, at);
-    if (write.bulk || memory.fenced(write.block - 1) > write.time || memory.fenced(this_block().number) > write.time)
+    if (write.way == Way::bulk || memory.fenced(write.block - 1) > write.time ||
+        memory.fenced(this_block().number) > write.time)
       return;
     const Place place = place_of(write.site);
     fail(Kind::async_misuse, at, "%s reads bytes that %s of %s:%u wrote, with no async_proxy_fence() since", what,
@@ -228,7 +245,7 @@ void read_global_in_bulk(const void* pointer, size_t bytes, const char* what, Lo
 }
 
 void start_bulk_write(const void* pointer, size_t bytes, const char* what, Location at) {
-  write(pointer, bytes, what, at, kUnderWay, true);
+  write(pointer, bytes, what, at, kUnderWay, Way::bulk);
 }
 
 void finish_bulk_write(const void* pointer, size_t bytes) {

@@ -4,7 +4,8 @@
 // proxies may show it other bytes than the emulator does, whether or not they would in this run.
 //
 //   load                   sees what another block wrote ...
-//   relaxed, acquire       always: it goes to L2, where atomics are
+//   relaxed, acquire       what was written by a store of that kind, or an atomic: always. It goes to L2. What was written by
+//                          an ordinary store: as an ordinary load does, since the two accesses race
 //   ordinary, .cs, .cg,    after an acquire or a fence by the reading block since the write, at the scope of the cluster or
 //   cp.async               wider. Until then its L1 may hold older bytes, and nothing orders a .cg after the write either
 //   .nc (load_readonly)    never: no byte that it reads may be written in the same launch, before or after, by any thread
@@ -29,8 +30,10 @@ namespace stacked_lstm::emulator {
 // primitive in reports, and lives as long as the launch. To be called after the access, so that ThreadSanitizer sees it first.
 void read_global(const void*, size_t bytes, const char* what, Location);
 void read_global_past_l1(const void*, size_t bytes, const char* what, Location);
+void read_global_strongly(const void*, size_t bytes, const char* what, Location);  // relaxed, acquire
 void read_constant(const void*, size_t bytes, const char* what, Location);
 void write_global(const void*, size_t bytes, const char* what, Location);
+void write_global_strongly(const void*, size_t bytes, const char* what, Location);  // relaxed, release, atomic
 
 // Of the copy engine, on behalf of the current thread.
 void read_global_in_bulk(const void*, size_t bytes, const char* what, Location);

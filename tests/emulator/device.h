@@ -92,6 +92,7 @@ __forceinline__ T look(const T* from, Scope scope, const char* what, Location at
     value = load();
     emulator::looks_like_polling(from, static_cast<uint64_t>(value));
   }
+  emulator::read_global_strongly(from, sizeof(T), what, at);
   return value;
 }
 
@@ -100,7 +101,7 @@ template <typename T, typename Modify>
 __forceinline__ T modify(T* to, const char* what, Location at, Modify modify) {
   static_assert(is_word<T>);
   emulator::check_aligned(to, sizeof(T), what, at);
-  emulator::write_global(to, sizeof(T), what, at);
+  emulator::write_global_strongly(to, sizeof(T), what, at);
   emulator::before_relaxed_write(to);
   const T before = modify();
   emulator::after_relaxed_read(to);
@@ -243,7 +244,7 @@ template <Scope scope, typename T, typename V>
 __forceinline__ void store_release(T* to, V value, Location at = Location::current()) {
   static_assert(device_detail::is_word<T>);
   emulator::check_word(to, sizeof(T), device_detail::reach(scope), "store_release", at);
-  emulator::write_global(to, sizeof(T), "store_release", at);
+  emulator::write_global_strongly(to, sizeof(T), "store_release", at);
   emulator::before_release(to, device_detail::reach(scope), at);
   const bool changes = __atomic_load_n(to, __ATOMIC_RELAXED) != static_cast<T>(value);
   __atomic_store_n(to, static_cast<T>(value), __ATOMIC_RELEASE);
@@ -253,7 +254,7 @@ template <Scope scope, typename T, typename V>
 __forceinline__ void store_relaxed(T* to, V value, Location at = Location::current()) {
   static_assert(device_detail::is_word<T>);
   emulator::check_word(to, sizeof(T), device_detail::reach(scope), "store_relaxed", at);
-  emulator::write_global(to, sizeof(T), "store_relaxed", at);
+  emulator::write_global_strongly(to, sizeof(T), "store_relaxed", at);
   emulator::before_relaxed_write(to);
   const bool changes = __atomic_load_n(to, __ATOMIC_RELAXED) != static_cast<T>(value);
   __atomic_store_n(to, static_cast<T>(value), __ATOMIC_RELAXED);
@@ -263,7 +264,7 @@ template <Scope scope, typename T, typename V>
 __forceinline__ void add_release(T* to, V value, Location at = Location::current()) {
   static_assert(device_detail::is_word<T>);
   emulator::check_word(to, sizeof(T), device_detail::reach(scope), "add_release", at);
-  emulator::write_global(to, sizeof(T), "add_release", at);
+  emulator::write_global_strongly(to, sizeof(T), "add_release", at);
   emulator::before_release(to, device_detail::reach(scope), at);
   __atomic_fetch_add(to, static_cast<T>(value), __ATOMIC_RELEASE);
   emulator::after_write(static_cast<T>(value) != 0);

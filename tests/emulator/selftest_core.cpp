@@ -887,6 +887,18 @@ const Case kCases[] = {
      .co_resident = true,
      .expect = Expect::error,
      .kind = Kind::stale},
+    {.name = "a word that is raised by an ordinary store",
+     .kernel =
+         [](Memory* m) {
+           if (blockIdx.x == 0) stored(&m->flag[0]) = 1u;
+           while (blockIdx.x == 1 && !load_acquire<Scope::device>(&m->flag[0])) {
+           }
+         },
+     .blocks = 2,
+     .threads = 1,
+     .co_resident = true,
+     .expect = Expect::sometimes,
+     .kind = Kind::stale},
     {.name = "one of eight elements is another block's",
      .kernel =
          [](Memory* m) {
