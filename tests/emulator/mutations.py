@@ -354,5 +354,7 @@ def instrument(text: str, file: str, first: int = 0) -> tuple[str, list[Mutant]]
         opening, closing = edit.render(f"::stacked_lstm::emulator::mutation::on({number})", "\0").split("\0")
         before.setdefault(source.place[edit.begin], []).append(opening)
         after.setdefault(source.place[edit.end - 1], []).append(closing)
-    out = "".join("".join(before.get(n, [])) + token.text + "".join(reversed(after.get(n, []))) for n, token in enumerate(source.all))
+    out = "".join(
+        "".join(before.get(n, [])) + token.text + "".join(reversed(after.get(n, []))) for n, token in enumerate(source.all)
+    )
     return f'#line 1 "{file}"\n{out}', mutants
