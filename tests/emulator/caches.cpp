@@ -161,7 +161,7 @@ void check_arrived(const Write& write, const char* what, const Location& at) {
 void check_acquired(const Write& write, const char* why, const char* what, const Location& at) {
   const Block& block = this_block();
   check_arrived(write, what, at);
-  if (write.block == block.number + 1 || block.refreshed > write.time) return;
+  if (write.block == block.number + 1 || block.refreshed > write.time || options().stale_reads) return;
   const Place place = place_of(write.site);
   fail(
       Kind::stale, at,

@@ -209,7 +209,9 @@ class _Programs:
             programs.append(build(name, [self.tree / source for source in sources], sanitizer, defines, flags=flags))
         return programs
 
-    def run(self, programs: list[Path], variant: _Variant, sanitizer: str | None, mutant: int, limit: int, reached: str = "") -> Result:
+    def run(
+        self, programs: list[Path], variant: _Variant, sanitizer: str | None, mutant: int, limit: int, reached: str = ""
+    ) -> Result:
         """One run, of at most `limit` seconds of processor time (a machine that others use is no reason to end it)."""
         script = 'ulimit -c 0; ulimit -t "$1"; export EMULATOR_MUTANT="$2" EMULATOR_MUTANTS_REACHED="$3"; shift 3; exec "$@"'
         plain = self.target.thorough if self.thorough else self.target.plain
