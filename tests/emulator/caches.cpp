@@ -161,7 +161,7 @@ void check_arrived(const Write& write, const char* what, const Location& at) {
 void check_acquired(const Write& write, const char* why, const char* what, const Location& at) {
   const Block& block = this_block();
   check_arrived(write, what, at);
-  if (write.block == block.number + 1 || block.refreshed > write.time || options().stale_reads) return;
+  if (write.block == block.number + 1 || block.refreshed > write.time) return;
   const Place place = place_of(write.site);
   fail(
       Kind::stale, at,
@@ -197,6 +197,7 @@ void read_global(const void* pointer, size_t bytes, const char* what, Location a
 }
 
 void read_global_past_l1(const void* pointer, size_t bytes, const char* what, Location at) {
+  if (options().unordered_reads) return;
   read(pointer, bytes, "nothing orders the load after the write", what, at);
 }
 

@@ -319,7 +319,8 @@ struct Options {
   uint64_t first_block = 0;  // blocks before it are left out: what indices of 2³¹ and more do, without the threads
   unsigned resident = 0;     // blocks at once of a launch that is not co-resident; 0: a few, as the order sees fit
   bool print = true;         // reports go to stderr too
-  bool stale_reads = false;  // are let pass: what launches do that have given up waiting, and go on in no order
+  bool unordered_reads =
+      false;  // past the L1 are let pass: by launches that have given up waiting, and go on in no order
   Device device;
 };
 Options& options();  // process-wide

@@ -456,15 +456,6 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/cuda/persistent_backward.cuh",
-        function="stage",
-        kind="guard",
-        change="always true",
-        code="there",
-        reason="an address from which nothing is read",
-        near="copy_async<16>",
-    ),
-    Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
         function="finish_staging",
         kind="bound",
         change="off by one",
