@@ -803,7 +803,7 @@ EQUIVALENT: list[Equivalent] = [
         kind="access",
         change="ordinary",
         code="load_l2(below + chunk * S::kChunk + unit)",
-        reason="behind an acquire an L1 holds nothing older; past it, a line that is read once takes no place there",
+        reason="behind the acquire the L1 holds nothing older",
     ),
     Equivalent(
         file=SAMPLES + "chunk_flags.cuh",
@@ -811,7 +811,7 @@ EQUIVALENT: list[Equivalent] = [
         kind="access",
         change="ordinary",
         code="load_l2(below + chunk * S::kChunk + S::kChunk - 1 - unit)",
-        reason="behind an acquire an L1 holds nothing older; past it, a line that is read once takes no place there",
+        reason="behind the acquire the L1 holds nothing older",
     ),
     Equivalent(
         file=SAMPLES + "column_sums.cuh",
@@ -819,7 +819,7 @@ EQUIVALENT: list[Equivalent] = [
         kind="access",
         change="ordinary",
         code="load_l2(partial + s * columns + column)",
-        reason="behind an acquire an L1 holds nothing older; past it, a line that is read once takes no place there",
+        reason="behind the acquire the L1 holds nothing older",
     ),
     Equivalent(
         file="csrc/cuda/persistent_forward.cuh",
