@@ -97,7 +97,7 @@ ON_DEMAND = [
         plain=("--order", "random"),
         sanitized=("--order", "random", "--exact"),
         defines=("FEW_KERNELS",),
-        more_programs=(("tests/emulator/persistent_watchdog.cu",),),
+        more_programs=(("tests/emulator/persistent_watchdog.cu",), ("tests/emulator/persistent_backward_watchdog.cu",)),
     ),
     Target(
         name="persistent_backward",
