@@ -518,8 +518,11 @@ __device__ __forceinline__ void stage(const BackwardBlock<C>& block, const T* gr
     const T* from = grad_gates + (there ? (row + column) * sizes.gates_stride + int64_t{quarter} * sizes.hidden : 0);
     T* at = to + quarter_at<C>(column, piece, quarter);
     if (kLater && fits) {
-      const int bytes = there ? 16 : 0;  // the others of the 16 become zeros
-      copy_async<16>(shared_address(at), from + (there ? unit : 0), bytes);
+      if (there) {
+        copy_async<16>(shared_address(at), from + unit);
+      } else {
+        copy_async<16>(shared_address(at), from, 0);  // zeros
+      }
     } else {
       *reinterpret_cast<uint4*>(at) =
           operands<T, C::kProduct>(load_quarter<Memory::written>(from, unit, there ? sizes.hidden : 0, fits));
@@ -681,11 +684,11 @@ class BackwardCells {
       if (!exists(n)) continue;
       const int unit = cells.unit_of(n);
       if (active_) c_[n] = load_streaming(lane.c + row * sizes.saved_stride + unit);
-      if (was_active_) dc_[n] = lane.carried_c[state(n)];
+      if (was_active_) dc_[n] = load_ordinary(lane.carried_c + state(n));
       // A sequence that had begun before the launch did: its gradients go on to the next launch, or to the caller.
       if (lane.reverse && !was_active_ && cells.column < block.sequences.count && last < sizes.steps &&
           cells.first_share) {
-        settle(n, lane.carried_h[state(n)], lane.carried_c[state(n)]);
+        settle(n, load_ordinary(lane.carried_h + state(n)), load_ordinary(lane.carried_c + state(n)));
       }
     }
   }
@@ -747,8 +750,8 @@ class BackwardCells {
         incoming_[n] = grad_above_[n];
       }
       if (lane.grad_output) incoming_[n] += widen(grad_output_[n]);
-      if (ends && lane.grad_h_n) incoming_[n] += widen(lane.grad_h_n[state(n)]);
-      if (ends) dc_[n] = lane.grad_c_n ? widen(lane.grad_c_n[state(n)]) : 0;
+      if (ends && lane.grad_h_n) incoming_[n] += widen(load_ordinary(lane.grad_h_n + state(n)));
+      if (ends) dc_[n] = lane.grad_c_n ? widen(load_ordinary(lane.grad_c_n + state(n))) : 0;
     }
   }
 
@@ -793,7 +796,7 @@ class BackwardCells {
       if (active_ && exists(n) && cells_.first_share) {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
-          to[int64_t{gate} * sizes.hidden + n * CellPlace<C>::kUnitStep] = grad_[n].get(gate);
+          stored(to + (int64_t{gate} * sizes.hidden + n * CellPlace<C>::kUnitStep)) = grad_[n].get(gate);
         }
       }
       c_[n] = c_before_[n];
@@ -811,7 +814,7 @@ class BackwardCells {
       if (block_.sizes.first_step == 0) {
         settle(n, sums[n], dc_[n]);
       } else if (cells_.first_share) {
-        lane.carry_c[state(n)] = dc_[n];  // dh is multiplied again, from dgates, by the next launch
+        stored(lane.carry_c + state(n)) = dc_[n];  // dh is multiplied again, from dgates, by the next launch
       }
     }
   }
@@ -831,11 +834,11 @@ class BackwardCells {
     if (!cells_.first_share) return;
     const int64_t at = state(n);
     if (block_.sizes.first_step > 0) {
-      lane.carry_h[at] = dh;
-      lane.carry_c[at] = dc;
+      stored(lane.carry_h + at) = dh;
+      stored(lane.carry_c + at) = dc;
     } else {
-      if (lane.grad_h_0) lane.grad_h_0[at] = narrow<T>(dh);
-      if (lane.grad_c_0) lane.grad_c_0[at] = narrow<T>(dc);
+      if (lane.grad_h_0) stored(lane.grad_h_0 + at) = narrow<T>(dh);
+      if (lane.grad_c_0) stored(lane.grad_c_0 + at) = narrow<T>(dc);
     }
   }
 

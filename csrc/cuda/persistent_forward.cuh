@@ -103,7 +103,7 @@ __device__ __forceinline__ void fill_shared(const ForwardArguments<T>& arguments
     const bool initial = lane.h_0 && column < sequences.count;
     const T* h_0 = lane.h_0 + int64_t{sequences.first + column} * hidden;
     for (int unit = place.thread; unit < pitch; unit += threads) {
-      first[unit] = initial && unit < hidden ? operand<product>(h_0[unit]) : T{0};
+      first[unit] = initial && unit < hidden ? operand<product>(load_ordinary(h_0 + unit)) : T{0};
       second[unit] = T{0};
     }
   }
@@ -392,8 +392,8 @@ struct Cells {
     for (int n = 0; n < Tiles * 2; ++n) c[n / 2][n % 2] = 0, before[place_of(warp) + offset(n / 2, n % 2)] = T{0};
     for_each(warp, columns, [&](int n, int j, int column) {
       const int64_t at = int64_t{sequences.first + column} * hidden + warp.unit;
-      if (lane.h_0) before[place_of(warp) + offset(n, j)] = lane.h_0[at];
-      if (lane.c_0) c[n][j] = widen(lane.c_0[at]);
+      if (lane.h_0) before[place_of(warp) + offset(n, j)] = load_ordinary(lane.h_0 + at);
+      if (lane.c_0) c[n][j] = widen(load_ordinary(lane.c_0 + at));
     });
   }
 
@@ -431,14 +431,14 @@ struct Cells {
     T* to_h = lane.h + row * sizes.h_stride + warp.unit;
     const int64_t saved = row * sizes.saved_stride;
     for_each(warp, active, [&](int n, int j, int column) {
-      to_h[column * sizes.h_stride] = h[n][j];
-      if (saves & kC) lane.saved_c[saved + column * sizes.saved_stride + warp.unit] = c[n][j];
+      stored(to_h + column * sizes.h_stride) = h[n][j];
+      if (saves & kC) stored(lane.saved_c + (saved + column * sizes.saved_stride + warp.unit)) = c[n][j];
       if (saves & kGates) {
         float* to = lane.saved_gates + 4 * (saved + column * sizes.saved_stride) + warp.unit;
-        to[0] = gates[n].i.of[j];
-        to[sizes.saved_stride] = gates[n].f.of[j];
-        to[2 * sizes.saved_stride] = gates[n].g.of[j];
-        to[3 * sizes.saved_stride] = gates[n].o.of[j];
+        stored(to) = gates[n].i.of[j];
+        stored(to + sizes.saved_stride) = gates[n].f.of[j];
+        stored(to + 2 * sizes.saved_stride) = gates[n].g.of[j];
+        stored(to + 3 * sizes.saved_stride) = gates[n].o.of[j];
       }
     });
   }
@@ -449,8 +449,8 @@ struct Cells {
                                              const T* staged) const {
     for_each(warp, columns, [&](int n, int j, int column) {
       const int64_t at = int64_t{sequences.first + column} * hidden + warp.unit;
-      if (lane.h_n) lane.h_n[at] = staged[place_of(warp) + offset(n, j)];
-      if (lane.c_n) lane.c_n[at] = narrow<T>(c[n][j]);
+      if (lane.h_n) stored(lane.h_n + at) = staged[place_of(warp) + offset(n, j)];
+      if (lane.c_n) stored(lane.c_n + at) = narrow<T>(c[n][j]);
     });
   }
 };
@@ -480,7 +480,8 @@ __device__ __forceinline__ void store_above(const ForwardArguments<T>& arguments
     T* to = lane.above + (row + column) * sizes.h_stride + warp.first_unit + unit;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (unit + i >= 0 && unit + i < kGroupUnits && warp.first_unit + unit + i < sizes.hidden) to[i] = narrow<T>(x[i]);
+      if (unit + i >= 0 && unit + i < kGroupUnits && warp.first_unit + unit + i < sizes.hidden)
+        stored(to + i) = narrow<T>(x[i]);
     }
   }
 }

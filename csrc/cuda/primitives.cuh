@@ -270,7 +270,10 @@ __device__ __forceinline__ uint64_t clock_nanoseconds() {
 }
 
 // ------------------------------------------------------------------------------------------------------- cache hints
-// One access of 2, 4, 8 or 16 bytes of global memory, aligned to its size. None of them orders anything.
+// One access of 2, 4, 8 or 16 bytes of global memory, aligned to its size. None of them orders anything. What another block
+// writes may be read behind an acquire (or a fence) by the reading block, of scope cluster or wider; by load_readonly never.
+// The emulator holds the kernels to that, as far as they access memory by these: a plain `*p` is the same instruction as
+// load_ordinary(p) or stored(p), and not seen.
 
 namespace primitives_detail {
 
@@ -319,7 +322,16 @@ __device__ __forceinline__ To bits_as(const From& from) {
 
 }  // namespace primitives_detail
 
-// Ordinary accesses to a struct T of elements, as one: an assignment may fall apart into its members (nvcc 13.0 does that
+// Through the L1, as `*from` and `*to = value`: `stored(to) = value`.
+template <typename T>
+__device__ __forceinline__ T load_ordinary(const T* from) {
+  return *from;
+}
+template <typename T>
+__device__ __forceinline__ T& stored(T* to) {
+  return *to;
+}
+// The same for a struct T of elements, as one access: an assignment may fall apart into its members (nvcc 13.0 does that
 // to stores for sm_80 to sm_90a).
 template <typename Element, typename T>
 __device__ __forceinline__ T load_whole(const T* from) {
@@ -332,19 +344,19 @@ __device__ __forceinline__ void store_whole(T* to, const T& value) {
   using Piece = typename primitives_detail::PieceOfElements<Element, sizeof(T)>::type;
   __stwb(reinterpret_cast<Piece*>(to), primitives_detail::bits_as<Piece>(value));
 }
-// Read once: the first to leave the caches. Not for what the same launch writes.
+// Read once: the first to leave the caches.
 template <typename T>
 __device__ __forceinline__ T load_streaming(const T* from) {
   using Piece = primitives_detail::PieceOf<T>;
   return primitives_detail::bits_as<T>(__ldcs(reinterpret_cast<const Piece*>(from)));
 }
-// Past the L1, which other multiprocessors' writes do not reach: for what the same launch writes, after an acquire.
+// Past the L1, which other multiprocessors' writes do not reach.
 template <typename T>
 __device__ __forceinline__ T load_l2(const T* from) {
   using Piece = primitives_detail::PieceOf<T>;
   return primitives_detail::bits_as<T>(__ldcg(reinterpret_cast<const Piece*>(from)));
 }
-// Through the read-only path: nobody may write it during the launch.
+// Through the read-only path: no thread may write it during the launch, before or after.
 template <typename T>
 __device__ __forceinline__ T load_readonly(const T* from) {
   using Piece = primitives_detail::PieceOf<T>;
@@ -428,10 +440,22 @@ __device__ __forceinline__ float nearest_tf32(float x) {
 
 // ------------------------------------------------------------------------------------- cp.async: global to own shared
 
-// Copies `source_bytes` (0 ... Bytes) and fills up with zeros. Under way until its group is waited for; then this thread
-// sees it, and others after a barrier. 16 bytes go past the L1.
+// Copies Bytes bytes. Under way until its group is waited for; then this thread sees it, and others after a barrier. 16 bytes
+// go past the L1, 4 and 8 through it.
 template <int Bytes>
-__device__ __forceinline__ void copy_async(uint32_t shared, const void* global, int source_bytes = Bytes) {
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+  const size_t from = __cvta_generic_to_global(global);
+  if constexpr (Bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(Bytes) : "memory");
+  }
+}
+// The same of the first `source_bytes` bytes, with zeros behind them. 0 ... Bytes - 1: PTX takes no size that is not below
+// the copy's own.
+template <int Bytes>
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global, int source_bytes) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
   const size_t from = __cvta_generic_to_global(global);
   if constexpr (Bytes == 16) {
@@ -642,7 +666,8 @@ __device__ __forceinline__ T load_peer(uint32_t address) {
 }
 
 // Sends 4, 8 or 16 bytes to a peer, and then counts them at an mbarrier of that same peer, whose wait makes them visible
-// there. The sender learns nothing; it must not exit before the bytes have arrived.
+// there. The sender learns nothing; it must not exit before the bytes have arrived. The peer may be the own block, but in a
+// cluster of one block the instruction is undefined.
 template <typename T>
 __device__ __forceinline__ void store_async(uint32_t peer_address, T value, uint32_t peer_barrier) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);

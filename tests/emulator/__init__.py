@@ -49,7 +49,7 @@ def compiler() -> str:
 
 def emulator_sources() -> list[Path]:
     """The emulator's own files: never instrumented, linked first (their copies of inline functions are to win)."""
-    return [path for path in (HERE / "core.cpp", HERE / "matrix.cpp", HERE / "async.cpp") if path.exists()]
+    return [path for path in (HERE / f"{name}.cpp" for name in ("core", "caches", "matrix", "async")) if path.exists()]
 
 
 def _digest(*parts: object) -> str:

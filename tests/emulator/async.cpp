@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "caches.h"
+
 namespace stacked_lstm::emulator {
 namespace {
 
@@ -392,7 +394,7 @@ void complete(Transfer& transfer) {
     tsan::release(&transfer.sync);
     transfer.announced = true;
   }
-  if (!transfer.target_block) return;
+  if (!transfer.target_block) return finish_bulk_write(transfer.target, bytes);
   for_each_granule(*transfer.target_block, transfer.target_offset, bytes,
                    [](Granule& granule) { granule.state = Granule::idle; });
 }
@@ -487,14 +489,20 @@ void before_shared_write(uint32_t address, size_t bytes, const char* what, Locat
 
 // ---------------------------------------------------------------------------------------------------------- cp.async
 
+// PTX ISA, cp.async: src-size must be less than cp-size. Whole copies are given none.
+void check_source_bytes(int source_bytes, int bytes, Location at) {
+  if (source_bytes >= 0 && source_bytes < bytes) return;
+  fail(Kind::async_misuse, at, "cp.async: %d of %d bytes to read; a size that is given must be 0 to %d", source_bytes,
+       bytes, bytes - 1);
+}
+
 void copy_async(uint32_t target, const void* global, int bytes, int source_bytes, Location at) {
   const TransferRef transfer = make_transfer("cp.async", false, at);
-  if (source_bytes < 0 || source_bytes > bytes) {
-    fail(Kind::async_misuse, at, "cp.async: %d of %d bytes to read", source_bytes, bytes);
-  }
   own_block(target, transfer->what, at);
   set_target(*transfer, target, static_cast<size_t>(bytes), static_cast<size_t>(bytes));
   check_global(global, static_cast<size_t>(source_bytes), static_cast<size_t>(bytes), transfer->what, at);
+  // 16 bytes go past the L1.
+  (bytes == 16 ? read_global_past_l1 : read_global)(global, static_cast<size_t>(source_bytes), transfer->what, at);
   transfer->source = static_cast<const std::byte*>(global);
   transfer->source_bytes = static_cast<size_t>(source_bytes);
   start(transfer, static_cast<size_t>(bytes));
@@ -655,6 +663,11 @@ void mbarrier_wait(uint32_t address, uint32_t parity, Location at) {
 
 void store_async(uint32_t target, const void* value, size_t bytes, uint32_t barrier, Location at) {
   const TransferRef transfer = make_transfer("st.async", false, at);
+  // PTX ISA, st.async.weak. (Of bulk copies and of arrivals at a peer it asks no such thing.)
+  if (this_block().cluster->blocks.size() < 2) {
+    fail(Kind::cluster_misuse, at,
+         "st.async in a cluster of one block is undefined: %%cluster_nctarank must be above 1");
+  }
   set_target(*transfer, target, bytes, bytes);
   set_barrier(*transfer, barrier);
   const std::byte* content = static_cast<const std::byte*>(value);
@@ -667,6 +680,7 @@ void bulk_load(uint32_t target, const void* global, uint32_t bytes, uint32_t bar
   check_bulk_size(bytes, transfer->what, at);
   set_target(*transfer, target, bytes, 16);
   check_global(global, bytes, 16, transfer->what, at);
+  read_global_in_bulk(global, bytes, transfer->what, at);
   set_barrier(*transfer, barrier);
   transfer->source = static_cast<const std::byte*>(global);
   transfer->source_bytes = bytes;
@@ -688,6 +702,7 @@ void bulk_store(void* global, uint32_t source, uint32_t bytes, Location at) {
   set_source(*transfer, source, bytes);
   check_global(global, bytes, 16, transfer->what, at);
   transfer->target = static_cast<std::byte*>(global);
+  start_bulk_write(global, bytes, transfer->what, at);
   start(transfer, bytes);
   async_state(this_block()).of(this_thread()).stores.open.push_back(transfer);
 }
@@ -698,6 +713,7 @@ void bulk_wait(int groups_left, Location) { wait_for(async_state(this_block()).o
 
 void async_proxy_fence(Location at) {
   mbarrier_init_fence(at);
+  fence_proxy();
   const bool peers_too = async_state(this_block()).stores_to_peers;
   for (Block* block : this_block().cluster->blocks) {
     if (block != &this_block() && (!peers_too || !block->alive)) continue;

@@ -22,6 +22,7 @@ void before_shared_write(uint32_t address, size_t bytes, const char* what, Locat
 
 // --------------------------------------------------------------------- cp.async: groups of a thread, own shared memory
 
+void check_source_bytes(int source_bytes, int bytes, Location);  // where the instruction is given a size of the source
 void copy_async(uint32_t target, const void* global, int bytes, int source_bytes, Location);
 void copy_async_commit(Location);
 void copy_async_wait(int groups_left, Location);
@@ -52,7 +53,8 @@ void bulk_commit(Location);
 void bulk_wait(int groups_left, Location);
 
 // Bulk copies read and write through a proxy of their own. What ordinary instructions wrote before is theirs to see
-// only after this fence. The emulator notices bytes that changed since any thread of the cluster last called it.
+// only after this fence. The emulator notices bytes of shared memory that changed since any thread of the cluster last
+// called it; of global memory, see caches.h.
 void async_proxy_fence(Location);
 
 }  // namespace stacked_lstm::emulator

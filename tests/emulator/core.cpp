@@ -19,6 +19,8 @@
 #include <unordered_map>
 #include <utility>
 
+#include "caches.h"
+
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -523,7 +525,7 @@ void Run::start_block(unsigned number, unsigned rank, Cluster& cluster) {
   const unsigned count = threads.x * threads.y * threads.z;
   block.number = number, block.rank = rank, block.cluster = &cluster;
   block.index = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
-  block.threads = threads, block.grid = grid, block.alive = count, block.slow = false;
+  block.threads = threads, block.grid = grid, block.alive = count, block.slow = false, block.refreshed = 0;
   block.dynamic_bytes = shape_.shared_bytes;
   block.barriers = nullptr;
   block.thread.clear(), block.thread.resize(count);
@@ -1170,6 +1172,7 @@ void Run::named_barrier(int id, int threads, bool waits, Location at) {
 void Run::finish_cluster_barrier(Cluster& cluster) {
   cluster.arrived = 0;
   ++cluster.phase;
+  cluster.met = next_moment();
   note_progress();
   for (Thread* thread : cluster.waiting) wake(*thread);
   cluster.waiting.clear();
@@ -1198,6 +1201,8 @@ void Run::cluster_wait(Location at) {
   }
   thread.cluster_arrived = false;
   tsan::acquire(&cluster.sync[phase & 1]);
+  refresh_l1(
+      cluster.met);  // what was written before the arrivals: the next phase has not ended, this thread not arrived
 }
 
 // ------------------------------------------------------------------------------------------------- warp operations
@@ -1330,6 +1335,8 @@ const char* name(Kind kind) {
                                       "scope too narrow",
                                       "misuse of an asynchronous operation",
                                       "read before the wait",
+                                      "stale read",
+                                      "read as constant, and written",
                                       "overwritten too early",
                                       "phase overrun",
                                       "outstanding at exit",
@@ -1473,6 +1480,12 @@ void* static_shared_memory(const void* type, size_t bytes, size_t alignment, Loc
   return this_block().shared + run_of("static_shared").static_object(type, bytes, alignment, at);
 }
 
+bool in_shared_memory(const void* pointer) {
+  const auto* from = static_cast<const std::byte*>(pointer);
+  const std::byte* shared = this_block().shared;
+  return from >= shared && from < shared + run_of("an access").shared_bytes();
+}
+
 uint32_t shared_end() { return static_cast<uint32_t>(run_of("shared_end").shared_end()); }
 
 void check_aligned(const void* pointer, size_t alignment, const char* what, Location at) {
@@ -1536,6 +1549,7 @@ void before_release(const void* address, Reach reach, Location) {
 void after_acquire(const void* address, Reach reach, Location at) {
   Run& run = run_of("an acquire");
   const Block& block = this_block();
+  if (reach >= Reach::cluster) refresh_l1(next_moment());
   const auto found = run.released.find(address);
   if (found == run.released.end() || found->second.block == block.number) return;
   const Run::Released& release = found->second;
@@ -1566,8 +1580,9 @@ void after_relaxed_read(const void* address) {
   if (tsan::active()) this_thread().loaded_relaxed.push_back(address);
 }
 
-void fence(Location) {
+void fence(Reach reach, Location) {
   Thread& thread = this_thread();
+  if (reach >= Reach::cluster) refresh_l1(next_moment());
   if (tsan::active()) {
     for (const void* address : thread.loaded_relaxed) tsan::acquire(const_cast<void*>(address));
     thread.loaded_relaxed.clear();
@@ -1634,6 +1649,7 @@ Report run(const Shape& shape, const std::function<void()>& body) {
                         static_cast<unsigned long long>(blocks), static_cast<unsigned long long>(capacity));
     return report;
   }
+  forget_global_memory();
   return std::make_unique<Run>(shape, body)->go();
 }
 

@@ -48,6 +48,8 @@ enum class Kind {
   scope_too_narrow,     // released or acquired at a scope that does not reach the other thread
   async_misuse,         // asynchronous copies and mbarriers: a wrong size, a missing init, a wrong place
   read_before_wait,     // the target of an asynchronous copy is read before its arrival was waited for
+  stale,                // what another block wrote is read with no acquire since: a cache may hold older bytes
+  not_constant,         // what the launch writes is read through the read-only path
   overwritten_early,    // an asynchronous copy lands on data that is still to be read
   phase_overrun,        // an mbarrier's phase gets more arrivals or bytes than it was meant to
   outstanding_at_exit,  // a block exits, and copies, transactions or barriers are not finished
@@ -125,7 +127,8 @@ struct Block {
   struct Barriers;
   std::unique_ptr<Barriers> barriers;
   void* mapping = nullptr;
-  bool slow = false;  // order `priorities`: events of this block land only when nothing else can run
+  bool slow = false;       // order `priorities`: events of this block land only when nothing else can run
+  uint32_t refreshed = 0;  // when its L1 last held nothing older; see caches.h
 
   Block();
   ~Block();
@@ -137,6 +140,7 @@ struct Cluster {
   unsigned alive = 0;          // threads that have not exited
   unsigned arrived = 0;
   uint64_t phase = 0;
+  uint32_t met = 0;  // when the last phase ended; see caches.h
   std::vector<Thread*> waiting;
   char sync[2] = {};  // alternating objects for tsan: phase n + 1 must not see phase n's release as its own
 };
@@ -220,6 +224,7 @@ uint32_t shared_address_of(const void* pointer, Location);  // of the current bl
 uint32_t map_to_rank(uint32_t address, uint32_t rank, Location);
 void* dynamic_shared_memory(size_t bytes, Location);
 void* static_shared_memory(const void* type_id, size_t bytes, size_t alignment, Location);
+bool in_shared_memory(const void* pointer);  // of the current block
 uint32_t shared_end();  // no object in any block's shared memory has a greater offset (until the next static one comes)
 // Alignment of an ordinary pointer.
 void check_aligned(const void* pointer, size_t alignment, const char* what, Location);
@@ -288,7 +293,7 @@ bool looks_like_polling(const void* address, uint64_t value);  // this thread's 
 void before_relaxed_write(const void* address);
 void after_relaxed_read(const void* address);
 void after_write(bool changed);
-void fence(Location);
+void fence(Reach, Location);
 [[noreturn]] void trap(Location);
 
 // ----------------------------------------------------------------------------------------------- device and launch
@@ -314,6 +319,8 @@ struct Options {
   uint64_t first_block = 0;  // blocks before it are left out: what indices of 2³¹ and more do, without the threads
   unsigned resident = 0;     // blocks at once of a launch that is not co-resident; 0: a few, as the order sees fit
   bool print = true;         // reports go to stderr too
+  bool unordered_reads =
+      false;  // past the L1 are let pass: by launches that have given up waiting, and go on in no order
   Device device;
 };
 Options& options();  // process-wide

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "caches.h"
 #include "core.h"
 #if __has_include("device_matrix.h")
 #include "device_matrix.h"
@@ -91,6 +92,7 @@ __forceinline__ T look(const T* from, Scope scope, const char* what, Location at
     value = load();
     emulator::looks_like_polling(from, static_cast<uint64_t>(value));
   }
+  emulator::read_global_strongly(from, sizeof(T), what, at);
   return value;
 }
 
@@ -99,6 +101,7 @@ template <typename T, typename Modify>
 __forceinline__ T modify(T* to, const char* what, Location at, Modify modify) {
   static_assert(is_word<T>);
   emulator::check_aligned(to, sizeof(T), what, at);
+  emulator::write_global_strongly(to, sizeof(T), what, at);
   emulator::before_relaxed_write(to);
   const T before = modify();
   emulator::after_relaxed_read(to);
@@ -111,11 +114,31 @@ __forceinline__ T modify(T* to, const char* what, Location at, Modify modify) {
   return before;
 }
 
+// One access of global memory, as caches.h sees it: after the access itself.
 template <typename T>
-__forceinline__ void check_piece(const T* pointer, const char* what, Location at) {
+__forceinline__ T load_piece(const T* from, decltype(&emulator::read_global) read, const char* what, Location at) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
-  emulator::check_aligned(pointer, sizeof(T), what, at);
+  emulator::check_aligned(from, sizeof(T), what, at);
+  const T value = *from;
+  read(from, sizeof(T), what, at);
+  return value;
 }
+template <typename T>
+__forceinline__ void store_piece(T* to, const T& value, const char* what, Location at) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  emulator::check_aligned(to, sizeof(T), what, at);
+  *to = value;
+  emulator::write_global(to, sizeof(T), what, at);
+}
+
+// What stored() returns, to be assigned to.
+template <typename T>
+struct Stored {
+  T* to;
+  Location at;
+
+  __forceinline__ void operator=(const T& value) const { store_piece(to, value, "stored", at); }
+};
 
 template <typename T>
 __forceinline__ T shuffle_from(const char* what, unsigned mask, T value, unsigned source, Location at) {
@@ -200,7 +223,7 @@ __forceinline__ bool all(unsigned mask, bool predicate, Location at = Location::
 
 template <Scope scope>
 __forceinline__ void fence(Location at = Location::current()) {
-  emulator::fence(at);
+  emulator::fence(device_detail::reach(scope), at);
 }
 
 template <Scope scope, typename T>
@@ -221,6 +244,7 @@ template <Scope scope, typename T, typename V>
 __forceinline__ void store_release(T* to, V value, Location at = Location::current()) {
   static_assert(device_detail::is_word<T>);
   emulator::check_word(to, sizeof(T), device_detail::reach(scope), "store_release", at);
+  emulator::write_global_strongly(to, sizeof(T), "store_release", at);
   emulator::before_release(to, device_detail::reach(scope), at);
   const bool changes = __atomic_load_n(to, __ATOMIC_RELAXED) != static_cast<T>(value);
   __atomic_store_n(to, static_cast<T>(value), __ATOMIC_RELEASE);
@@ -230,6 +254,7 @@ template <Scope scope, typename T, typename V>
 __forceinline__ void store_relaxed(T* to, V value, Location at = Location::current()) {
   static_assert(device_detail::is_word<T>);
   emulator::check_word(to, sizeof(T), device_detail::reach(scope), "store_relaxed", at);
+  emulator::write_global_strongly(to, sizeof(T), "store_relaxed", at);
   emulator::before_relaxed_write(to);
   const bool changes = __atomic_load_n(to, __ATOMIC_RELAXED) != static_cast<T>(value);
   __atomic_store_n(to, static_cast<T>(value), __ATOMIC_RELAXED);
@@ -239,6 +264,7 @@ template <Scope scope, typename T, typename V>
 __forceinline__ void add_release(T* to, V value, Location at = Location::current()) {
   static_assert(device_detail::is_word<T>);
   emulator::check_word(to, sizeof(T), device_detail::reach(scope), "add_release", at);
+  emulator::write_global_strongly(to, sizeof(T), "add_release", at);
   emulator::before_release(to, device_detail::reach(scope), at);
   __atomic_fetch_add(to, static_cast<T>(value), __ATOMIC_RELEASE);
   emulator::after_write(static_cast<T>(value) != 0);
@@ -285,35 +311,37 @@ inline uint64_t clock_nanoseconds() { return clock_cycles(); }
 
 // ------------------------------------------------------------------------------------------------------- cache hints
 
+template <typename T>
+__forceinline__ T load_ordinary(const T* from, Location at = Location::current()) {
+  return device_detail::load_piece(from, &emulator::read_global, "load_ordinary", at);
+}
+template <typename T>
+__forceinline__ auto stored(T* to, Location at = Location::current()) {
+  return device_detail::Stored<T>{to, at};
+}
 template <typename Element, typename T>
 __forceinline__ T load_whole(const T* from, Location at = Location::current()) {
-  device_detail::check_piece(from, "load_whole", at);
-  return *from;
+  return device_detail::load_piece(from, &emulator::read_global, "load_whole", at);
 }
 template <typename Element, typename T>
 __forceinline__ void store_whole(T* to, const T& value, Location at = Location::current()) {
-  device_detail::check_piece(to, "store_whole", at);
-  *to = value;
+  device_detail::store_piece(to, value, "store_whole", at);
 }
 template <typename T>
 __forceinline__ T load_streaming(const T* from, Location at = Location::current()) {
-  device_detail::check_piece(from, "load_streaming", at);
-  return *from;
+  return device_detail::load_piece(from, &emulator::read_global, "load_streaming", at);
 }
 template <typename T>
 __forceinline__ T load_l2(const T* from, Location at = Location::current()) {
-  device_detail::check_piece(from, "load_l2", at);
-  return *from;
+  return device_detail::load_piece(from, &emulator::read_global_past_l1, "load_l2", at);
 }
 template <typename T>
 __forceinline__ T load_readonly(const T* from, Location at = Location::current()) {
-  device_detail::check_piece(from, "load_readonly", at);
-  return *from;
+  return device_detail::load_piece(from, &emulator::read_constant, "load_readonly", at);
 }
 template <typename T>
 __forceinline__ void store_streaming(T* to, T value, Location at = Location::current()) {
-  device_detail::check_piece(to, "store_streaming", at);
-  *to = value;
+  device_detail::store_piece(to, value, "store_streaming", at);
 }
 
 // ---------------------------------------------------------------------------------------------------------- clusters

@@ -11,9 +11,14 @@ namespace stacked_lstm::cuda {
 using emulator::Location;
 
 template <int Bytes>
-inline void copy_async(uint32_t shared, const void* global, int source_bytes = Bytes,
-                       Location at = Location::current()) {
+inline void copy_async(uint32_t shared, const void* global, Location at = Location::current()) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+  emulator::copy_async(shared, global, Bytes, Bytes, at);
+}
+template <int Bytes>
+inline void copy_async(uint32_t shared, const void* global, int source_bytes, Location at = Location::current()) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+  emulator::check_source_bytes(source_bytes, Bytes, at);
   emulator::copy_async(shared, global, Bytes, source_bytes, at);
 }
 inline void copy_async_commit(Location at = Location::current()) { emulator::copy_async_commit(at); }

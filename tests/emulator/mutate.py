@@ -97,7 +97,7 @@ ON_DEMAND = [
         plain=("--order", "random"),
         sanitized=("--order", "random", "--exact"),
         defines=("FEW_KERNELS",),
-        more_programs=(("tests/emulator/persistent_watchdog.cu",),),
+        more_programs=(("tests/emulator/persistent_watchdog.cu",), ("tests/emulator/persistent_backward_watchdog.cu",)),
     ),
     Target(
         name="persistent_backward",
@@ -244,13 +244,19 @@ class _Hunt:
     """All mutants of one target, through all stages."""
 
     def __init__(
-        self, target: Target, files: Sequence[str], jobs: int, thorough: bool, equivalents: Sequence[Equivalent]
+        self,
+        target: Target,
+        files: Sequence[str],
+        jobs: int,
+        thorough: bool,
+        equivalents: Sequence[Equivalent],
+        kinds: Sequence[str] = (),
     ) -> None:
         self.jobs = jobs
         # What is listed to survive is given to the sanitizers, in vain, only where time does not matter.
         self.spared = [] if thorough else equivalents
         tree, mutants = write_tree(target)
-        self.wanted = [mutant for mutant in mutants if mutant.file in files]
+        self.wanted = [mutant for mutant in mutants if mutant.file in files and (not kinds or mutant.kind in kinds)]
         self.programs = _Programs(target, tree, thorough)
         self.variants, self.stages = self.programs.variants(), target.stages
         self.reach: dict[_Variant, set[int]] = {}
@@ -334,15 +340,18 @@ def hunt(
     jobs: int = 0,
     thorough: bool = False,
     equivalents: Sequence[Equivalent] = EQUIVALENT,
+    kinds: Sequence[str] = (),
 ) -> Outcome:
-    """Runs all mutants of the targets (all of them by default), or those in files whose path contains one of `only`."""
+    """Runs all mutants of the targets (all of them by default), or those in files whose path contains one of `only`, or those
+    of some kinds."""
     verdicts: list[Verdict] = []
     files: set[str] = set()
     for target in targets or TARGETS:
         mine = target.files(only)
         if mine:
             files.update(mine)
-            verdicts += _Hunt(target, mine, jobs or os.cpu_count() or 1, thorough, equivalents).run()
+            verdicts += _Hunt(target, mine, jobs or os.cpu_count() or 1, thorough, equivalents, kinds).run()
+    equivalents = [entry for entry in equivalents if not kinds or entry.kind in kinds]
     return compare_with_list(verdicts, equivalents, files)
 
 
@@ -350,6 +359,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.emulator.mutate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--list", action="store_true", help="print the mutants, and run nothing")
     parser.add_argument("--only", action="append", default=[], metavar="FILE", help="only in files whose path contains this")
+    parser.add_argument("--kind", action="append", default=[], help="only of this kind: barrier, order, access, …")
     parser.add_argument("-j", "--jobs", type=int, default=0, help="runs at a time; default: one a processor")
     parser.add_argument("--thorough", action="store_true", help="more orders of the threads, and sanitizers for the listed mutants too")
     parser.add_argument("-v", "--verbose", action="store_true", help="print what became of every mutant, and why")
@@ -360,9 +370,10 @@ def main() -> int:
     if options.list:
         for target in targets:
             files = target.files(options.only)
-            print(*(mutant for mutant in write_tree(target)[1] if mutant.file in files), sep="\n")
+            mutants = (mutant for mutant in write_tree(target)[1] if mutant.file in files)
+            print(*(mutant for mutant in mutants if not options.kind or mutant.kind in options.kind), sep="\n")
         return 0
-    outcome = hunt(targets, only=options.only, jobs=options.jobs, thorough=options.thorough)
+    outcome = hunt(targets, only=options.only, jobs=options.jobs, thorough=options.thorough, kinds=options.kind)
     if options.verbose:
         for verdict in outcome.verdicts:
             print(f"{verdict.fate:12}{verdict.mutant}\n{'':12}{verdict.detail}")

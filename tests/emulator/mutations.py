@@ -1,7 +1,8 @@
 """Finds what can be broken in a kernel's source, and writes the source so that each break is a switch.
 
 Every call that orders threads (barriers, fences, waits, arrivals), every condition that guards an access and every
-bound of a loop is a site; a site has one or more mutants. ``instrument`` returns the source with all of its mutants in
+bound of a loop is a site, and so is every access of memory by a way that another, weaker one could take the place of; a
+site has one or more mutants. ``instrument`` returns the source with all of its mutants in
 it, each behind ``on(number)`` (mutation.h): the program compiles once and runs once a mutant. Text is only ever put
 inside lines, so line numbers stay, and ``#line`` names the file that was mutated.
 """
@@ -45,6 +46,17 @@ REMOVED = {
 REMOVED_MEMBERS = {"for_phase": "wait"}
 # Calls whose ordering is taken away, and what is left of them.
 RELAXED = {"load_acquire": "load_relaxed", "store_release": "store_relaxed", "add_release": "atomic_add"}
+# Accesses of global memory, and what may be wrong in their place: how it is said, and the call. (A read of constant memory
+# has none: every other load sees the same.)
+WEAKER = {
+    "load_l2": {"as constant": "load_readonly", "ordinary": "load_ordinary"},
+    "load_streaming": {"as constant": "load_readonly"},
+    "load_ordinary": {"as constant": "load_readonly"},
+    "load_relaxed": {"ordinary": "load_ordinary"},
+    "store_relaxed": {"ordinary": "stored"},
+}
+# The same of template arguments: of load_quarter.
+WEAKER_ARGUMENTS = {"Memory::written": {"as constant": "Memory::constant"}}
 # Waits that allow one group more to be on its way.
 GROUP_WAITS = ("copy_async_wait", "bulk_wait")
 # A loop around one of these waits for somebody.
@@ -66,7 +78,7 @@ class Mutant:
     file: str
     line: int
     function: str
-    kind: str  # barrier, fence, wait, arrive, commit, order, guard, bound, clamp
+    kind: str  # barrier, fence, wait, arrive, commit, order, access, guard, bound, clamp
     change: str  # what was done to it: "removed", "relaxed", "always true", …
     code: str  # the tokens of the site, in one line
     source_line: str
@@ -113,6 +125,8 @@ class _Finder:
             if token.kind == "name" and not self._is_constant(n):
                 if token.text in REMOVED or token.text in RELAXED or token.text in REMOVED_MEMBERS:
                     self._call(n)
+                elif token.text in WEAKER:
+                    self._access(n)
                 elif token.text in CLAMPS:
                     self._clamp(n)
                 elif token.text == "if":
@@ -121,6 +135,8 @@ class _Finder:
                     self._while(n)
                 elif token.text == "for":
                     self._for(n)
+                if self.source.template_arguments_end(n + 1):
+                    self._access_argument(n)
             elif token.text == "?" and not self._is_constant(n):
                 self._choice(n)
         return self.edits
@@ -211,6 +227,30 @@ class _Finder:
             *_, (parity, stop) = self._split(open_ + 1, end - 1, (",",))
             flipped = f"(({self.source.flat(parity, stop)}) ^ 1)"
             self._add(parity, stop, "wait", "for the other parity", _instead(flipped))
+
+    def _access(self, n: int) -> None:
+        found = self._call_range(n)
+        if found is None:
+            return
+        begin, open_, end = found
+        for how, name in WEAKER[self.source.text(n)].items():
+            weaker = self.source.flat(begin, n) + name
+            if name == "stored":
+                (b, e), *values = self._split(open_ + 1, end - 1, (",",))
+                weaker += f"({self.source.flat(b, e)}) = {self.source.flat(values[0][0], end - 1)}"
+            else:
+                weaker += self.source.flat(open_, end)
+            self._add(begin, end, "access", how, _instead_of_call(weaker) if name == "stored" else _instead(weaker))
+
+    def _access_argument(self, n: int) -> None:
+        found = self._call_range(n)
+        if found is None:
+            return
+        begin, open_, end = found
+        argument = self.source.flat(n + 2, open_ - 1)
+        for how, other in WEAKER_ARGUMENTS.get(argument, {}).items():
+            weaker = f"{self.source.flat(begin, n)}{self.source.text(n)}<{other}>{self.source.flat(open_, end)}"
+            self._add(begin, end, "access", how, _instead(weaker))
 
     def _clamp(self, n: int) -> None:
         found = self._call_range(n)

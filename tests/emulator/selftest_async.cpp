@@ -83,20 +83,107 @@ void work(int rounds) {
   for (int i = 0; i < rounds; ++i) warp_barrier();
 }
 
+// Global memory that instructions write, and bulk copies read: block 0 writes in[7], all blocks load it.
+void write_for_bulk_loads(Memory& m) {
+  if (blockIdx.x == 0) stored(&m.in[7][thread()]) = m.in[0][thread()];
+}
+void load_in_bulk(Memory& m, int i) {
+  if (thread() == 0) {
+    mbarrier_arrive_expect(barrier(i), kRow);
+    bulk_load(row(0), m.in[7], kRow, barrier(i));
+  }
+  mbarrier_wait(barrier(i), 0);
+  m.out[blockIdx.x][thread()] = memory().data[0][thread()] + static_cast<float>(blockIdx.x * 64);
+}
+
 // ---------------------------------------------------------------------------------------------------------- legal
+
+void writes_then_loads_in_bulk(Memory& m) {
+  init(0, 1);
+  write_for_bulk_loads(m);
+  async_proxy_fence();
+  block_barrier();
+  load_in_bulk(m, 0);
+}
+void writes_fenced_by_the_writer(Memory& m) {
+  init_in_cluster(0, 1);
+  write_for_bulk_loads(m);
+  if (blockIdx.x == 0) async_proxy_fence();
+  cluster_barrier();
+  load_in_bulk(m, 0);
+  cluster_barrier();
+}
+void writes_fenced_by_the_reader(Memory& m) {
+  init_in_cluster(0, 1);
+  write_for_bulk_loads(m);
+  cluster_barrier();
+  async_proxy_fence();
+  block_barrier();
+  load_in_bulk(m, 0);
+  cluster_barrier();
+}
+// A bulk store to in[6], which the next block reads.
+template <typename Between>
+void stores_in_bulk_for_the_peer(Memory& m, Between between) {
+  memory().data[0][thread()] = m.in[0][thread()];
+  async_proxy_fence();
+  block_barrier();
+  if (thread() == 0 && blockIdx.x == 0) {
+    bulk_store(m.in[6], row(0), kRow);
+    bulk_commit();
+  }
+  between();
+}
+void stores_in_bulk_then_reads(Memory& m) {
+  stores_in_bulk_for_the_peer(m, [] {
+    if (thread() == 0) bulk_wait<0>();
+    cluster_barrier();
+  });
+  m.out[blockIdx.x][thread()] = load_ordinary(&m.in[6][thread()]) + static_cast<float>(blockIdx.x * 64);
+}
+void loads_stores_over_it_and_loads_again(Memory& m) {
+  init(0, 1);
+  init(1, 1);
+  const auto load = [&](int i) {
+    if (thread() == 0) {
+      mbarrier_arrive_expect(barrier(i), kRow);
+      bulk_load(row(0), m.in[i], kRow, barrier(i));
+    }
+    mbarrier_wait(barrier(i), 0);
+  };
+  load(1);
+  memory().data[0][thread()] += 1;
+  async_proxy_fence();
+  block_barrier();
+  load(0);
+  out_row(m, 0);
+}
+void pushes_in_bulk_to_itself(Memory& m) {
+  init_in_cluster(0, 2);
+  memory().data[1][thread()] = m.in[0][thread()];
+  async_proxy_fence();
+  block_barrier();
+  if (thread() == 0) {
+    mbarrier_arrive_expect(barrier(0), kRow);
+    bulk_push(peer_address(row(0), 0), row(1), kRow, peer_address(barrier(0), 0));
+    mbarrier_arrive_peer(peer_address(barrier(0), 0));
+  }
+  mbarrier_wait(barrier(0), 0);
+  out_row(m, 0);
+}
 
 void cp_async_sizes(Memory& m) {
   const unsigned t = thread();
   copy_async<4>(row(0, static_cast<int>(t)), &m.in[0][t]);
   if (t < 32) copy_async<8>(row(1, static_cast<int>(2 * t)), &m.in[1][2 * t]);
   if (t < 16) copy_async<16>(row(2, static_cast<int>(4 * t)), &m.in[2][4 * t]);
-  if (t < 16) copy_async<16>(row(3, static_cast<int>(4 * t)), &m.in[3][4 * t], static_cast<int>(t % 4) * 4 + 4);
+  if (t < 16) copy_async<16>(row(3, static_cast<int>(4 * t)), &m.in[3][4 * t], static_cast<int>(t % 4) * 4);
   if (t < 16) copy_async<16>(row(4, static_cast<int>(4 * t)), &m.in[3][4 * t], 0);
   copy_async_commit();
   copy_async_wait<0>();
   block_barrier();
   const Shared& s = memory();
-  const float third = t % 4 <= t / 4 % 4 ? m.in[3][t] : 0;
+  const float third = t % 4 < t / 4 % 4 ? m.in[3][t] : 0;
   const bool right = s.data[0][t] == m.in[0][t] && s.data[1][t] == m.in[1][t] && s.data[2][t] == m.in[2][t] &&
                      s.data[3][t] == third && s.data[4][t] == 0;
   m.out[0][t] = right ? m.in[0][t] : -1;
@@ -691,6 +778,12 @@ void bulk_of_nothing(Memory& m) {
 void reads_more_than_it_copies(Memory& m) {
   if (thread() == 0) copy_async<4>(row(0), m.in[0], 8);
 }
+void is_given_the_size_of_the_copy(Memory& m) {
+  if (thread() == 0) copy_async<16>(row(0), m.in[0], 16);
+}
+void is_given_less_than_nothing(Memory& m) {
+  if (thread() == 0) copy_async<8>(row(0), m.in[0], -4);
+}
 void copy_out_of_bounds(Memory& m) {
   if (thread() == 0) copy_async<16>(row(0) + 4096, m.in[0]);
 }
@@ -857,6 +950,82 @@ void stores_over_a_global_source(Memory& m) {
   copy_async_commit();
   m.in[0][thread()] = -1;
   copy_async_wait<0>();
+}
+
+void loads_what_was_written_without_a_proxy_fence(Memory& m) {
+  init(0, 1);
+  write_for_bulk_loads(m);
+  block_barrier();
+  load_in_bulk(m, 0);
+}
+void fences_the_proxy_before_the_write(Memory& m) {
+  init_in_cluster(0, 1);
+  async_proxy_fence();
+  cluster_barrier();
+  write_for_bulk_loads(m);
+  cluster_barrier();
+  load_in_bulk(m, 0);
+  cluster_barrier();
+}
+// An mbarrier orders shared memory: what the peer wrote to global memory before it arrived is not ordered.
+template <typename Read>
+void reads_behind_the_peers_arrival(Memory& m, Read read) {
+  init_in_cluster(0, 64);
+  if (blockIdx.x == 0) {
+    stored(&m.in[7][thread()]) = 1.0f;
+    async_proxy_fence();
+    mbarrier_arrive_peer(peer_address(barrier(0), 1));
+  } else {
+    mbarrier_wait(barrier(0), 0);
+    read();
+    copy_async_commit();
+    copy_async_wait<0>();
+  }
+  cluster_barrier();
+}
+void loads_behind_the_peers_arrival(Memory& m) {
+  reads_behind_the_peers_arrival(m, [&] { m.out[1][thread()] = load_ordinary(&m.in[7][thread()]); });
+}
+void copies_4_behind_the_peers_arrival(Memory& m) {
+  reads_behind_the_peers_arrival(m, [&] { copy_row(m, 0, 7); });
+}
+void copies_16_behind_the_peers_arrival(Memory& m) {
+  reads_behind_the_peers_arrival(m, [&] {
+    if (thread() < 16) copy_async<16>(row(0, static_cast<int>(4 * thread())), &m.in[7][4 * thread()]);
+  });
+}
+void loads_in_bulk_behind_the_peers_arrival(Memory& m) {
+  init_in_cluster(1, 1);
+  reads_behind_the_peers_arrival(m, [&] { load_in_bulk(m, 1); });
+}
+void reads_a_bulk_store_early(Memory& m) {
+  stores_in_bulk_for_the_peer(m, [] { block_barrier(); });
+  m.out[0][thread()] = load_l2(&m.in[6][thread()]);
+  if (thread() == 0) bulk_wait<0>();
+}
+void reads_a_bulk_store_unacquired(Memory& m) {
+  init_in_cluster(0, 64);
+  stores_in_bulk_for_the_peer(m, [] {
+    if (blockIdx.x == 0) {
+      if (thread() == 0) bulk_wait<0>();
+      mbarrier_arrive_peer(peer_address(barrier(0), 1));
+    } else {
+      mbarrier_wait(barrier(0), 0);
+    }
+  });
+  if (blockIdx.x == 1) m.out[1][thread()] = load_l2(&m.in[6][thread()]);
+  cluster_barrier();
+}
+void stores_in_bulk_over_constants(Memory& m) {
+  m.out[0][thread()] = load_readonly(&m.in[6][thread()]);
+  stores_in_bulk_for_the_peer(m, [] {});
+  if (thread() == 0) bulk_wait<0>();
+}
+void pushes_in_a_cluster_of_one(Memory& m) {
+  init_in_cluster(0, 1);
+  if (thread() == 0) mbarrier_arrive_expect(barrier(0), kRow);
+  store_async(peer_address(row(0, static_cast<int>(thread())), 0), m.in[0][thread()], peer_address(barrier(0), 0));
+  mbarrier_wait(barrier(0), 0);
 }
 
 void pushes_without_a_proxy_fence(Memory& m) {
@@ -1050,6 +1219,12 @@ const Case kCases[] = {
     {"bulk push", push_in_bulk, 2},
     {"bulk load for the peer", load_for_the_peer, 2},
     {"written at the peer, fenced there, pushed back", written_at_the_peer_then_pushed_back, 2},
+    {"bulk load of what the block has written", writes_then_loads_in_bulk, 1},
+    {"bulk load of what a peer has written, and fenced", writes_fenced_by_the_writer, 2},
+    {"bulk load of what a peer has written, fenced by the reader", writes_fenced_by_the_reader, 2},
+    {"bulk store, read by a peer", stores_in_bulk_then_reads, 2},
+    {"bulk load, stores over it, bulk load", loads_stores_over_it_and_loads_again, 1},
+    {"bulk push and arrival in a cluster of one", pushes_in_bulk_to_itself, 1},
     {"double-buffered cp.async and mma", product_pipeline, 1, Kind::none, Kind::none, Result::product},
     {"ring of mbarriers", producer_and_consumer, 1, Kind::none, Kind::none, Result::sum_of_turns},
     {"ring of pushes", push_ring, 4, Kind::none, Kind::none, Result::sum_of_ring},
@@ -1087,6 +1262,18 @@ const Case kCases[] = {
     {"bulk load of 24 bytes", odd_bulk_size, 1, Kind::async_misuse},
     {"bulk load of nothing", bulk_of_nothing, 1, Kind::async_misuse},
     {"cp.async reads more than it writes", reads_more_than_it_copies, 1, Kind::async_misuse},
+    {"cp.async is given the size that it has", is_given_the_size_of_the_copy, 1, Kind::async_misuse},
+    {"cp.async is given a size below 0", is_given_less_than_nothing, 1, Kind::async_misuse},
+    {"st.async in a cluster of one block", pushes_in_a_cluster_of_one, 1, Kind::cluster_misuse},
+    {"bulk load of stores, no proxy fence", loads_what_was_written_without_a_proxy_fence, 1, Kind::async_misuse},
+    {"bulk load of stores, the proxy fence too early", fences_the_proxy_before_the_write, 2, Kind::async_misuse},
+    {"global memory behind a peer's arrival", loads_behind_the_peers_arrival, 2, Kind::stale},
+    {"cp.async of 4 bytes behind a peer's arrival", copies_4_behind_the_peers_arrival, 2, Kind::stale},
+    {"cp.async of 16 bytes behind a peer's arrival", copies_16_behind_the_peers_arrival, 2, Kind::stale},
+    {"bulk load behind a peer's arrival", loads_in_bulk_behind_the_peers_arrival, 2, Kind::stale},
+    {"bulk store's target read before its wait", reads_a_bulk_store_early, 1, Kind::read_before_wait},
+    {"bulk store's target read without an acquire", reads_a_bulk_store_unacquired, 2, Kind::stale},
+    {"bulk store over what is read as constant", stores_in_bulk_over_constants, 1, Kind::not_constant},
     {"cp.async out of bounds", copy_out_of_bounds, 1, Kind::out_of_bounds},
     {"bulk load out of bounds", bulk_out_of_bounds, 1, Kind::out_of_bounds},
     {"cp.async into the peer", copy_into_the_peer, 2, Kind::async_misuse},

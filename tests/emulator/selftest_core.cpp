@@ -220,6 +220,79 @@ void spin_lock(Memory* m) {
   }
 }
 
+// ---- global memory, as caches see it. Block 0 writes, block 1 reads ----
+
+enum class How { ordinary, past_l1, read_only };
+template <How how>
+float load(const float* from) {
+  if (how == How::ordinary) return load_ordinary(from);
+  if (how == How::past_l1) return load_l2(from);
+  return load_readonly(from);
+}
+void raise(Memory* m) { store_relaxed<Scope::device>(&m->flag[0], 1); }
+void await(Memory* m) {
+  while (!load_relaxed<Scope::device>(&m->flag[0])) {
+  }
+}
+
+// One thread acquires, all threads read.
+template <How how>
+void read_behind_an_acquire(Memory* m) {
+  if (blockIdx.x == 0) {
+    stored(&m->number[0][threadIdx.x]) = static_cast<float>(threadIdx.x);
+    block_barrier();
+    if (threadIdx.x == 0) store_release<Scope::device>(&m->flag[0], 1);
+  } else {
+    while (threadIdx.x == 0 && !load_acquire<Scope::device>(&m->flag[0])) {
+    }
+    block_barrier();
+    m->count[threadIdx.x] = load<how>(&m->number[0][threadIdx.x]) == static_cast<float>(threadIdx.x);
+  }
+}
+
+// Block 1 has the old number in its L1. What is between the flag and its second load?
+template <How how, typename Between>
+void read_again(Memory* m, Between between) {
+  if (blockIdx.x == 0) {
+    while (!load_acquire<Scope::device>(&m->flag[1])) {
+    }
+    stored(&m->number[0][0]) = 1.0f;
+    fence<Scope::device>();
+    raise(m);
+  } else {
+    const float before = load<how>(&m->number[0][0]);
+    store_release<Scope::device>(&m->flag[1], 1);
+    await(m);
+    between();
+    m->count[0] = before == 0 && load<how>(&m->number[0][0]) == 1;
+  }
+}
+
+// Two blocks write, and read, each its half of one sector of 32 bytes; of the other half they know nothing.
+void share_a_sector(Memory* m) {
+  float* mine = &m->number[0][blockIdx.x * 4];
+  for (int round = 1; round < 4; ++round) {
+    stored(mine + threadIdx.x) = static_cast<float>(round);
+    stored(reinterpret_cast<ushort2*>(mine + 2 + threadIdx.x)) = ushort2{1, static_cast<unsigned short>(round)};
+    block_barrier();
+    const auto two = load_ordinary(reinterpret_cast<const float2*>(mine));
+    if (two.x == static_cast<float>(round) && two.y == two.x) atomic_add(&m->count[blockIdx.x], 1);
+    block_barrier();
+  }
+}
+
+// Block 0 is in another cluster than 2 and 3. Block 2 acquires what it wrote, block 3 meets block 2.
+void hand_on_in_the_cluster(Memory* m) {
+  if (blockIdx.x == 0) {
+    stored(&m->number[0][0]) = 7.0f;
+    store_release<Scope::device>(&m->flag[0], 1);
+  }
+  while (blockIdx.x == 2 && !load_acquire<Scope::device>(&m->flag[0])) {
+  }
+  cluster_barrier();
+  if (blockIdx.x == 3) m->count[0] = load_ordinary(&m->number[0][0]) == 7;
+}
+
 void atomics(Memory* m) {
   atomic_add(&m->large[0], int64_t{1} << 33);
   atomic_max(&m->large[1], static_cast<int64_t>(threadIdx.x) - 100);
@@ -255,6 +328,52 @@ constexpr unsigned kMany = 1000;
 
 const Case kCases[] = {
     // ---- legal ----
+    {.name = "an ordinary load behind another thread's acquire",
+     .kernel = read_behind_an_acquire<How::ordinary>,
+     .blocks = 2,
+     .co_resident = true,
+     .holds = [](const Memory& m) { return counts_are_one(m, 64); }},
+    {.name = "a load past the L1, the same",
+     .kernel = read_behind_an_acquire<How::past_l1>,
+     .blocks = 2,
+     .co_resident = true,
+     .holds = [](const Memory& m) { return counts_are_one(m, 64); }},
+    {.name = "a number read again behind a fence",
+     .kernel = [](Memory* m) { read_again<How::ordinary>(m, [] { fence<Scope::device>(); }); },
+     .blocks = 2,
+     .threads = 1,
+     .co_resident = true,
+     .holds = [](const Memory& m) { return counts_are_one(m, 1); }},
+    {.name = "a sector of which each block has a part",
+     .kernel = share_a_sector,
+     .blocks = 2,
+     .threads = 2,
+     .holds = [](const Memory& m) { return m.count[0] == 6 && m.count[1] == 6; }},
+    {.name = "the read-only path beside what is written",
+     .kernel =
+         [](Memory* m) {
+           stored(&m->number[0][2 * threadIdx.x]) = 1.0f;
+           m->count[threadIdx.x] = load_readonly(&m->number[0][2 * threadIdx.x + 1]) == 0;
+         },
+     .threads = 32,
+     .holds = [](const Memory& m) { return counts_are_one(m, 32); }},
+    {.name = "acquired by a block of the cluster, handed on by its barrier",
+     .kernel = hand_on_in_the_cluster,
+     .blocks = 4,
+     .threads = 1,
+     .cluster = 2,
+     .co_resident = true,
+     .holds = [](const Memory& m) { return counts_are_one(m, 1); }},
+    {.name = "written before the barrier of the cluster, read after it",
+     .kernel =
+         [](Memory* m) {
+           stored(&m->number[blockIdx.x][threadIdx.x]) = 1.0f;
+           cluster_barrier();
+           m->count[blockIdx.x * 64 + threadIdx.x] = load_ordinary(&m->number[blockIdx.x ^ 1][threadIdx.x]) == 1;
+         },
+     .blocks = 2,
+     .cluster = 2,
+     .holds = [](const Memory& m) { return counts_are_one(m, 128); }},
     {.name = "block barrier", .kernel = pass_to_neighbour<true>, .holds = neighbours<0>},
     {.name = "threads that have exited count as arrived",
      .kernel =
@@ -710,6 +829,101 @@ const Case kCases[] = {
          },
      .expect = Expect::error,
      .kind = Kind::phase_overrun},
+
+    // ---- global memory that a cache may show otherwise ----
+    {.name = "the read-only path to what another block has written",
+     .kernel = read_behind_an_acquire<How::read_only>,
+     .blocks = 2,
+     .co_resident = true,
+     .expect = Expect::error,
+     .kind = Kind::not_constant},
+    {.name = "written after it was read as constant",
+     .kernel =
+         [](Memory* m) {
+           const float before = load_readonly(&m->number[0][threadIdx.x]);
+           block_barrier();
+           stored(&m->number[0][threadIdx.x ^ 1]) = before + 1;
+         },
+     .expect = Expect::error,
+     .kind = Kind::not_constant},
+    {.name = "one of four words that are read as constant is an atomic",
+     .kernel =
+         [](Memory* m) {
+           atomic_add(&m->count[3], 1);
+           m->count[4] = load_readonly(reinterpret_cast<const uint4*>(m->count)).x;
+         },
+     .threads = 1,
+     .expect = Expect::error,
+     .kind = Kind::not_constant},
+    {.name = "a number that the L1 holds, read again without an acquire",
+     .kernel = [](Memory* m) { read_again<How::ordinary>(m, [] {}); },
+     .blocks = 2,
+     .threads = 1,
+     .co_resident = true,
+     .expect = Expect::error,
+     .kind = Kind::stale},
+    {.name = "a fence of the block alone before it is read again",
+     .kernel = [](Memory* m) { read_again<How::ordinary>(m, [] { fence<Scope::block>(); }); },
+     .blocks = 2,
+     .threads = 1,
+     .co_resident = true,
+     .expect = Expect::error,
+     .kind = Kind::stale},
+    {.name = "a load past the L1 without an acquire",
+     .kernel = [](Memory* m) { read_again<How::past_l1>(m, [] {}); },
+     .blocks = 2,
+     .threads = 1,
+     .co_resident = true,
+     .expect = Expect::error,
+     .kind = Kind::stale},
+    {.name = "a word that is polled by ordinary loads",
+     .kernel =
+         [](Memory* m) {
+           if (blockIdx.x == 0) return raise(m);
+           while (!load_ordinary(&m->flag[0])) cuda::pause();
+         },
+     .blocks = 2,
+     .threads = 1,
+     .co_resident = true,
+     .expect = Expect::error,
+     .kind = Kind::stale},
+    {.name = "a word that is raised by an ordinary store",
+     .kernel =
+         [](Memory* m) {
+           if (blockIdx.x == 0) stored(&m->flag[0]) = 1u;
+           while (blockIdx.x == 1 && !load_acquire<Scope::device>(&m->flag[0])) {
+           }
+         },
+     .blocks = 2,
+     .threads = 1,
+     .co_resident = true,
+     .expect = Expect::sometimes,
+     .kind = Kind::stale},
+    {.name = "one of eight elements is another block's",
+     .kernel =
+         [](Memory* m) {
+           if (blockIdx.x == 0) {
+             store_streaming(reinterpret_cast<unsigned short*>(m->count) + 5, static_cast<unsigned short>(1));
+             return raise(m);
+           }
+           await(m);
+           m->count[4] = load_streaming(reinterpret_cast<const uint4*>(m->count)).x;
+         },
+     .blocks = 2,
+     .threads = 1,
+     .co_resident = true,
+     .expect = Expect::error,
+     .kind = Kind::stale},
+    {.name = "the block before has written it, and ended",
+     .kernel =
+         [](Memory* m) {
+           const float before = load_whole<float>(&m->number[0][0]);
+           store_whole<float>(&m->number[0][0], before + 1);
+         },
+     .blocks = 2,
+     .threads = 1,
+     .expect = Expect::error,
+     .kind = Kind::stale},
 
     // ---- launches ----
     {.name = "1025 threads",

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(ChunkFlags::kThreads) hand_chunks_on(float* da
     // From L2, never by the read-only path: another block wrote this during the launch.
     const float x = load_l2(below + chunk * S::kChunk + unit);
     const float other = load_l2(below + chunk * S::kChunk + S::kChunk - 1 - unit);
-    mine[chunk * S::kChunk + unit] = x / 2 + other;
+    stored(mine + chunk * S::kChunk + unit) = x / 2 + other;
     block_barrier();  // all threads have written their element of the chunk: thread 0's release covers them all
     if (thread == 0) {
       // What the block wrote is visible to who reads this number with acquire.

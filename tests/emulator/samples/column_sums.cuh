@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(ColumnSums::kThreads)
     float total = 0;
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) total += shared.partial[w][lane];
-    partial[slice * columns + column] = total;
+    stored(partial + slice * columns + column) = total;
   }
   block_barrier();  // the block's partial sums are written: thread 0's fence covers them
   if (thread == 0) {

@@ -37,8 +37,12 @@ __global__ void __launch_bounds__(MbarrierRing::kThreads)
       for (int half = 0; half < S::kTile / 32; ++half) {
         const int at = half * 32 + thread, index = tile * S::kTile + at;
         const bool inside = index < count;
-        const float* from = inside ? in + index : in;
-        copy_async<4>(shared_address(&shared.slot[slot][at]), from, inside ? 4 : 0);
+        const uint32_t to = shared_address(&shared.slot[slot][at]);
+        if (inside) {
+          copy_async<4>(to, in + index);
+        } else {
+          copy_async<4>(to, in, 0);
+        }
       }
       // Once this lane's copies have landed, it has arrived: the slot may be read by who waits for `full`.
       copy_async_arrive(shared_address(&shared.full[slot]));

@@ -26,7 +26,11 @@ __device__ __forceinline__ void copy_eight(bfloat16* to, const bfloat16* matrix,
   const bool inside = row < rows && depth < depth_end;
   const int left = depth_end - depth, elements = !inside ? 0 : left < 8 ? left : 8;
   const bfloat16* from = inside ? matrix + row * stride + depth : matrix;
-  copy_async<16>(shared_address(to), from, elements * static_cast<int>(sizeof(bfloat16)));
+  if (elements == 8) {
+    copy_async<16>(shared_address(to), from);
+  } else {
+    copy_async<16>(shared_address(to), from, elements * static_cast<int>(sizeof(bfloat16)));
+  }
 }
 
 // c (m, n) = a (m, k) · b (n, k)ᵀ; rows of a and b are `stride` elements long, a multiple of 8 and at least k.
