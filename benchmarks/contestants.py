@@ -114,6 +114,24 @@ class Bf16Weights(StackedLSTM):
         return prepared
 
 
+class Frozen(StackedLSTM):
+    """Ours under the promise that weights do not change: what a live model may give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "StackedLSTM (frozen)"
+
+    def obstacle(self, case: Case, mode: Mode, dtype: torch.dtype, device: torch.device) -> str | None:
+        if case.streamed and mode == "inference" and device.type == "cpu":
+            return None
+        return "gains little but in single steps on the CPU"
+
+    def prepare(self, problem: Problem, mode: Mode, threads: int) -> Prepared:
+        prepared = prepare_module(stacked_lstm_ext.StackedLSTM, problem, mode, frozen=True)
+        prepared.facts = lambda: {"ran": plain(stacked_lstm_ext.last_run())}
+        return prepared
+
+
 class TorchLSTM(Contestant):
     """The stock ``nn.LSTM``: oneDNN on a CPU, cuDNN on a GPU."""
 
@@ -256,7 +274,7 @@ class Haste(Contestant):
 def all_contestants(backends: list[str]) -> list[Contestant]:
     """Every contestant there is an adapter for, ours first (on each of the backends named)."""
     ours = [StackedLSTM(backend) for backend in backends]
-    return [*ours, Bf16Weights(), TorchLSTM(), OnnxRuntime(), FlashRNN("cuda_fused"), FlashRNN("cuda"), Haste()]
+    return [*ours, Frozen(), Bf16Weights(), TorchLSTM(), OnnxRuntime(), FlashRNN("cuda_fused"), FlashRNN("cuda"), Haste()]
 
 
 # Shared by the adapters -----------------------------------------------------------------------------------------------
@@ -331,9 +349,9 @@ def prepare_function(
 
 
 def prepare_module(
-    module_type: type[nn.LSTM] | type[nn.Module], problem: Problem, mode: Mode, **options: Any
+    module_type: type[nn.LSTM] | type[nn.Module], problem: Problem, mode: Mode, frozen: bool = False, **options: Any
 ) -> Prepared:
-    """A module with the interface of ``nn.LSTM``, given the problem's weights by ``state_dict``."""
+    """A module with the interface of ``nn.LSTM``, given the problem's weights by ``state_dict``; ``frozen``: by ours alone."""
     case = problem.case
     module = module_type(
         case.input_size,
@@ -347,6 +365,9 @@ def prepare_module(
     )
     module.load_state_dict(problem.weights)
     module.train(mode == "training")
+    if frozen:
+        assert isinstance(module, stacked_lstm_ext.StackedLSTM)
+        module.freeze()
     x, h_0, c_0 = inputs = leaves(problem, mode)
 
     one_step = getattr(module, "step", None)  # ours; of stock, a call with one step

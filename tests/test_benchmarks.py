@@ -516,7 +516,7 @@ IMPOSSIBLE = [  # arguments, what the message says
     (["--threads", "two"], "--threads takes numbers such as 1,2, got 'two'"),
     (["--only", "no such cell"], "no cell of the smoke suite matches 'no such cell'"),
     (["--only", "("], "'(' is not a regular expression"),
-    (["--contestants", "nobody"], "no contestant matches 'nobody'; there are StackedLSTM, StackedLSTM (bf16 weights), nn.LSTM"),
+    (["--contestants", "nobody"], "no contestant matches 'nobody'; there are StackedLSTM, StackedLSTM (frozen), StackedLSTM (bf16"),
     (["--compare", "absent.json"], "--compare: "),
 ]
 
