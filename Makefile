@@ -28,7 +28,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: help venv build test bench lint format sanitize nvcc cuda-check cuda-link gpu clean distclean
+.PHONY: help venv build test bench lint format sanitize nvcc cuda-check ptx cuda-link gpu clean distclean
 
 help:  ## list the targets (the default)
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
@@ -66,6 +66,9 @@ nvcc: $(CUDA_READY)  ## the CUDA compiler and disassemblers from PyPI, into .ven
 
 cuda-check: $(CUDA_READY)  ## compile the CUDA kernels for every architecture; list and check registers, spills, instructions
 	@$(py) -m tests.cuda_check $(ARGS)
+
+ptx: $(CUDA_READY)  ## run the compiled CUDA kernels, as PTX, on the host: every kernel against float64 and the emulator
+	@$(py) -m tests.ptx $(ARGS)
 
 cuda-link: $(READY)  ## build against a CUDA build of torch (CUDA_TORCH, in .venv-cuda), check its symbols, run tests there
 	@$(py) -m tests.cuda_link --torch $(CUDA_TORCH) --python $(PYTHON) $(ARGS)

@@ -354,7 +354,10 @@ bool has_clusters() {
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(size_t count) : data_(count) {}
+  explicit Buffer(size_t count) : data_(count) {
+    emulator::device_memory().push_back(
+        {data_.data(), count * sizeof(T), "a buffer", emulator::Access::read_write, sizeof(T), nullptr, 0});
+  }
   T* data() { return data_.data(); }
   void clear() { std::fill(data_.begin(), data_.end(), T{}); }
 

@@ -606,7 +606,7 @@ def make(*arguments, cwd):
 @needs_make
 def test_make_alone_lists_the_targets(tmp_path):
     shown = make(cwd=small_project(tmp_path)).stdout
-    for target in ("venv", "build", "test", "bench", "lint", "format", "sanitize", "nvcc", "cuda-check", "cuda-link", "clean"):
+    for target in ("venv", "build", "test", "bench", "lint", "format", "sanitize", "nvcc", "cuda-check", "ptx", "cuda-link", "clean"):
         assert f"make {target} " in shown
 
 

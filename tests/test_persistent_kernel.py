@@ -5,7 +5,7 @@ import functools
 import emulator
 import pytest
 
-KERNELS = [emulator.HERE / "persistent_forward_instances.cu"]
+KERNELS = [emulator.HERE / "persistent_forward_instances.cu", emulator.HERE / "fast_maths.cu"]
 CHECKS = [emulator.HERE / "persistent_forward.cpp"]
 # Small ones, of few kernels, in which every line of them and every way to wait is.
 CLUSTER = ["two_blocks", "two_steps", "ragged", "three_splits", "wide_batch", "both", "packed", "exact"]

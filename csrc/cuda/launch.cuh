@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <span>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -306,6 +307,15 @@ inline emulator::Shape shape_of(const LaunchConfig& config) {
   return {config.grid, config.block, config.shared_bytes, placed_together(config), config.co_resident};
 }
 
+template <typename... Parameters>
+emulator::Kernel kernel_of(void (*kernel)(Parameters...), const std::tuple<Parameters...>& values) {
+  return std::apply(
+      [&](const auto&... value) {
+        return emulator::Kernel{reinterpret_cast<const void*>(kernel), {std::as_bytes(std::span(&value, 1))...}};
+      },
+      values);
+}
+
 inline Status status_of(const LaunchConfig& config, const emulator::Shape& shape, const emulator::Report& report) {
   constexpr int kLaunchFailure = 719, kCooperativeLaunchTooLarge = 720;  // of cudaError_t
   switch (report.kind) {
@@ -344,7 +354,9 @@ Status launch(const LaunchConfig& config, void (*kernel)(Parameters...), Argumen
       values);
 #else
   const emulator::Shape shape = launch_detail::shape_of(config);
-  return launch_detail::status_of(config, shape, emulator::run(shape, [&] { std::apply(kernel, values); }));
+  return launch_detail::status_of(
+      config, shape,
+      emulator::run(shape, [&] { std::apply(kernel, values); }, launch_detail::kernel_of(kernel, values)));
 #endif
 }
 

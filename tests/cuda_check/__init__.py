@@ -1,11 +1,12 @@
 """What the CUDA kernels became: compiled for every architecture, and looked at, on a machine that needs no GPU.
 
 nvcc compiles each ``csrc/cuda/*.cu``, and the program that measures primitives, once an architecture, with the flags of
-``setup.py`` and warnings as errors. What is then known of a kernel comes from three places: ptxas' own report (registers,
-stack, spills, shared memory), cuobjdump (parameters, launch bounds) and nvdisasm (the instructions). ``MEANT`` in
-``meant.py`` says what each kernel should be; ``complaints`` compares. Of the persistent kernels the loop over time is looked
-at too (``sass.py``): where its weights lie, and what a step runs through (``slots.py`` counts that). Findings are kept in
-``build/cuda-check`` and made again only when something they depend on has changed.
+``setup.py`` and warnings as errors: to PTX, which ``make ptx`` runs, and from there to machine code. What is then known of a
+kernel comes from three places: ptxas' own report (registers, stack, spills, shared memory), cuobjdump (parameters, launch
+bounds) and nvdisasm (the instructions). ``MEANT`` in ``meant.py`` says what each kernel should be; ``complaints`` compares. Of
+the persistent kernels the loop over time is looked at too (``sass.py``): where its weights lie, and what a step runs through
+(``slots.py`` counts that). Findings are kept in ``build/cuda-check`` and made again only when something they depend on has
+changed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import build_support as support  # noqa: E402
 
-from . import sass, slots  # noqa: E402
+from . import ptx, sass, slots  # noqa: E402
 
 ARCHS = ("80", "86", "89", "90a", "100", "120")
 OLDEST_NVCC = (12, 8)  # the first that knows sm_100 and sm_120
@@ -68,8 +69,8 @@ def run(program: Path | str, *arguments: object) -> str:
     return done.stdout
 
 
-def find_tools(environ: Mapping[str, str] = os.environ, wheels: Sequence[Path] | None = None) -> Tools:
-    """nvcc and the disassemblers: from CUDA_HOME, else from PyPI's wheels, else from wherever a build would take them.
+def find_compiler(environ: Mapping[str, str] = os.environ, wheels: Sequence[Path] | None = None) -> support.Nvcc:
+    """nvcc: from CUDA_HOME, else from PyPI's wheels, else from wherever a build would take it.
 
     The wheels go before a toolkit on PATH because their releases are pinned, and so is what ptxas makes of a kernel.
     """
@@ -82,6 +83,13 @@ def find_tools(environ: Mapping[str, str] = os.environ, wheels: Sequence[Path] |
         raise CheckError(f"nvcc {nvcc.release} ({nvcc.path}) is too old: sm_120 needs {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer")
     if nvcc.trouble:
         raise CheckError(f"nvcc {nvcc.release} ({nvcc.path}) does not work: {nvcc.trouble}")
+    return nvcc
+
+
+def find_tools(environ: Mapping[str, str] = os.environ, wheels: Sequence[Path] | None = None) -> Tools:
+    """``find_compiler``, and the disassemblers from the same places."""
+    wheels = support.nvidia_wheels() if wheels is None else wheels
+    nvcc = find_compiler(environ, wheels)
 
     def find(name: str) -> Path:
         places = [nvcc.path.parent / name, *(path for place in wheels for path in sorted(place.glob(f"cu*/bin/{name}")))]
@@ -202,9 +210,35 @@ def readable(demangled: str) -> str:
 # -- compiling --------------------------------------------------------------------------------------------------------
 
 
+# Flags for PTX whose results have the bits of the host's: no product and sum become one operation, and σ and tanh are
+# functions that are the same on both.
+PLAIN = ("-fmad=false", "-DSTACKED_LSTM_PLAIN_MATHS")
+
+
 def compile_flags(arch: str) -> list[str]:
-    """setup.py's flags for one architecture, with warnings as errors and ptxas' report."""
-    return [*support.nvcc_flags(werror=True), f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
+    """setup.py's flags for one architecture, with warnings as errors."""
+    return [*support.nvcc_flags(werror=True), f"-arch=sm_{arch}"]
+
+
+def assemble_flags(arch: str) -> list[str]:
+    """From PTX on, with ptxas' report."""
+    return ["-Werror", "all-warnings", "-lineinfo", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
+
+
+def ptx_recipe(source: Path, arch: str, nvcc: support.Nvcc, flags: Sequence[str] = (), includes: Sequence[Path] = ()) -> ptx.Recipe:
+    """How PTX is made of ``source``, with more ``flags`` if need be; ``includes``: folders of headers besides csrc."""
+    headers = ptx.included(source, [ROOT / "csrc", *includes])
+    command = (nvcc.path, *compile_flags(arch), *flags, *(f"-I{path}" for path in (ROOT / "csrc", *includes)))
+    folder = ROOT / "build" / "ptx" if source.is_relative_to(ROOT) else source.parent
+    return ptx.Recipe(source, command, run(nvcc.path, "--version"), headers, folder)
+
+
+def ptx_of(source: Path, arch: str, nvcc: support.Nvcc, flags: Sequence[str] = (), includes: Sequence[Path] = ()) -> Path:
+    """The PTX of ``source``; see ``ptx_recipe``. ``CheckError`` where it does not compile."""
+    try:
+        return ptx_recipe(source, arch, nvcc, flags, includes).make()
+    except subprocess.CalledProcessError as error:
+        raise CheckError(f"{source.name}, sm_{arch}: nvcc failed\n{error.stdout}{error.stderr}") from error
 
 
 PERSISTENT = re.compile(r"(forward|backward)<\w+, (tensor|exact), (cluster|l2), [\d, ]+>")
@@ -223,11 +257,10 @@ def look_at_step(kernel: Kernel, function: sass.Function) -> None:
 
 def compile_one(source: Path, arch: str, tools: Tools, cubin: Path, includes: Sequence[Path] = ()) -> list[Kernel]:
     """Compile ``source`` into ``cubin``; its kernels."""
-    includes = [ROOT / "csrc", *includes]
-    command: list[str | Path] = [*compile_flags(arch), *(f"-I{path}" for path in includes), source, "-o", cubin]
+    command = [*assemble_flags(arch), ptx_of(source, arch, tools.nvcc, includes=includes), "-o", cubin]
     done = subprocess.run([tools.nvcc.path, *command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise CheckError(f"{source.name}, sm_{arch}: nvcc failed\n{done.stdout}{done.stderr}")
+        raise CheckError(f"{source.name}, sm_{arch}: ptxas failed\n{done.stdout}{done.stderr}")
     resources = read_ptxas(done.stdout + done.stderr)
     bounds = read_elf(run(tools.cuobjdump, "--dump-elf", cubin))
     opcodes = read_sass(run(tools.nvdisasm, "--emit-json", cubin))
@@ -245,7 +278,7 @@ def compile_one(source: Path, arch: str, tools: Tools, cubin: Path, includes: Se
 def examine(source: Path, arch: str, tools: Tools, versions: str, folder: Path) -> list[Kernel]:
     """``compile_one``, or what it found the last time if nothing has changed since."""
     inputs = [source, *(ROOT / header for header in support.headers(ROOT)), *sorted(Path(__file__).parent.glob("*.py"))]
-    parts = [versions, *compile_flags(arch), *(f"{path.name}\n{path.read_text()}" for path in inputs)]
+    parts = [versions, *compile_flags(arch), *assemble_flags(arch), *(f"{path.name}\n{path.read_text()}" for path in inputs)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     place = folder / f"{source.stem}-sm_{arch}.json"
     try:

@@ -113,10 +113,12 @@ def build(
     shared: bool = False,
     flags: Iterable[str] = (),
     host_sources: Iterable[str | Path] = (),
+    exported: bool = False,
 ) -> Path:
     """A program (or, ``shared``, a library to load) of the given sources and the emulator.
 
-    ``host_sources`` are never instrumented, as the emulator is not: what launches kernels and looks at their results.
+    ``host_sources`` are never instrumented, as the emulator is not: what launches kernels and looks at their results. In an
+    ``exported`` program functions are found by name at run time.
 
     Raises:
         RuntimeError: with the compiler's words, when something does not compile or link.
@@ -134,7 +136,7 @@ def build(
             objects = list(pool.map(lambda job: _compile(*job), jobs))
         programs = folder / "programs" / name
         programs.mkdir(parents=True, exist_ok=True)
-        program = programs / f"{_digest(shared, *objects)}{'.so' if shared else ''}"
+        program = programs / f"{_digest(shared, exported, *objects)}{'.so' if shared else ''}"
         with _locked(programs / "lock"):
             if not program.exists():
                 for old in programs.iterdir():
@@ -142,8 +144,9 @@ def build(
                         old.unlink(missing_ok=True)
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
                     made = Path(scratch) / "made"
-                    link = [compiler(), *SANITIZERS[sanitizer], *(["-shared"] if shared else []), *map(str, objects), "-o", str(made)]
-                    subprocess.run([*link, "-pthread"], check=True, capture_output=True, text=True)
+                    kind = [*(["-shared"] if shared else []), *(["-rdynamic"] if exported else [])]
+                    link = [compiler(), *SANITIZERS[sanitizer], *kind, *map(str, objects), "-o", str(made)]
+                    subprocess.run([*link, "-pthread", *(["-ldl"] if exported else [])], check=True, capture_output=True, text=True)
                     made.rename(program)
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{' '.join(error.cmd)}\n{error.stdout}{error.stderr}") from error

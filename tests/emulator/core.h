@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <source_location>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -335,8 +336,33 @@ struct Shape {
 // How many blocks of this shape the device holds at once (whole clusters).
 uint64_t resident_capacity(const Shape&);
 
+// A kernel and its arguments, for a launcher that does not call it.
+struct Kernel {
+  const void* function = nullptr;
+  std::vector<std::span<const std::byte>> arguments;
+};
+
 // Runs the kernel; `body` is one thread's work. Never throws, never exits: the report tells.
-Report run(const Shape&, const std::function<void()>& body);
+Report run(const Shape&, const std::function<void()>& body, const Kernel& = {});
+
+// What run() does with a launch that has passed its checks, in place of emulating it; tests/ptx sets one. `emulate` does
+// what would have been done.
+using Launcher = std::function<Report(const Shape&, const Kernel&, const std::function<Report()>& emulate)>;
+Launcher& launcher();  // process-wide; empty at first
+
+// Memory that the next launch may touch, by name: for a launcher that can tell, everything else is out of bounds. The
+// emulator does not look at it. See lend.h.
+enum class Access { read, read_write };
+struct Piece {
+  const void* begin;
+  size_t bytes;
+  std::string name;
+  Access access;
+  size_t width;                   // of an element, in bytes
+  double (*number)(const void*);  // an element's; null where elements are no numbers
+  double epsilon;                 // from 1 to the next number
+};
+std::vector<Piece>& device_memory();  // process-wide
 
 // The last run's statistics, of this OS thread.
 struct Statistics {

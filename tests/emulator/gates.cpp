@@ -1,6 +1,6 @@
 // tests/emulator/gates.cpp: the kernels of csrc/cuda/gates.cu, on the host, against the equations written a second time.
 //
-//   gates [--order forward|reverse|random|priorities] [--seed n] [--quick] [--host] [--stop] [part …]
+//   gates [--order forward|reverse|random|priorities] [--seed n] [--quick] [--host] [--stop] [--unjudged] [part …]
 //
 // The truth is computed in long double, and every number of it carries a bound of what rounding can have done to it in
 // the kernel's arithmetic (Bounded). A result has to lie between the bounds, both rounded to what the tensor holds; none
@@ -11,7 +11,7 @@
 // written to one is found, and so is what was not written. AddressSanitizer is told of the zones.
 //
 // --host tests the loops of gates_host.cpp instead. --quick leaves out the larger sizes, for the sanitizers.
-// --stop ends the program at the first failure.
+// --stop ends the program at the first failure. --unjudged looks at no result.
 #include <malloc.h>
 #include <sys/mman.h>
 
@@ -31,7 +31,7 @@
 #include <vector>
 
 #include "../../csrc/gates.h"
-#include "core.h"
+#include "lend.h"
 
 // AddressSanitizer's, where the kernels are instrumented. This file never is.
 extern "C" {
@@ -409,6 +409,18 @@ class Buffer {
     if (sparse_) return;
     before_.assign(memory_.get(), memory_.get() + elements_);
     each_zone([](const T* begin, const T* end) { poison(begin, end); });
+  }
+
+  // To the next launch: the rows, and nothing between them.
+  void lend(const std::string& name) const {
+    const auto access = role_ == Role::input ? emulator::Access::read : emulator::Access::read_write;
+    if (!data_) return;
+    if (plane_.stride == plane_.width && plane_.first == 0) {
+      return emulator::lend(name, data_, plane_.rows * plane_.width, access);
+    }
+    for (int64_t row = plane_.first; row < plane_.rows; ++row) {
+      emulator::lend(name + ", row " + std::to_string(row), data_ + row * plane_.stride, plane_.width, access);
+    }
   }
 
   // Whether nothing has changed beside the plane, and in it nothing if it was an input.
@@ -854,7 +866,7 @@ struct CopyTest {
 // ---- Running a step and looking at it -------------------------------------------------------------------------------
 
 struct Arguments {
-  bool quick = false, host = false;
+  bool quick = false, host = false, judged = true;
   std::vector<std::string> parts;
 } arguments;
 Random values(1);
@@ -896,11 +908,17 @@ void run(const Setup& setup) {
     sizes.mask.scale = setup.rate < 1 ? 1 / (1 - setup.rate) : 0;
     sizes.mask.seed = &setup.seed;
   }
+  emulator::device_memory().clear();
+  for (int64_t n = 0; n < cells; ++n) {
+    const std::string of = " of cell " + std::to_string(n);
+    tests[static_cast<size_t>(n)]->each_buffer([&](const char* name, const auto& buffer) { buffer.lend(name + of); });
+  }
+  emulator::lend("seed", sizes.mask.seed, 1, emulator::Access::read);
   const std::string error = (table().of<T>().*Test<T>::kernel)(sizes, given.data(), cells, nullptr);
   expect(error.empty(), what + ": " + error);
 
   const int64_t most = *std::max_element(setup.rows.begin(), setup.rows.end());
-  if (!arguments.host && most > 0 && cells <= 64 && setup.first_row == 0) {
+  if (!arguments.host && !emulator::launcher() && most > 0 && cells <= 64 && setup.first_row == 0) {
     const uint64_t threads = emulator::statistics().threads;
     expect(threads == threads_of(setup.width, most, cells, packed ? pack : 1),
            what + ": " + std::to_string(threads) + " threads, so units are " + (packed ? "not " : "") + "packed");
@@ -917,7 +935,7 @@ void run(const Setup& setup) {
                         std::to_string(row) + ", unit " + std::to_string(unit) + ": " + text(got) + " instead of " +
                         text(wanted));
     };
-    for (int64_t row = setup.first_row; row < setup.rows[static_cast<size_t>(n)]; ++row) {
+    for (int64_t row = setup.first_row; arguments.judged && row < setup.rows[static_cast<size_t>(n)]; ++row) {
       for (int64_t unit = 0; unit < setup.width; ++unit) test.check(row, unit, complain);
     }
   }
@@ -1024,6 +1042,9 @@ void cells_part() {
       continue;
     }
     run_all<T>(setup);
+    if (cells != 9) continue;
+    setup.width = 8;  // whole packs, too
+    run_all<T>(setup);
   }
   Setup nothing;
   nothing.rows = {0, 0};
@@ -1086,7 +1107,7 @@ void huge_part() {
     setup.width = width, setup.rows = {3, 1}, setup.pad = int64_t{1} << 30, setup.element_row = int64_t{1} << 40;
     run_all<T>(setup);
   }
-  if (arguments.host) return;
+  if (arguments.host || emulator::launcher()) return;  // tests/ptx runs whole grids
   // Rows beyond 2³¹, of which only the last blocks are run.
   for (const int64_t width : {1, 3, 4}) {
     Setup setup;
@@ -1109,6 +1130,8 @@ void numbers_part() {
   for (const size_t count : {0, 1, 127, 128, 129, 499, 500, 501, 1000, 1203}) {
     std::vector<int64_t> given(count), got(count + 2, kUntouched);
     for (size_t n = 0; n < count; ++n) given[n] = (int64_t{1} << 40) + static_cast<int64_t>(n * n);
+    emulator::device_memory().clear();
+    emulator::lend("numbers", got.data() + 1, static_cast<int64_t>(count), emulator::Access::read_write);
     const std::string error = table().numbers(given.data(), static_cast<int64_t>(count), got.data() + 1, nullptr);
     expect(error.empty() && std::equal(given.begin(), given.end(), got.begin() + 1) && got.front() == kUntouched &&
                got.back() == kUntouched,
@@ -1216,6 +1239,8 @@ int main(int count, char** words) {
       arguments.quick = true;
     } else if (word == "--stop") {
       stop_at_first = true;
+    } else if (word == "--unjudged") {
+      arguments.judged = false;
     } else if (word == "--host") {
       arguments.host = true;
     } else if (word == "--seed") {

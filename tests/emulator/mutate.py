@@ -92,7 +92,7 @@ ON_DEMAND = [
     Target(
         name="persistent",
         mutated=tuple(f"csrc/cuda/persistent{part}.cuh" for part in ("", "_exchange", "_products", "_forward")),
-        sources=("tests/emulator/persistent_forward_instances.cu", "tests/emulator/persistent_forward.cpp"),
+        sources=("tests/emulator/persistent_forward_instances.cu", "tests/emulator/fast_maths.cu", "tests/emulator/persistent_forward.cpp"),
         variants=tuple((name,) for name in PERSISTENT_CASES),
         plain=("--order", "random"),
         sanitized=("--order", "random", "--exact"),

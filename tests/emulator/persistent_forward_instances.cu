@@ -56,13 +56,4 @@ const std::vector<ForwardEntry<float>>& forward_entries<float>() {
   return all;
 }
 
-Gates<float> fast_gates(bool tanh_unit, const Gates<float>& a) {
-  using cuda::persistent::FastMaths;
-  return tanh_unit ? activate<FastMaths<true>>(a) : activate<FastMaths<false>>(a);
-}
-float fast_tanh(bool tanh_unit, float x) {
-  using cuda::persistent::FastMaths;
-  return tanh_unit ? FastMaths<true>::tanh(x) : FastMaths<false>::tanh(x);
-}
-
 }  // namespace stacked_lstm::persistent

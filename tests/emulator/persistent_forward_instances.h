@@ -24,7 +24,7 @@ const std::vector<ForwardEntry<float16>>& forward_entries<float16>();
 template <>
 const std::vector<ForwardEntry<float>>& forward_entries<float>();
 
-// FastMaths, as the kernels compute it.
+// fast_maths.cu.
 Gates<float> fast_gates(bool tanh_unit, const Gates<float>&);
 float fast_tanh(bool tanh_unit, float);
 

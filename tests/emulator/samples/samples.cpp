@@ -8,9 +8,11 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../../../csrc/cuda/launch.cuh"
+#include "../lend.h"
 #include "bulk_pipeline.cuh"
 #include "chunk_flags.cuh"
 #include "cluster_recurrence.cuh"
@@ -53,9 +55,22 @@ LaunchConfig config(dim3 grid, int threads, size_t shared_bytes = 0, unsigned cl
   return c;
 }
 
+// What the next launch reads, and what it writes.
+template <typename... In, typename... Out>
+void lend(const std::tuple<In&...>& in, const std::tuple<Out&...>& out) {
+  using emulator::Access;
+  emulator::device_memory().clear();
+  const auto each = [](const auto& vectors, const char* name, Access access) {
+    std::apply([&](auto&... v) { (emulator::lend(name, v.data(), static_cast<int64_t>(v.size()), access), ...); },
+               vectors);
+  };
+  each(in, "an input", Access::read), each(out, "an output", Access::read_write);
+}
+
 std::string shares(int rows, int columns) {
   const std::vector<float> in = uniform(static_cast<size_t>(rows * columns), 0.5f, 1);
   std::vector<float> out(in.size(), kNaN);
+  lend(std::tie(in), std::tie(out));
   const Status status = launch(config(2, RowShares::kThreads), row_shares, in.data(), out.data(), rows, columns);
   if (!status.ok()) return status.text;
   std::vector<double> expected(in.begin(), in.end());
@@ -71,6 +86,7 @@ using TurnTiles = void (*)(const float*, float*, int);
 std::string turn_tiles(TurnTiles kernel, int threads, int tile, size_t shared_bytes, int count) {
   const std::vector<float> in = uniform(static_cast<size_t>(count));
   std::vector<float> out(static_cast<size_t>((count + tile - 1) / tile * tile), kNaN);
+  lend(std::tie(in), std::tie(out));
   const Status status = launch(config(1, threads, shared_bytes), kernel, in.data(), out.data(), count);
   if (!status.ok()) return status.text;
   std::vector<double> expected(out.size());
@@ -98,6 +114,7 @@ std::string chunks(int layers, int count) {
   data.resize(size * static_cast<size_t>(layers + 1), kNaN);
   std::vector<uint32_t> flags(static_cast<size_t>(layers * S::kProducers), 0);
   const LaunchConfig all = config(static_cast<unsigned>(layers * S::kProducers), S::kThreads, 0, 0, true);
+  lend(std::tie(), std::tie(data, flags));
   const Status status = launch(all, hand_chunks_on, data.data(), flags.data(), count);
   if (!status.ok()) return status.text;
   std::vector<double> expected(data.begin(), data.begin() + static_cast<ptrdiff_t>(size));
@@ -116,6 +133,7 @@ std::string tags(int steps) {
   for (int n = 0; n < S::kWidth; ++n) words[static_cast<size_t>(n)] = tagged(0, start[static_cast<size_t>(n)]);
   std::vector<float> out(S::kWidth, kNaN);
   const LaunchConfig all = config(S::kBlocks, S::kUnits, 0, 0, true);
+  lend(std::tie(), std::tie(words, out));
   const Status status = launch(all, exchange_tagged, words.data(), out.data(), steps);
   if (!status.ok()) return status.text;
   for (int step = 1; step <= steps; ++step) {
@@ -143,6 +161,7 @@ std::string product(int m, int n, int k) {
   std::vector<float> c(static_cast<size_t>(m * n), kNaN);
   const dim3 grid(static_cast<unsigned>((m + S::kRows - 1) / S::kRows),
                   static_cast<unsigned>((n + S::kColumns - 1) / S::kColumns));
+  lend(std::tie(a, b), std::tie(c));
   const Status status =
       launch(config(grid, S::kThreads, sizeof(S)), tile_product, a.data(), b.data(), c.data(), m, n, k, stride);
   if (!status.ok()) return status.text;
@@ -167,6 +186,7 @@ std::string recurrence(int steps) {
   const std::vector<float> x = uniform(static_cast<size_t>(steps) * step_size);
   std::vector<float> out(x.size(), kNaN);
   const LaunchConfig one = config(S::kBlocks, S::kThreads, sizeof(S), S::kBlocks, true);
+  lend(std::tie(weight, x), std::tie(out));
   const Status status = launch(one, cluster_recurrence, weight.data(), x.data(), out.data(), steps);
   if (!status.ok()) return status.text;
   std::vector<double> h(x.begin(), x.end());
@@ -185,6 +205,7 @@ std::string pipeline(int tiles) {
   const std::vector<float> values = uniform(static_cast<size_t>(tiles * S::kTile));
   std::vector<float4> in(values.size() / 4), out(in.size(), float4{kNaN, kNaN, kNaN, kNaN});  // aligned to 16 bytes
   std::memcpy(in.data(), values.data(), values.size() * sizeof(float));
+  lend(std::tie(in), std::tie(out));
   const Status status =
       launch(config(2, S::kThreads, sizeof(S), 2, true), bulk_pipeline, &in.data()->x, &out.data()->x, tiles);
   if (!status.ok()) return status.text;
@@ -205,6 +226,7 @@ std::string sums(int rows, int columns, int slices) {
   std::vector<float> partial(static_cast<size_t>(slices * columns), kNaN), out(static_cast<size_t>(columns), kNaN);
   const unsigned tiles = static_cast<unsigned>((columns + 31) / 32);
   std::vector<uint32_t> done(tiles, 0);
+  lend(std::tie(in), std::tie(partial, done, out));
   const Status status = launch(config(dim3(tiles, static_cast<unsigned>(slices)), S::kThreads), column_sums, in.data(),
                                partial.data(), done.data(), out.data(), rows, columns);
   if (!status.ok()) return status.text;

@@ -1,0 +1,123 @@
+"""The compiled kernels, as PTX, on the host: that the cases run there, and that they would notice. `make ptx` runs all of them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests import cuda_check, ptx
+from tests.ptx import __main__ as command
+
+ROOT = ptx.ROOT
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    try:
+        return ptx.compiler()
+    except cuda_check.CheckError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI installs nvcc, but: {error}")
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def gates(compiler):
+    return ptx.program("gates")
+
+
+@pytest.fixture(scope="module")
+def forward(compiler):
+    return ptx.program("forward", few=True)
+
+
+def gates_file(plain=False):
+    return ptx.ptx_file(ptx.CUDA / "gates.cu", "90a", plain)
+
+
+def forward_file(plain=False):
+    return ptx.ptx_file(ptx.CUDA / "persistent_forward_bf16.cu", "90a", plain, few=True)
+
+
+def test_the_gates_kernels_are_right(gates, tmp_path):
+    ran = ptx.run(gates, [gates_file()], "--quick", "once", "cells", "alignment", log=tmp_path / "log")
+    assert ran.status == 0, ran.output
+    assert not command.missing(ptx.entries(gates_file().read_text()), ran.kernels, "90a")
+
+
+def test_the_forward_kernel_is_right_in_every_order(forward):
+    names = ["bf16_tensor", "--every", "--seeds", "3"]
+    ran = ptx.run(forward, [forward_file()], *names)
+    assert ran.status == 0, ran.output
+    assert ran.output.count("ok ") == 4, ran.output
+
+
+def test_without_contraction_the_bits_are_the_emulator_s(gates, forward, tmp_path):
+    log = tmp_path / "log"
+    for program, file, arguments in [
+        (gates, gates_file(plain=True), ("--quick", "--unjudged", "once")),
+        (forward, forward_file(plain=True), ("--unjudged", "--order", "random", "--every", "bf16_tensor")),
+    ]:
+        ran = ptx.run(program, [file], *arguments, mode="same", log=log)
+        assert ran.status == 0, ran.output
+        assert sum(tally.compared for tally in ran.kernels.values()) > 1000
+
+
+def broken(path, old, new, tmp_path):
+    """The PTX with each ``old`` replaced."""
+    text = path.read_text()
+    assert old in text
+    target = tmp_path / path.name
+    target.write_text(text.replace(old, new))
+    return target
+
+
+def test_a_store_beside_its_range_is_an_error_that_names_the_lines(gates, tmp_path):
+    text = gates_file().read_text()
+    store = next(line.strip() for line in text.splitlines() if line.strip().startswith("st.global.b32 [%rd"))
+    address = store[store.index("[") + 1 : store.index("]")].partition("+")[0]
+    file = broken(gates_file(), store, store.replace(store[store.index("[") : store.index("]") + 1], f"[{address}+65536]"), tmp_path)
+    ran = ptx.run(gates, [file], "--quick", "--stop", "once", "cells")
+    assert ran.status != 0
+    assert f"{file.name}:" in ran.output, ran.output
+    assert ".h:" in ran.output or ".cuh:" in ran.output, ran.output
+
+
+def test_other_bits_than_the_emulator_s_are_noticed(gates, tmp_path):
+    """With operations contracted, which no tolerance would show."""
+    ran = ptx.run(gates, [gates_file()], "--quick", "--unjudged", "--stop", "once", mode="same")
+    assert ran.status != 0
+    assert "on the emulator" in ran.output, ran.output
+
+
+def test_a_kernel_that_did_not_run_is_missed():
+    names = ["_Z1ai", "_Z1bILi1EEvi"]
+    assert command.missing(names, ["_Z1ai"], "90a") == ["b<1>"]
+    arguments = "IfLNS_10persistent7ProductE1ELNS3_8ExchangeE0ELi2ELi1EEEvNS3_16ForwardArgumentsIT_EE"
+    cluster = f"_ZN12stacked_lstm4cuda10persistent7forward{arguments}"
+    assert command.missing([cluster], [], "90a") == ["forward<float, exact, cluster, 2, 1>"]
+    assert command.missing([cluster], [], "80") == []
+
+
+def test_opcodes_and_entries_are_read_from_ptx():
+    text = """
+.visible .entry _Z1ai(
+	.param .u32 p0
+)
+{
+	.reg .b32 	%r<3>;
+	ld.param.b32 	%r1, [p0];
+	@%p1 bra 	$L__BB0_2;
+	// begin inline asm
+	{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%r1], %r2; }
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1, %f2}, {%r1}, {%r2}, {%f1};
+	// end inline asm
+$L__BB0_2:
+	ret;
+}
+"""
+    assert ptx.entries(text) == ["_Z1ai"]
+    found = ptx.opcodes(text)
+    assert {"ld.param.b32", "bra", "mbarrier.try_wait.parity.shared::cta.b64"} <= found
+    assert {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "ret"} <= found
