@@ -67,8 +67,9 @@ nvcc: $(CUDA_READY)  ## the CUDA compiler and disassemblers from PyPI, into .ven
 cuda-check: $(CUDA_READY)  ## compile the CUDA kernels for every architecture; list and check registers, spills, instructions
 	@$(py) -m tests.cuda_check $(ARGS)
 
-ptx: $(CUDA_READY)  ## run the compiled CUDA kernels, as PTX, on the host: every kernel against float64 and the emulator
+ptx: $(CUDA_READY)  ## run the compiled CUDA kernels, as PTX, on the host: every kernel against float64 and the emulator; then with mutants of the inline PTX
 	@$(py) -m tests.ptx $(ARGS)
+	@$(py) -m tests.ptx.mutants $(filter --all,$(ARGS))
 
 cuda-link: $(READY)  ## build against a CUDA build of torch (CUDA_TORCH, in .venv-cuda), check its symbols, run tests there
 	@$(py) -m tests.cuda_link --torch $(CUDA_TORCH) --python $(PYTHON) $(ARGS)

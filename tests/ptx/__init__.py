@@ -53,7 +53,7 @@ DEFINES = ("STACKED_LSTM_PLAIN_MATHS",)
 
 
 FEW = "STACKED_LSTM_FEW_INSTANCES"  # of the persistent kernels, for tests that have to be quick
-MACHINE = ("arithmetic", "async", "conversion", "decode", "machine", "matrix", "meeting", "memory", "syntax")
+MACHINE = ("arithmetic", "async", "conversion", "decode", "machine", "matrix", "meeting", "memory", "order", "syntax")
 
 compiler = functools.cache(cuda_check.find_compiler)
 
