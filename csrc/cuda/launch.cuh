@@ -43,6 +43,9 @@ inline uint64_t blocks(const LaunchConfig& config) {
 
 inline bool lone_cluster(const LaunchConfig& config) { return config.cluster == 1; }
 
+// How many blocks are placed together.
+inline unsigned placed_together(const LaunchConfig& config) { return config.cluster > 0 ? config.cluster : 1; }
+
 inline std::string does_not_fit(const LaunchConfig& config, uint64_t capacity) {
   std::string text = "too many blocks in cooperative launch: " + std::to_string(blocks(config));
   if (config.cluster > 1) text += " (in clusters of " + std::to_string(config.cluster) + ")";
@@ -280,7 +283,8 @@ inline Status launch(const LaunchConfig& config, const void* kernel, void** argu
     cudaLaunchAttribute& priority = prepared.attributes[launch.numAttrs++];
     priority.id = cudaLaunchAttributePriority;
     priority.val.priority = Known::instance().greatest_priority();
-    const Demand demand = demand_of(blocks(config), capacity, config.cluster, static_cast<uint64_t>(multiprocessors));
+    const Demand demand =
+        demand_of(blocks(config), capacity, placed_together(config), static_cast<uint64_t>(multiprocessors));
     return status_of(in_turn(device).run(launch.stream, demand, queue));
   }
   return status_of(queue());
@@ -300,7 +304,7 @@ inline uint64_t capacity(const LaunchConfig& config, const void* kernel) {
 namespace stacked_lstm::cuda::launch_detail {
 
 inline emulator::Shape shape_of(const LaunchConfig& config) {
-  return {config.grid, config.block, config.shared_bytes, config.cluster > 0 ? config.cluster : 1, config.co_resident};
+  return {config.grid, config.block, config.shared_bytes, placed_together(config), config.co_resident};
 }
 
 template <typename... Parameters>

@@ -1,6 +1,6 @@
 """What the CUDA kernels became: compiled for every architecture, and looked at, on a machine that needs no GPU.
 
-nvcc compiles each ``csrc/cuda/*.cu``, and the program that measures primitives, once an architecture, with the flags of
+nvcc compiles each ``csrc/cuda/*.cu``, and the programs of benchmarks/gpu, once an architecture, with the flags of
 ``setup.py`` and warnings as errors: to PTX, which ``make ptx`` runs, and from there to machine code. What is then known of a
 kernel comes from three places: ptxas' own report (registers, stack, spills, shared memory), cuobjdump (parameters, launch
 bounds) and nvdisasm (the instructions). ``MEANT`` in ``meant.py`` says what each kernel should be; ``complaints`` compares. Of
@@ -36,7 +36,8 @@ ARCHS = ("80", "86", "89", "90a", "100", "120")
 OLDEST_NVCC = (12, 8)  # the first that knows sm_100 and sm_120
 REGISTERS_OF_A_BLOCK = 65536
 # All that they include lies in csrc.
-KNOWN_SOURCES = (*(ROOT / source for source in support.cuda_sources(ROOT)), ROOT / "benchmarks" / "primitives.cu")
+PROGRAMS = tuple(ROOT / "benchmarks" / name for name in ("occupancy.cu", "primitives.cu"))
+KNOWN_SOURCES = (*(ROOT / source for source in support.cuda_sources(ROOT)), *PROGRAMS)
 
 
 class CheckError(Exception):

@@ -53,7 +53,7 @@ DEFINES = ("STACKED_LSTM_PLAIN_MATHS",)
 
 
 FEW = "STACKED_LSTM_FEW_INSTANCES"  # of the persistent kernels, for tests that have to be quick
-MACHINE = ("arithmetic", "async", "conversion", "decode", "machine", "matrix", "meeting", "memory", "syntax")
+MACHINE = ("arithmetic", "async", "conversion", "decode", "machine", "matrix", "meeting", "memory", "order", "syntax")
 
 compiler = functools.cache(cuda_check.find_compiler)
 
@@ -123,12 +123,14 @@ def run(
     *arguments: object,
     mode: str = "alone",
     sums: str = "truncated",
+    ordered: int = 0,
     log: Path | None = None,
     timeout: float | None = 600,
 ) -> Ran:
     """Run a program that ``program`` made on these files of PTX. launcher.cpp says what ``mode`` and ``sums`` are, and what
-    stands in the ``log`` (a file of its own for each run)."""
-    settings = {"PTX_FILES": ":".join(map(str, files)), "PTX_MODE": mode, "PTX_SUMS": sums}
+    stands in the ``log`` (a file of its own for each run). ``ordered``: of launches of at most so many threads, the order of
+    accesses is looked at."""
+    settings = {"PTX_FILES": ":".join(map(str, files)), "PTX_MODE": mode, "PTX_SUMS": sums, "PTX_ORDER": str(ordered)}
     if log:
         log.unlink(missing_ok=True)
         settings["PTX_LOG"] = str(log)

@@ -31,6 +31,7 @@ class Run:
     plain: bool = False
     mode: str = "alone"
     sums: str = "truncated"
+    ordered: int = 0  # of launches of at most so many threads, the order of accesses is looked at
     large: bool = False  # for --all
 
     def __str__(self) -> str:
@@ -63,7 +64,7 @@ RUNS = [
     Run("backward", "90a", "--order random --seed 5 ragged reverse half tf32", sums="nearest"),
     # What else goes by the primitives.
     Run("primitives", "90a", "--rounds 3"),
-    Run("samples", "90a", "--seeds 2"),
+    Run("samples", "90a", "--seeds 2", ordered=2048),
     # More of the same.
     Run("gates", "90a", large=True),
     Run("forward", "90a", "--seed 10 --seeds 10", large=True),
@@ -151,7 +152,8 @@ def main() -> int:
             began = time.monotonic()
             files = [ptx_file(source, one.arch, one.plain) for source in PROGRAMS[one.program].ptx]
             log = Path(scratch) / f"{number}.log"
-            ran = run(programs[one.program], files, *one.arguments.split(), mode=one.mode, sums=one.sums, log=log, timeout=3600)
+            settings = {"mode": one.mode, "sums": one.sums, "ordered": one.ordered, "log": log, "timeout": 3600}
+            ran = run(programs[one.program], files, *one.arguments.split(), **settings)
             return one, ran, time.monotonic() - began
 
         done = []

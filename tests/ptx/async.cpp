@@ -3,6 +3,7 @@
 // A copy is under way from its instruction until it lands, which the machine makes happen early, late or at random. Until
 // then nothing may touch where it goes, and a block that it reads or writes must not exit.
 #include <algorithm>
+#include <utility>
 
 #include "decoder.h"
 
@@ -15,6 +16,26 @@ uint32_t offset_of(uint32_t address) { return address & ((1u << kRankShift) - 1)
 template <typename T>
 T address_of(Warp& w, const Instruction& i, size_t source, int lane, bool other = false) {
   return w.in<T>(i.in[source])[lane] + static_cast<T>(other ? i.other_offset : i.offset);
+}
+
+const uint8_t* bytes_at(const Block& block, uint32_t address) {
+  return block.shared.data() + (offset_of(address) - kSharedBase);
+}
+
+void check(int lane, const std::string& wrong) {
+  if (!wrong.empty()) fault(lane, wrong);
+}
+
+// A thread uses an mbarrier, itself or by a copy that will count there. `needs_fence`: from another block, or by a copy.
+void check_use(Warp& w, int lane, const Block& block, uint32_t address, const MBarrier& barrier, bool needs_fence,
+               const Statement* statement) {
+  Order* const order = w.machine().order.get();
+  if (!order) return;
+  if (needs_fence && !barrier.fenced) {
+    fault(lane,
+          "an mbarrier is used by another block or by a copy, and no fence.mbarrier_init followed its initialisation");
+  }
+  check(lane, order->read(w.in_grid(lane), bytes_at(block, address), 8, {Scope::system}, statement));
 }
 
 }  // namespace
@@ -31,6 +52,7 @@ void Machine::settle(MBarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
   ++barrier.phase;
   barrier.pending = barrier.count;
+  barrier.done = std::exchange(barrier.coming, {});
   ++progress;
 }
 
@@ -110,7 +132,10 @@ namespace {
 // The mbarrier of a source address; `own`: it has to be named by the window of the own block.
 MBarrier& barrier_of(Warp& w, const Instruction& i, size_t source, int lane, bool own = true, bool other = false) {
   const auto address = address_of<uint32_t>(w, i, source, lane, other);
-  return w.machine().mbarrier(w.machine().owner(w, lane, address, own), lane, address);
+  Block& block = w.machine().owner(w, lane, address, own);
+  MBarrier& barrier = w.machine().mbarrier(block, lane, address);
+  check_use(w, lane, block, address, barrier, &block != w.block, i.statement);
+  return barrier;
 }
 
 // A destination that an arrive has and nobody reads.
@@ -135,7 +160,13 @@ void initialise(Warp& w, const Instruction& i, uint32_t lanes) {
       if (mark & (kBarrier | kUnderWay)) fault(lane, "an mbarrier is initialised where one is, or a copy goes");
       mark = kBarrier;
     }
-    block.mbarriers[address] = {count, count, 0, 0};
+    MBarrier& barrier = block.mbarriers[address];
+    barrier = {};
+    barrier.count = barrier.pending = count;
+    barrier.initialised_by = w.in_grid(lane);
+    if (Order* const order = w.machine().order.get()) {
+      check(lane, order->write(w.in_grid(lane), bytes_at(block, address), 8, {}, i.statement));
+    }
     ++w.machine().progress;
   });
 }
@@ -144,6 +175,9 @@ void invalidate(Warp& w, const Instruction& i, uint32_t lanes) {
   each(lanes, [&](int lane) {
     const auto address = address_of<uint32_t>(w, i, 0, lane);
     if (barrier_of(w, i, 0, lane).bytes != 0) fault(lane, "an mbarrier is invalidated whose bytes are on their way");
+    if (Order* const order = w.machine().order.get()) {
+      check(lane, order->write(w.in_grid(lane), bytes_at(*w.block, address), 8, {}, i.statement));
+    }
     w.block->mbarriers.erase(address);
     std::fill_n(w.block->marks.begin() + (address - kSharedBase), 8, uint8_t{0});
   });
@@ -156,6 +190,9 @@ void arrive(Warp& w, const Instruction& i, uint32_t lanes) {
   each(lanes, [&](int lane) {
     MBarrier& barrier = barrier_of(w, i, 0, lane, !(i.mode & kRemote));
     if (i.mode & kExpect) w.machine().expect(barrier, lane, w.in<uint32_t>(i.in[1])[lane]);
+    if ((i.mode & kArrive) && w.machine().order) {
+      barrier.coming.push_back(w.machine().order->release(w.in_grid(lane), How::unpacked(i.number)));
+    }
     if (i.mode & kArrive)
       w.machine().arrive(barrier, lane, !(i.mode & kExpect) && i.ins == 2 ? w.in<uint32_t>(i.in[1])[lane] : 1);
     if (!(i.mode & kArrive)) w.machine().settle(barrier);
@@ -167,7 +204,10 @@ void test_phase(Warp& w, const Instruction& i, uint32_t lanes) {
   each(lanes, [&](int lane) {
     const uint32_t parity = w.in<uint32_t>(i.in[1])[lane];
     if (parity > 1) fault(lane, "the parity of a phase is 0 or 1, not " + std::to_string(parity));
-    w.out<uint8_t>(i.out[0])[lane] = (barrier_of(w, i, 0, lane).phase & 1) != parity;
+    const MBarrier& barrier = barrier_of(w, i, 0, lane);
+    const bool over = (barrier.phase & 1) != parity;
+    w.out<uint8_t>(i.out[0])[lane] = over;
+    if (over && w.machine().order) w.machine().order->acquire(w.in_grid(lane), barrier.done, How::unpacked(i.number));
   });
 }
 
@@ -184,10 +224,18 @@ void eight_bytes(Decoder& d) {
   d.no_more();
 }
 
-bool order_and_scope(Decoder& d, const char* order) {
-  if (!d.take(order) && !d.take("relaxed")) return false;
-  if (!d.take("cta")) d.need("cluster");
-  return true;
+// By default .acquire or .release, and .cta.
+void order_and_scope(Decoder& d, const char* order) {
+  const bool acquires = std::string(order) == "acquire";
+  How how = {Scope::block, acquires, !acquires};
+  const bool relaxed = !d.take(order) && d.take("relaxed");
+  if (relaxed) how.acquire = how.release = false;
+  if (d.take("cluster")) {
+    how.scope = Scope::cluster;
+  } else if (!d.take("cta") && relaxed) {
+    d.fail("a scope expected");
+  }
+  d.instruction().number = how.packed();
 }
 
 bool decode_mbarrier(Decoder& d) {
@@ -273,10 +321,16 @@ void copy(Warp& w, const Instruction& i, uint32_t lanes) {
     Block& block = machine.owner(w, lane, to, true);
     for (unsigned n = 0; n < from_source; ++n) machine.global(lane, from + n, 1, false, false);
     machine.under_way(block, lane, to, bytes);
-    const auto land = [&machine, &block, to, from, from_source, bytes] {
+    const uint32_t thread = w.in_grid(lane);
+    if (Order* const order = machine.order.get()) {
+      check(lane, order->source(thread, reinterpret_cast<const uint8_t*>(from), from_source, false, i.statement));
+      check(lane, order->destination(thread, bytes_at(block, to), bytes, false));
+    }
+    const auto land = [&machine, &block, to, from, from_source, bytes, thread, statement = i.statement] {
       uint8_t data[16] = {};
       std::memcpy(data, reinterpret_cast<const void*>(from), from_source);
       machine.landed(block, to, data, bytes);
+      if (machine.order) machine.order->landed(thread, bytes_at(block, to), bytes, statement);
     };
     block.copies[w.thread(lane)].open.push_back(machine.post({"cp.async", i.statement, land, {&block, nullptr}}));
   });
@@ -298,6 +352,7 @@ void wait(Warp& w, const Instruction& i, uint32_t lanes) {
     while (thread.groups.size() > i.number) {
       for (const uint64_t id : thread.groups.front()) w.machine().land(id);
       thread.groups.pop_front();
+      if (i.mode && w.machine().order) w.machine().order->wait_for_copies(w.in_grid(lane));
     }
   });
 }
@@ -310,8 +365,9 @@ void arrive_after_copies(Warp& w, const Instruction& i, uint32_t lanes) {
     const ThreadCopies& thread = w.block->copies[w.thread(lane)];
     std::vector<uint64_t> before = thread.open;
     for (const auto& group : thread.groups) before.insert(before.end(), group.begin(), group.end());
-    const auto land = [&machine, &barrier, before] {
+    const auto land = [&machine, &barrier, before, thread = w.in_grid(lane)] {
       for (const uint64_t id : before) machine.land(id);
+      if (machine.order) barrier.coming.push_back(machine.order->release(thread, {Scope::block, false, true}));
       machine.arrive(barrier, -1, 1);
     };
     machine.post({"cp.async.mbarrier.arrive", i.statement, land, {w.block, nullptr}});
@@ -337,15 +393,19 @@ void push(Warp& w, const Instruction& i, uint32_t lanes) {
       fault(lane, "st.async to one block, and the mbarrier of another one");
     if (to % bytes != 0)
       fault(lane, "st.async to shared address " + std::to_string(to) + ", no multiple of " + std::to_string(bytes));
-    machine.mbarrier(peer, lane, at);
+    check_use(w, lane, peer, at, machine.mbarrier(peer, lane, at), true, i.statement);
     machine.under_way(peer, lane, to, bytes);
+    if (machine.order) check(lane, machine.order->destination(w.in_grid(lane), bytes_at(peer, to), bytes, false));
     std::array<uint8_t, 32> data;
     for (unsigned n = 0; n < i.elements; ++n) {
       std::memcpy(data.data() + n * i.element_bytes, w.in<char>(i.in[1 + n]) + lane * i.element_bytes, i.element_bytes);
     }
-    const auto land = [&machine, &peer, to, at, bytes, data] {
+    const auto land = [&machine, &peer, to, at, bytes, data, thread = w.in_grid(lane), statement = i.statement,
+                       issued = machine.order ? machine.order->issued(w.in_grid(lane)) : nullptr] {
       machine.landed(peer, to, data.data(), bytes);
       MBarrier& barrier = machine.mbarrier(peer, -1, at);
+      if (machine.order)
+        barrier.coming.push_back(machine.order->copied(thread, bytes_at(peer, to), bytes, statement, issued));
       machine.expect(barrier, -1, -int64_t{bytes});
       machine.settle(barrier);
     };
@@ -386,13 +446,20 @@ void bulk(Warp& w, const Instruction& i, uint32_t lanes) {
     const uint32_t bytes = w.in<uint32_t>(i.in[2])[lane];
     if (bytes == 0 || bytes % 16 != 0)
       fault(lane, "a bulk copy of " + std::to_string(bytes) + " bytes: a multiple of 16 is expected");
+    Order* const order = machine.order.get();
+    const uint32_t thread = w.in_grid(lane);
     const auto check_global = [&](uint64_t address, bool write) {
       if (address % 16 != 0) fault(lane, "a bulk copy at a global address that is no multiple of 16");
       for (uint32_t n = 0; n < bytes; n += 16) machine.global(lane, address + n, 16, write, false);
+      const auto* at = reinterpret_cast<const uint8_t*>(address);
+      if (order)
+        check(lane, write ? order->destination(thread, at, bytes, true)
+                          : order->source(thread, at, bytes, true, i.statement));
     };
     const auto check_shared = [&](uint32_t address) {
       if (address % 16 != 0) fault(lane, "a bulk copy at a shared address that is no multiple of 16");
       for (uint32_t n = 0; n < bytes; n += 16) machine.shared(w, lane, address + n, 16, false, true);
+      if (order) check(lane, order->source(thread, bytes_at(*w.block, address), bytes, true, i.statement));
     };
     if (kind == kStore) {
       const auto to = address_of<uint64_t>(w, i, 0, lane);
@@ -400,8 +467,10 @@ void bulk(Warp& w, const Instruction& i, uint32_t lanes) {
       check_global(to, true);
       check_shared(from);
       Block& block = *w.block;
-      const auto land = [&machine, &block, to, from, bytes] {
+      const auto land = [&machine, &block, to, from, bytes, thread, statement = i.statement] {
         std::memcpy(reinterpret_cast<void*>(to), block.shared.data() + (from - kSharedBase), bytes);
+        if (machine.order)
+          machine.order->copied(thread, reinterpret_cast<const uint8_t*>(to), bytes, statement, nullptr);
         ++machine.progress;
       };
       block.bulk_copies[w.thread(lane)].open.push_back(
@@ -414,8 +483,9 @@ void bulk(Warp& w, const Instruction& i, uint32_t lanes) {
     if (&machine.owner(w, lane, at, false) != &target)
       fault(lane, "a bulk copy to one block, and the mbarrier of another one");
     if (to % 16 != 0) fault(lane, "a bulk copy to a shared address that is no multiple of 16");
-    machine.mbarrier(target, lane, at);
+    check_use(w, lane, target, at, machine.mbarrier(target, lane, at), true, i.statement);
     machine.under_way(target, lane, to, bytes);
+    if (order) check(lane, order->destination(thread, bytes_at(target, to), bytes, true));
     Block* source = nullptr;
     std::function<const uint8_t*()> data;
     if (kind == kLoad) {
@@ -428,9 +498,12 @@ void bulk(Warp& w, const Instruction& i, uint32_t lanes) {
       source = w.block;
       data = [source, from] { return source->shared.data() + (from - kSharedBase); };
     }
-    const auto land = [&machine, &target, to, at, bytes, data] {
+    const auto land = [&machine, &target, to, at, bytes, data, thread, statement = i.statement,
+                       issued = order ? order->issued(thread) : nullptr] {
       machine.landed(target, to, data(), bytes);
       MBarrier& barrier = machine.mbarrier(target, -1, at);
+      if (machine.order)
+        barrier.coming.push_back(machine.order->copied(thread, bytes_at(target, to), bytes, statement, issued));
       machine.expect(barrier, -1, -int64_t{bytes});
       machine.settle(barrier);
     };

@@ -245,6 +245,9 @@ const std::map<std::string, std::pair<Special, unsigned>>& specials() {
   return known;
 }
 
+// The device's clock counts from some day in the past, a multiprocessor's from the launch.
+constexpr uint64_t kDayZero = uint64_t{1} << 60;
+
 uint64_t special(Warp& warp, Special which, int lane) {
   const Machine& machine = warp.machine();
   const Launch& launch = *machine.launch;
@@ -283,8 +286,9 @@ uint64_t special(Warp& warp, Special which, int lane) {
     case Special::cluster_nctarank:
       return machine.cluster_size;
     case Special::clock64:
-    case Special::globaltimer:
       return machine.time;
+    case Special::globaltimer:
+      return machine.time + kDayZero;
   }
   return 0;
 }

@@ -8,6 +8,7 @@
 //               compared   the emulator, and on the same memory the PTX: how far apart they are goes into the log
 //               same       likewise, and they have to leave the same bits; a NaN is as good as any other
 //   PTX_SUMS    truncated (the default) or nearest: see MmaSums
+//   PTX_ORDER   a number: of launches of at most so many threads, the order of accesses is looked at (machine.h); 2048 at most
 //   PTX_LOG     a file; at its end the program appends a line for each kernel that has run
 //
 // The schedule's seed is the emulator's (--seed). A kernel is looked for by its mangled name, which is the same for both
@@ -107,7 +108,7 @@ class Session {
     Report report;
     try {
       const ptx::Statistics statistics =
-          ptx::run(module_of(name), name, launch_of(shape, kernel), ranges_of(pieces), now());
+          ptx::run(module_of(name), name, launch_of(shape, kernel), ranges_of(pieces), options_for(shape));
       ++tally.launches, tally.warp_steps += statistics.warp_steps, tally.thread_steps += statistics.thread_steps;
     } catch (const ptx::Error& error) {
       report.kind = Kind::trap;
@@ -142,8 +143,11 @@ class Session {
     throw ptx::Error("no file has this kernel");
   }
 
-  ptx::Options now() const {
+  ptx::Options options_for(const Shape& shape) const {
     ptx::Options options = options_;
+    const uint64_t threads =
+        uint64_t{shape.grid.x} * shape.grid.y * shape.grid.z * shape.block.x * shape.block.y * shape.block.z;
+    options.order = threads <= most_ordered_;
     options.seed = emulator::options().seed;
     options.shared_per_block = static_cast<unsigned>(emulator::options().device.shared_per_block);
     return options;
@@ -225,6 +229,7 @@ class Session {
 
   bool emulates_ = false, same_ = false;
   ptx::Options options_;
+  uint64_t most_ordered_ = std::strtoull(setting("PTX_ORDER", "0").c_str(), nullptr, 10);
   ptx::Ranges ranges_;
   std::vector<File> files_;
   std::map<std::string, Tally> tallies_;

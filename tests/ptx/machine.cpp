@@ -9,6 +9,7 @@
 #include <limits>
 #include <mutex>
 #include <sstream>
+#include <utility>
 
 #include "state.h"
 
@@ -150,6 +151,12 @@ void Machine::meet(Warp& warp, unsigned number, unsigned threads, bool waits) {
   }
   barrier.threads = threads;
   barrier.who.push_back(&warp);
+  if (order) {
+    each(warp.alive(), [&](int lane) {
+      barrier.known.add(order->knowledge(warp.in_grid(lane)));
+      order->tick(warp.in_grid(lane));
+    });
+  }
   if (waits) {
     warp.waiting = Waiting::barrier;
     warp.barrier = number;
@@ -166,8 +173,10 @@ void Machine::settle(Block& block, NamedBarrier& barrier, bool all) {
   if (arrived > expected) fault(-1, "more warps at a barrier than it is for");
   ++progress;
   const std::vector<Warp*> waiting = std::move(barrier.waiting);
+  const Knowledge known = std::move(barrier.known);
   barrier = {};
   for (Warp* warp : waiting) {
+    if (order) each(warp->alive(), [&](int lane) { order->learn(warp->in_grid(lane), known); });
     warp->waiting = Waiting::nothing;
     wake(*warp);
   }
@@ -178,9 +187,11 @@ void Machine::settle(Cluster& cluster) {
   ++progress;
   ++cluster.phase;
   cluster.arrived = 0;
+  cluster.known = std::exchange(cluster.coming, {});
   const std::vector<Warp*> waiting = std::move(cluster.waiting);
   cluster.waiting.clear();
   for (Warp* warp : waiting) {
+    if (order) each(warp->alive(), [&](int lane) { order->learn(warp->in_grid(lane), cluster.known); });
     warp->waiting = Waiting::nothing;
     wake(*warp);
   }
@@ -665,6 +676,10 @@ Statistics run(const Module& module, const std::string& entry, const Launch& lau
   machine.threads = launch.block[0] * launch.block[1] * launch.block[2];
   check(machine);
   prepare(machine);
+  if (options.order) {
+    machine.order =
+        std::make_unique<Order>(static_cast<unsigned>(machine.blocks.size()), machine.threads, launch.cluster);
+  }
   Run(machine).to_the_end();
   return machine.statistics;
 }

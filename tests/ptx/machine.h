@@ -4,13 +4,14 @@
 //   decode.cpp      each instruction -> a function and checked operands     knows every opcode that the package uses
 //   memory.h        named ranges of global memory, shared memory by byte    knows who may read and write what
 //   async.cpp       mbarriers, pushes, asynchronous copies                  lands them late and in random order
+//   order.cpp       happens-before, by scopes and fences                    on demand: knows what orders two accesses
 //   machine.cpp     warps, barriers, clusters, the schedule                 a run is a function of its seed
 //
 // Where the PTX ISA calls something undefined, or leaves a precondition to the program, the machine stops with an error
 // that names the line of PTX, the line of CUDA that it came from, and the thread. It stands beside tests/emulator, which
 // runs the same kernels' C++: the emulator knows the memory model and the protocols, and replaces the inline PTX; this
-// machine executes the inline PTX, and what the compiler made of everything around it. It has no memory model: a write is
-// seen by all threads at once (asynchronous copies excepted).
+// machine executes the inline PTX, and what the compiler made of everything around it. A write is seen by all threads at once
+// (asynchronous copies excepted); on demand, accesses that nothing orders are errors.
 #pragma once
 
 #include <cstddef>
@@ -59,7 +60,9 @@ struct Options {
   uint64_t seed = 1;  // of the schedule, and of when asynchronous copies land
   MmaSums mma_sums = MmaSums::truncated;
   uint64_t most_steps = uint64_t{1} << 34;  // instructions of a warp, all warps together
-  unsigned shared_per_block = 227 << 10;    // the most that a launch may ask for, static memory included
+  // Whether accesses that nothing orders are errors (order.h). Of small launches: it takes time and memory.
+  bool order = false;
+  unsigned shared_per_block = 227 << 10;  // the most that a launch may ask for, static memory included
 };
 
 struct Launch {

@@ -79,7 +79,16 @@ void vote(Warp& w, const Instruction& i, uint32_t lanes) {
   });
 }
 
-void warp_barrier(Warp&, const Instruction&, uint32_t) {}  // that the lanes have met is all
+void warp_barrier(Warp& w, const Instruction&, uint32_t lanes) {
+  Order* const order = w.machine().order.get();
+  if (!order) return;  // that the lanes have met is all
+  Knowledge known;
+  each(lanes, [&](int lane) {
+    known.add(order->knowledge(w.in_grid(lane)));
+    order->tick(w.in_grid(lane));
+  });
+  each(lanes, [&](int lane) { order->learn(w.in_grid(lane), known); });
+}
 
 bool decode_shuffle(Decoder& d) {
   d.need("sync");
@@ -172,19 +181,28 @@ bool decode_barrier(Decoder& d) {
 
 // ---- the blocks of a cluster
 
-void cluster_arrive(Warp& w, const Instruction&, uint32_t) {
+void cluster_arrive(Warp& w, const Instruction& i, uint32_t lanes) {
   if (w.cluster_arrived) fault(-1, "barrier.cluster.arrive twice, and no wait between");
   Cluster& cluster = *w.block->cluster;
   w.cluster_arrived = true;
   w.cluster_phase = cluster.phase;
   ++cluster.arrived;
+  if (Order* const order = w.machine().order.get()) {
+    each(lanes, [&](int lane) {
+      const Release release = order->release(w.in_grid(lane), How::unpacked(i.number));
+      if (release.what && release.scope >= Scope::cluster) cluster.coming.add(*release.what);
+    });
+  }
   w.machine().settle(cluster);
 }
-void cluster_wait(Warp& w, const Instruction&, uint32_t) {
+void cluster_wait(Warp& w, const Instruction&, uint32_t lanes) {
   if (!w.cluster_arrived) fault(-1, "barrier.cluster.wait without an arrive before it");
   w.cluster_arrived = false;
   Cluster& cluster = *w.block->cluster;
-  if (cluster.phase > w.cluster_phase) return;
+  if (cluster.phase > w.cluster_phase) {
+    if (w.machine().order) each(lanes, [&](int lane) { w.machine().order->learn(w.in_grid(lane), cluster.known); });
+    return;
+  }
   w.waiting = Waiting::cluster;
   cluster.waiting.push_back(&w);
 }
@@ -193,7 +211,9 @@ bool decode_cluster_barrier(Decoder& d) {
   d.need("cluster");
   const bool arrives = d.take("arrive");
   if (!arrives) d.need("wait");
-  if (!(arrives ? d.take("release") || d.take("relaxed") : d.take("acquire"))) d.fail("an order expected");
+  const bool relaxed = arrives && d.take("relaxed");
+  if (!relaxed) d.need(arrives ? "release" : "acquire");
+  d.instruction().number = How{Scope::cluster, !arrives, arrives && !relaxed}.packed();
   d.need("aligned");
   d.no_more();
   d.count(0);

@@ -124,6 +124,10 @@ Address address_of(Warp& w, const Instruction& i, int lane) {
   return w.in<Address>(i.in[0])[lane] + static_cast<Address>(i.offset);
 }
 
+void check(int lane, const std::string& wrong) {
+  if (!wrong.empty()) fault(lane, wrong);
+}
+
 // Where lane's access goes. `constant`: through the non-coherent path. `whole` becomes false where shared memory is read that was
 // never written; without it that is an error.
 uint8_t* place(Warp& w, const Instruction& i, int lane, unsigned bytes, bool write, bool constant = false,
@@ -163,10 +167,13 @@ uint8_t* place(Warp& w, const Instruction& i, int lane, unsigned bytes, bool wri
 // value, and is none in the register.
 void load(Warp& w, const Instruction& i, uint32_t lanes) {
   const unsigned bytes = i.element_bytes;
+  Order* const order = static_cast<Space>(i.space) == Space::parameter ? nullptr : w.machine().order.get();
   each(lanes, [&](int lane) {
     bool whole = true;
     const uint8_t* from = place(w, i, lane, bytes * i.elements, false, i.mode == 1, &whole);
     if (!whole) w.undefined |= uint32_t{1} << lane;
+    if (order)
+      check(lane, order->read(w.in_grid(lane), from, bytes * i.elements, How::unpacked(i.number), i.statement));
     for (unsigned n = 0; n < i.elements; ++n) {
       uint64_t value = 0;
       std::memcpy(&value, from + n * bytes, bytes);
@@ -178,8 +185,10 @@ void load(Warp& w, const Instruction& i, uint32_t lanes) {
 
 void store(Warp& w, const Instruction& i, uint32_t lanes) {
   const unsigned bytes = i.element_bytes;
+  Order* const order = w.machine().order.get();
   each(lanes, [&](int lane) {
     uint8_t* to = place(w, i, lane, bytes * i.elements, true);
+    if (order) check(lane, order->write(w.in_grid(lane), to, bytes * i.elements, How::unpacked(i.number), i.statement));
     for (unsigned n = 0; n < i.elements; ++n) {
       std::memcpy(to + n * bytes, w.in<char>(i.in[1 + n]) + lane * i.in[1 + n].bytes, bytes);
     }
@@ -190,8 +199,10 @@ enum Update : uint8_t { kAdd, kMin, kMax, kAnd, kOr, kXor, kExchange, kCompare }
 
 template <typename T>
 void update(Warp& w, const Instruction& i, uint32_t lanes) {
+  Order* const order = w.machine().order.get();
   each(lanes, [&](int lane) {
     uint8_t* at = place(w, i, lane, sizeof(T), true);
+    if (order) check(lane, order->update(w.in_grid(lane), at, sizeof(T), How::unpacked(i.number), i.statement));
     T old, operand = w.in<T>(i.in[1])[lane], result = 0;
     std::memcpy(&old, at, sizeof old);
     switch (static_cast<Update>(i.mode)) {
@@ -244,16 +255,22 @@ void to_shared(Warp& w, const Instruction& i, uint32_t lanes) {
   });
 }
 
-void nothing(Warp&, const Instruction&, uint32_t) {}
-
-// After the order of an access: the scope that it needs.
-void scope(Decoder& d) {
-  for (const char* known : {"cta", "cluster", "gpu", "sys"}) {
-    if (!d.take(known)) continue;
-    if (std::string(known) == "cluster" && d.program().target < "sm_90") d.fail("clusters come with sm_90");
-    return;
+// Scope::none where there is none.
+Scope optional_scope(Decoder& d) {
+  static const std::pair<const char*, Scope> known[] = {
+      {"cta", Scope::block}, {"cluster", Scope::cluster}, {"gpu", Scope::device}, {"sys", Scope::system}};
+  for (const auto& [name, which] : known) {
+    if (!d.take(name)) continue;
+    if (which == Scope::cluster && d.program().target < "sm_90") d.fail("clusters come with sm_90");
+    return which;
   }
-  d.fail("a scope expected");
+  return Scope::none;
+}
+// After the order of an access: the scope that it needs.
+Scope scope(Decoder& d) {
+  const Scope which = optional_scope(d);
+  if (which == Scope::none) d.fail("a scope expected");
+  return which;
 }
 
 Space state_space(Decoder& d) {
@@ -272,7 +289,11 @@ bool access(Decoder& d) {
   Instruction& i = d.instruction();
   const bool is_volatile = d.take("volatile"), relaxed = !is_volatile && d.take("relaxed");
   const bool ordered = !is_volatile && !relaxed && d.take(loads ? "acquire" : "release");
-  if (relaxed || ordered) scope(d);
+  How how;
+  if (is_volatile) how.scope = Scope::system;  // as relaxed
+  if (relaxed || ordered) how.scope = scope(d);
+  how.acquire = ordered && loads, how.release = ordered && !loads;
+  i.number = how.packed();
   const Space space = state_space(d);
   if (space == Space::parameter && (!loads || relaxed || ordered)) d.fail("a parameter is read, plainly");
   bool cached = false;
@@ -309,13 +330,17 @@ bool access(Decoder& d) {
 // atom and red{.order}{.scope}{.space}.op.type
 bool read_modify_write(Decoder& d) {
   const bool returns = d.is("atom");
-  if (d.take("relaxed") || d.take("release") || d.take("acquire") || d.take("acq_rel")) {
-    scope(d);
+  How how;
+  const bool both = d.take("acq_rel");
+  how.release = both || d.take("release");
+  how.acquire = both || (!how.release && d.take("acquire"));
+  if (how.release || how.acquire || d.take("relaxed")) {
+    how.scope = scope(d);
   } else {
-    for (const char* known : {"cta", "cluster", "gpu", "sys"}) {
-      if (d.take(known)) break;
-    }
+    how.scope = optional_scope(d);
+    if (how.scope == Scope::none) how.scope = Scope::device;  // relaxed, by default
   }
+  d.instruction().number = how.packed();
   const Space space = state_space(d);
   static const std::pair<const char*, Update> known[] = {{"add", kAdd},       {"min", kMin},    {"max", kMax},
                                                          {"and", kAnd},       {"or", kOr},      {"xor", kXor},
@@ -367,23 +392,48 @@ bool address_conversion(Decoder& d) {
   return true;
 }
 
-// The machine has no memory model: a fence orders nothing here, and its spelling is all that is looked at.
-bool fence(Decoder& d) {
+// A fence orders nothing where the order of accesses is not looked at.
+enum Fence : uint8_t { kOrders, kInits, kProxy };
+
+void fence(Warp& w, const Instruction& i, uint32_t lanes) {
+  Order* const order = w.machine().order.get();
+  if (!order) return;
+  each(lanes, [&](int lane) {
+    const uint32_t thread = w.in_grid(lane);
+    switch (static_cast<Fence>(i.mode)) {
+      case kOrders:
+        order->fence(thread, How::unpacked(i.number));
+        break;
+      case kInits:
+        for (auto& [at, barrier] : w.block->mbarriers) barrier.fenced |= barrier.initialised_by == thread;
+        break;
+      case kProxy:
+        order->proxy_fence(thread);
+    }
+  });
+}
+
+bool decode_fence(Decoder& d) {
   d.count(0);
+  How how;
   if (d.take("mbarrier_init")) {
     d.need("release");
     d.need("cluster");
+    d.instruction().mode = kInits;
   } else if (d.take("proxy")) {
     d.need("async");
-    if (!d.take("global")) d.take("shared::cta");
+    d.instruction().mode = kProxy;
   } else if (d.take("acquire")) {
     d.need("sync_restrict::shared::cluster");
     d.need("cluster");
+    how = {Scope::cluster, true, false};
   } else {
     if (!d.take("sc")) d.need("acq_rel");
-    scope(d);
+    how = {scope(d), true, true};
   }
-  d.executes(nothing);
+  d.no_more();
+  d.instruction().number = how.packed();
+  d.executes(fence);
   return true;
 }
 
@@ -395,7 +445,7 @@ bool decode_memory(Decoder& d) {
   }
   if (d.is("atom") || d.is("red")) return read_modify_write(d);
   if (d.is("cvta")) return address_conversion(d);
-  if (d.is("fence")) return fence(d);
+  if (d.is("fence")) return decode_fence(d);
   return false;
 }
 

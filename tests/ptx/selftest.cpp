@@ -57,6 +57,7 @@ std::string run(const std::string& text, Shape shape, uint64_t seed, Memory& mem
     options.seed = seed;
     options.mma_sums = sums;
     options.most_steps = 1 << 20;
+    options.order = seed % 2 == 0;
     ptx::run(module, "test", launch, ranges, options);
     return "";
   } catch (const ptx::Error& error) {
@@ -250,7 +251,8 @@ const std::vector<Legal> kLegal = {
     {"a counter",
      {4, 32},
      "sub.s64 %d2, %out, %d0; setp.eq.s32 %p2, %t, 0; @%p2 bra add; mov.u32 %r0, 9; bra end;\n"
-     "add: st.global.u32 [%d2+256], 0; ld.global.u32 %r0, [%d2+256]; add.s32 %r0, %r0, 9; end: " +
+     "add: st.relaxed.gpu.global.u32 [%d2+256], 0; ld.relaxed.gpu.global.u32 %r0, [%d2+256]; add.s32 %r0, %r0, 9; "
+     "end: " +
          kStoreOfFirst,
      [](unsigned) { return 9u; }},
     {"cp.async",
@@ -285,6 +287,7 @@ const std::vector<Legal> kLegal = {
     {"a bulk load",
      {},
      kInit +
+         "@%p1 fence.mbarrier_init.release.cluster;\n"
          "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%s], 128; sub.s64 %d2, %in, %d0; add.s32 %r2, %s, 128;\n"
          "@%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r2], [%d2], 128, [%s];\n" +
          kAwait + kOwn + "ld.shared.u32 %r0, [%r1+128];" + kStore,
@@ -340,6 +343,15 @@ const std::vector<Illegal> kIllegal = {
     {"a destination of another width", {}, "mov.u32 %d1, 2;", "a register of 32 bits expected"},
     {"too many operands", {}, "mov.u32 %r0, 2, 3;", "2 operands expected"},
     {"a branch to nowhere", {}, "bra nowhere;", "a branch to no label"},
+    {"a race: two warps write, and nothing orders them",
+     {1, 64},
+     "and.b32 %r1, %t, 31; setp.eq.u32 %p1, %r1, 0; @%p1 st.shared.u32 [%s], %warp;",
+     "a race: thread"},
+    {"a race: a warp reads what another one writes later",
+     {1, 64},
+     "setp.eq.u32 %p1, %t, 0; setp.eq.u32 %p2, %t, 32; @%p1 st.shared.u32 [%s], %t; bar.sync 0;\n"
+     "@%p1 st.shared.u32 [%s], %warp; @%p2 ld.shared.u32 %r1, [%s];",
+     "a race: thread"},
     {"a register that was never written",
      {},
      "add.s32 %r0, %t, %r1;" + kStore,

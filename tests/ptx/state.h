@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "machine.h"
+#include "order.h"
 #include "program.h"
 
 namespace ptx {
@@ -53,6 +54,7 @@ struct Warp {
   uint32_t alive() const { return lanes & ~exited; }
   unsigned thread(int lane) const { return number * kLanes + static_cast<unsigned>(lane); }
   Machine& machine() const;
+  uint32_t in_grid(int lane) const;  // the thread's number
 
   template <typename T>
   T* out(const Operand& operand) {
@@ -80,6 +82,11 @@ struct MBarrier {
   uint32_t count = 0, pending = 0;
   int64_t bytes = 0;  // expected, less those that have come
   uint32_t phase = 0;
+  // With Options::order: who initialised it, whether a fence.mbarrier_init followed, what the arrivals of this phase and of
+  // the one before released.
+  uint32_t initialised_by = 0;
+  bool fenced = false;
+  Releases coming, done;
 };
 constexpr int64_t kMostBytes = (1 << 20) - 1;  // of an mbarrier's transaction count, either way
 constexpr uint32_t kMostArrivals = (1 << 20) - 1;
@@ -89,6 +96,7 @@ struct NamedBarrier {
   unsigned threads = 0;  // that this phase is for
   unsigned arrived = 0;
   std::vector<Warp*> who, waiting;
+  Knowledge known;  // to those who have come
 };
 
 // What marks say of a byte.
@@ -125,6 +133,7 @@ struct Cluster {
   unsigned alive = 0, arrived = 0;  // warps
   uint64_t phase = 0;
   std::vector<Warp*> waiting;
+  Knowledge coming, known;  // to those who have come, in this phase and in the one before
 };
 
 // Something that happens later.
@@ -160,6 +169,8 @@ struct Machine {
   uint64_t time = 0;      // nanoseconds, and clock cycles
   size_t last_range = 0;
 
+  std::unique_ptr<Order> order;
+
   uint64_t draw(uint64_t bound) { return generator() % bound; }
 
   // ---- memory
@@ -188,5 +199,6 @@ struct Machine {
 };
 
 inline Machine& Warp::machine() const { return *block->machine; }
+inline uint32_t Warp::in_grid(int lane) const { return block->number * machine().threads + thread(lane); }
 
 }  // namespace ptx
