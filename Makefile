@@ -75,9 +75,9 @@ cuda-link: $(READY)  ## build against a CUDA build of torch (CUDA_TORCH, in .ven
 	@$(py) -m tests.cuda_link --torch $(CUDA_TORCH) --python $(PYTHON) $(ARGS)
 
 # With the torch that the machine has; where it has none, with that of .venv (from PyPI, a CUDA build on Linux).
-gpu:  ## on a GPU, in 8 minutes: build, test, sanitize and measure; the result goes to benchmarks/results
+gpu:  ## on a GPU, in 8 minutes: build, test, sanitize and measure (ARGS=--first: the first 3 minutes); see benchmarks/results
 	@export PATH='$(machine_path)'; \
-	  if $(GPU_PYTHON) -c 'import torch' 2>/dev/null; then exec $(GPU_PYTHON) -m benchmarks.gpu $(ARGS); fi; \
+	  if $(GPU_PYTHON) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then exec $(GPU_PYTHON) -m benchmarks.gpu $(ARGS); fi; \
 	  $(MAKE) --no-print-directory venv && exec $(abspath $(py)) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove what was built, keep .venv

@@ -7,13 +7,17 @@ fake nvcc and a made-up torch in milliseconds.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +119,108 @@ def nvcc_flags(werror: bool) -> list[str]:
     """Flags for every CUDA file, less the architectures, which torch's BuildExtension adds."""
     flags = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]
     return flags + (["-Werror", "all-warnings"] if werror else [])
+
+
+# -- compiling, on all cores ------------------------------------------------------------------------------------------
+
+# What a source costs, in the order in which compilers are started: the longest first, so that none of them runs alone at
+# the end. The persistent kernels have dozens of instances each; csrc/*.cpp include torch's headers.
+COSTS = (r"persistent_(forward|backward)_\w+\.cu$", r"csrc/[^/]+\.cpp$")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One source's compiler call, which writes ``object`` and, as Make reads it, what the object was made from."""
+
+    source: str
+    object: Path
+    command: tuple[str, ...]
+
+    @property
+    def depfile(self) -> Path:
+        return self.object.with_name(self.object.name + ".d")
+
+    @property
+    def record(self) -> Path:
+        """Written when the compiler has ended well: the command, at the time when it was started.
+
+        A compiler that is killed may leave half an object. The object without a record does not count.
+        """
+        return self.object.with_name(self.object.name + ".made")
+
+    @property
+    def rank(self) -> int:
+        return next((n for n, pattern in enumerate(COSTS) if re.search(pattern, self.source)), len(COSTS))
+
+    def is_current(self) -> bool:
+        """Whether the object was made by this command, and all it was made from is older."""
+        try:
+            if self.record.read_text() != shlex.join(self.command) or not self.object.exists():
+                return False
+            made = self.record.stat().st_mtime_ns
+            return all(os.stat(path).st_mtime_ns < made for path in dependencies(self.depfile.read_text()))
+        except OSError:  # no record yet; or a header is gone
+            return False
+
+    def run(self) -> tuple[int, str]:
+        """Exit status of the compiler, and what it said."""
+        self.object.parent.mkdir(parents=True, exist_ok=True)
+        self.record.unlink(missing_ok=True)
+        begun = self.record.with_suffix(".begun")
+        begun.write_text(shlex.join(self.command))
+        command = [*self.command, "-MMD", "-MF", str(self.depfile)]  # GCC, clang and nvcc spell it alike
+        try:
+            ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
+        except OSError as error:
+            return 127, f"{command[0]}: {error.strerror}"
+        if ran.returncode == 0:
+            os.replace(begun, self.record)  # keeps the time: what is edited while the compiler runs is newer
+        return ran.returncode, ran.stdout
+
+
+def dependencies(rule: str) -> list[str]:
+    """The files behind the colon of a rule as compilers write it for Make."""
+    _, _, files = rule.replace("\\\n", " ").partition(": ")
+    return [name.replace("\\ ", " ").replace("$$", "$") for name in re.findall(r"(?:\\ |\S)+", files)]
+
+
+def jobs(environ: Mapping[str, str]) -> int:
+    """How many compilers run at once: MAX_JOBS, or one a core that this process may use."""
+    wanted = environ.get("MAX_JOBS", "").strip()
+    if wanted and not (wanted.isdecimal() and int(wanted) > 0):
+        raise BuildError(f"MAX_JOBS must be a number of compilers, 1 or more, got {wanted!r}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(wanted) if wanted else cores
+
+
+def compile_all(compilations: Sequence[Compilation], workers: int, tell: Callable[[str], None]) -> None:
+    """Compile what is not current, ``workers`` at a time, the longest first.
+
+    Objects that were done count when the build is begun again, whatever ended it.
+
+    Raises:
+        BuildError: a compiler failed. No further one is started; those at work are waited for.
+    """
+    stale = sorted((one for one in compilations if not one.is_current()), key=lambda one: one.rank)
+    if len(stale) < len(compilations):
+        tell(f"{len(compilations) - len(stale)} of {len(compilations)} objects are up to date")
+    done = itertools.count(1)
+
+    def compile_one(one: Compilation) -> None:
+        started = time.monotonic()
+        code, said = one.run()
+        status = f"[{next(done)}/{len(stale)}] {one.source}: " + ("" if code == 0 else f"FAILED (exit status {code}), ")
+        tell("\n".join(filter(None, [f"{status}{time.monotonic() - started:.1f} s", said.rstrip()])))
+        if code != 0:
+            raise BuildError(f"{one.source} does not compile (exit status {code}): {shlex.join(one.command)}")
+
+    with ThreadPoolExecutor(max(1, min(workers, len(stale)))) as pool:
+        running = [pool.submit(compile_one, one) for one in stale]
+        ended, _ = wait(running, return_when=FIRST_EXCEPTION)
+        for future in running:
+            future.cancel()
+    for future in ended:
+        future.result()
 
 
 # -- CUDA -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -16,19 +17,13 @@ import build_support as support  # noqa: E402
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"stacked_lstm_ext: setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77.0.3'")
 
-try:  # ninja's wheel puts its program beside python, where PATH only leads when the environment is activated
-    import ninja
-
-    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
-except ImportError:
-    pass
-
 try:
     import torch
     from torch.utils import cpp_extension
 
     NO_TORCH = ""
-    BuildExtension = cpp_extension.BuildExtension
+    # Its other way to compile needs ninja, which a machine without a network may lack; see compile_on_all_cores.
+    BuildExtension = cpp_extension.BuildExtension.with_options(use_ninja=False)
 except ImportError as error:  # an sdist needs no torch; a build says what to do, in BuildStackedLSTM.run
     from setuptools.command.build_ext import build_ext as BuildExtension
 
@@ -41,10 +36,12 @@ class BuildStackedLSTM(BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         if getattr(self, "editable_mode", False) and not NO_TORCH:
-            # `pip install -e` would compile everything in a throw-away folder, every time. Here ninja finds the
-            # objects of the last build, and compiles what has changed.
+            # `pip install -e` would compile everything in a throw-away folder, every time. Here the objects of the
+            # last build are found, and what has changed is compiled.
             tag = f"editable-{sys.implementation.cache_tag}-torch-{torch.__version__}"
             self.build_temp = str(ROOT / "build" / tag)
+        self.recompile = bool(self.force)  # --force
+        self.force = True  # else setuptools decides: everything, or nothing
 
     def run(self) -> None:
         if sys.platform == "win32":
@@ -61,12 +58,37 @@ class BuildStackedLSTM(BuildExtension):
             self._configure(self.extensions[0])
         except support.BuildError as error:
             sys.exit(f"stacked_lstm_ext: error: {error}")
-        link = self.compiler.link_shared_object
+        compiler = self.compiler
+        # torch checks this compiler and compiles with it. setuptools would take the one that built Python, by the flags of
+        # which Python's extensions are compiled: these are kept.
+        flags = list(itertools.dropwhile(lambda word: not word.startswith("-"), compiler.compiler_so))
+        for which in ("compiler_so", "compiler_so_cxx"):
+            compiler.set_executable(which, [*cpp_extension.get_cxx_compiler().split(), *flags])
+        compile_in_turn, link = compiler.compile, compiler.link_shared_object
 
-        def link_in_order(objects, *args, **kwargs):  # type: ignore[no-untyped-def]  # distutils sorts by name
+        def compile_on_all_cores(sources, *args, **kwargs):  # type: ignore[no-untyped-def]
+            """torch and setuptools make the command of each source; they are noted, then run side by side."""
+            commands: list[tuple[str, ...]] = []
+            runs = "call" if hasattr(compiler, "call") else "spawn"  # setuptools' method that runs a command, new and old
+            setattr(compiler, runs, lambda command, **_: commands.append(tuple(map(str, command))))
+            try:
+                objects = compile_in_turn(sources, *args, **kwargs)
+            finally:
+                delattr(compiler, runs)
+            todo = [support.Compilation(*one) for one in zip(sources, map(Path, objects), commands, strict=True)]
+            try:
+                if self.recompile:
+                    for one in todo:
+                        one.record.unlink(missing_ok=True)
+                support.compile_all(todo, support.jobs(os.environ), lambda text: print(text, flush=True))
+            except support.BuildError as error:
+                sys.exit(f"stacked_lstm_ext: error: {error}")
+            return objects
+
+        def link_in_order(objects, *args, **kwargs):  # type: ignore[no-untyped-def]  # setuptools sorts by name
             return link(support.link_order(objects), *args, **kwargs)
 
-        self.compiler.link_shared_object = link_in_order
+        compiler.compile, compiler.link_shared_object = compile_on_all_cores, link_in_order
         super().build_extensions()
 
     def _configure(self, extension: setuptools.Extension) -> None:

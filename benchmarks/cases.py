@@ -6,6 +6,7 @@ Letters as in the docs: L layers, B batch, T steps, I input size, H hidden size,
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -209,6 +210,15 @@ class Problem:
                 for name, shape in shapes.items():
                     uniform = torch.rand(shape, generator=generator, device=draw_on) * 2 - 1
                     self.weights[f"{name}_l{layer}{suffix}"] = (bound * uniform).to(device, dtype)
+
+    def converted(self, dtype: torch.dtype) -> Problem:
+        """The same numbers as tensors of a wider dtype."""
+        wider = copy.copy(self)
+        wider.dtype = dtype
+        for name in ("input", "padded_input", "h_0", "c_0", "grad_output", "grad_h_n", "grad_c_n"):
+            setattr(wider, name, getattr(self, name).to(dtype))
+        wider.weights = {name: weight.to(dtype) for name, weight in self.weights.items()}
+        return wider
 
     def layer_weights(self, layer: int, suffix: str = "") -> list[Tensor]:
         """One layer's and direction's weight_ih, weight_hh, bias_ih, bias_hh and, with a projection, weight_hr."""

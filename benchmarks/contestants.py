@@ -114,16 +114,44 @@ class Bf16Weights(StackedLSTM):
         return prepared
 
 
+class Frozen(StackedLSTM):
+    """Ours under the promise that weights do not change: what a live model may give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "StackedLSTM (frozen)"
+
+    def obstacle(self, case: Case, mode: Mode, dtype: torch.dtype, device: torch.device) -> str | None:
+        if case.streamed and mode == "inference" and device.type == "cpu":
+            return None
+        return "gains little but in single steps on the CPU"
+
+    def prepare(self, problem: Problem, mode: Mode, threads: int) -> Prepared:
+        prepared = prepare_module(stacked_lstm_ext.StackedLSTM, problem, mode, frozen=True)
+        prepared.facts = lambda: {"ran": plain(stacked_lstm_ext.last_run())}
+        return prepared
+
+
 class TorchLSTM(Contestant):
     """The stock ``nn.LSTM``: oneDNN on a CPU, cuDNN on a GPU."""
 
     name = "nn.LSTM"
 
     def obstacle(self, case: Case, mode: Mode, dtype: torch.dtype, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return None
+        version = cudnn_version()
+        if version is None:
+            return "torch finds no cuDNN"
+        if dtype == torch.bfloat16 and version < CUDNN_BF16:
+            return f"cuDNN {version_text(version)} has no bfloat16 LSTM, which came with {version_text(CUDNN_BF16)}"
         return None
 
     def prepare(self, problem: Problem, mode: Mode, threads: int) -> Prepared:
-        return prepare_module(nn.LSTM, problem, mode)
+        prepared = prepare_module(nn.LSTM, problem, mode)
+        if problem.device.type == "cuda":
+            prepared.facts = lambda: {"ran": {"backend": "cuDNN", "version": version_text(cudnn_version() or 0)}}
+        return prepared
 
 
 class OnnxRuntime(Contestant):
@@ -253,13 +281,68 @@ class Haste(Contestant):
         )
 
 
+class TorchRL(Contestant):
+    """The Triton kernels of TorchRL's LSTMModule(recurrent_backend="triton"), a layer at a time, as that module calls them.
+
+    They take float32 tensors, and multiply in float32, TF32 or bfloat16. So in bfloat16 the tensors are the problem's numbers
+    in float32, and what is rounded is the operands of the products.
+    """
+
+    name = "TorchRL (Triton)"
+
+    def obstacle(self, case: Case, mode: Mode, dtype: torch.dtype, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "CUDA only"
+        if reason := missing("torchrl", "triton"):
+            return reason
+        return one_way_only(case, dtype, (torch.float32, torch.bfloat16))
+
+    def prepare(self, problem: Problem, mode: Mode, threads: int) -> Prepared:
+        from torchrl.modules.tensordict_module._rnn_triton import lstm_triton
+
+        case = problem.case
+        narrow = torch.backends.cuda.matmul.allow_tf32 or problem.dtype == torch.bfloat16  # the products around the kernel too
+        precision = "tf32" if narrow else "ieee"
+        never = torch.zeros(case.batch, case.steps, dtype=torch.bool, device=problem.device)  # no reset on the way
+
+        def layer(x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            # States to begin anew with, for each step; the first step's are the initial ones.
+            states = (F.pad(state[:, None], (0, 0, 0, case.steps - 1)) for state in (h_0, c_0))
+            every, _, h_n, c_n = lstm_triton(
+                x.transpose(0, 1).contiguous(),  # of an inner layer: as it came
+                *states,
+                *weights,
+                never,
+                compute_dtype=problem.dtype,
+                input_precision=precision,
+            )
+            return every.transpose(0, 1), h_n, c_n
+
+        return prepare_layers(layer, problem.converted(torch.float32), mode)
+
+
+PEERS = (FlashRNN("cuda_fused"), FlashRNN("cuda"), Haste(), TorchRL())  # on a GPU; each compiles, or chooses, at a new size
+
+
 def all_contestants(backends: list[str]) -> list[Contestant]:
     """Every contestant there is an adapter for, ours first (on each of the backends named)."""
     ours = [StackedLSTM(backend) for backend in backends]
-    return [*ours, Bf16Weights(), TorchLSTM(), OnnxRuntime(), FlashRNN("cuda_fused"), FlashRNN("cuda"), Haste()]
+    return [*ours, Frozen(), Bf16Weights(), TorchLSTM(), OnnxRuntime(), *PEERS]
 
 
 # Shared by the adapters -----------------------------------------------------------------------------------------------
+
+
+CUDNN_BF16 = 91300
+
+
+def cudnn_version() -> int | None:
+    """Of the cuDNN that torch uses on a GPU, such as 91900; None without one."""
+    return torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+
+
+def version_text(version: int) -> str:
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 def missing(*packages: str) -> str | None:
@@ -331,9 +414,9 @@ def prepare_function(
 
 
 def prepare_module(
-    module_type: type[nn.LSTM] | type[nn.Module], problem: Problem, mode: Mode, **options: Any
+    module_type: type[nn.LSTM] | type[nn.Module], problem: Problem, mode: Mode, frozen: bool = False, **options: Any
 ) -> Prepared:
-    """A module with the interface of ``nn.LSTM``, given the problem's weights by ``state_dict``."""
+    """A module with the interface of ``nn.LSTM``, given the problem's weights by ``state_dict``; ``frozen``: by ours alone."""
     case = problem.case
     module = module_type(
         case.input_size,
@@ -347,6 +430,9 @@ def prepare_module(
     )
     module.load_state_dict(problem.weights)
     module.train(mode == "training")
+    if frozen:
+        assert isinstance(module, stacked_lstm_ext.StackedLSTM)
+        module.freeze()
     x, h_0, c_0 = inputs = leaves(problem, mode)
 
     one_step = getattr(module, "step", None)  # ours; of stock, a call with one step

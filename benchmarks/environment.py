@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "stacked_lstm_ext", "onnxruntime", "onnx", "flashrnn", "haste_pytorch", "numpy")
+PACKAGES = ("torch", "stacked_lstm_ext", "onnxruntime", "onnx", "flashrnn", "haste_pytorch", "torchrl", "triton", "numpy")
 VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",

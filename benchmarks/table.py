@@ -94,7 +94,7 @@ def streaming(result: Result) -> list[str]:
         for name, entry in row["contestants"].items():
             if not name.startswith(OURS) or "median" not in entry:
                 continue
-            variant = name.removeprefix(OURS).strip(" ()")  # such as "bf16 weights"
+            variant = name.removeprefix(OURS).strip(" ()")  # such as "frozen"
             step_us = 1e3 * entry["median"] / row["case"]["steps"]
             speedup = f" ({entry['speedup']:.1f}×)" if entry.get("speedup") else ""
             shown.append(f"{variant} {step_us:.1f} µs{speedup}".strip())

@@ -9,6 +9,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -16,6 +17,7 @@
 #include "gates.h"
 
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
@@ -54,10 +56,19 @@ inline void* stream_for([[maybe_unused]] const at::Device& device) {
 
 // Work below autograd and autocast, on the tensors' device.
 struct Guards {
-  explicit Guards(const at::Device& device) : device_guard(device) {}
+  explicit Guards(const at::Device& device) : device_guard(device) {
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+    if (device.is_cuda()) relaxed.emplace(cudaStreamCaptureModeRelaxed);
+#endif
+  }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   c10::DeviceGuard device_guard;
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+  // A call may be the first of its process, and be captured. Creating cuBLAS's handle and loading kernels then take calls
+  // that a capture forbids by default (pytorch issue 99397), though nothing of them belongs in a graph.
+  std::optional<c10::cuda::CUDAStreamCaptureModeGuard> relaxed;
+#endif
 };
 
 // The mask of a call's dropout.

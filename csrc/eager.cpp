@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "operators.h"
+#include "packed_cache.h"
 #include "plain.h"
 
 namespace stacked_lstm {
@@ -34,8 +35,8 @@ c10::IValue to_value(const EagerOptions& o) {
 }
 EagerOptions from_value(const c10::IValue& value) {
   const std::vector<c10::IValue> e = value.toTupleRef().elements().vec();
-  return {e[0].toBool(),   e[1].toInt(),  e[2].toBool(),      e[3].toInt(),
-          e[4].toDouble(), e[5].toBool(), e[6].toStringRef(), e[7].toBool()};
+  return {e[0].toBool(), e[1].toInt(),       e[2].toBool(), e[3].toInt(), e[4].toDouble(),
+          e[5].toBool(), e[6].toStringRef(), e[7].toBool(), false};
 }
 constexpr const char* kOptions = "options";
 
@@ -159,6 +160,7 @@ std::optional<EagerResults> call_eagerly(const EagerCall& call) {
     return EagerResults{std::move(results[0]), std::move(results[1]), std::move(results[2])};
   }
   const Below below;
+  const Trust trust(o.frozen);
   auto [output, h_n, c_n, reserve] =
       forward(input, call.batch_sizes, h_0, c_0, call.weights, call.seed, o.bias, o.num_layers, o.bidirectional,
               o.proj_size, o.dropout, "none", o.backend, o.bf16_weights);

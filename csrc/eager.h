@@ -27,6 +27,7 @@ struct EagerOptions {
   bool recompute;  // where a backward pass may follow
   std::string backend;
   bool bf16_weights;
+  bool frozen;  // kept packed weights are taken on trust; says nothing to a backward pass
 };
 
 struct EagerCall {

@@ -142,6 +142,8 @@ struct Table {
   Kernels<double> float64;
   Kernels<bfloat16> bf16;
   Kernels<float16> f16;
+  // Writes `count` numbers of the host's to the device. They are read before this returns, also where a graph is captured.
+  std::string (*numbers)(const int64_t* values, int64_t count, int64_t* target, void* stream);
 
   template <typename T>
   const Kernels<T>& of() const;

@@ -29,7 +29,11 @@ constexpr Kernels<T> kernels() {
 }  // namespace
 
 const Table& host_kernels() {
-  static const Table table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>()};
+  static const Table table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>(),
+                              [](const int64_t* values, int64_t count, int64_t* target, void*) {
+                                std::copy_n(values, count, target);
+                                return std::string();
+                              }};
   return table;
 }
 

@@ -32,6 +32,7 @@
 
 #include "architectures.h"
 #include "call.h"
+#include "cpu/fingerprint.h"
 #include "cpu/kernels.h"
 #include "cpu/stack_cpu.h"
 #include "cpu/workspace.h"
@@ -347,8 +348,8 @@ Results forward_cpu(const Call& call, const std::string& saving) {
   kernel.input = operands.rows(call.input, call.packed);
   const cpu::Storage storage = call.options.bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same;
   const bool may_keep = call.options.saving == Saving::none;  // training changes the weights at every step
-  const auto packed = may_keep ? find_packed<T>(call.weights, shape, storage) : KeptWeights<T>{};
-  if (!packed.ready()) kernel.weights = operands.weights(call.weights, call.options);
+  std::shared_ptr<cpu::PackedStack<T>> packed;
+  if (may_keep) packed = find_packed<T>(call.weights, shape, storage);
   kernel.h_0 = operands.take(call.h_0);
   kernel.c_0 = operands.take(call.c_0);
   kernel.dropout = dropout_on_host(call);
@@ -360,10 +361,24 @@ Results forward_cpu(const Call& call, const std::string& saving) {
   kernel.reserve = reserve.mutable_data_ptr<T>();
   kernel.bf16_weights = call.options.bf16_weights;
   kernel.bf16_activations = call.input.scalar_type() == at::kBFloat16;
-  const bool keep = packed.stack && !packed.ready();
+  const cpu::Workers workers = workers_for(shape);
   TorchPlatform platform;
-  remember(cpu::forward(kernel, workers_for(shape), platform, packed.stack.get()), call, saving, false);
-  if (keep) keep_packed(call.weights, shape, packed);
+  std::optional<Schedule> done;
+  if (packed && packed->ready()) {
+    done = cpu::forward(kernel, workers, platform, packed.get(), !Trust::in_force());
+    if (done) {
+      count_hit();
+    } else {
+      forget_packed(call.weights, shape, packed);
+      packed.reset();
+    }
+  }
+  if (!done) {
+    kernel.weights = operands.weights(call.weights, call.options);
+    done = cpu::forward(kernel, workers, platform, packed.get());
+    if (packed) keep_packed(call.weights, shape, packed);
+  }
+  remember(*done, call, saving, false);
   if (keep_top && call.options.saving != Saving::none) {  // the last part of the reserve; see stack.h
     reserve.narrow(0, reserve.numel() - output.numel(), output.numel()).copy_(output.flatten());
   }
@@ -672,7 +687,7 @@ bool of_sizes(TensorList weights, int64_t input_size, int64_t hidden_size) {
 // may override what torch's functions do.
 py::object step_once(const py::handle& input, const py::handle& h_0, const py::handle& c_0, const py::list& weights,
                      int64_t input_size, int64_t hidden_size, bool bias, int64_t num_layers, int64_t proj_size,
-                     bool bf16_weights) {
+                     bool bf16_weights, bool frozen) {
   thread_local std::vector<Tensor> tensors;  // keeps its memory, but no tensor
   const struct Emptied {
     ~Emptied() { tensors.clear(); }  // with the GIL
@@ -686,8 +701,8 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
     tensors.push_back(THPVariable_Unpack(weight.ptr()));
   }
   if (!of_sizes(TensorList(tensors).slice(3), input_size, hidden_size)) return py::none();
-  const StepArguments arguments{tensors[0], tensors[1], tensors[2], TensorList(tensors).slice(3),
-                                bias,       num_layers, proj_size,  bf16_weights};
+  const StepArguments arguments{tensors[0], tensors[1],   tensors[2], TensorList(tensors).slice(3), bias, num_layers,
+                                proj_size,  bf16_weights, frozen};
   std::optional<StepResults> results;
   {
     const py::gil_scoped_release others_may_run;
@@ -706,9 +721,9 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
 py::object call(const py::handle& input, const py::handle& batch_sizes, const py::handle& h_0, const py::handle& c_0,
                 const py::list& weights, const py::handle& seed, int64_t input_size, int64_t hidden_size, bool bias,
                 int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout, bool recompute,
-                std::string backend, bool bf16_weights) {
-  const EagerOptions options{bias,    num_layers, bidirectional,      proj_size,
-                             dropout, recompute,  std::move(backend), bf16_weights};
+                std::string backend, bool bf16_weights, bool frozen) {
+  const EagerOptions options{bias,      num_layers,         bidirectional, proj_size, dropout,
+                             recompute, std::move(backend), bf16_weights,  frozen};
   std::vector<Tensor> tensors;
   tensors.reserve(weights.size());
   for (const py::handle weight : weights) {
@@ -959,6 +974,13 @@ PYBIND11_MODULE(_C, m) {
     std::vector<persistent::Pass> passes;
     for (const py::dict& pass : *wanted) passes.push_back(pass_of(pass));
     persistent::force_passes(backward, std::move(passes));
+  });
+  // The contents of this memory, as a number: fingerprint.h.
+  m.def("fingerprint", [](const std::vector<std::pair<uintptr_t, int64_t>>& pieces, int64_t part, int64_t parts) {
+    std::vector<cpu::Bytes> memory;
+    for (const auto& [data, bytes] : pieces) memory.push_back({reinterpret_cast<const void*>(data), bytes});
+    const cpu::Fingerprint found = cpu::fingerprint(memory, part, parts);
+    return std::pair(found.low, found.high);
   });
   m.def("cpu_maths", [](uintptr_t x, int64_t n, uintptr_t sigmoid, uintptr_t tanh, bool double_precision) {
     if (double_precision) {

@@ -314,35 +314,16 @@ namespace {
 
 // first_row of every step, and of none, on the device of `input`.
 //
-// Hazard: the copy reads the numbers when the stream comes to it. Pinned memory goes back to torch's allocator when its
-// last tensor does, and is handed out again only when the copy is done. A CUDA graph copies anew with every replay: what it
-// reads has to stay, and nobody says when a graph is gone. So it stays for good: 8 bytes a step.
+// Hazard: a copy from the host reads its source when the stream comes to it, and in a CUDA graph again at every replay, when
+// the source may be gone. So the numbers travel as arguments of a kernel, which are read when it is queued or captured.
 Tensor rows_on_device(const StackShape& shape, const Tensor& input) {
   if (!shape.packed()) return {};
+  const at::Device device = input.device();
   const auto count = static_cast<int64_t>(shape.packed_rows.size());
-  const size_t bytes = shape.packed_rows.size() * sizeof(int64_t);
-  const auto options = input.options().dtype(at::kLong);
-#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
-  if (input.is_cuda()) {
-    Tensor pinned;
-    {
-      // Pinned memory may be asked for while a graph is captured: it is none of the graph's business.
-      const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
-      pinned = at::empty({count}, options.device(at::kCPU).pinned_memory(true));
-    }
-    std::memcpy(pinned.mutable_data_ptr(), shape.packed_rows.data(), bytes);
-    const Tensor rows = at::empty({count}, options).copy_(pinned, /*non_blocking=*/true);
-    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-      static std::mutex guard;
-      static std::vector<Tensor>* const kept = new std::vector<Tensor>;  // never destroyed: CUDA may be gone by then
-      const std::lock_guard<std::mutex> lock(guard);
-      kept->push_back(pinned);
-    }
-    return rows;
-  }
-#endif
-  const Tensor rows = at::empty({count}, options);
-  std::memcpy(rows.mutable_data_ptr(), shape.packed_rows.data(), bytes);
+  const Tensor rows = at::empty({count}, input.options().dtype(at::kLong));
+  const std::string error =
+      diagonal::gate_kernels(device).numbers(shape.packed_rows.data(), count, data<int64_t>(rows), stream_for(device));
+  TORCH_CHECK(error.empty(), "stacked_lstm_ext: a kernel could not be launched on ", device, ": ", error);
   return rows;
 }
 

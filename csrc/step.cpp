@@ -73,7 +73,9 @@ bool run(const StepArguments& a, const StackShape& shape, int64_t threads, cpu::
   const auto storage = bf16 ? cpu::Storage::bf16 : cpu::Storage::same;
   const auto packed = peek_packed<A>(a.weights, shape.batch, storage);
   if (!packed) return false;
-  const int64_t workers = cpu::step_workers(shape, threads, sizeof(A), storage);
+  int64_t source_bytes = 0;
+  for (const cpu::Bytes& source : packed->sources()) source_bytes += a.frozen ? 0 : source.count;
+  const int64_t workers = cpu::step_workers(shape, threads, sizeof(A), storage, source_bytes);
   std::array<int64_t, 2> sizes{shape.batch, shape.layers.back().output()};
   const auto type = a.input.scalar_type();
   const at::IntArrayRef output_sizes = a.input.dim() == 2 ? at::IntArrayRef(sizes) : at::IntArrayRef(sizes).slice(1);
@@ -83,6 +85,7 @@ bool run(const StepArguments& a, const StackShape& shape, int64_t threads, cpu::
   T *const output = results.output.mutable_data_ptr<T>(), *const h_n = results.h_n.mutable_data_ptr<T>(),
            *const c_n = results.c_n.mutable_data_ptr<T>();
   const int64_t input_stride = a.input.dim() == 2 ? a.input.stride(0) : shape.layers[0].input;
+  std::optional<Schedule> schedule;
   if constexpr (std::is_same_v<T, A>) {
     const cpu::StepCall<A> call{shape,
                                 *packed,
@@ -92,18 +95,23 @@ bool run(const StepArguments& a, const StackShape& shape, int64_t threads, cpu::
                                 a.c_0.const_data_ptr<A>(),
                                 output,
                                 h_n,
-                                c_n};
-    results.schedule = cpu::step(call, workers, platform);
+                                c_n,
+                                false,
+                                !a.frozen};
+    schedule = cpu::step(call, workers, platform);
   } else {
     const int64_t inputs = a.input.numel(), outputs = results.output.numel(), hs = a.h_0.numel(), cs = a.c_0.numel();
     Floats floats(inputs + outputs + 2 * (hs + cs));
     const float *const x = floats.widened<T>(a.input, inputs), *const h_0 = floats.widened<T>(a.h_0, hs),
                        *const c_0 = floats.widened<T>(a.c_0, cs);
     float *const y = floats.take(outputs), *const h = floats.take(hs), *const c = floats.take(cs);
-    results.schedule = cpu::step(cpu::StepCall<A>{shape, *packed, x, shape.layers[0].input, h_0, c_0, y, h, c, bf16},
-                                 workers, platform);
+    const cpu::StepCall<A> call{shape, *packed, x, shape.layers[0].input, h_0, c_0, y, h, c, bf16, !a.frozen};
+    schedule = cpu::step(call, workers, platform);
     std::copy(y, y + outputs, output), std::copy(h, h + hs, h_n), std::copy(c, c + cs, c_n);
   }
+  if (!schedule) return false;  // the call that follows forgets the stack
+  results.schedule = *schedule;
+  count_hit();
   return true;
 }
 

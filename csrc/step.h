@@ -23,6 +23,7 @@ struct StepArguments {
   int64_t layers;
   int64_t proj_size;
   bool bf16_weights;
+  bool frozen;  // kept packed weights are taken on trust
 };
 
 struct StepResults {
@@ -32,7 +33,7 @@ struct StepResults {
 };
 
 // Nothing where a gradient may be wanted, a mode or subclass wants to see the call, the arguments do not fit each other
-// or lie in memory otherwise than contiguously, or the weights are not kept (yet).
+// or lie in memory otherwise than contiguously, or the weights are not kept (yet), or have changed since they were packed.
 std::optional<StepResults> step(const StepArguments& arguments, int64_t threads, cpu::Platform& platform);
 
 }  // namespace stacked_lstm

@@ -159,10 +159,15 @@ def cpu_maths(x: int, n: int, sigmoid: int, tanh: int, double_precision: bool) -
 def last_run() -> dict[str, Any] | None: ...
 def clear_last_run() -> None: ...
 def drop_packed(first_weight: int) -> None:
-    """Forget the packed weights of stacks whose first weight is, or was, the tensor with this ``_cdata``."""
+    """Forget the packed weights of stacks whose first weight stands, or stood, at this ``data_ptr()``."""
 
 def packed_counts() -> dict[str, int]:
-    """Packed weights in the cache: ``stacks`` kept, their ``bytes``, ``noted`` (seen once), ``hits`` since the start."""
+    """Packed weights in the cache: ``stacks`` kept, their ``bytes``, ``noted`` (seen once), ``hits`` (calls that used kept
+    ones) since the start."""
+
+def fingerprint(memory: list[tuple[int, int]], part: int, parts: int) -> tuple[int, int]:
+    """The fingerprint (``csrc/cpu/fingerprint.h``) of pieces of memory, each ``(address, bytes)``, or a part of it: its lower
+    and its upper 64 bits."""
 
 def call(
     input: Tensor,
@@ -181,8 +186,10 @@ def call(
     recompute: bool,
     backend: str,
     bf16_weights: bool,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``(output, h_n, c_n)`` by the short way of csrc/eager.h, or ``None`` where it declines. Without states they are zeros."""
+    """``(output, h_n, c_n)`` by the short way of csrc/eager.h, or ``None`` where it declines. Without states they are zeros.
+    ``frozen``: packed weights that are kept are used without a look at the weights."""
 
 def set_formula(formula: Callable[..., Any]) -> None:
     """What computes the gradients of a :func:`call` whose backward pass no kernel can do: ``ops._formula``."""
@@ -198,5 +205,6 @@ def step(
     num_layers: int,
     proj_size: int,
     bf16_weights: bool,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """``(output, h_n, c_n)`` of one step, or ``None`` where ``csrc/step.h`` declines."""

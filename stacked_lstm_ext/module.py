@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from . import ops
 from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan, runs_on_cpu, stores_bf16
 from .reference import round_to_bf16
 from .transplant import obstacle_to_replacing, transplant
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["StackedLSTM"]
 
@@ -77,6 +80,7 @@ class StackedLSTM(nn.RNNBase):
 
     recompute: bool
     bf16_weights: bool
+    _frozen = False
 
     def __init__(
         self,
@@ -140,6 +144,7 @@ class StackedLSTM(nn.RNNBase):
         # The pickle of an nn.LSTM, or of this module before it had the settings.
         self.__dict__.setdefault("recompute", False)
         self.__dict__.setdefault("bf16_weights", False)
+        self.__dict__.pop("_frozen", None)  # the promise was given for another module's weights
 
     def flatten_parameters(self) -> None:
         """Nothing: no kernel here wants its weights in the one buffer that cuDNN does."""
@@ -151,12 +156,41 @@ class StackedLSTM(nn.RNNBase):
         )
 
     def drop_packed_weights(self) -> None:
-        """Forget the weights that calls without gradients have packed for the CPU; the next call packs them anew.
+        """Free the weights that calls without gradients have packed for the CPU; the next ones pack them anew.
 
-        Only a write that torch does not see needs this: a few elements changed through ``.data``, or through memory
-        that another library owns. Any in-place operation, ``load_state_dict`` and optimisers are noticed.
+        Results never need this: every call makes sure that the packed weights are those of the module.
         """
         ops.drop_packed(self._current_weights()[0])
+
+    def freeze(self) -> Self:
+        """Promise that the weights stay as they are until :meth:`unfreeze`, which spares calls from looking at them.
+
+        Without it, every call without gradients on the CPU first compares all bytes of the weights with those that were
+        packed, so that no write is missed: not one through ``.data``, NumPy or another process. That reads the weights
+        once, which is little beside a sequence and about as much as a :meth:`step` itself.
+
+        A change that torch's version counters tell of (an in-place operation, ``load_state_dict``, ``.to()``, another
+        parameter in the place of one) still gives the right results. After any other write (through ``.data``, by a
+        fused optimiser), results are those of the old weights until :meth:`unfreeze` or another :meth:`freeze`.
+
+        The promise does not touch ``requires_grad``; calls that record gradients, compiled ones and those on other
+        devices do not make use of it. Copies and pickles of the module, and what is converted from it, are not frozen.
+
+        Returns:
+            the module.
+        """
+        self.drop_packed_weights()  # they may be out of date: no call has looked at the weights since their last change
+        self._frozen = True
+        return self
+
+    def unfreeze(self) -> Self:
+        """Take :meth:`freeze` back: calls look at the weights again.
+
+        Returns:
+            the module.
+        """
+        self.__dict__.pop("_frozen", None)
+        return self
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}=True" for name in ("recompute", "bf16_weights") if getattr(self, name))
@@ -250,7 +284,8 @@ class StackedLSTM(nn.RNNBase):
             return None
         sizes = (self.input_size, self.hidden_size, self.bias, self.num_layers, self.bidirectional, self.proj_size)
         time_major = input.transpose(0, 1) if self.batch_first else input
-        result = ops.call(time_major, None, h_0, c_0, weights, None, *sizes, 0.0, self.recompute, "cpu", self.bf16_weights)
+        options = (0.0, self.recompute, "cpu", self.bf16_weights, self._frozen)
+        result = ops.call(time_major, None, h_0, c_0, weights, None, *sizes, *options)
         if result is None:
             return None
         ops.drop_packed_with(self, weights[0])
@@ -266,9 +301,9 @@ class StackedLSTM(nn.RNNBase):
 
         Where no gradient is recorded (``torch.no_grad``, ``torch.inference_mode``, or nothing requires one), CPU
         tensors take a path of their own: it reads the packed weights that the first two steps leave behind, shares a
-        wide stack's units out to torch's threads, and allocates nothing but its results. That path needs contiguous
-        states, no dropout in effect, and parameters that are no inference tensors; whatever else comes is served as
-        an ordinary call of one step.
+        wide stack's units out to torch's threads, and allocates nothing but its results. It also reads the weights
+        themselves, to see whether they have changed, unless :meth:`freeze` has promised that they do not. That path
+        needs contiguous states and no dropout in effect; whatever else comes is served as an ordinary call of one step.
 
         Args:
             input: ``(N, input_size)``, or ``(input_size,)`` unbatched, whatever ``batch_first``.
@@ -306,7 +341,7 @@ class StackedLSTM(nn.RNNBase):
         if _transform((input, h, c, *weights)):
             return None
         sizes = (self.input_size, self.hidden_size, self.bias, self.num_layers, self.proj_size)
-        return ops.step(input, h, c, weights, *sizes, self.bf16_weights)
+        return ops.step(input, h, c, weights, *sizes, self.bf16_weights, self._frozen)
 
     def _forward_packed(self, packed: PackedSequence, hx: Sequence[Tensor] | None) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
@@ -358,7 +393,7 @@ class StackedLSTM(nn.RNNBase):
         if saving == "none" and not torch.compiler.is_compiling():
             ops.drop_packed_with(self, weights[0])
         how = (saving, kernel_backend(name), bf16_kernels)
-        return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options, *how)
+        return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options, *how, frozen=self._frozen)
 
     def _dropout_in_effect(self) -> float:
         return self.dropout if self.training and self.num_layers > 1 else 0.0

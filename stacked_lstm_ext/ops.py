@@ -384,6 +384,7 @@ class _Owner(weakref.ref[Any]):
 
 
 _owners: dict[int, _Owner] = {}
+_ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 def _owner_died(owner: Any, owners: dict[int, _Owner] = _owners, drop: Callable[[int], None] = _C.drop_packed) -> None:
@@ -398,6 +399,8 @@ def drop_packed_with(module: Any, first_weight: Tensor) -> None:
     Without, the cache frees them when it next meets weights that it does not know. The weight itself is not watched:
     ``torch.utils.swap_tensors`` refuses tensors that have a weak reference.
     """
+    if type(first_weight) not in _ORDINARY:  # the place of a fake one cannot be told
+        return
     key = id(module)
     owner = _owners.get(key)
     if owner is None:
@@ -406,12 +409,13 @@ def drop_packed_with(module: Any, first_weight: Tensor) -> None:
         owner.first_weights = set()
     elif len(owner.first_weights) > 64:  # weights that live for one call, at ever new addresses: the cache will look
         owner.first_weights.clear()
-    owner.first_weights.add(first_weight._cdata)
+    owner.first_weights.add(first_weight.data_ptr())
 
 
 def drop_packed(first_weight: Tensor) -> None:
     """Forget the packed weights of stacks that begin with this weight."""
-    _C.drop_packed(first_weight._cdata)
+    if type(first_weight) in _ORDINARY:
+        _C.drop_packed(first_weight.data_ptr())
 
 
 def run_kernel(
@@ -422,18 +426,21 @@ def run_kernel(
     weights: list[Tensor],
     seed: Tensor | None,
     *options: Any,
+    frozen: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``forward`` without its reserve, in the cheapest way that this moment allows.
 
     Args:
         options: what follows ``seed`` in the operator's schema; the last are the saving mode, the backend and
             ``bf16_weights``.
+        frozen: whether packed weights that are kept may be taken for those of the module without looking.
     """
     if not torch.compiler.is_compiling():
         bias, num_layers, bidirectional, proj_size, dropout, saving, backend, bf16_weights = options
-        sizes = (bias, num_layers, bidirectional, proj_size)
         widths = input.size(-1), weights[1].size(0) // 4
-        results = call(input, batch_sizes, h_0, c_0, weights, seed, *widths, *sizes, dropout, saving == "recompute", backend, bf16_weights)
+        recompute = saving == "recompute"
+        sizes = (*widths, bias, num_layers, bidirectional, proj_size)
+        results = call(input, batch_sizes, h_0, c_0, weights, seed, *sizes, dropout, recompute, backend, bf16_weights, frozen)
         if results is not None:
             return results
     output, h_n, c_n, _ = forward(input, batch_sizes, h_0, c_0, weights, seed, *options)

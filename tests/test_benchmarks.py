@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytest.importorskip("rich")
 from benchmarks import __main__ as command
 from benchmarks import compare, contestants, limits, suite, table, timing
 from benchmarks.cases import DEPTH, GRID, SUITES, Case, Cell, Problem
-from benchmarks.contestants import FlashRNN, Haste, OnnxRuntime, Prepared, StackedLSTM, TorchLSTM, gates_from_haste
+from benchmarks.contestants import FlashRNN, Haste, OnnxRuntime, Prepared, StackedLSTM, TorchLSTM, TorchRL, gates_from_haste
 from benchmarks.report import mean_speedup, milliseconds, print_report, remarks
 from benchmarks.verify import reference, tolerance, verify
 
@@ -199,20 +199,58 @@ class HasteLSTM(torch.nn.Module):
         return torch.stack(outputs), (h[None], c[None])
 
 
-@pytest.mark.parametrize("mode", ["inference", "training"])
-@pytest.mark.parametrize("who", [FlashRNN("cuda_fused"), Haste()], ids=lambda who: who.name)
-def test_gpu_adapters_speak_the_layouts_that_are_documented(who, mode, monkeypatch):
+def lstm_triton(x, hidden, cell, w_ih, w_hh, b_ih, b_hh, is_init, compute_dtype=torch.float32, *, input_precision=None):
+    """TorchRL's interface as its docstrings state it: (B, T, ·), float32; where `is_init`, and at first, states begin anew."""
+    assert (x.dtype, is_init.dtype, input_precision) == (torch.float32, torch.bool, "ieee") and x.is_contiguous()
+    h, c, every = hidden[:, 0], cell[:, 0], []
+    for t in range(x.size(1)):
+        new = is_init[:, t, None]
+        h, c = torch.where(new, hidden[:, t], h), torch.where(new, cell[:, t], c)
+        recurrent = h.to(compute_dtype) @ w_hh.to(compute_dtype).t()
+        i, f, g, o = (x[:, t] @ w_ih.t() + b_ih + recurrent + b_hh).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        every.append(torch.stack((h, c)))
+    every_h, every_c = torch.stack(every, 2)
+    return every_h, every_c, h, c
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """Stand-ins for what the peers' adapters import."""
+    kernels = "torchrl.modules.tensordict_module._rnn_triton"
+    for number in range(1, len(kernels.split("."))):
+        monkeypatch.setitem(sys.modules, ".".join(kernels.split(".")[:number]), ModuleType("stand_in"))
+    monkeypatch.setitem(sys.modules, kernels, SimpleNamespace(lstm_triton=lstm_triton))
     monkeypatch.setitem(sys.modules, "flashrnn", SimpleNamespace(flashrnn=flashrnn))
     monkeypatch.setitem(sys.modules, "haste_pytorch", SimpleNamespace(LSTM=HasteLSTM))
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("who", [FlashRNN("cuda_fused"), Haste(), TorchRL()], ids=lambda who: who.name)
+def test_gpu_adapters_speak_the_layouts_that_are_documented(who, mode, peers):
     problem = Problem(Case(3, 2, 5, 8, input_size=6), torch.float32, CPU)
     _, verdict, _ = suite.check(who, problem, mode, 1, reference(problem, mode == "training"))
     assert verdict.correct, verdict.reason
 
 
 def test_gpu_contestants_say_why_they_do_not_run_on_the_cpu():
-    for who in contestants.all_contestants(["auto"]):
-        if who.name.startswith(("FlashRNN", "haste")):
-            assert "CUDA only" in who.obstacle(GRID[0], "inference", torch.float32, CPU)
+    for who in contestants.PEERS:
+        assert "CUDA only" in who.obstacle(GRID[0], "inference", torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype", "reason"),
+    [
+        (91300, torch.bfloat16, None),
+        (91002, torch.bfloat16, "cuDNN 9.10.2 has no bfloat16 LSTM, which came with 9.13.0"),
+        (91002, torch.float16, None),
+        (None, torch.float32, "torch finds no cuDNN"),
+    ],
+)
+def test_cudnn_is_refused_where_it_has_no_bfloat16_and_its_version_is_named(version, dtype, reason, monkeypatch):
+    monkeypatch.setattr(contestants, "cudnn_version", lambda: version)
+    assert TorchLSTM().obstacle(GRID[0], "inference", dtype, torch.device("cuda")) == reason
 
 
 def test_the_grid_and_the_depth_series_are_those_the_docs_name():
@@ -516,7 +554,7 @@ IMPOSSIBLE = [  # arguments, what the message says
     (["--threads", "two"], "--threads takes numbers such as 1,2, got 'two'"),
     (["--only", "no such cell"], "no cell of the smoke suite matches 'no such cell'"),
     (["--only", "("], "'(' is not a regular expression"),
-    (["--contestants", "nobody"], "no contestant matches 'nobody'; there are StackedLSTM, StackedLSTM (bf16 weights), nn.LSTM"),
+    (["--contestants", "nobody"], "no contestant matches 'nobody'; there are StackedLSTM, StackedLSTM (frozen), StackedLSTM (bf16"),
     (["--compare", "absent.json"], "--compare: "),
 ]
 

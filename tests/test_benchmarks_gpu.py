@@ -3,12 +3,14 @@
 Parts are made up as small programs, contestants as modules with a spoilt result.
 """
 
+import gc
 import itertools
 import json
 import os
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -17,11 +19,11 @@ import torch
 
 pytest.importorskip("rich")  # of benchmarks.compare
 
-from benchmarks import compare
+from benchmarks import compare, contestants, verify
 from benchmarks.cases import Case
-from benchmarks.contestants import Prepared, StackedLSTM, TorchLSTM
+from benchmarks.contestants import PEERS, Prepared, StackedLSTM, TorchLSTM
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import build, cells, machine, measure, parts, report, results, sanitize, timing
+from benchmarks.gpu import build, cells, check, machine, measure, occupancy, parts, primitives, program, report, results, sanitize, timing
 from benchmarks.gpu import test as test_part
 from benchmarks.gpu.parts import Exit, Part
 
@@ -35,6 +37,14 @@ ENVIRONMENT = {
     "packages": {"torch": "2.11.0"},
     "extension": {},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collections_are_quick():
+    """The measuring collects garbage before all that it times. What torch and pytest hold is not looked through each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +61,13 @@ def _switches():
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def program(*lines):
+def script(*lines):
     """A part's command: a Python program without torch. Its arguments are those that a part gets."""
     return (sys.executable, "-c", "\n".join(["import os, signal, subprocess, sys, time", *lines]))
 
 
 def made_up(name="part", *lines, limit=None, reserve=0.0, **options):
-    return Part(name, "made up", limit, reserve, program(*lines), **options)
+    return Part(name, "made up", limit, reserve, script(*lines), **options)
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
@@ -154,6 +164,17 @@ def test_the_registry_s_parts_fit_their_time():
     assert command.SECONDS + 5 <= 8 * 60
 
 
+def test_the_first_minutes_fit_three_and_what_is_known_soonest_comes_first():
+    names = [part.name for part in parts.FIRST_PARTS]
+    assert names == ["occupancy", "primitives", "watchdog", "check", "build", "measure"]
+    limits = [part.limit_s for part in parts.FIRST_PARTS]
+    assert limits[-1] is None and sum(limits[:-1]) + parts.FIRST_PARTS[-1].reserve_s > command.FIRST_S
+    assert sum(part.reserve_s for part in parts.FIRST_PARTS) < command.FIRST_S - command.FINISH_S
+    assert command.FIRST_S + 5 <= 3 * 60
+    checks = next(part for part in parts.FIRST_PARTS if part.name == "check")
+    assert REPOSITORY / checks.folder == build.VARIANTS["watchdog"].place, "it runs with the build that has a watchdog"
+
+
 # The run --------------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +247,39 @@ def test_a_part_without_time_is_not_begun_and_fails_the_run(run_command):
     assert (result["parts"][0]["status"], result["parts"][0]["reason"]) == ("not run", "the time was up")
 
 
+def test_at_first_the_device_is_told_and_what_takes_longest_is_begun_before_any_part(run_command, monkeypatch):
+    """And what still runs in the background at the end is ended."""
+    begun = []
+
+    def begin(environment):
+        begun.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        return begun
+
+    monkeypatch.setattr(build, "begin", begin)
+    clocks = {"found": {"sm_mhz": 1980.0}}
+    gpu = ENVIRONMENT["gpu"] | {"clocks": clocks}
+    monkeypatch.setattr(command, "find_machine", lambda device, environment: ENVIRONMENT | {"gpu": gpu})
+    says_its_time = "print('seconds', sys.argv[sys.argv.index('--seconds') + 1])"
+    status, _, output = run_command([made_up("occupancy", says_its_time), made_up("measure")], "--first")
+    assert status == 0 and begun[0].poll() is not None
+    lines = output.splitlines()
+    assert lines[1] == "device: NVIDIA H100 80GB HBM3, driver 580.159, CUDA 13.0, cuDNN 91900"
+    assert lines[2] == "clocks as found: sm_mhz 1980.0"
+    assert lines.index(lines[2]) < output.splitlines().index("== occupancy: made up")
+    assert 100 < float(output.split("seconds ")[1].split()[0]) < command.FIRST_S
+
+
+def test_a_part_runs_in_its_folder_and_is_not_begun_without_what_it_needs(run_command):
+    registry = [
+        made_up("there", "print('in', os.getcwd())", folder="benchmarks/gpu", needs="parts.py"),
+        made_up("needy", "print('begun')", folder="benchmarks", needs="gpu/no such file*"),
+    ]
+    status, result, output = run_command(registry)
+    assert status == 1 and f"in {REPOSITORY / 'benchmarks/gpu'}" in output and "begun" not in output
+    reason = "there is no benchmarks/gpu/no such file*: the build before it was not done"
+    assert [part["reason"] for part in result["parts"]] == ["", reason]
+
+
 def test_each_part_can_be_called_alone(run_command):
     registry = [made_up(name) for name in ("build", "test", "measure")]
     status, result, _ = run_command(registry, "--only", "measure,build")
@@ -263,9 +317,8 @@ def test_an_impossible_request_says_what_is_wrong(arguments, message, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_without_a_gpu_the_run_says_so_at_once(tmp_path):
-    ran = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    arguments = ["-m", "benchmarks.gpu", "--first", "--out", str(tmp_path)]
+    ran = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.returncode == 2, ran.stdout
     assert ran.stderr.startswith("error: this torch, ") and "Traceback" not in ran.stderr
     assert not list(tmp_path.iterdir())
@@ -538,6 +591,7 @@ def faked_gpu(monkeypatch):
             return Prepared(replay, lambda _: dict(held))
 
         monkeypatch.setattr(timing, "capture", capture)
+        monkeypatch.setattr(contestants, "cudnn_version", lambda: 91900)
         monkeypatch.setattr(machine, "clocks", lambda device: {"sm_mhz": 1980.0})
         monkeypatch.setattr(measure, "probe_float64", lambda device: 1e13)
         monkeypatch.setattr(measure, "check_reference", lambda device: None)
@@ -584,7 +638,7 @@ def test_on_a_gpu_a_target_has_both_schedules_the_ladder_and_what_was_predicted(
     monkeypatch.setattr(StackedLSTM, "obstacle", obstacle)
     monkeypatch.setattr(measure, "gpu_plan", lambda *_: plan)
     target = cells.Target(
-        Case(2, 3, 5, 8, group="targets"), cells.FP32, ladder=True, backends=("persistent", "diagonal"), flashrnn=True
+        Case(2, 3, 5, 8, group="targets"), cells.FP32, ladder=True, backends=("persistent", "diagonal"), peers=True
     )
     measurement = measure.Measurement(result_file, faked_gpu(), 120.0, [StackedLSTM(), TorchLSTM()], lambda text: None)
     assert measurement.run([target]) == Exit.OK
@@ -594,11 +648,13 @@ def test_on_a_gpu_a_target_has_both_schedules_the_ladder_and_what_was_predicted(
             assert entries[name]["gpu_median"] > 0 and entries[name]["graph"] is None
         assert entries["StackedLSTM"]["graph"]["status"] == "ok"
         assert entries["StackedLSTM (persistent)"]["reason"] == "4096 hidden units do not fit"
-        assert entries[report.FLASHRNN]["status"] == "skipped"
+        assert {entries[peer.name]["status"] for peer in PEERS} == {"skipped"}
         assert found["predicted"]["persistent_us"] == 700.0
         assert found["ladder"][0]["name"] == "naive loop"
     text = result_file.with_suffix(".md").read_text()
     assert "| StackedLSTM (persistent) | – | – | – | – | not here: 4096 hidden units do not fit |" in text
+    for peer in PEERS:
+        assert f"\n{peer.name}: " in text, "who is not here is named with the reason"
 
 
 def test_a_graph_that_writes_nothing_is_wrong(result_file, faked_gpu):
@@ -634,7 +690,9 @@ def test_the_most_telling_shapes_come_first_and_none_is_missing():
     assert len(floor) == 40
     claims = [target.name for target in targets if target.case.group == "targets"]
     assert max(map(names.index, claims)) < 60, "the targets come before the floors"
-    assert max(map(names.index, floor)) < 60 + 80, "the floors at L = 4 come before all that is neither"
+    anchors = [target.name for target in cells.ANCHORS]
+    assert set(anchors) <= set(names) and max(map(names.index, anchors)) < 60 + len(anchors)
+    assert max(map(names.index, floor)) < 60 + len(anchors) + 80, "the floors at L = 4 come before all that is neither"
     quick = [target.name for target in cells.targets(True, torch.device("cuda"))]
     assert quick == names[: len(quick)] and len(quick) <= 12
     assert any("packed" in name for name in quick)
@@ -652,7 +710,7 @@ def test_every_target_is_measured_on_both_schedules_and_the_published_shape_firs
     assert {target.case.hidden_size for target in targets[:2]} == {768}
     assert all(target.backends == ("persistent", "diagonal") for target in targets)
     (ladder,) = [target for target in targets if target.ladder]
-    assert [target.name for target in targets if target.flashrnn] == ["L1 B16 T1024 H768 bfloat16"]
+    assert [target.name for target in targets if target.peers] == ["L1 B16 T1024 H768 bfloat16"]
     # A run that is cut short has seen every width, every batch and both ends of the depth series.
     first = targets[:8]
     assert ladder in first
@@ -729,6 +787,22 @@ def test_a_backend_that_cannot_run_a_target_says_why(result_file):
     for found in result["rows"]:
         entry = found["contestants"]["StackedLSTM (persistent)"]
         assert entry["status"] == "skipped" and "'cuda_of_tomorrow'" in entry["reason"]
+
+
+def test_every_peer_is_asked_at_a_shape_and_in_a_precision_that_it_has():
+    asked = [target for target in cells.targets(False, torch.device("cuda")) if target.peers]
+    assert {target.precision.name for target in asked} == {"bfloat16", "float32", "tf32"}
+    for target in asked:
+        dtype = target.precision.dtype
+        assert contestants.one_way_only(target.case, dtype, (dtype,)) is None, "a shape that one plain layer has"
+    shapes = {(t.case.layers, t.case.batch, t.case.steps, t.case.input_size, t.case.hidden_size) for t in asked}
+    assert shapes == {(1, 16, 1024, 768, 768), (1, 128, 128, 256, 256), (1, 256, 128, 32, 512)}
+
+
+def test_the_first_timing_is_of_few_shapes_in_both_16_bit_dtypes():
+    targets = cells.first_targets()
+    assert {target.precision.name for target in targets[:2]} == {"float16", "bfloat16"} and len(targets) <= 4
+    assert all("persistent" in target.backends for target in targets)
 
 
 # The tables -----------------------------------------------------------------------------------------------------------
@@ -853,7 +927,8 @@ def test_without_flashrnn_its_target_says_so():
     made["contestants"][report.FLASHRNN] = {"status": "skipped", "reason": "flashrnn not installed", "ours": False}
     text = report.markdown(made_up_result(made))
     assert "× FlashRNN | ≥ 3 | not measured: flashrnn not installed | not measured: flashrnn not installed |" in text
-    assert report.FLASHRNN not in text, "who never ran has no column"
+    assert f"{report.FLASHRNN}:" not in text.split("## Peers")[0], "who never ran has no column"
+    assert f"\n{report.FLASHRNN}: flashrnn not installed.\n" in text, "and is named with the reason"
 
 
 def test_the_two_schedules_stand_side_by_side_with_what_was_predicted():
@@ -904,6 +979,146 @@ def test_two_results_can_be_compared(tmp_path, capsys):
     assert "L4 B8 T256 H256 bfloat16" in shown and "2.00×" in shown
 
 
+def test_peers_stand_beside_ours_and_who_did_not_run_is_named_once():
+    made = target_row(1, 16, 1024, 768, "bfloat16", "inference", 1.0, 2.0, **{"TorchRL (Triton)": 5.0})
+    plain = target_row(4, 8, 512, 256, "bfloat16", "inference", 1.0, 2.0)
+    for name, entry in (
+        ("haste", {"status": "skipped", "reason": "no bfloat16", "ours": False}),
+        ("FlashRNN (cuda)", {"status": "wrong", "reason": "h_n is off by 0.3", "ours": False}),
+    ):
+        made["contestants"][name] = entry
+    anchor = row("L4 B32 T30 H128 float32", group="anchors", theirs=3.0)
+    lines = report.peers_table(made_up_result(made, plain, anchor))
+    assert "| L, B, T, H | | StackedLSTM | nn.LSTM | TorchRL (Triton) |" in lines
+    assert "| 1, 16, 1024, 768 | bfloat16 inference | 1.00 (0.500) | 2.00 (1.00) | 5.00 (2.50) |" in lines
+    assert "| 4, 8, 256, 256 | float32 inference | 1.00 (0.500) | 3.00 (1.50) | – |" in lines
+    assert "haste: no bfloat16." in lines and "FlashRNN (cuda): h_n is off by 0.3." in lines
+    assert sum("512, 256" in line for line in lines) == 0, "a row without peers has its place elsewhere"
+    assert report.peers_table(made_up_result(plain)) == []
+
+
+def test_clusters_and_the_first_check_have_their_tables():
+    result = made_up_result()
+    result["occupancy"] = {"sizes": [{"cluster": 8, "clusters": 15, "blocks": 120}, {"cluster": 16, "clusters": 7, "blocks": 112}]}
+    ok = {"status": "ok", "reason": "", "error": 0.003, "tolerance": 0.06}
+    failed = {"status": "failed", "reason": "block 3 waited | for 2"}
+    result["check"] = {"runs": {"bfloat16 by cluster": ok, "bfloat16 by l2": failed}}
+    text = report.markdown(result)
+    assert "| blocks of a cluster | 8 | 16 |" in text and "| clusters | 15 | 7 |" in text
+    assert "| bfloat16 by cluster | ok | 0.003 | 0.06 |  |" in text
+    assert "| bfloat16 by l2 | **FAILED** | – | – | block 3 waited" in text
+
+
+# The first minutes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_program_is_heard_line_by_line_and_killed_when_its_time_is_up():
+    heard = []
+    talk = "for n in range(3): print('line', n, flush=True)"
+    started = time.monotonic()
+    ran = program.run(list(script(talk, "print('why', file=sys.stderr, flush=True)", "time.sleep(60)")), started + 2.0, heard.append)
+    assert time.monotonic() - started < 20 and heard == ["line 0", "line 1", "line 2"]
+    assert (ran.trouble, ran.output, ran.said) == ("not done in time", "line 0\nline 1\nline 2\n", "why\n")
+    died = program.run(list(script("os.kill(os.getpid(), signal.SIGSEGV)")), started + 60, heard.append)
+    assert died.trouble == "killed by SIGSEGV"
+    assert program.run(list(script("sys.exit(1)")), started + 60, heard.append) == program.Ran(1)
+
+
+def runs_instead(monkeypatch, *lines):
+    """In the place of a CUDA program: a script."""
+    monkeypatch.setattr(program, "compile_and_run", lambda source, end, each: program.run(list(script(*lines)), end, each))
+
+
+SIZES = [{"cluster": size, "clusters": 132 // size, "blocks": 132 // size * size, "shared_bytes": 1} for size in (8, 16)]
+
+
+def test_the_sizes_of_clusters_are_told_and_kept_one_by_one(result_file, monkeypatch, capsys):
+    """Also where the program is cut in between."""
+    says = [f"print({json.dumps(size)!r}, flush=True)" for size in SIZES]
+    runs_instead(monkeypatch, *says)
+    arguments = ["--result", str(result_file), "--seconds"]
+    assert occupancy.main([*arguments, "60"]) == Exit.OK
+    assert results.load(result_file)["occupancy"] == {"summary": "clusters that fit: 16 of 8, 8 of 16 blocks", "sizes": SIZES}
+    assert "clusters of 16:   8, that is 128 blocks" in capsys.readouterr().out
+    runs_instead(monkeypatch, says[0], "time.sleep(60)")
+    assert occupancy.main([*arguments, "5"]) == Exit.FAILED
+    found = results.load(result_file)["occupancy"]
+    assert found["sizes"] == SIZES[:1] and found["summary"].startswith("it stopped after 1 sizes (not done in time)")
+
+
+def test_primitives_are_told_and_kept_one_by_one(result_file, monkeypatch, capsys):
+    first = '\n "a flag": {"unit": "ns", "median": 700, "min": 1, "max": 2, "wrong": 0}'
+    runs_instead(monkeypatch, f"print('{{' + {first!r}, flush=True)", "time.sleep(60)")
+    assert primitives.main(["--result", str(result_file), "--seconds", "5"]) == Exit.FAILED
+    assert "a flag: 700 ns" in capsys.readouterr().out
+    found = results.load(result_file)["primitives"]
+    assert found["figures"]["a flag"]["median"] == 700 and found["summary"].startswith("it stopped after 1 primitives")
+
+
+def test_without_nvcc_the_programs_are_skipped_with_the_reason(result_file, monkeypatch, capsys):
+    monkeypatch.setattr(program.build_support, "find_nvcc", lambda *_: None)
+    for part in (occupancy, primitives):
+        assert part.main(["--result", str(result_file), "--seconds", "9"]) == Exit.SKIPPED
+        assert "no nvcc that fits torch" in capsys.readouterr().out
+
+
+@pytest.fixture
+def host_kernels():
+    """The persistent kernels' plain implementation, in the place of those of a GPU."""
+    sys.path.insert(0, str(REPOSITORY / "tests"))
+    from test_persistent import library
+
+    from stacked_lstm_ext import _C
+
+    _C._use_persistent_kernels(library().host_persistent_kernels(False))
+    _C.force_persistent_device("h100")
+    yield
+    _C._use_persistent_kernels(0)
+    _C.force_persistent_device(None)
+
+
+@pytest.mark.parametrize("exchange", check.EXCHANGES)
+def test_the_first_check_runs_the_exchange_it_names_and_sees_what_is_wrong(exchange, host_kernels, monkeypatch):
+    for dtype in check.DTYPES:
+        found = check.check(exchange, dtype, "cpu")
+        assert found["status"] == "ok" and 0 < found["error"] < found["tolerance"], found
+        assert check.line(exchange, dtype, found).startswith(f"H 64, {dtype}, by {exchange}: right, off by ")
+    right = verify.reference
+    monkeypatch.setattr(verify, "reference", lambda *a: {name: t + t.abs().max() for name, t in right(*a).items()})
+    assert check.check(exchange, dtype, "cpu")["status"] == "wrong"
+
+
+def test_an_exchange_that_hangs_or_dies_does_not_cost_the_other(result_file, monkeypatch, capfd):
+    ok = {"status": "ok", "reason": "", "error": 0.1, "tolerance": 0.2, "furthest": "h_n"}
+    monkeypatch.setattr(check, "check", lambda *_: ok)
+    mine = ["--result", str(result_file), "--seconds", "4"]
+
+    def child(options, exchange):
+        assert check.main([*mine, "--one", "l2", "--device", "cpu"]) == Exit.OK  # the other's work, in this process
+        return list(script("time.sleep(60)" if exchange == "cluster" else "os.kill(os.getpid(), signal.SIGABRT)"))
+
+    monkeypatch.setattr(check, "child", child)
+    assert check.main(mine) == Exit.FAILED
+    found = results.load(result_file)["check"]
+    assert found["summary"] == "3 of 6 right; by cluster: not done after 1 s; by l2: killed by SIGABRT"
+    assert set(found["runs"]) == {f"{dtype} by l2" for dtype in check.DTYPES}
+    assert "H 64, float16, by l2: right" in capfd.readouterr().out
+
+
+def test_what_a_kernel_raises_is_told_and_the_other_dtypes_are_checked(result_file, monkeypatch):
+    def raises(exchange, dtype, device):
+        raise RuntimeError("block 3 waited at step 5 for block 2")
+
+    monkeypatch.setattr(check, "check", raises)
+    arguments = ["--result", str(result_file), "--seconds", "9", "--device", "cpu", "--one", "l2"]
+    assert check.main(arguments) == Exit.OK and len(results.load(result_file)["check"]["runs"]) == 3
+    monkeypatch.setattr(check, "sound", lambda device: False)
+    results.save(result_file, results.new(dict(ENVIRONMENT), "cpu", quick=True))
+    assert check.main(arguments) == Exit.FAILED
+    ((name, found),) = results.load(result_file)["check"]["runs"].items()
+    assert name == "bfloat16 by l2" and found["reason"] == "RuntimeError: block 3 waited at step 5 for block 2"
+
+
 # Building, testing, sanitizing ----------------------------------------------------------------------------------------
 
 ARCHITECTURES = [([(9, 0)], "9.0a"), ([(8, 0), (8, 0)], "8.0"), ([(12, 0), (8, 6)], "8.6;12.0"), ([(8, 7)], "8.7")]
@@ -919,6 +1134,67 @@ def test_tools_of_the_build_are_found_by_every_part():
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(REPOSITORY), str(build.TOOLS), "/mine"]
     assert environment["PATH"].startswith(str(build.TOOLS / "bin")) and environment["PATH"].endswith("/bin")
     assert build.missing(["json", "no_such_module_at_all"]) == ["no_such_module_at_all"]
+
+
+@pytest.fixture
+def small_tree(tmp_path, monkeypatch):
+    """A tree whose setup.py notes how it was called, and makes what it is asked for."""
+    package = tmp_path / "tree" / "stacked_lstm_ext"
+    package.mkdir(parents=True)
+    (package / "module.py").touch()
+    (package.parent / "setup.py").write_text(
+        "import json, os, pathlib, sys, sysconfig, time\n"
+        "print('[1/2] csrc/a.cu: 1.0 s', flush=True)\n"
+        "where = pathlib.Path(sys.argv[sys.argv.index('--build-lib') + 1] if '--build-lib' in sys.argv else '.')\n"
+        "log = open('calls', 'a'); print('start', file=log, flush=True)\n"
+        "time.sleep(float(os.environ.get('TEST_SLEEP', '0.3')))\n"
+        "print('end', file=log)\n"
+        "names = ('STACKED_LSTM_EXT_WATCHDOG', 'TORCH_CUDA_ARCH_LIST', 'FORCE_CUDA')\n"
+        "made = where / 'stacked_lstm_ext' / ('_C' + sysconfig.get_config_var('EXT_SUFFIX'))\n"
+        "made.write_text(json.dumps([os.environ.get(name) for name in names]))\n"
+    )
+    monkeypatch.setattr(results, "ROOT", package.parent)
+    monkeypatch.setattr(build, "BUILDS", package.parent / "build" / "gpu")
+    monkeypatch.setenv("STACKED_LSTM_EXT_WATCHDOG", "1")  # of this process: not meant for the ordinary build
+    places = {"ordinary": package.parent, "watchdog": package.parent / "build" / "gpu" / "watchdog"}
+    return {name: build.Variant(name, place, build.VARIANTS[name].switches) for name, place in places.items()}
+
+
+def built_extension(variant):
+    (made,) = (variant.place / "stacked_lstm_ext").glob("_C*.so")
+    return json.loads(made.read_text())
+
+
+def test_both_builds_lie_apart_and_the_one_with_a_watchdog_can_be_imported(small_tree):
+    end = time.monotonic() + 60
+    for variant in small_tree.values():
+        assert build.compile_variant(variant, "9.0a", end) == ""
+    assert built_extension(small_tree["ordinary"]) == [None, "9.0a", "1"]
+    assert built_extension(small_tree["watchdog"]) == ["1", "9.0a", "1"]
+    assert (small_tree["watchdog"].place / "stacked_lstm_ext" / "module.py").exists()
+
+
+def test_two_processes_that_build_the_same_take_turns(small_tree):
+    end = time.monotonic() + 60
+    ordinary = small_tree["ordinary"]
+    threads = [threading.Thread(target=build.compile_variant, args=(ordinary, "9.0a", end)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (ordinary.place / "calls").read_text().split() == ["start", "end"] * 2
+
+
+def test_a_build_that_is_cut_says_how_far_it_came_and_another_one_is_not_waited_for_longer(small_tree, monkeypatch):
+    ordinary = small_tree["ordinary"]
+    monkeypatch.setenv("TEST_SLEEP", "60")
+    started = time.monotonic()
+    reason = build.compile_variant(ordinary, "9.0a", started + 2)
+    assert reason == "the compiler was not done in time; [1/2] files are compiled; begun again, it goes on there"
+    with build.alone(ordinary, started) as ours:
+        assert ours
+        assert build.compile_variant(ordinary, "9.0a", time.monotonic()) == "another process builds it, and was not done in time"
+    assert time.monotonic() - started < 30
 
 
 SAID = [  # tool, exit status, output, judgement
@@ -1029,8 +1305,9 @@ def test_tests_run_a_process_a_file_and_a_hanging_file_is_killed(result_file, mo
     (tests / "test_other.py").write_text("raise RuntimeError('not to be touched')\n")
     monkeypatch.setattr(test_part, "REPORTS", tmp_path / "reports")
     monkeypatch.setattr(test_part, "AT_ONCE", 3)
+    monkeypatch.setattr(test_part, "STALL_S", 3.0)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert test_part.main(["--result", str(result_file), "--seconds", "20"], tests) == Exit.FAILED
+    assert test_part.main(["--result", str(result_file), "--seconds", "90"], tests) == Exit.FAILED
     found = results.load(result_file)["tests"]
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
     files = {entry["file"]: entry for entry in found["files"]}
@@ -1039,6 +1316,8 @@ def test_tests_run_a_process_a_file_and_a_hanging_file_is_killed(result_file, mo
     assert "test_waits" in files["test_hang.py"]["failures"][0] and "killed" in files["test_hang.py"]["failures"][0]
     assert files["test_marked.py"]["failures"][0].startswith("test_marked::test_bad: assert 1 == 2")
     assert files["test_marked.py"]["skips"] == ["no second GPU"]
+    late = test_part.run_file(tests / "gpu" / "test_hang.py", time.monotonic(), ())
+    assert late["failures"] == ["test_hang.py: killed: not done in time; it was at its start"]
 
 
 @pytest.mark.slow
@@ -1073,6 +1352,14 @@ def test_a_run_in_which_every_test_was_skipped_has_failed(result_file, monkeypat
     assert test_part.main(["--result", str(result_file), "--seconds", "30"], tmp_path) == Exit.FAILED
     summary = results.load(result_file)["tests"]["summary"]
     assert summary.endswith("not one test ran: the extension is built without CUDA")
+
+
+def test_without_pytest_no_test_is_run_and_one_line_says_so(result_file, monkeypatch, capsys):
+    real = test_part.importlib.util.find_spec
+    monkeypatch.setattr(test_part.importlib.util, "find_spec", lambda name: None if name == "pytest" else real(name))
+    assert test_part.main(["--result", str(result_file), "--seconds", "30"]) == Exit.SKIPPED
+    assert capsys.readouterr().out == "no test is run: pytest not installed\n"
+    assert results.load(result_file)["tests"]["summary"] == "pytest not installed"
 
 
 def test_every_file_of_gpu_tests_is_found():

@@ -331,6 +331,124 @@ def test_a_torch_that_is_too_old_is_refused(version, ok):
             support.require_torch(version)
 
 
+# -- compiling on all cores, with compilers made up of shell -----------------------------------------------------------
+
+
+class Compiler:
+    """Makes `Compilation`s whose compiler, a shell script, writes down its name and does what the test says."""
+
+    def __init__(self, root):
+        self.root, self.log, self.told = root, root / "log", []
+
+    def __call__(self, name, *body):
+        source, made = self.root / name, self.root / "build" / f"{name}.o"
+        if not source.exists():
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.touch()
+            os.utime(source, (1, 1))
+        # The build adds -MMD -MF and, last, the file that is to say what the object is made from: as with a real one.
+        rule = f'for file; do :; done; echo "{made}: {source} \\\\" >"$file"; echo " {self.root}/a\\\\ header.h" >>"$file"'
+        program = script(self.root / "bin" / f"cc-{source.name}", f"echo {name} >>{self.log}", *body, rule, f"echo object >{made}")
+        return support.Compilation(name, made, (str(program),))
+
+    def ran(self):
+        names = self.log.read_text().split() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return names
+
+    def compile_all(self, *compilations, workers=1):
+        support.compile_all(compilations, workers, self.told.append)
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    (tmp_path / "a header.h").touch()
+    os.utime(tmp_path / "a header.h", (1, 1))
+    return Compiler(tmp_path)
+
+
+def test_compilers_run_side_by_side(compiler):
+    """Each waits until the other has started: one after the other, they would wait in vain."""
+    meets = 'n=0; while [ ! -e "$0.{0}" ] && [ $n -lt 200 ]; do sleep 0.05; n=$((n + 1)); done; [ -e "$0.{0}" ] || exit 1'
+    root = compiler.root / "bin"
+    one = compiler("a.cpp", f"touch {root}/cc-b.cpp.met", meets.format("met"))
+    other = compiler("b.cpp", f"touch {root}/cc-a.cpp.met", meets.format("met"))
+    compiler.compile_all(one, other, workers=2)
+    assert one.is_current() and other.is_current()
+
+
+def test_the_longest_are_begun_first(compiler):
+    names = ["csrc/cpu/plan.cpp", "csrc/cuda/gates.cu", "csrc/cuda/persistent_forward_f16.cu", "csrc/ops.cpp"]
+    compiler.compile_all(*map(compiler, names))
+    assert compiler.ran() == [names[2], names[3], names[0], names[1]]
+
+
+def test_every_source_is_of_a_known_cost():
+    """The patterns are those of the files that are there."""
+    sources = [*support.cuda_sources(ROOT), *support.cpp_sources(ROOT)]
+    ranks = {name: support.Compilation(name, Path("x.o"), ()).rank for name in sources}
+    assert {name for name, rank in ranks.items() if rank == 0} == {
+        f"csrc/cuda/persistent_{way}_{element}.cu" for way in ("forward", "backward") for element in ("bf16", "f16", "f32")
+    }
+    assert ranks["csrc/ops.cpp"] == 1 and ranks["csrc/cuda/gates.cu"] == 2
+
+
+CHANGES = [  # what happens between two builds, and whether the object is made again
+    (lambda compiler, one: None, False),
+    (lambda compiler, one: (compiler.root / "a header.h").touch(), True),
+    (lambda compiler, one: (compiler.root / "a header.h").unlink(), True),
+    (lambda compiler, one: (compiler.root / one.source).touch(), True),
+    (lambda compiler, one: one.object.unlink(), True),
+    (lambda compiler, one: one.record.unlink(), True),  # as after a kill, which may leave half an object
+]
+
+
+@pytest.mark.parametrize(("change", "again"), CHANGES, ids=["nothing", "header", "header gone", "source", "object gone", "killed"])
+def test_an_object_is_made_again_only_where_it_has_to_be(compiler, change, again):
+    one, other = compiler("a.cpp"), compiler("b.cpp")
+    compiler.compile_all(one, other)
+    assert compiler.ran() == ["a.cpp", "b.cpp"]
+    change(compiler, one)
+    compiler.compile_all(one, other)
+    assert ("a.cpp" in compiler.ran()) == again
+
+
+def test_other_flags_make_the_object_again(compiler):
+    one = compiler("a.cpp")
+    compiler.compile_all(one)
+    compiler.compile_all(support.Compilation(one.source, one.object, (*one.command, "-O1")))
+    assert compiler.ran() == ["a.cpp"] * 2
+
+
+def test_what_is_edited_while_the_compiler_runs_is_compiled_next_time(compiler):
+    one = compiler("a.cpp", f"sleep 0.05; touch {compiler.root}/a.cpp")
+    compiler.compile_all(one)
+    assert not one.is_current()
+
+
+def test_the_first_error_ends_the_build_and_what_was_done_stays(compiler):
+    good, bad = compiler("a.cpp"), compiler("b.cpp", "echo b.cpp:1: error: no such type; exit 3")
+    with pytest.raises(support.BuildError, match=r"b\.cpp does not compile \(exit status 3\): .*cc-b\.cpp"):
+        compiler.compile_all(good, bad, *(compiler(f"later{n}.cpp") for n in range(9)))
+    assert len(compiler.ran()) < 11, "no further one is begun"
+    assert any("b.cpp: FAILED (exit status 3)" in line and "error: no such type" in line for line in compiler.told)
+    assert good.is_current() and not bad.is_current()
+
+
+@pytest.mark.parametrize("wanted", ["0", "-1", "many"])
+def test_max_jobs_has_to_be_a_number(wanted):
+    assert support.jobs({"MAX_JOBS": "7"}) == 7 and support.jobs({"MAX_JOBS": ""}) == support.jobs({}) >= 1
+    with pytest.raises(support.BuildError, match=f"MAX_JOBS must be a number of compilers, 1 or more, got '{wanted}'"):
+        support.jobs({"MAX_JOBS": wanted})
+
+
+def test_a_compiler_that_is_not_there_is_named(compiler):
+    one = support.Compilation("a.cpp", compiler.root / "a.o", ("/no/such/nvcc", "a.cu"))
+    with pytest.raises(support.BuildError, match=r"exit status 127"):
+        compiler.compile_all(one)
+    assert "/no/such/nvcc: No such file" in compiler.told[0]
+
+
 # -- a build, of sources so small that it takes seconds ----------------------------------------------------------------
 
 # Each kernel file defines the same inline function: whose copy survives tells who came first at the linker.

@@ -73,3 +73,13 @@ def test_the_figures_stand_in_the_table_and_what_failed_is_seen(figures):
     assert any(line.startswith("| barrier of the grid |") and line.endswith("| ns |") for line in lines)
     assert lines[-1] == "| odd | **FAILED** | – | – | too many blocks |"
     assert report.primitives_table({}) == []
+
+
+def test_the_program_of_the_clusters_asks_for_every_size_and_fills_no_more_than_the_device():
+    """On the emulator's device: one block on a multiprocessor, and no cluster of which not all blocks fit."""
+    ran = emulator.run(emulator.build("occupancy", [emulator.ROOT / "benchmarks" / "occupancy.cu"]))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    sizes = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [size["cluster"] for size in sizes] == list(range(1, 17))
+    most = sizes[0]["blocks"]
+    assert most > 0 and all(size["blocks"] == size["clusters"] * size["cluster"] <= most for size in sizes)

@@ -149,14 +149,18 @@ def test_only_what_may_need_a_gradient_is_recorded(monkeypatch):
     assert taken == [False, True, False, True]
 
 
-def test_every_change_of_the_weights_is_seen():
-    ours, stock = pair(8, 24, 2, dtype=torch.float32)
-    x, hx = torch.randn(1, 1, 8), (torch.randn(2, 1, 24), torch.randn(2, 1, 24))
+@pytest.mark.parametrize("threads, hidden", [(1, 24), (2, 256)])
+def test_every_change_of_the_weights_is_seen(threads, hidden):
+    torch.set_num_threads(threads)
+    ours, stock = pair(8, hidden, 2, dtype=torch.float32)
+    x, hx = torch.randn(1, 1, 8), (torch.randn(2, 1, hidden), torch.randn(2, 1, hidden))
     ready(ours, x, hx)
     changes = [
         lambda p: p.mul_(0.5),
         lambda p: p.copy_(torch.randn_like(p)),
         lambda p: p.data.add_(0.25),
+        lambda p: p.data.view(-1)[3].add_(1),
+        lambda p: p.detach().numpy().reshape(-1).__setitem__(-1, 1),
         lambda p: setattr(p, "data", torch.randn_like(p)),
     ]
     for change in changes:
@@ -168,7 +172,8 @@ def test_every_change_of_the_weights_is_seen():
             for _ in range(3):  # unpacked, packing, packed
                 expected, _ = stock(x, hx)
                 torch.testing.assert_close(ours.step(x[0], hx)[0], expected[0])
-    other = StackedLSTM(8, 24, 2)
+    assert stacked_lstm_ext.last_run()["threads"] == threads
+    other = StackedLSTM(8, hidden, 2)
     with torch.no_grad():
         called = torch.func.functional_call(other, dict(ours.named_parameters()), (x, hx))
         torch.testing.assert_close(ours.step(x[0], hx)[0], called[0][0])

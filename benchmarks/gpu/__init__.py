@@ -1,14 +1,17 @@
-"""Everything on one GPU in eight minutes: ``make gpu``, or ``python -m benchmarks.gpu``.
+"""Everything on one GPU in eight minutes: ``make gpu``, or ``python -m benchmarks.gpu``; ``--first``: what three minutes tell.
 
 __main__.py     the run: part after part within a budget, the table last
-parts.py        the registry of parts, and how one runs: a process with a hard limit, which may be begun again
+parts.py        the registries of parts, and how one runs: a process with a hard limit, which may be begun again
 machine.py      the GPU, its driver and its clocks
 results.py      the result file, rewritten after every step, and the Markdown made from it
-build.py        part 1: the extension, in place, for this GPU
-test.py         part 2: the tests marked ``gpu``, a process a file
-sanitize.py     part 3: compute-sanitizer over sanitized.py
-primitives.py   part 4: what flags, barriers, exchanges and launches cost
-measure.py      part 5: ours on each schedule, cuDNN and the ladder, verified and then timed
+build.py        the extension for this GPU: in place, and as a build with a watchdog
+program.py      a CUDA program of one source: compiled, run, and heard line by line
+occupancy.py    how many clusters of each size fit
+test.py         the tests marked ``gpu``, a process a file
+sanitize.py     compute-sanitizer over sanitized.py
+primitives.py   what flags, barriers, exchanges and launches cost
+check.py        one forward and backward at H = 64, by cluster and through L2, in the build with a watchdog
+measure.py      ours on each schedule, cuDNN, the peers and the ladder, verified and then timed
 cells.py        which shapes, in which precision, in order of importance
 timing.py       wall clock, host cost, GPU time and CUDA graphs, in turns
 report.py       the tables

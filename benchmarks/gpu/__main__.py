@@ -1,5 +1,8 @@
 """``python -m benchmarks.gpu``: build, test, sanitize and measure on this machine's GPU; the table comes last.
 
+`--first` is for the first minutes on a GPU: in three minutes, and each line at once, the device and its clocks, how many
+clusters fit, what primitives cost, whether the kernels are right at H = 64, and a first timing beside cuDNN.
+
 Exit status: 0 when every part went well or was skipped, 1 when one failed or found no time, 2 for a request that
 cannot be met.
 """
@@ -19,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import build, parts, results
-from benchmarks.gpu.parts import PARTS, Outcome, Part
+from benchmarks.gpu.parts import FIRST_PARTS, PARTS, Outcome, Part, kill
 from benchmarks.gpu.report import markdown
 
 SECONDS = 475.0  # of eight minutes
+FIRST_S = 175.0  # of three
 FINISH_S = 10.0  # kept for killing what hangs, and for the table
 LEAST_S = 8.0  # a part is not begun with less
 MACHINE_S = 90.0  # for torch to find the GPU: the first time, on a cold disk, that takes long
@@ -40,7 +44,8 @@ def arguments_parser(registry: Sequence[Part]) -> argparse.ArgumentParser:
         description="Build, test, sanitize and measure on this machine's GPU, within eight minutes.",
     )
     parser.add_argument("--only", metavar="PART,PART", help=f"some of the parts: {names}")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it (default: %(default).0f)")
+    parser.add_argument("--first", action="store_true", help="the first three minutes on a GPU, each line at once")
+    parser.add_argument("--seconds", type=float, help=f"for all of it (default: {SECONDS:.0f}; --first: {FIRST_S:.0f})")
     parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="measure a dozen shapes, not as many as there is time for")
     parser.add_argument(
@@ -79,7 +84,8 @@ def find_machine(device: str, environment: dict[str, str]) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace, registry: Sequence[Part]) -> int:
-    end = time.monotonic() + options.seconds - FINISH_S
+    seconds = options.seconds or (FIRST_S if options.first else SECONDS)
+    end = time.monotonic() + seconds - FINISH_S
     chosen = choose(registry, options.only, options.device)
     if options.list:
         print("\n".join(f"{part.name:<12}{part.about}" for part in registry))
@@ -92,7 +98,11 @@ def run(options: argparse.Namespace, registry: Sequence[Part]) -> int:
     result = results.new(facts, options.device, options.quick)
     results.save(path, result)
     started = time.monotonic()
+    print("\n".join([f"result: {results.scrub(str(path))}", *device_lines(facts)]), flush=True)
+    early = []
     try:
+        if options.first and options.device == "cuda" and any(part.name in build.NEEDS_BUILD for part in chosen):
+            early = build.begin(environment)
         for number, part in enumerate(chosen):
             outcome = one_part(part, chosen[number + 1 :], end, path, options, environment)
             result = results.load(path)
@@ -104,6 +114,10 @@ def run(options: argparse.Namespace, registry: Sequence[Part]) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; what was done is in {path}")
         return 130
+    finally:
+        for process in early:
+            if process.poll() is None:
+                kill(process)
     path.with_suffix(".doing").unlink(missing_ok=True)
     print(f"\nwrote {path} and {path.with_suffix('.md').name}\n\n{'=' * 100}\n")
     print(markdown(result), flush=True)
@@ -121,12 +135,29 @@ def one_part(
         print("not run: the time was up", flush=True)
         return Outcome(part.name, "not run", starts=0, reason="the time was up")
     arguments = ["--result", str(path), "--device", options.device]
-    if part.name == "measure":
+    if part.name == "measure" and not options.first:
         arguments += ["--backends", options.backends] + ["--quick"] * options.quick
     log = LOGS / f"{part.name}.log"
-    outcome = parts.run(part, arguments, seconds, log, echo, environment, results.ROOT)
+    folder = results.ROOT / part.folder
+    if part.needs and not any(folder.glob(part.needs)):
+        reason = f"there is no {Path(part.folder) / part.needs}: the build before it was not done"
+        print(f"not run: {reason}", flush=True)
+        return Outcome(part.name, "not run", starts=0, reason=reason)
+    outcome = parts.run(part, arguments, seconds, log, echo, environment, folder)
     print(f"== {part.name}: {outcome.status}, {outcome.seconds:.0f} s {outcome.reason}".rstrip(), flush=True)
     return outcome
+
+
+def device_lines(facts: dict[str, Any]) -> list[str]:
+    """The device and its clocks, before anything else is known."""
+    gpu = facts.get("gpu")
+    if not gpu:
+        return [f"a dry run on the CPU: {facts['cpu']['model']}"]
+    found = (gpu.get("clocks") or {}).get("found") or {}
+    clocks = ", ".join(f"{name} {value}" for name, value in found.items()) or "nvidia-smi does not say"
+    known = {"driver": "driver", "cuda": "CUDA", "cudnn": "cuDNN", "capability": "capability", "multiprocessors": "SMs"}
+    about = ", ".join(f"{word} {gpu[key]}" for key, word in known.items() if gpu.get(key) is not None)
+    return [f"device: {gpu['model']}, {about}", f"clocks as found: {clocks}"]
 
 
 def keep_logs(path: Path) -> None:
@@ -140,9 +171,10 @@ def echo(line: str) -> None:
     print(f"   {line}", flush=True)
 
 
-def main(arguments: list[str] | None = None, registry: Sequence[Part] = PARTS) -> int:
+def main(arguments: list[str] | None = None, registry: Sequence[Part] | None = None) -> int:
     try:
-        return run(arguments_parser(registry).parse_args(arguments), registry)
+        options = arguments_parser(registry or PARTS).parse_args(arguments)
+        return run(options, registry or (FIRST_PARTS if options.first else PARTS))
     except Impossible as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,8 @@
-"""Part 1: compile the extension, in place, for the GPUs of this machine, with the torch of this interpreter.
+"""Compile the extension, in place, for the GPUs of this machine, with the torch of this interpreter.
+
+`--variant watchdog` compiles the build that tells who waited for whom instead of hanging; it lies in build/gpu/watchdog,
+with a copy of the package's Python files. Both builds may run at once, and one that is begun early, in the background, is
+waited for by the part that needs it: the process that comes second finds every object made.
 
 torch itself is never installed. Small tools that are missing go to build/gpu/tools, where the other parts find them
 (see ``tools_environment``), so that the interpreter's own packages stay as they are; without a network the part goes on
@@ -8,22 +12,26 @@ and says what it lacks.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import build_support
 from benchmarks.gpu import results
-from benchmarks.gpu.parts import Exit
+from benchmarks.gpu.parts import Exit, kill
 
 TOOLS = results.ROOT / "build" / "gpu" / "tools"
-LOG = results.ROOT / "build" / "gpu" / "compile.log"
+BUILDS = results.ROOT / "build" / "gpu"
 SETUPTOOLS = 77
 NEEDED = {
     "setuptools": f"setuptools>={SETUPTOOLS}.0.3",
@@ -31,7 +39,7 @@ NEEDED = {
     "pytest": "pytest",
     "hypothesis": "hypothesis",
 }
-USEFUL = {"ninja": "ninja", "rich": "rich"}  # without ninja one file is compiled at a time
+USEFUL = {"rich": "rich"}
 COMPILER = ["-r", str(results.ROOT / "requirements" / "cuda.txt")]  # nvcc, where none fits torch
 PIP_S = {"tools": 45.0, "compiler": 90.0}
 
@@ -65,7 +73,7 @@ def too_old(name: str) -> bool:
 def install(requirements: Sequence[str], seconds: float) -> str:
     """Put packages into build/gpu/tools; why that failed, or ""."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--retries", "0", "--timeout", "10", "--target", str(TOOLS), *requirements]
+    command += ["--retries", "0", "--timeout", "5", "--target", str(TOOLS), *requirements]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -81,24 +89,103 @@ def architectures(capabilities: Iterable[tuple[int, int]]) -> str:
     return ";".join(by_number.get(number, number) for number in numbers)
 
 
-def compile_in_place(archs: str, seconds: float) -> str:
-    """Run setup.py; why it failed, or "". What was built before is gone then: nobody is to test or measure that."""
-    for stamp in (results.ROOT / "build").glob("built-*"):  # of `make build`, whose torch may be another one
-        stamp.unlink()
-    for old in (results.ROOT / "stacked_lstm_ext").glob(f"_C*{sysconfig.get_config_var('EXT_SUFFIX')}"):
-        old.unlink()
-    tag = f"{sys.implementation.cache_tag}-{archs.replace(';', '-')}"
-    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-temp", f"build/gpu/{tag}"]
-    environment = dict(os.environ) | {"TORCH_CUDA_ARCH_LIST": archs, "FORCE_CUDA": "1"}
-    LOG.parent.mkdir(parents=True, exist_ok=True)
-    with LOG.open("w") as log:
-        try:
-            ran = subprocess.run(
-                command, cwd=results.ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=seconds
+@dataclass(frozen=True)
+class Variant:
+    """One way to build the extension, and where it is imported from."""
+
+    name: str
+    place: Path  # the folder whose stacked_lstm_ext holds it
+    switches: tuple[tuple[str, str], ...] = ()  # environment variables of setup.py
+
+    @property
+    def log(self) -> Path:
+        return BUILDS / f"compile-{self.name}.log"
+
+    def prepare(self) -> list[str]:
+        """Remove what was built before, so that no test or measurement can take it for this one; where setup.py is to build."""
+        package = self.place / "stacked_lstm_ext"
+        if self.place == results.ROOT:
+            for stamp in (results.ROOT / "build").glob("built-*"):  # of `make build`, whose torch may be another one
+                stamp.unlink()
+        else:
+            ignore = shutil.ignore_patterns("*.so", "__pycache__")
+            shutil.copytree(results.ROOT / "stacked_lstm_ext", package, ignore=ignore, dirs_exist_ok=True)
+        for old in package.glob(f"_C*{sysconfig.get_config_var('EXT_SUFFIX')}"):
+            old.unlink()
+        return ["--inplace"] if self.place == results.ROOT else ["--build-lib", str(self.place)]
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("ordinary", results.ROOT),
+        Variant("watchdog", BUILDS / "watchdog", (("STACKED_LSTM_EXT_WATCHDOG", "1"),)),
+    )
+}
+
+
+@contextlib.contextmanager
+def alone(variant: Variant, end: float) -> Iterator[bool]:
+    """Whether this process is the only one that builds the variant: another one is waited for until `end`."""
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    with (BUILDS / f"{variant.name}.lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    yield False
+                    return
+                time.sleep(0.1)
+            else:
+                yield True
+                return
+
+
+def compile_variant(variant: Variant, archs: str, end: float) -> str:
+    """Run setup.py until `end`; why it failed, or "". Objects that were made stay, and are not made again."""
+    tag = f"{sys.implementation.cache_tag}-{archs.replace(';', '-')}-{variant.name}"
+    environment = {key: value for key, value in os.environ.items() if key != "STACKED_LSTM_EXT_WATCHDOG"}
+    environment |= {"TORCH_CUDA_ARCH_LIST": archs, "FORCE_CUDA": "1"} | dict(variant.switches)
+    with alone(variant, end) as ours:
+        if not ours:
+            return "another process builds it, and was not done in time"
+        command = [sys.executable, "setup.py", "build_ext", *variant.prepare(), "--build-temp", str(BUILDS / tag)]
+        with variant.log.open("w") as log:
+            process = subprocess.Popen(
+                command, cwd=results.ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
-        except subprocess.TimeoutExpired:
-            return f"the compiler was not done after {seconds:.0f} s"
-    return "" if ran.returncode == 0 else f"setup.py ended with status {ran.returncode}"
+            try:
+                code = process.wait(max(end - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                kill(process)
+                return f"the compiler was not done in time; {progress(variant.log)}; begun again, it goes on there"
+    return "" if code == 0 else f"setup.py ended with status {code}"
+
+
+def progress(log: Path) -> str:
+    """How many files are compiled, as setup.py's output says."""
+    done = [line.split("]")[0] + "]" for line in log.read_text(errors="replace").splitlines() if line.startswith("[")]
+    return f"{done[-1]} files are compiled" if done else "no file is compiled yet"
+
+
+def begin(environment: Mapping[str, str]) -> list[subprocess.Popen[bytes]]:
+    """Build both variants in the background, the one that is needed first at the higher priority."""
+    command = [sys.executable, "-m", "benchmarks.gpu.build", "--background"]
+    return [
+        subprocess.Popen(
+            [*command, "--variant", name, "--nice", nice],
+            cwd=results.ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for name, nice in (("watchdog", "5"), ("ordinary", "10"))
+    ]
+
+
+NEEDS_BUILD = ("watchdog", "check", "build", "measure")  # parts
 
 
 CHECK = """
@@ -113,17 +200,31 @@ print("CUDA", built["cuda"], "for", ", ".join(built["cuda_archs"]))
 """
 
 
+def architectures_here() -> str:
+    import torch
+
+    return architectures(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.build", description=__doc__.splitlines()[0])
-    parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--result", type=Path)
+    parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--variant", choices=tuple(VARIANTS), default="ordinary")
+    parser.add_argument("--background", action="store_true", help="compile only; another process will ask for it")
+    parser.add_argument("--no-install", action="store_true", help="do not ask pip for what is missing")
+    parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args(arguments)
-    result = results.load(options.result)
+    variant = VARIANTS[options.variant]
     end = time.monotonic() + options.seconds - 5
+    if options.background:
+        os.nice(options.nice)
+        return bool(compile_variant(variant, architectures_here(), end))
+    result = results.load(options.result)
 
     def finish(code: Exit, summary: str, **facts: object) -> int:
-        result["build"] = {"summary": results.scrub(summary), **facts}
+        result["build" if variant.name == "ordinary" else variant.name] = {"summary": results.scrub(summary), **facts}
         results.save(options.result, result)
         print(summary, flush=True)
         return code
@@ -131,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cpu":
         return finish(Exit.SKIPPED, "a dry run on the CPU builds nothing")
     lacking = missing(NEEDED) + missing(USEFUL)
-    if lacking:
+    if lacking and not options.no_install:
         print(f"missing: {', '.join(lacking)}; installing into build/gpu/tools", flush=True)
         reason = install([(NEEDED | USEFUL)[name] for name in lacking], PIP_S["tools"])
         importlib.invalidate_caches()
@@ -141,21 +242,23 @@ def main(arguments: list[str] | None = None) -> int:
 
     import torch
 
-    if build_support.wants_compiler(torch.version.cuda, os.environ, build_support.cuda_sources(results.ROOT)):
+    if not options.no_install and build_support.wants_compiler(
+        torch.version.cuda, os.environ, build_support.cuda_sources(results.ROOT)
+    ):
         print("no nvcc here fits torch; installing one into build/gpu/tools", flush=True)
         if reason := install(COMPILER, PIP_S["compiler"]):
             print(f"that failed ({reason})", flush=True)
-    archs = architectures(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    print(f"compiling for {archs} (log: {LOG.relative_to(results.ROOT)})", flush=True)
+    archs = architectures_here()
+    print(f"compiling for {archs} (log: {results.scrub(str(variant.log))})", flush=True)
     started = time.monotonic()
-    reason = compile_in_place(archs, end - time.monotonic())
+    reason = compile_variant(variant, archs, end)
     seconds = round(time.monotonic() - started, 1)
     if reason:
-        tail = "\n".join(LOG.read_text(errors="replace").splitlines()[-60:])
+        tail = "\n".join(variant.log.read_text(errors="replace").splitlines()[-60:])
         print(tail, flush=True)
         return finish(Exit.FAILED, reason, archs=archs, seconds=seconds, lacking=lacking, log=results.scrub(tail))
     checked = subprocess.run(
-        [sys.executable, "-c", CHECK], cwd=results.ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", CHECK], cwd=variant.place, capture_output=True, text=True, timeout=60, check=False
     )
     if checked.returncode != 0:
         reason = (checked.stderr.strip().splitlines() or ["it did not load"])[-1]

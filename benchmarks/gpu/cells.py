@@ -1,7 +1,8 @@
 """Which shapes are measured, in which precision, in order of importance: a short run leaves out what comes last.
 
 Two groups carry a claim each, which report.py judges: "targets", where the persistent kernel is to be several times as
-fast as cuDNN, and "gpu", the floors, where from `FLOOR_DEPTH` layers on ours is nowhere to be slower.
+fast as cuDNN, and "gpu", the floors, where from `FLOOR_DEPTH` layers on ours is nowhere to be slower. "anchors" are shapes
+for which others have published figures.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Target:
     precision: Precision
     ladder: bool = False  # also time the rungs of benchmarks/ladder.py
     backends: tuple[str, ...] = ()  # ours to force, beside what `auto` takes
-    flashrnn: bool = False  # also FlashRNN, which compiles for a minute at every new size
+    peers: bool = False  # also FlashRNN, haste and TorchRL, each of which compiles or chooses for a minute at a new size
 
     @property
     def name(self) -> str:
@@ -81,7 +82,7 @@ def target(layers: int, batch: int, width: int, precision: Precision, steps: int
         precision,
         ladder=precision == BF16 and (layers, batch, width) == LADDER,
         backends=("persistent", "diagonal"),
-        flashrnn=one_layer and precision == BF16,  # in float16 it adds up in float16, and is not the same product
+        peers=one_layer and precision == BF16,  # in float16 FlashRNN adds up in float16, and is not the same product
     )
 
 
@@ -96,6 +97,26 @@ def target_cells() -> list[Target]:
     grid = [(layers, batch, width) for width in TARGET_WIDTHS for batch in TARGET_BATCHES for layers in TARGET_LAYERS]
     depth = [(layers, DEPTH_BATCH, DEPTH_WIDTH) for layers in DEPTHS]
     return cells + [target(*shape, precision) for precision in (BF16, FP16) for shape in [*grid, *depth]]
+
+
+def first_targets() -> list[Target]:
+    """For the first minutes on a GPU: a stack and the published layer, in both 16-bit dtypes; persistent in any case."""
+    layers, batch, steps, width = ONE_LAYER
+    cases = [Case(4, 8, TARGET_STEPS, 256, group="targets"), Case(layers, batch, steps, width, group="targets")]
+    return [Target(case, precision, backends=("persistent",)) for case in cases for precision in (FP16, BF16)]
+
+
+# Shapes that the peers' authors and users have published figures for, each in the precisions that were published, or that
+# the peer has.
+REINFORCEMENT = [Case(1, 128, 128, 256, group="anchors"), Case(1, 256, 128, 512, input_size=32, group="anchors")]
+ANCHORS = [
+    *(Target(Case(*ONE_LAYER, group="anchors"), precision, peers=True) for precision in (FP32, TF32)),
+    *(Target(case, precision, peers=True) for case in REINFORCEMENT for precision in (BF16, TF32, FP32)),
+    *(Target(Case(layers, 32, 30, 128, group="anchors"), FP32) for layers in (1, 4, 8, 20)),
+    Target(Case(4, 512, 1000, 128, group="anchors"), FP16),
+    *(Target(Case(3, 1, 200, width, group="anchors"), precision) for width in (50, 100, 200) for precision in (BF16, FP16)),
+    Target(Case(10, 1, 100, 256, group="anchors"), FP32),  # published as a wavefront for this one shape
+]
 
 
 # Few shapes that show the lie of the land at L = 4: small and large batches, narrow and wide layers.
@@ -119,7 +140,7 @@ def targets(quick: bool, device: torch.device) -> list[Target]:
     first_look = claims[:8] + [Target(packed(4, 32, 512), BF16)] + sketch[2:5]
     if quick:
         return first_look
-    wanted = first_look + claims + sketch + depth
+    wanted = first_look + claims + ANCHORS + sketch + depth
     wanted += [Target(grid(4, *shape), precision) for shape in FLOOR for precision in (BF16, FP16)]
     wanted += [Target(grid(4, *shape), precision) for shape in SKETCH for precision in (FP32, TF32)]
     wanted += [Target(packed(4, *shape), BF16) for shape in SKETCH]

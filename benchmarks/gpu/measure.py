@@ -1,4 +1,4 @@
-"""Part 5: every target in inference and in training, each contestant verified against float64 and only then timed.
+"""Every target in inference and in training, each contestant verified against float64 and only then timed.
 
 The result file is rewritten after every row. Before anything that may hang or spoil the CUDA context, a note beside it
 says who is at work; a process that finds such a note knows what killed the last one, writes that down, and goes on
@@ -8,11 +8,13 @@ behind it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import torch
 
 from benchmarks import ladder, suite
 from benchmarks.cases import Case, Mode, Problem
-from benchmarks.contestants import Contestant, FlashRNN, Prepared, StackedLSTM, Tensors, TorchLSTM
+from benchmarks.contestants import PEERS, Contestant, Prepared, StackedLSTM, Tensors, TorchLSTM
 from benchmarks.gpu import cells, machine, results, timing
 from benchmarks.gpu.parts import Exit
 from benchmarks.verify import reference, verify
@@ -33,6 +35,7 @@ REFERENCE_MOST_S = 20.0  # a target whose float64 reference would take longer is
 LAUNCH_S = 8e-6  # of one torch operation, roughly
 PROFILE_S = 8.0  # kept for the profiler, at the end
 GIVE_UP_CAPTURES = 3
+PEER_MOST_S, PEER_SAYS_S = 120, 20  # for a peer's first steps at a new size
 REFERENCE = "float64 reference"
 
 
@@ -83,12 +86,15 @@ class Measurement:
         seconds: float,
         contestants: Sequence[Contestant],
         say: Callable[[str], None] = print,
+        first_rows_s: float = FIRST_ROWS_S,
+        profile_s: float = PROFILE_S,
     ) -> None:
         self.path, self.device, self.contestants, self.say = path, device, list(contestants), say
+        self.profile_s = profile_s if device.type == "cuda" else 0.0
         self.result = results.load(path)
         self.note = Note(path.with_suffix(".doing"))
         self.end = time.perf_counter() + seconds
-        self.longest_s = FIRST_ROWS_S if device.type == "cuda" else 0.0  # of a target so far
+        self.longest_s = first_rows_s if device.type == "cuda" else 0.0  # of a target so far
         self.failed_captures: dict[str, int] = {}
         self.float64_flops = 1e11
 
@@ -110,7 +116,7 @@ class Measurement:
         to_do = [target for target in targets if any((target.name, mode) not in done for mode in target.modes)]
         self.result["left_out"] = []
         for number, target in enumerate(to_do):
-            if self.left() < 1.3 * self.longest_s + PROFILE_S * (self.device.type == "cuda"):
+            if self.left() < 1.3 * self.longest_s + self.profile_s:
                 self.leave_out(to_do[number:], "the time was up")
                 break
             if (seconds := self.reference_seconds(target.case)) > REFERENCE_MOST_S:
@@ -123,7 +129,7 @@ class Measurement:
             if not self.measure(target, modes, len(to_do) - number):
                 self.say("the CUDA context is spoilt")
                 return Exit.AGAIN
-            if not (target.ladder or target.flashrnn):  # as long as these nobody else will take
+            if not (target.ladder or target.peers):  # as long as these nobody else will take
                 self.longest_s = max(self.longest_s, time.perf_counter() - started)
         self.profile(targets[0])
         self.note.clear()
@@ -199,12 +205,12 @@ class Measurement:
         return True
 
     def beside(self, target: cells.Target, like: Field) -> list[Field]:
-        """Who takes part in this target alone: forced backends, the ladder's rungs, FlashRNN. Their calls alone count."""
+        """Who takes part in this target alone: forced backends, the ladder's rungs, the peers. Their calls alone count."""
         extras = [Field(StackedLSTM(name), like.problem, like.expected, False, name) for name in target.backends]
         if target.ladder:
             extras = [Field(rung, like.problem, like.expected, False) for rung in ladder.entrants(self.device)]
-        if target.flashrnn:
-            extras.append(Field(FlashRNN("cuda_fused"), like.problem, like.expected, False))
+        if target.peers:
+            extras += [Field(peer, like.problem, like.expected, False) for peer in PEERS]
         there = {who.name for who in self.contestants}
         return [extra for extra in extras if extra.contestant.name not in there]
 
@@ -231,7 +237,8 @@ class Measurement:
                     continue
                 self.say(f"{target.name} {mode}: verifying {who.name}")
                 own = who.eps(entrant.problem.case, mode, entrant.problem.dtype) or 0.0
-                prepared, entry = self.check(entrant, mode, max(own, target.precision.eps))
+                with self.patience(who):
+                    prepared, entry = self.check(entrant, mode, max(own, target.precision.eps))
             except torch.OutOfMemoryError:
                 entries[who.name] = {"status": "skipped", "reason": "out of memory", "ours": who.ours}
                 continue
@@ -276,6 +283,25 @@ class Measurement:
         if target.backends and self.device.type == "cuda":
             row["predicted"] = predicted(target, mode, self.device)
         return row | ({"ladder": ladder.described()} if target.ladder else {}), sound
+
+    @contextlib.contextmanager
+    def patience(self, who: Contestant) -> Iterator[None]:
+        """Lets a peer compile, which takes longer than the silence after which a process counts as hung."""
+        done = threading.Event()
+
+        def talk() -> None:
+            for _ in range(PEER_MOST_S // PEER_SAYS_S):
+                if done.wait(PEER_SAYS_S):
+                    return
+                self.say(f"waiting for {who.name}")
+
+        talker = threading.Thread(target=talk, daemon=True)
+        if who in PEERS:
+            talker.start()
+        try:
+            yield
+        finally:
+            done.set()
 
     def check(self, entrant: Field, mode: Mode, eps: float) -> tuple[Prepared, results.Result]:
         """Two steps against the reference: the second one finds what the first has left behind."""
@@ -339,7 +365,7 @@ class Measurement:
 
     def profile(self, target: cells.Target) -> None:
         """Which kernels ran, of each contestant, on one target. Last, since a profiler slows what follows."""
-        if self.device.type != "cuda" or self.left() < 2:
+        if not self.profile_s or self.left() < 2:
             return
         self.result["profile"] = []
         self.say(f"{target.name}: profiling")
@@ -468,16 +494,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--first", action="store_true", help="few shapes, and no profile")
     parser.add_argument("--backends", default="auto")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     contestants = [*(StackedLSTM(name) for name in options.backends.split(",")), TorchLSTM()]
-    measurement = Measurement(options.result, device, options.seconds - 5, contestants, say)
+    hurry = {"first_rows_s": 5.0, "profile_s": 0.0} if options.first else {}
+    measurement = Measurement(options.result, device, options.seconds - 3, contestants, say, **hurry)
     measurement.result["environment"] |= machine.describe(device, extension=True) | {
         "commit": measurement.result["environment"]["commit"],
         "time": measurement.result["environment"]["time"],
     }
-    return measurement.run(cells.targets(options.quick, device))
+    first = options.first and device.type == "cuda"
+    return measurement.run(cells.first_targets() if first else cells.targets(options.quick, device))
 
 
 def say(text: str) -> None:

@@ -43,18 +43,52 @@ class Part:
     command: tuple[str, ...] = ()  # default: python -m benchmarks.gpu.NAME
     stall_s: float | None = None  # without a word for as long: it hangs
     resumes: bool = False  # begun again, it goes on behind the step that killed it
+    folder: str = ""  # where it runs, relative to the repository; Python imports from there first
+    needs: str = ""  # what has to be there, below that folder
 
     def arguments(self) -> list[str]:
         return list(self.command) or [sys.executable, "-m", f"benchmarks.gpu.{self.name}"]
 
 
+def program(name: str, *options: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"benchmarks.gpu.{name}", *options)
+
+
+EXTENSION = "stacked_lstm_ext/_C*.so"
+
 # In the order in which they run. What one part does not use, the last one gets.
 PARTS = (
     Part("build", "compile the extension, in place, for this GPU", 200.0, 60.0),
-    Part("test", "the tests marked gpu", 120.0, 60.0),
-    Part("sanitize", "memcheck, racecheck, synccheck and initcheck", 100.0, 50.0),
+    Part("occupancy", "how many clusters fit", 20.0, 10.0),
+    Part("test", "the tests marked gpu", 120.0, 60.0, needs=EXTENSION),
+    Part("sanitize", "memcheck, racecheck, synccheck and initcheck", 100.0, 45.0, needs=EXTENSION),
     Part("primitives", "what flags, barriers, exchanges and launches cost", 60.0, 30.0),
-    Part("measure", "verify and time ours and cuDNN", None, 120.0, stall_s=60.0, resumes=True),
+    Part("measure", "verify and time ours and its peers", None, 120.0, stall_s=60.0, resumes=True, needs=EXTENSION),
+)
+
+# The first minutes on a GPU: what is known soonest comes first. Both builds are begun before the first part.
+FIRST_PARTS = (
+    Part("occupancy", "how many clusters fit", 30.0, 10.0),
+    Part("primitives", "what flags, barriers, exchanges and launches cost", 60.0, 20.0),
+    Part(
+        "watchdog",
+        "the extension as a build that tells who waited for whom",
+        110.0,
+        30.0,
+        program("build", "--variant", "watchdog", "--no-install"),
+    ),
+    Part("check", "H = 64 forward and backward against float64", 45.0, 25.0, folder="build/gpu/watchdog", needs=EXTENSION),
+    Part("build", "the extension as it is used, in place", 110.0, 10.0, program("build", "--no-install")),
+    Part(
+        "measure",
+        "a first timing beside cuDNN",
+        None,
+        30.0,
+        program("measure", "--first"),
+        stall_s=30.0,
+        resumes=True,
+        needs=EXTENSION,
+    ),
 )
 
 

@@ -35,11 +35,14 @@ def markdown(result: Result) -> str:
     """Everything a reader should see; what matters most comes last, where a terminal stops."""
     sections = [
         [f"# {title(result)}", "", caption(result)],
+        occupancy_table(result),
         primitives_table(result),
+        check_table(result),
         profile_table(result),
         left_out(result),
         *(mode_table(result, *key) for key in measured(result)),
         packed_table(result),
+        peers_table(result),
         ladders(result),
         backends_table(result),
         failures(result),
@@ -95,6 +98,32 @@ def primitives_table(result: Result) -> list[str]:
         unit = figure["unit"] + f", **{figure['wrong']} WRONG**" * bool(figure["wrong"])
         numbers = " | ".join(f"{figure[key]:.4g}" for key in ("median", "min", "max"))
         lines.append(f"| {name} | {numbers} | {unit} |")
+    return lines
+
+
+def occupancy_table(result: Result) -> list[str]:
+    """How many clusters of each size fit; see benchmarks/occupancy.cu."""
+    sizes = (result.get("occupancy") or {}).get("sizes") or []
+    if not sizes:
+        return []
+    lines = ["## Clusters that fit at once, one block on a multiprocessor", ""]
+    lines += ["| blocks of a cluster | " + " | ".join(str(one["cluster"]) for one in sizes) + " |"]
+    lines += ["| --- |" + " ---: |" * len(sizes)]
+    return lines + [
+        f"| {key} | " + " | ".join(str(one[key]) for one in sizes) + " |" for key in ("clusters", "blocks")
+    ]
+
+
+def check_table(result: Result) -> list[str]:
+    """The first forward and backward, in the build that has a watchdog; see check.py."""
+    runs = (result.get("check") or {}).get("runs") or {}
+    if not runs:
+        return []
+    lines = ["## H = 64 against float64, watchdog build", "", "| | | off by | allowed | |", "| --- | --- | ---: | ---: | --- |"]
+    for name, found in runs.items():
+        numbers = " | ".join(f"{found[key]:.2g}" if key in found else "–" for key in ("error", "tolerance"))
+        status = found["status"] if found["status"] == "ok" else f"**{found['status'].upper()}**"
+        lines.append(f"| {name} | {status} | {numbers} | {one_line(found.get('reason', ''))} |")
     return lines
 
 
@@ -188,13 +217,44 @@ def packed_table(result: Result) -> list[str]:
     return lines
 
 
+def peers_table(result: Result) -> list[str]:
+    """Who else computes an LSTM on a GPU, at the shapes that they were asked for; and why the others do not."""
+    rows = [row for row in result["rows"] if row["group"] == "anchors" or any(map(is_peer, row["contestants"]))]
+    if not rows:
+        return []
+    names = [OURS, BASELINE, *dict.fromkeys(name for row in rows for name in row["contestants"] if is_peer(name))]
+    shown = [name for name in names if any("median" in row["contestants"].get(name, {}) for row in rows)]
+    lines = ["## Peers", "", "Milliseconds by wall clock, in brackets on the GPU.", ""]
+    lines += ["| L, B, T, H | | " + " | ".join(shown) + " |", "| --- | --- |" + " ---: |" * len(shown)]
+    for row in rows:
+        cells = [peer_cell(row["contestants"].get(name, {})) for name in shown]
+        shape = ", ".join(map(str, size(row) or ())) or row["name"]
+        lines.append(f"| {shape} | {row['precision']} {row['mode']} | " + " | ".join(cells) + " |")
+    for name in names:
+        entries = [row["contestants"].get(name) or {} for row in rows]
+        reasons = dict.fromkeys(one_line(entry["reason"]) for entry in entries if "median" not in entry and entry.get("reason"))
+        if reasons:
+            lines += ["", f"{name}: {'; '.join(reasons)}."]
+    return lines
+
+
+def is_peer(name: str) -> bool:
+    return name.startswith(("FlashRNN", "haste", "TorchRL"))
+
+
+def peer_cell(entry: Result) -> str:
+    text = entry_columns(entry)[0] if "median" in entry or entry.get("status") in ("wrong", "failed") else "–"
+    gpu = milliseconds(entry.get("gpu_median")) if entry.get("gpu_median") else ""
+    return text.split(" ±")[0] + f" ({gpu})" * bool(gpu)
+
+
 def floors(result: Result) -> list[str]:
     """How the floors stand, as far as they were measured."""
-    if result["device"] != "cuda":
-        return []
     rows = [row for row in result["rows"] if row["group"] == "gpu" and row["precision"] in FLOOR_PRECISIONS]
     deep = [row for row in rows if (size(row) or (0,))[0] >= FLOOR_LAYERS]
     packed = [row for row in result["rows"] if row["group"] == "packed"]
+    if result["device"] != "cuda" or not (rows or packed):
+        return []
 
     def ours(key: str) -> Callable[[Result], float | None]:
         return lambda row: row["contestants"].get(OURS, {}).get(key)
@@ -262,7 +322,7 @@ def backends_table(result: Result) -> list[str]:
 
 def targets_table(result: Result) -> list[str]:
     """How the targets stand: each by wall clock and on the GPU, of `StackedLSTM` as a user calls it."""
-    if result["device"] != "cuda":
+    if result["device"] != "cuda" or not any(row["group"] == "targets" for row in result["rows"]):
         return []
     lines = ["## Targets", "", "| target | | wall | GPU |", "| --- | ---: | --- | --- |"]
 

@@ -1,4 +1,4 @@
-"""Part 3: compute-sanitizer's four tools over ``sanitized.py``, all at once.
+"""compute-sanitizer's four tools over ``sanitized.py``, all at once.
 
 torch's allocator hands out pieces of large blocks, inside which no tool sees an overrun: here every tensor is an
 allocation of its own. memcheck, racecheck and synccheck look at our kernels alone. initcheck has to see everybody's
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.gpu import results
@@ -118,10 +118,16 @@ def main(arguments: list[str] | None = None) -> int:
     LOGS.mkdir(parents=True, exist_ok=True)
     chosen = filter_option(program)
     names = options.tools.split(",")
+    ran: list[results.Result] = []
     with ThreadPoolExecutor(len(names)) as pool:
-        ran = list(pool.map(lambda n: run_tool(n, names[n], program, chosen, end, command), range(len(names))))
-    for tool in ran:
-        print(f"{tool['tool']}: {tool['status']}: {tool['reason']} ({tool['seconds']:.0f} s)", flush=True)
+        tools = [pool.submit(run_tool, n, name, program, chosen, end, command) for n, name in enumerate(names)]
+        for running in as_completed(tools):
+            ran.append(tool := running.result())
+            print(f"{tool['tool']}: {tool['status']}: {tool['reason']} ({tool['seconds']:.0f} s)", flush=True)
+            result = results.load(options.result)
+            result["sanitize"] = {"summary": f"cut: {len(ran)} of {len(names)} tools done", "tools": ran}
+            results.save(options.result, result)
+    ran.sort(key=lambda tool: names.index(tool["tool"]))
     clean = [tool["tool"] for tool in ran if tool["status"] == "ok"]
     wrong = [f"{tool['tool']} {tool['status']}" for tool in ran if tool["status"] not in ("ok", "skipped")]
     summary = "; ".join(filter(None, [f"clean: {', '.join(clean)}" * bool(clean), ", ".join(wrong)]))

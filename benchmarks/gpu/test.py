@@ -1,4 +1,4 @@
-"""Part 2: the tests marked ``gpu``, a process a file and several at once.
+"""The tests marked ``gpu``, a process a file and several at once.
 
 What a kernel breaks, a CUDA context or the process itself, stays in its file; a file that hangs is killed at the end of
 the part's time, and the others have run.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.gpu import results
@@ -26,6 +27,7 @@ AT_ONCE = 4
 MOST_STARTS = 4  # of a file
 SPOILT = 76  # exit status of a process whose CUDA context is lost (tests/conftest.py)
 STALL_S = 40.0  # without a line of output: a test that hangs. The process is killed, and another goes on behind it
+START_S = 60.0  # the same until the first test is named: torch may have to be read from a cold disk
 TEST = re.compile(r"^\S*::\w+(?:\[.*?\])?(?=\s|$)", re.MULTILINE)
 RESULT = re.compile(rf"({TEST.pattern})\s(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 
@@ -79,7 +81,8 @@ def run_once(
             now = time.monotonic()
             if (grown := log.stat().st_size) != size:
                 size, heard = grown, now
-            if now > end or now - heard > STALL_S:
+            silent = now - heard
+            if now > end or silent > START_S or (silent > STALL_S and "::" in last_test(log)):
                 code, again = kill(process), now <= end
                 reason = f"killed: {'it hung' if again else 'not done in time'}; it was at {last_test(log)}"
                 break
@@ -144,23 +147,34 @@ def main(arguments: list[str] | None = None, tests: Path = results.ROOT / "tests
     end = time.monotonic() + options.seconds - 5
     if options.device == "cpu":
         os.environ["STACKED_LSTM_EXT_TEST_DEVICE"] = "cpu"
-    found = []
+    found: list[results.Result] = []
+    files = test_files(tests)
+
+    def finish(summary: str, code: Exit) -> Exit:
+        total = {key: sum(ran[key] for ran in found) for key in ("passed", "failed", "skipped")}
+        failures = [failure for ran in found for failure in ran["failures"]]
+        result = results.load(options.result)
+        result["tests"] = {"summary": summary, **total, "failures": failures, "files": found}
+        results.save(options.result, result)
+        return code
+
+    if absent := [name for name in ("pytest", "numpy") if importlib.util.find_spec(name) is None]:
+        print(f"no test is run: {' and '.join(absent)} not installed", flush=True)
+        return finish(f"{' and '.join(absent)} not installed", Exit.SKIPPED)
     with ThreadPoolExecutor(min(AT_ONCE, max(1, (os.cpu_count() or 1) // 2))) as pool:
-        for ran in pool.map(lambda path: run_file(path, end, extra), test_files(tests)):
-            found.append(ran)
+        for running in as_completed([pool.submit(run_file, path, end, extra) for path in files]):
+            found.append(ran := running.result())
             print(f"{ran['file']}: {counts(ran)}, {ran['seconds']:.0f} s", flush=True)
             for failure in ran["failures"][:5]:
                 print(f"  {failure}", flush=True)
-    total = {key: sum(ran[key] for ran in found) for key in ("passed", "failed", "skipped")}
-    failures = [failure for ran in found for failure in ran["failures"]]
-    summary = counts(total)
-    if not total["passed"]:
+            finish(f"cut: {len(found)} of {len(files)} files done", Exit.FAILED)
+    found.sort(key=lambda ran: ran["file"])
+    summary = counts({key: sum(ran[key] for ran in found) for key in ("passed", "failed", "skipped")})
+    passed = any(ran["passed"] for ran in found)
+    if not passed:
         summary += "; not one test ran: " + "; ".join(sorted({skip for ran in found for skip in ran["skips"]})[:3])
-    result = results.load(options.result)
-    result["tests"] = {"summary": summary, **total, "failures": failures, "files": found}
-    results.save(options.result, result)
     print(summary, flush=True)
-    return Exit.FAILED if failures or not total["passed"] else Exit.OK
+    return finish(summary, Exit.FAILED if any(ran["failures"] for ran in found) or not passed else Exit.OK)
 
 
 def counts(ran: results.Result) -> str:

@@ -23,24 +23,31 @@ class ForwardWave : Wave<T> {
   using Base::shape_, Base::kernels_, Base::team_, Base::schedule_, Base::storage_;
 
  public:
-  ForwardWave(const ForwardCall<T>& call, const Workers& workers, Platform& platform, PackedStack<T>* packed)
+  ForwardWave(const ForwardCall<T>& call, const Workers& workers, Platform& platform, PackedStack<T>* packed,
+              bool check)
       : Base(call.shape, storage_of(call), workers, platform, false),
         call_(call),
         platform_(platform),
         reserve_(call.reserve, call.shape, call.saving, call.keep_top),
         packed_(packed),
+        shares_(packed && packed->ready() && check ? static_cast<size_t>(this->workers_) : 0),
         width_(recurrent_width(call.shape.batch)) {
     // Nothing is written to the caller's memory before all of this is there.
     memory_->lay_out([&] { take_memory(); });
   }
 
-  Schedule run() {
+  std::optional<Schedule> run() {
+    bool current = true;
     Base::run(platform_, [&](int64_t worker) {
+      const bool found = weights_are_current(worker);
+      if (worker == 0) current = found;
+      if (!found) return;
       schedule_.for_each_position(shape_.directions, worker, [&](int64_t position, const Place& place) {
         run_lane(position, place, scratch_[static_cast<size_t>(worker)]);
       });
     });
-    if (packed_) packed_->set_ready();
+    if (!current) return {};
+    if (packed_ && !packed_->ready()) packed_->set_ready();
     return schedule_;
   }
 
@@ -76,6 +83,11 @@ class ForwardWave : Wave<T> {
     void* operands;  // of any product
   };
 
+  struct Share {  // of the sources
+    Count done;
+    Fingerprint fingerprint;
+  };
+
   Lane make_lane(int64_t index) {
     const LayerShape& layer = shape_.of_lane(index);
     const int64_t units = layer.padded_hidden();
@@ -95,6 +107,23 @@ class ForwardWave : Wave<T> {
   T* output_of(int64_t layer) const {
     if (layer + 1 == shape_.depth()) return call_.output;
     return call_.saving == Saving::none ? passing_[layer % 2] : reserve_.h(layer);
+  }
+
+  // Whether the packed weights are those of the sources as they are now. Every worker reads a share of the sources, and all
+  // come to the same answer.
+  bool weights_are_current(int64_t worker) {
+    if (shares_.empty()) return true;
+    const int64_t workers = schedule_.workers();
+    Share& own = shares_[static_cast<size_t>(worker)];
+    own.fingerprint = fingerprint(packed_->sources(), worker, workers);
+    publish(own.done, 1);
+    Fingerprint all;
+    for (int64_t n = 0; n < workers; ++n) {
+      const Share& share = shares_[static_cast<size_t>(n)];
+      team_.wait(share.done, 1);
+      all += share.fingerprint;
+    }
+    return all == packed_->fingerprint();
   }
 
   void pack(int64_t position, const Place& place, const LayerShape& layer, const Range& blocks) {
@@ -256,6 +285,7 @@ class ForwardWave : Wave<T> {
   Workspace::Lease memory_;
   const Reserve<T> reserve_;
   PackedStack<T>* const packed_;
+  std::vector<Share> shares_;  // of each worker; none where nothing is to be checked
   const int64_t width_;
   std::vector<PackedLane<T>> weights_;
   std::vector<Lane> lanes_;
@@ -266,10 +296,13 @@ class ForwardWave : Wave<T> {
 }  // namespace
 
 template <typename T>
-Schedule forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform, PackedStack<T>* packed) {
-  return ForwardWave<T>(call, workers, platform, packed).run();
+std::optional<Schedule> forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform,
+                                PackedStack<T>* packed, bool check) {
+  return ForwardWave<T>(call, workers, platform, packed, check).run();
 }
-template Schedule forward(const ForwardCall<float>&, const Workers&, Platform&, PackedStack<float>*);
-template Schedule forward(const ForwardCall<double>&, const Workers&, Platform&, PackedStack<double>*);
+template std::optional<Schedule> forward(const ForwardCall<float>&, const Workers&, Platform&, PackedStack<float>*,
+                                         bool);
+template std::optional<Schedule> forward(const ForwardCall<double>&, const Workers&, Platform&, PackedStack<double>*,
+                                         bool);
 
 }  // namespace stacked_lstm::cpu

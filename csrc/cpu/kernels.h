@@ -181,6 +181,8 @@ struct Kernels {
   void (*sum_rows)(const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate, T* sum);
   // sigmoid and tanh of n numbers, for tests.
   void (*maths)(const T* x, int64_t n, T* sigmoid, T* tanh);
+  // a and b of a block of memory: fingerprint.h, which has the key.
+  void (*digest)(const void* data, int64_t bytes, const void* key, uint64_t* ab);
 };
 
 // What a product or a step of so many rows needs for its operands; 0 where it takes activations as they stand.

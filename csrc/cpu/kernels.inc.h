@@ -742,8 +742,11 @@ void maths(const T* x, int64_t n, T* sigmoid, T* tanh) {
   }
 }
 
+#include "fingerprint.inc.h"
+
 template <typename T>
 constexpr Kernels<T> kTable = {
-    kLanes<T>,       kUnits,           pack_gates<T>,    pack_rows<T>, pack_columns<T>, pack_bias<T>, product<T>,
-    step_forward<T>, step_backward<T>, activate_rows<T>, states<T>,    gradient<T>,     sum_rows<T>,  maths<T>,
+    kLanes<T>,    kUnits,      pack_gates<T>,   pack_rows<T>,     pack_columns<T>,
+    pack_bias<T>, product<T>,  step_forward<T>, step_backward<T>, activate_rows<T>,
+    states<T>,    gradient<T>, sum_rows<T>,     maths<T>,         digest,
 };

@@ -5,9 +5,11 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../stack.h"
+#include "fingerprint.h"
 #include "kernels.h"
 #include "workspace.h"
 
@@ -57,9 +59,14 @@ std::vector<PackedLane<T>> lay_out(const StackShape& shape, Storage storage, Tak
 template <typename T>
 class PackedStack {
  public:
-  // Places for the weights of `shape`; the first call that is given them packs.
+  // Places for the weights of `shape`; the first call that is given them packs. `sources` is where the weights are, if they
+  // are to be checked; their fingerprint is taken here, before anything is packed.
   // Throws std::runtime_error when there is no memory.
-  PackedStack(const StackShape& shape, Storage storage) : memory_(Workspace::Pages::as_needed), storage_(storage) {
+  PackedStack(const StackShape& shape, Storage storage, std::vector<Bytes> sources = {})
+      : memory_(Workspace::Pages::as_needed),
+        storage_(storage),
+        sources_(std::move(sources)),
+        fingerprint_(cpu::fingerprint(sources_)) {
     memory_.lay_out(
         [&] { lanes_ = cpu::lay_out<T>(shape, storage, [&](int64_t bytes) { return memory_.take<char>(bytes); }); });
   }
@@ -67,6 +74,9 @@ class PackedStack {
   const std::vector<PackedLane<T>>& lanes() const { return lanes_; }
   Storage storage() const { return storage_; }
   int64_t bytes() const { return memory_.bytes(); }
+  // What was packed. `sources` may be read as long as the weights stand where they stood.
+  const std::vector<Bytes>& sources() const { return sources_; }
+  const Fingerprint& fingerprint() const { return fingerprint_; }
   // Whether the weights are there. Set once, by the call that packs, before any other call is given the stack.
   bool ready() const { return ready_; }
   void set_ready() { ready_ = true; }
@@ -74,6 +84,8 @@ class PackedStack {
  private:
   Workspace memory_;
   const Storage storage_;
+  const std::vector<Bytes> sources_;
+  const Fingerprint fingerprint_;
   std::vector<PackedLane<T>> lanes_;
   bool ready_ = false;
 };

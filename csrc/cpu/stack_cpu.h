@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 
 #include "../stack.h"
 #include "../wavefront.h"
@@ -42,9 +43,11 @@ class PackedStack;  // packed.h
 // Throw std::runtime_error when there is no memory for the workspace, before anything is written.
 // With `packed`, forward reads the weights there, once they are ready; the first call with it puts them there. Without,
 // it packs them for itself.
+// With `check`, weights that are ready are compared with their sources before they are used, by fingerprint. Where the
+// sources have changed, forward returns nothing and has computed nothing.
 template <typename T>
-Schedule forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform,
-                 PackedStack<T>* packed = nullptr);
+std::optional<Schedule> forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform,
+                                PackedStack<T>* packed = nullptr, bool check = true);
 template <typename T>
 Schedule backward(const BackwardCall<T>& call, const Workers& workers, Platform& platform);
 

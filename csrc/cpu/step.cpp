@@ -6,6 +6,9 @@
 //   2. wait for the layer below, all slices; add W_ih·x and run the cell;
 //   3. with a projection, hand over o·tanh(c), wait for all slices, and take W_hr times it.
 //
+// Before that, it takes the fingerprint of its share of the sources (fingerprint.h). Nothing waits for the sum, which is
+// compared when the step is done: packed weights that are out of date cost a step, and its result is dropped.
+//
 // Hazard. Every buffer of a layer is its own and is written once: nothing is overwritten that a slower worker may read.
 #include "step.h"
 
@@ -45,13 +48,17 @@ class StackStep {
       operand_bytes_ = operand_bytes(kernels_, call.weights.storage(), shape_.batch, widest);
       operands_ = memory_->template take<char>(workers_ * operand_bytes_);
       done_ = memory_->template take<Count>(workers_);
+      shares_ = memory_->template take<Fingerprint>(workers_);
     });
     for (int64_t n = 0; n < workers_; ++n) new (done_ + n) Count;
   }
 
-  int64_t run() {
-    const auto member = [this](int64_t share) {
-      team_.work(share, [this](int64_t rank, int64_t size) {
+  // Nothing where the weights are not those that were packed.
+  std::optional<int64_t> run() {
+    const std::vector<Bytes>& sources = call_.weights.sources();
+    const auto member = [&](int64_t share) {
+      team_.work(share, [&](int64_t rank, int64_t size) {
+        if (call_.check) shares_[rank] = fingerprint(sources, rank, size);
         for (int64_t layer = 0; layer < shape_.depth(); ++layer) run_layer(layer, rank, size);
       });
     };
@@ -61,6 +68,9 @@ class StackStep {
       platform_.parallel(workers_, member);
     }
     team_.rethrow();
+    Fingerprint all;
+    for (int64_t n = 0; call_.check && n < team_.size(); ++n) all += shares_[n];
+    if (call_.check && !(all == call_.weights.fingerprint())) return {};
     return team_.size();
   }
 
@@ -184,13 +194,14 @@ class StackStep {
   int64_t operand_bytes_;
   char* operands_;  // of each worker's products
   Count* done_;     // of each worker
+  Fingerprint* shares_;
 };
 
 }  // namespace
 
-int64_t step_workers(const StackShape& shape, int64_t threads, int64_t element, Storage storage) {
+int64_t step_workers(const StackShape& shape, int64_t threads, int64_t element, Storage storage, int64_t source_bytes) {
   const CpuMachine& m = machine(element);
-  double bytes = 0, products = 0, cells = 0, hand_overs = 0;
+  double bytes = static_cast<double>(source_bytes), products = 0, cells = 0, hand_overs = 0;
   int64_t narrowest = shape.layers[0].padded_hidden();
   for (const LayerShape& layer : shape.layers) {
     const double weights = static_cast<double>(4 * layer.hidden * (layer.input + layer.output())) +
@@ -214,12 +225,14 @@ int64_t step_workers(const StackShape& shape, int64_t threads, int64_t element, 
 }
 
 template <typename T>
-Schedule step(const StepCall<T>& call, int64_t workers, Platform& platform) {
+std::optional<Schedule> step(const StepCall<T>& call, int64_t workers, Platform& platform) {
+  const std::optional<int64_t> size = StackStep<T>(call, workers, platform).run();
+  if (!size) return {};
   Schedule schedule;
-  schedule.phase[0] = {0, call.shape.depth(), 1, StackStep<T>(call, workers, platform).run()};
+  schedule.phase[0] = {0, call.shape.depth(), 1, *size};
   return schedule;
 }
-template Schedule step(const StepCall<float>&, int64_t, Platform&);
-template Schedule step(const StepCall<double>&, int64_t, Platform&);
+template std::optional<Schedule> step(const StepCall<float>&, int64_t, Platform&);
+template std::optional<Schedule> step(const StepCall<double>&, int64_t, Platform&);
 
 }  // namespace stacked_lstm::cpu

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "packed.h"
 #include "stack_cpu.h"
@@ -23,14 +24,17 @@ struct StepCall {
   T* h_n;
   T* c_n;
   bool bf16_activations = false;  // as in a ForwardCall
+  bool check = true;              // compare the packed weights with their sources
 };
 
 // Fills what the call points to, the units of every layer shared out to `workers`. Returns how it was done: with fewer
-// when fewer came. The bits do not depend on that.
+// when fewer came. The bits do not depend on that. Returns nothing where the sources of the packed weights have changed:
+// what was filled is then worth nothing.
 template <typename T>
-Schedule step(const StepCall<T>& call, int64_t workers, Platform& platform);
+std::optional<Schedule> step(const StepCall<T>& call, int64_t workers, Platform& platform);
 
 // How many of `threads` to share a step out to, by what it costs to read the weights and to wake others for it.
-int64_t step_workers(const StackShape& shape, int64_t threads, int64_t element, Storage storage);
+// `source_bytes`: of the sources, if they are to be checked.
+int64_t step_workers(const StackShape& shape, int64_t threads, int64_t element, Storage storage, int64_t source_bytes);
 
 }  // namespace stacked_lstm::cpu

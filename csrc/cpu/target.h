@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "fingerprint.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)

@@ -69,6 +69,17 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ St
   copy_units<V>(step.sizes, cell, row, unit);
 }
 
+// Numbers that travel as arguments, within the 4 KB that every driver takes.
+inline constexpr int kNumbers = 500;
+struct Numbers {
+  int64_t count, value[kNumbers];
+  int64_t* target;
+};
+
+__global__ void __launch_bounds__(kThreads) write_numbers(const __grid_constant__ Numbers numbers) {
+  for (int64_t n = threadIdx.x; n < numbers.count; n += kThreads) numbers.target[n] = numbers.value[n];
+}
+
 namespace {
 
 // `Kernel` names the kernel: Kernel::template at<V, kCapacity>().
@@ -150,6 +161,22 @@ struct Copy {
   }
 };
 
+std::string run_numbers(const int64_t* values, int64_t count, int64_t* target, void* stream) {
+  cuda::LaunchConfig config;
+  config.grid = dim3(1);
+  config.block = dim3(kThreads);
+  config.stream = stream;
+  for (int64_t first = 0; first < count; first += kNumbers) {
+    Numbers numbers{};
+    numbers.count = std::min<int64_t>(count - first, kNumbers);
+    numbers.target = target + first;
+    std::copy_n(values + first, numbers.count, numbers.value);
+    const cuda::Status status = cuda::launch(config, write_numbers, numbers);
+    if (!status.ok()) return status.text;
+  }
+  return "";
+}
+
 template <typename T>
 Kernels<T> kernels() {
   return {run<Forward<T>, T, ForwardCell>, run<Backward<T>, T, BackwardCell>, run<Collect<T>, T, CollectCell>,
@@ -159,7 +186,8 @@ Kernels<T> kernels() {
 }  // namespace
 
 const Table& cuda_kernels() {
-  static const Table table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>()};
+  static const Table table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>(),
+                              run_numbers};
   return table;
 }
 

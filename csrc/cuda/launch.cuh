@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "primitives.cuh"
+#include "turns.h"
 
 namespace stacked_lstm::cuda {
 
@@ -41,6 +42,9 @@ inline uint64_t blocks(const LaunchConfig& config) {
 }
 
 inline bool lone_cluster(const LaunchConfig& config) { return config.cluster == 1; }
+
+// How many blocks are placed together.
+inline unsigned placed_together(const LaunchConfig& config) { return config.cluster > 0 ? config.cluster : 1; }
 
 inline std::string does_not_fit(const LaunchConfig& config, uint64_t capacity) {
   std::string text = "too many blocks in cooperative launch: " + std::to_string(blocks(config));
@@ -85,6 +89,69 @@ struct Prepared {
   }
 };
 
+// While this lives, the calling thread may do what a stream capture forbids by default, in its own thread or in any other:
+// allocate memory, say. Loading a kernel and asking about it may take such calls, and neither is part of what is captured.
+class Relaxed {
+ public:
+  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Relaxed(const Relaxed&) = delete;
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// What InTurn calls.
+struct Calls {
+  using Error = cudaError_t;
+  using Stream = cudaStream_t;
+  using Event = cudaEvent_t;
+
+  static bool is_default(Stream stream) { return stream == nullptr || stream == cudaStreamLegacy; }
+
+  // Not the handle: a new stream may get that of one that was destroyed and still has work to do, and cudaStreamPerThread is
+  // another stream in each thread.
+  static Error number_of(Stream stream, uint64_t& number) {
+    number = ~uint64_t{0};
+    if (is_default(stream)) return cudaSuccess;
+    unsigned long long id = 0;
+    const Error error = cudaStreamGetId(stream, &id);
+    number = id;
+    return error;
+  }
+
+  static Error capture_of(Stream stream, uint64_t& capture) {
+    capture = 0;
+    if (is_default(stream)) return cudaSuccess;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+    const Error error = cudaStreamGetCaptureInfo(stream, &status, &id);
+    if (error == cudaSuccess && status == cudaStreamCaptureStatusActive) capture = id;
+    return error;
+  }
+
+  static Error make(Event& event) { return cudaEventCreateWithFlags(&event, cudaEventDisableTiming); }
+
+  static Error record(Event event, Stream stream) {
+    // Recording there while another thread captures a blocking stream would spoil that capture. Asking does not.
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    if (is_default(stream)) {
+      if (const Error error = cudaStreamIsCapturing(cudaStreamLegacy, &status); error != cudaSuccess) return error;
+    }
+    return cudaEventRecord(event, stream);
+  }
+
+  static Error wait(Stream stream, Event event) { return cudaStreamWaitEvent(stream, event, 0); }
+};
+
+// Of a device. Never destroyed, as CUDA may be gone by then.
+inline InTurn<Calls>& in_turn(int device) {
+  static std::mutex mutex;
+  static auto* const all = new std::map<int, InTurn<Calls>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  return (*all)[device];
+}
+
 // What a device has allowed a kernel, and what it was asked about it. Each question takes the driver microseconds, in which a
 // small call could have run: it is asked once. (One of these in a program, whatever the number of files that launch.)
 class Known {
@@ -100,11 +167,23 @@ class Known {
     constexpr size_t kCertain = 16 << 10;
     constexpr unsigned kPortableCluster = 8;  // every device with clusters has those; larger ones have to be allowed
     const bool shared = config.shared_bytes > kCertain, cluster = config.cluster > kPortableCluster;
-    if (!shared && !cluster) return cudaSuccess;
     int device = 0;
     if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    thread_local std::pair<const void*, int> loaded;  // of this thread's last launch, which is often the same again
+    if (!shared && !cluster && loaded == std::pair(kernel, device)) return cudaSuccess;
     const std::lock_guard<std::mutex> lock(mutex_);
-    Allowed& allowed = allowed_[{kernel, device}];
+    const Relaxed relaxed;
+    const auto [known, is_new] = allowed_.try_emplace({kernel, device});
+    Allowed& allowed = known->second;
+    if (is_new) {
+      // Kernels are loaded when they are first used. A first launch that is captured finds its kernel loaded.
+      cudaFuncAttributes attributes;
+      if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) {
+        allowed_.erase(known);
+        return error;
+      }
+    }
+    loaded = {kernel, device};
     // Only ever more: a launch that was allowed what it needs must not find that another has been allowed less since.
     if (shared && config.shared_bytes > allowed.shared_bytes) {
       const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -128,6 +207,7 @@ class Known {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto [known, is_new] = capacity_.try_emplace({kernel, device, threads, config.shared_bytes, config.cluster});
     if (is_new) {
+      const Relaxed relaxed;
       const cudaError_t error = ask(config, kernel, device, threads, known->second);
       if (error != cudaSuccess) {
         capacity_.erase(known);
@@ -181,24 +261,33 @@ inline Status launch(const LaunchConfig& config, const void* kernel, void** argu
   Prepared prepared(config);
   if (const cudaError_t error = Known::instance().allow(config, kernel); error != cudaSuccess) return status_of(error);
   cudaLaunchConfig_t& launch = prepared.launch;
+  const auto queue = [&] { return cudaLaunchKernelExC(&launch, kernel, arguments); };
   if (config.co_resident) {
     uint64_t capacity = 0;
-    const cudaError_t error = Known::instance().capacity(config, kernel, capacity);
+    int device = 0, multiprocessors = 0;
+    cudaError_t error = Known::instance().capacity(config, kernel, capacity);
+    if (error == cudaSuccess) error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
     if (error != cudaSuccess) return status_of(error);
     if (blocks(config) > capacity) {
       return {static_cast<int>(cudaErrorCooperativeLaunchTooLarge), does_not_fit(config, capacity)};
     }
-    // Asked again by the launch itself, which also keeps other kernels from taking the place of some blocks.
+    // CUDA asks again, and promises: once a thread of such a grid runs, all threads of the grid will.
     cudaLaunchAttribute& attribute = prepared.attributes[launch.numAttrs++];
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
-    // Else what is queued on another stream would take the SMs that become free one by one, and the blocks that are there
-    // already would wait for the others.
+    // For speed alone, as CUDA takes a priority for a hint. Kernels of another stream would otherwise be given SMs that
+    // become free one by one, while the blocks that are there already wait for the others.
     cudaLaunchAttribute& priority = prepared.attributes[launch.numAttrs++];
     priority.id = cudaLaunchAttributePriority;
     priority.val.priority = Known::instance().greatest_priority();
+    const Demand demand =
+        demand_of(blocks(config), capacity, placed_together(config), static_cast<uint64_t>(multiprocessors));
+    return status_of(in_turn(device).run(launch.stream, demand, queue));
   }
-  return status_of(cudaLaunchKernelExC(&launch, kernel, arguments));
+  return status_of(queue());
 }
 
 inline uint64_t capacity(const LaunchConfig& config, const void* kernel) {
@@ -215,7 +304,7 @@ inline uint64_t capacity(const LaunchConfig& config, const void* kernel) {
 namespace stacked_lstm::cuda::launch_detail {
 
 inline emulator::Shape shape_of(const LaunchConfig& config) {
-  return {config.grid, config.block, config.shared_bytes, config.cluster > 0 ? config.cluster : 1, config.co_resident};
+  return {config.grid, config.block, config.shared_bytes, placed_together(config), config.co_resident};
 }
 
 template <typename... Parameters>

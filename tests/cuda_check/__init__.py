@@ -1,6 +1,6 @@
 """What the CUDA kernels became: compiled for every architecture, and looked at, on a machine that needs no GPU.
 
-nvcc compiles each ``csrc/cuda/*.cu``, and the program that measures primitives, once an architecture, with the flags of
+nvcc compiles each ``csrc/cuda/*.cu``, and the programs of benchmarks/gpu, once an architecture, with the flags of
 ``setup.py`` and warnings as errors: to PTX, which ``make ptx`` runs, and from there to machine code. What is then known of a
 kernel comes from three places: ptxas' own report (registers, stack, spills, shared memory), cuobjdump (parameters, launch
 bounds) and nvdisasm (the instructions). ``MEANT`` in ``meant.py`` says what each kernel should be; ``complaints`` compares. Of
@@ -36,7 +36,8 @@ ARCHS = ("80", "86", "89", "90a", "100", "120")
 OLDEST_NVCC = (12, 8)  # the first that knows sm_100 and sm_120
 REGISTERS_OF_A_BLOCK = 65536
 # All that they include lies in csrc.
-KNOWN_SOURCES = (*(ROOT / source for source in support.cuda_sources(ROOT)), ROOT / "benchmarks" / "primitives.cu")
+PROGRAMS = tuple(ROOT / "benchmarks" / name for name in ("occupancy.cu", "primitives.cu"))
+KNOWN_SOURCES = (*(ROOT / source for source in support.cuda_sources(ROOT)), *PROGRAMS)
 
 
 class CheckError(Exception):
@@ -226,12 +227,11 @@ def assemble_flags(arch: str) -> list[str]:
 
 
 def ptx_recipe(source: Path, arch: str, nvcc: support.Nvcc, flags: Sequence[str] = (), includes: Sequence[Path] = ()) -> ptx.Recipe:
-    """How PTX is made of ``source``, with more ``flags`` if need be; ``includes``: folders of headers besides csrc and its own."""
-    near = {path for path in source.parent.iterdir() if path.suffix in (".h", ".cuh")}
-    headers = sorted({*near, *(ROOT / header for header in support.headers(ROOT))})
+    """How PTX is made of ``source``, with more ``flags`` if need be; ``includes``: folders of headers besides csrc."""
+    headers = ptx.included(source, [ROOT / "csrc", *includes])
     command = (nvcc.path, *compile_flags(arch), *flags, *(f"-I{path}" for path in (ROOT / "csrc", *includes)))
     folder = ROOT / "build" / "ptx" if source.is_relative_to(ROOT) else source.parent
-    return ptx.Recipe(source, command, run(nvcc.path, "--version"), tuple(headers), folder)
+    return ptx.Recipe(source, command, run(nvcc.path, "--version"), headers, folder)
 
 
 def ptx_of(source: Path, arch: str, nvcc: support.Nvcc, flags: Sequence[str] = (), includes: Sequence[Path] = ()) -> Path:

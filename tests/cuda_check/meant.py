@@ -137,6 +137,7 @@ MEANT = [
     *gates("gates_backward", 64, loads=(21, 3), stores=(1, 8), divides=True),
     *gates("collect", 32, loads=(2, 2), stores=(0, 2), divides=False),
     *gates("copy_rows", 32, loads=(0, 1), stores=(0, 1), divides=False),
+    Meant("write_numbers", {"STG 64": 1}, {"LDG 64": 0}, registers=32),
     # benchmarks/primitives.cu: each measures the instruction that it is named after.
     *(Meant(rf"matrix_products<{chains}>", {r"HMMA\.16816\.F32\.BF16": 4 * chains}) for chains in (1, 4)),
     Meant("cluster_pushes<false>", {"STAS 128": 1, r"SYNCS\.PHASECHK.*TRYWAIT": 1}, {"CCTL.IVALL": 2}, archs=CLUSTERS),
@@ -154,4 +155,5 @@ MEANT = [
     Meant("tagged_round_trips", {"LDG 64": 1, "STG 64": 2}, {r"MEMBAR\..*": 0}),  # the tag spares the fence
     Meant("flagged_hand_overs", {"LDG 128": 2, "STG 128": 2}),
     Meant("nothing"),
+    Meant("probe"),  # benchmarks/occupancy.cu: it is asked about, and never launched
 ]

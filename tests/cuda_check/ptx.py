@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,24 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def included(source: Path, folders: Sequence[Path]) -> tuple[Path, ...]:
+    """The headers that ``source`` includes in quotes, and those that they do: beside the file that includes it, or in ``folders``."""
+    found: dict[Path, None] = {}
+    pending = [source]
+    while pending:
+        path = pending.pop()
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), re.MULTILINE):
+            header = next((place.resolve() for place in (folder / name for folder in (path.parent, *folders)) if place.exists()), None)
+            if header and header not in found:
+                found[header] = None
+                pending.append(header)
+    return tuple(sorted(found))
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How the PTX of a source is made, and where it lies. Its name tells what it was made from, so that it is never stale:
-    the command, the compiler's version, the source, and the headers that it may include."""
+    the command, the compiler's version, the source, and the headers that it includes."""
 
     source: Path
     nvcc: tuple[str | Path, ...]  # the command

@@ -66,15 +66,6 @@ EQUIVALENT: list[Equivalent] = [
         reason="an address from which no byte is read",
     ),
     Equivalent(
-        file=SAMPLES + "mbarrier_ring.cuh",
-        function="turn_tiles_round_async",
-        kind="guard",
-        change="always true",
-        code="inside",
-        reason="an address from which no byte is read",
-        near="from =",
-    ),
-    Equivalent(
         file="csrc/gates.h",
         function="apply_mask",
         kind="bound",

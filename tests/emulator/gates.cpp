@@ -1122,6 +1122,23 @@ void huge_part() {
   }
 }
 
+// Numbers that travel as arguments: one block's threads more or less, one launch's numbers more or less.
+template <typename T>
+void numbers_part() {
+  if (!std::is_same_v<T, float>) return;  // they are the same for all
+  constexpr int64_t kUntouched = -1;
+  for (const size_t count : {0, 1, 127, 128, 129, 499, 500, 501, 1000, 1203}) {
+    std::vector<int64_t> given(count), got(count + 2, kUntouched);
+    for (size_t n = 0; n < count; ++n) given[n] = (int64_t{1} << 40) + static_cast<int64_t>(n * n);
+    emulator::device_memory().clear();
+    emulator::lend("numbers", got.data() + 1, static_cast<int64_t>(count), emulator::Access::read_write);
+    const std::string error = table().numbers(given.data(), static_cast<int64_t>(count), got.data() + 1, nullptr);
+    expect(error.empty() && std::equal(given.begin(), given.end(), got.begin() + 1) && got.front() == kUntouched &&
+               got.back() == kUntouched,
+           std::to_string(count) + " numbers: '" + error + "'");
+  }
+}
+
 // What no grid holds is refused, in words that name the sizes, before anything is touched.
 template <typename T>
 void refusal_part() {
@@ -1202,8 +1219,8 @@ struct Part {
 };
 
 #define PART(name) {#name, name##_part<float>, name##_part<double>, name##_part<bfloat16>, name##_part<float16>}
-const Part kParts[] = {PART(once),  PART(number),  PART(sizes),    PART(options), PART(alignment),
-                       PART(cells), PART(dropout), PART(specials), PART(huge),    PART(refusal)};
+const Part kParts[] = {PART(once),    PART(number),   PART(sizes), PART(options), PART(alignment), PART(cells),
+                       PART(dropout), PART(specials), PART(huge),  PART(refusal), PART(numbers)};
 #undef PART
 
 bool wanted(const char* part) {

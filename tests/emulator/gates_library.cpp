@@ -28,7 +28,8 @@ gates::Kernels<T> kernels() {
 }  // namespace
 
 extern "C" const void* emulated_gate_kernels() {
-  static const gates::Table table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>()};
+  static const gates::Table table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>(),
+                                     gates::cuda_kernels().numbers};
   emulator::options().order = emulator::Order::random;
   return &table;
 }

@@ -273,7 +273,7 @@ void share_a_sector(Memory* m) {
   float* mine = &m->number[0][blockIdx.x * 4];
   for (int round = 1; round < 4; ++round) {
     stored(mine + threadIdx.x) = static_cast<float>(round);
-    stored(reinterpret_cast<ushort2*>(mine + 2)) = ushort2{1, static_cast<unsigned short>(round)};
+    stored(reinterpret_cast<ushort2*>(mine + 2 + threadIdx.x)) = ushort2{1, static_cast<unsigned short>(round)};
     block_barrier();
     const auto two = load_ordinary(reinterpret_cast<const float2*>(mine));
     if (two.x == static_cast<float>(round) && two.y == two.x) atomic_add(&m->count[blockIdx.x], 1);

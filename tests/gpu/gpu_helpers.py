@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stacked_lstm_ext import _C, backend
+from stacked_lstm_ext.reference import lstm_reference
 
 DEVICE = torch.device(os.environ.get("STACKED_LSTM_EXT_TEST_DEVICE", "cuda"))
 CUDA_ONLY = pytest.mark.skipif(DEVICE.type != "cuda", reason="a dry run on the CPU")
@@ -88,6 +89,19 @@ def run_on_device(arguments: list, upstream: list | None = None) -> dict:
         upstream = upstream_gradients(named, arguments[0].dtype)
     gradient = ops.backward(*backward_arguments(to_device(upstream), arguments, output, reserve))
     return named | dict(zip(gradient_names(len(arguments[4])), [*gradient[:3], *gradient[3]], strict=True))
+
+
+def truth_on_device(arguments: list) -> dict:
+    """What `operator_truth` says, by the reference in float64 on the device: a large case takes a CPU many seconds."""
+    x, batch_sizes, h_0, c_0, weights, seed, *options = device_arguments(arguments)[:11]
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (x, h_0, c_0, *weights)]
+    named = dict(
+        zip(("output", "h_n", "c_n"), lstm_reference(leaves[0], batch_sizes, *leaves[1:3], leaves[3:], seed, *options))
+    )
+    upstream = [gradient.double() for gradient in to_device(upstream_gradients(named, x.dtype))]
+    gradient = torch.autograd.grad(list(named.values()), leaves, upstream)
+    named |= dict(zip(gradient_names(len(weights)), gradient, strict=True))
+    return {name: value.detach() for name, value in named.items()}
 
 
 def device_tolerance(case: Case, dtype: torch.dtype) -> float:

@@ -1,9 +1,13 @@
 """CUDA graphs: captured once, replayed with other numbers in the same place."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from gpu_helpers import BACKENDS, CUDA_ONLY, DEVICE, skip_what_cannot_run
-from helpers import DTYPES, Case
+from gpu_helpers import BACKENDS, CUDA_ONLY, DEVICE, device_arguments, run_on_device, skip_what_cannot_run
+from helpers import DTYPES, Case, assert_same_bits, forward_arguments
 
 from stacked_lstm_ext import StackedLSTM, backend, last_run
 
@@ -128,6 +132,40 @@ def test_a_packed_batch_can_be_captured(forced):
             packed.data.copy_(torch.randn_like(packed.data))
             graph.replay()
             assert torch.equal(output.data, module(packed)[0].data)
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_the_first_call_of_a_process_can_be_captured(kind, forced):
+    """Forward and backward: no kernel is loaded, no question was asked of the device, and cuBLAS has no handle."""
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("first_call.py"), str(DEVICE), forced, kind],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"{forced}: 0 of 48 differ" in run.stdout
+
+
+def test_branches_of_one_graph_do_not_stop_each_other(forced):
+    """Either launch needs most of the device; in the graph the second one comes after the first."""
+    case = Case(8, 8, 32, 512, 512)
+    arguments = device_arguments(forward_arguments(case, torch.bfloat16, seed=7, backend=forced))
+    alone = run_on_device(arguments)
+    graph, branch = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph):
+        branch.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(branch):
+            aside = torch.ops.stacked_lstm_ext.forward(*arguments)
+        here = torch.ops.stacked_lstm_ext.forward(*arguments)
+        torch.cuda.current_stream().wait_stream(branch)
+    for _ in range(3):
+        for tensor in (*aside[:3], *here[:3]):
+            tensor.fill_(torch.nan)
+        graph.replay()
+        for results in (aside, here):
+            assert_same_bits(dict(zip(["output", "h_n", "c_n"], results)), alone)
 
 
 def test_dropout_draws_anew_at_every_replay(forced):

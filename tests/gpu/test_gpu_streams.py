@@ -15,7 +15,7 @@ from gpu_helpers import (
 )
 from helpers import DTYPES, Case, assert_same_bits, forward_arguments
 
-from stacked_lstm_ext import StackedLSTM, backend
+from stacked_lstm_ext import _C, StackedLSTM, backend
 
 pytestmark = pytest.mark.gpu
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
@@ -47,7 +47,7 @@ def test_every_result_is_bitwise_the_same_from_run_to_run(case, dtype, saving, n
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_several_streams_at_once_give_the_bits_of_one(case, dtype, name):
-    """Of persistent launches the next one starts when all of its blocks have room: none waits for a block that has none."""
+    """Of persistent launches the next one starts when all of its blocks have room (csrc/cuda/turns.h)."""
     skip_what_cannot_run(name, case, dtype)
     arguments = device_arguments(forward_arguments(case, dtype, dropout=0.25, seed=7, backend=name))
     upstream = device_upstream(case, arguments)  # what is still copied from the host would make the streams wait
@@ -62,6 +62,76 @@ def test_several_streams_at_once_give_the_bits_of_one(case, dtype, name):
     torch.cuda.synchronize()
     for results in found:
         assert_same_bits(results, alone)
+
+
+FILLING = Case(8, 8, 64, 512, 512)  # its launches need most of the multiprocessors
+
+
+def filling_arguments() -> list:
+    arguments = device_arguments(forward_arguments(FILLING, torch.bfloat16, dropout=0.25, seed=7, backend="persistent"))
+    torch.ops.stacked_lstm_ext.forward(*arguments)
+    blocks = max(part["blocks"] for part in _C.last_run()["passes"])
+    if 2 * blocks <= torch.cuda.get_device_properties(DEVICE).multi_processor_count:
+        pytest.skip(f"two launches of {blocks} blocks fit on this device together")
+    return arguments
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("product", [False, True], ids=["two streams", "a large product beside them"])
+def test_launches_that_fill_the_device_on_two_streams_never_stop_each_other(product):
+    """Were both half resident, neither would end: a watchdog build says so. It waits for every launch: hence threads."""
+    arguments = filling_arguments()
+    upstream = device_upstream(FILLING, arguments)
+    alone = run_on_device(arguments, upstream)
+    large = torch.randn(4096, 4096, device=DEVICE)
+    torch.cuda.synchronize()
+    found, errors = [], []
+
+    def in_a_stream(work, times):
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(times):
+                    found.append(work())
+                torch.cuda.current_stream().synchronize()
+        except Exception as error:
+            errors.append(error)
+
+    works = [(lambda: run_on_device(arguments, upstream), 10)] * 2
+    if product:
+        works.append((lambda: {"product": large @ large}, 60))
+    threads = [threading.Thread(target=in_a_stream, args=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    results = [result for result in found if "product" not in result]
+    assert len(results) == 20
+    for result in results:
+        assert_same_bits(result, alone)
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("fit", [True, False], ids=["both fit", "one at a time"])
+def test_a_launch_waits_for_another_stream_only_where_both_do_not_fit(fit):
+    case = Case(2, 3, 9, 16, 16)
+    small = device_arguments(forward_arguments(case, torch.bfloat16, dropout=0.25, seed=7, backend="persistent"))
+    arguments = small if fit else filling_arguments()
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    for stream in (first, second):
+        with torch.cuda.stream(stream):
+            torch.ops.stacked_lstm_ext.forward(*arguments)  # memory of this stream is there
+    torch.cuda.synchronize()
+    over = torch.cuda.Event()
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(1_000_000_000)  # about half a second
+        torch.ops.stacked_lstm_ext.forward(*arguments)
+        over.record()
+    with torch.cuda.stream(second):
+        torch.ops.stacked_lstm_ext.forward(*arguments)
+    second.synchronize()
+    assert over.query() != fit
+    torch.cuda.synchronize()
 
 
 @CUDA_ONLY

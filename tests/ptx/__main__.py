@@ -45,7 +45,7 @@ RUNS = [
     Run("forward", "90a", "--seeds 2"),
     Run("forward", "90a", "--every --order random --seed 3"),
     Run("backward", "90a", "--seeds 2"),
-    Run("backward", "90a", "--every --order random --seed 3"),
+    Run("backward", "90a", "--every --wide --order random --seed 3"),
     Run("gates", "90a", "--quick"),
     # Where clusters are not: the exchange through L2.
     Run("forward", "80", "--l2 --order random --seed 4"),
@@ -72,6 +72,8 @@ RUNS = [
     Run("forward", "90a", "--order random --every", sums="nearest", large=True),
     Run("backward", "90a", "--seed 10 --seeds 10", large=True),
     Run("backward", "90a", "--seed 10 --seeds 4 --every", large=True),
+    Run("backward", "80", "--l2 --every --wide --order random", large=True),
+    Run("backward", "90a", f"{SAME} --every --wide", plain=True, mode="same", large=True),
     Run("backward", "90a", "--order random --every", sums="nearest", large=True),
     Run("samples", "90a", "--seeds 20", large=True),
     Run("forward", "90a", "--order random", ordered=2048, large=True),

@@ -138,7 +138,11 @@ struct Problem {
     cpu::forward(ForwardCall<T>{shape, x, lane_weights, h_0.data(), c_0.data(), dropout, saving, false, output.data(),
                                 h_n.data(), c_n.data(), reserve.data(), bf16_weights},
                  workers, platform);
-    cpu::PackedStack<T> packed(shape, bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same);
+    std::vector<cpu::Bytes> sources;
+    for (const std::vector<T>& w : weights) {
+      sources.push_back({w.data(), static_cast<int64_t>(w.size() * sizeof(T))});
+    }
+    cpu::PackedStack<T> packed(shape, bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same, sources);
     for (std::vector<T>& again : inferred) {
       again.assign(output.size(), nan);
       std::vector<T> h(h_n.size()), c(c_n.size());

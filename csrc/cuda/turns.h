@@ -1,0 +1,203 @@
+// csrc/cuda/turns.h: launches whose blocks wait for each other take turns where they do not fit on the device together.
+//
+//             group 1                 group 2
+//   stream A  launch 1, 60 blocks ─┐   launch 4, 30 blocks      On 132 multiprocessors: 2 fits beside 1. Launch 3 does not
+//   stream B  launch 2, 60 blocks ─┤                            fit beside them and waits for both. Launch 4 fits beside 3;
+//   stream C                       └─► launch 3, 100 blocks     it waits for the launches of group 1 on other streams.
+//
+// Hazard: two launches that are both half resident never end, if each has blocks that wait for a block without a place.
+// docs/kernels.md says what CUDA promises about this. Nothing here relies on it: whichever launches of this process run at
+// the same time, the places that the others leave are enough for each of them.
+//
+// The rule. All launches of a group fit on the device together, wherever their blocks are placed. A launch that does not fit
+// beside the newest group opens the next group, and waits for all of the newest. A stream's first launch in a group waits for
+// all of the group before. So two launches that may run at the same time are of the same group. A launch waits only for
+// launches that were queued before it, so waits never go in a circle.
+//
+// There is no CUDA in this file: launch.cuh supplies the calls, and tests/turns.cpp a device that is played.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+namespace stacked_lstm::cuda {
+
+// What a launch whose blocks wait for each other needs of the device.
+struct Demand {
+  uint64_t blocks = 0;  // all of them at the same time
+  uint64_t spare = 0;   // so many blocks of other launches leave it enough places, wherever they are
+};
+
+// `capacity`: how many blocks of such a launch the empty device holds.
+//
+// A block of another launch takes, at worst, one whole multiprocessor. This launch then loses its places there, which are
+// capacity / multiprocessors, rounded up; and with each place a whole cluster.
+inline Demand demand_of(uint64_t blocks, uint64_t capacity, uint64_t cluster, uint64_t multiprocessors) {
+  const uint64_t places = (capacity + multiprocessors - 1) / multiprocessors;
+  return {blocks, blocks < capacity ? (capacity - blocks) / (places * cluster) : 0};
+}
+
+// The rule, for one device. A stream is a number that no other stream ever has. A Mark stands for a launch that others wait
+// for.
+template <typename Mark>
+class Turns {
+ public:
+  // What a launch on `stream` has to wait for.
+  std::vector<Mark*> before(uint64_t stream, const Demand& demand) {
+    const bool joins = fits(stream, demand);
+    std::vector<Mark*> marks;
+    if (joins && group_.count(stream) > 0) return marks;  // the stream's first launch in this group has waited
+    for (auto& [other, member] : joins ? previous_ : group_) {
+      if (other != stream) marks.push_back(&member.mark);
+    }
+    return marks;
+  }
+
+  // That launch is now queued, behind everything that before() returned. `retired`: gets the marks that no launch will be
+  // told to wait for any more.
+  void queued(uint64_t stream, const Demand& demand, Mark mark, std::vector<Mark>& retired) {
+    if (!fits(stream, demand)) {
+      retire(previous_, retired);
+      previous_.swap(group_);
+    }
+    const auto [known, is_new] = group_.try_emplace(stream, Member{demand, mark});
+    if (is_new) return;
+    Member& member = known->second;
+    member.demand = {std::max(member.demand.blocks, demand.blocks), std::min(member.demand.spare, demand.spare)};
+    retired.push_back(std::exchange(member.mark, mark));
+  }
+
+  // Whether no other stream has had a launch.
+  bool alone(uint64_t stream) const { return previous_.empty() && group_.size() == group_.count(stream); }
+
+  void forget(std::vector<Mark>& retired) {
+    retire(previous_, retired);
+    retire(group_, retired);
+  }
+
+ private:
+  // A stream's launches in a group. One of them runs at a time; nothing is known of which one.
+  struct Member {
+    Demand demand;  // at least that of each
+    Mark mark;      // of the last one: the stream has then done the others, too
+  };
+
+  // Whether the newest group, which fits on the device, still does when this launch joins it.
+  bool fits(uint64_t stream, const Demand& demand) const {
+    uint64_t others = 0;
+    for (const auto& [other, member] : group_) others += other == stream ? 0 : member.demand.blocks;
+    if (others > demand.spare) return false;
+    return std::all_of(group_.begin(), group_.end(), [&](const auto& entry) {
+      const Demand& its = entry.second.demand;
+      return entry.first == stream || others - its.blocks + demand.blocks <= its.spare;
+    });
+  }
+
+  static void retire(std::map<uint64_t, Member>& members, std::vector<Mark>& retired) {
+    for (const auto& entry : members) retired.push_back(entry.second.mark);
+    members.clear();
+  }
+
+  std::map<uint64_t, Member> group_, previous_;
+};
+
+// The calls that make launches of one device follow the rule. Calls has
+//
+//   Error, Stream, Event                             Error{} is success, Event{} is no event
+//   bool is_default(Stream)                          of a stream that always exists and is never captured
+//   Error number_of(Stream, uint64_t&)               no two streams of a process have the same, not even one after the other
+//   Error capture_of(Stream, uint64_t&)              likewise, of the capture that the stream is part of; 0: of none
+//   Error make(Event&), record(Event, Stream), wait(Stream, Event)
+//
+// A captured launch does not run now but whenever its graph is replayed. So launches of one capture take turns among
+// themselves: events that are recorded in a capture become edges of its graph. Nothing in a capture may wait for an event from
+// outside, nor the other way round. Nothing here sees a replay.
+template <typename Calls>
+class InTurn {
+ public:
+  using Error = typename Calls::Error;
+  using Stream = typename Calls::Stream;
+  using Event = typename Calls::Event;
+
+  // Calls launch(), which queues the launch on `stream`, behind the waits that it needs.
+  template <typename Launch>
+  Error run(Stream stream, const Demand& demand, Launch&& launch) {
+    // Until the launch is queued and marked: another thread's launch then comes before or after all of it.
+    const std::lock_guard<std::mutex> lock(mutex_);
+    uint64_t number = 0, capture = 0;
+    if (const Error error = Calls::number_of(stream, number); error != Error{}) return error;
+    if (const Error error = Calls::capture_of(stream, capture); error != Error{}) return error;
+    Turns<Event>& turns = capture == 0 ? eager_ : of_capture(capture);
+    for (Event* const event : turns.before(number, demand)) {
+      if (*event == Event{}) {
+        if (const Error error = mark(*event, default_stream_); error != Error{}) return error;
+      }
+      if (const Error error = Calls::wait(stream, *event); error != Error{}) return error;
+    }
+    if (const Error error = launch(); error != Error{}) return error;  // nothing is queued, and nothing is noted
+    // A process that uses the default stream alone pays for no events: they can still be recorded when a second stream
+    // comes. Of other streams that cannot be said. They may be gone by then, or be captured.
+    Event event{};
+    if (Calls::is_default(stream) && turns.alone(number)) {
+      default_stream_ = stream;
+    } else if (const Error error = mark(event, stream); error != Error{}) {
+      return error;
+    }
+    turns.queued(number, demand, event, retired_);
+    reuse();
+    return Error{};
+  }
+
+ private:
+  // Of captures that are under way at the same time in a process. (When one has ended is not known here.)
+  static constexpr size_t kMostCaptures = 1024;
+
+  // An event of what the stream has been given so far.
+  Error mark(Event& event, Stream stream) {
+    Event made{};
+    if (!unused_.empty()) {
+      made = unused_.back();
+      unused_.pop_back();
+    } else if (const Error error = Calls::make(made); error != Error{}) {
+      return error;
+    }
+    const Error error = Calls::record(made, stream);
+    if (error == Error{}) {
+      event = made;
+    } else {
+      unused_.push_back(made);
+    }
+    return error;
+  }
+
+  Turns<Event>& of_capture(uint64_t capture) {
+    Turns<Event>& turns = captured_[capture];
+    if (captured_.size() > kMostCaptures) {  // numbers rise: the first one is the oldest
+      captured_.begin()->second.forget(retired_);
+      captured_.erase(captured_.begin());
+      reuse();
+    }
+    return turns;
+  }
+
+  // Recording an event anew does not change what already waits for it.
+  void reuse() {
+    for (const Event event : retired_) {
+      if (event != Event{}) unused_.push_back(event);
+    }
+    retired_.clear();
+  }
+
+  std::mutex mutex_;
+  Turns<Event> eager_;
+  std::map<uint64_t, Turns<Event>> captured_;
+  Stream default_stream_{};
+  std::vector<Event> unused_, retired_;
+};
+
+}  // namespace stacked_lstm::cuda
