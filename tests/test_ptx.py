@@ -91,6 +91,29 @@ def test_other_bits_than_the_emulator_s_are_noticed(gates, tmp_path):
     assert "on the emulator" in ran.output, ran.output
 
 
+HANDED_OVER = ["two_steps", "l2_one", "masked", "copied", "rounds", "l2_ragged"]
+LESS_ORDER = [  # a piece of PTX, what is there instead, a case that shows it
+    ("ld.acquire.gpu", "ld.relaxed.gpu", "l2_one"),
+    ("release.gpu", "relaxed.gpu", "two_steps"),
+    ("fence.acquire.sync_restrict::shared::cluster.cluster;", "", "two_steps"),
+    ("barrier.cluster.arrive.release", "barrier.cluster.arrive.relaxed", "two_steps"),
+]
+
+
+def test_all_that_the_forward_kernel_hands_over_is_ordered(forward):
+    ran = ptx.run(forward, [forward_file()], "--order", "random", *HANDED_OVER, ordered=2048)
+    assert ran.status == 0, ran.output
+    assert ran.output.count("ok ") == len(HANDED_OVER), ran.output
+
+
+@pytest.mark.parametrize("old, new, case", LESS_ORDER)
+def test_less_order_is_noticed_whatever_the_schedule_shows(forward, tmp_path, old, new, case):
+    file = broken(forward_file(), old, new, tmp_path)
+    ran = ptx.run(forward, [file], "--order", "random", case, ordered=2048)
+    assert ran.status != 0
+    assert "a race: thread" in ran.output, ran.output
+
+
 def test_a_kernel_that_did_not_run_is_missed():
     names = ["_Z1ai", "_Z1bILi1EEvi"]
     assert command.missing(names, ["_Z1ai"], "90a") == ["b<1>"]

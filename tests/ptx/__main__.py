@@ -76,6 +76,8 @@ RUNS = [
     Run("backward", "90a", f"{SAME} --every --wide", plain=True, mode="same", large=True),
     Run("backward", "90a", "--order random --every", sums="nearest", large=True),
     Run("samples", "90a", "--seeds 20", large=True),
+    Run("forward", "90a", "--order random", ordered=2048, large=True),
+    Run("backward", "90a", "--order random", ordered=2048, large=True),
 ]
 # The others' PTX is not run; their opcodes are looked at where `make cuda-check` has made it, and with --all.
 OTHER_ARCHS = ("86", "89", "100", "120")
