@@ -666,8 +666,8 @@ __device__ __forceinline__ T load_peer(uint32_t address) {
 }
 
 // Sends 4, 8 or 16 bytes to a peer, and then counts them at an mbarrier of that same peer, whose wait makes them visible
-// there. The sender learns nothing; it must not exit before the bytes have arrived. The peer may be the own block, but in a
-// cluster of one block the instruction is undefined.
+// there. The sender learns nothing, and may exit; the peer must not exit before the bytes have arrived. The peer may be the
+// own block, but in a cluster of one block the instruction is undefined.
 template <typename T>
 __device__ __forceinline__ void store_async(uint32_t peer_address, T value, uint32_t peer_barrier) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);

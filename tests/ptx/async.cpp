@@ -409,7 +409,8 @@ void push(Warp& w, const Instruction& i, uint32_t lanes) {
       machine.expect(barrier, -1, -int64_t{bytes});
       machine.settle(barrier);
     };
-    machine.post({"st.async", i.statement, land, {&peer, w.block}});
+    machine.post(
+        {"st.async", i.statement, land, {&peer, nullptr}});  // the sender may exit: its values are on their way
   });
 }
 
