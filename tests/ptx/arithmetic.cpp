@@ -626,14 +626,7 @@ bool comparison(Decoder& d) {
   static const std::pair<const char*, Comparison> known[] = {
       {"eq", kEq},   {"ne", kNe},   {"lt", kLt},   {"le", kLe},   {"gt", kGt},   {"ge", kGe},   {"equ", kEqu},
       {"neu", kNeu}, {"ltu", kLtu}, {"leu", kLeu}, {"gtu", kGtu}, {"geu", kGeu}, {"num", kNum}, {"nan", kNan}};
-  bool found = false;
-  for (const auto& [name, which] : known) {
-    if (!d.take(name)) continue;
-    d.instruction().mode = which;
-    found = true;
-    break;
-  }
-  if (!found) d.fail("a comparison expected");
+  d.instruction().mode = d.one_of(known, "a comparison expected");
   const char* joins[] = {"and", "or", "xor"};
   for (uint32_t n = 0; n < 3; ++n) {
     if (d.take(joins[n])) d.instruction().number = n + 1;

@@ -138,7 +138,7 @@ MBarrier& barrier_of(Warp& w, const Instruction& i, size_t source, int lane, boo
   return barrier;
 }
 
-// A destination that an arrive has and nobody reads.
+// The state that an arrive returns: the package never uses it.
 void set_state(Warp& w, const Instruction& i, int lane) {
   if (i.outs) w.out<uint64_t>(i.out[0])[lane] = 0;
 }

@@ -37,6 +37,14 @@ class Decoder {
   // The next modifier, if it is this one.
   bool take(const char* modifier);
   void need(const char* modifier);
+  // The modifier has to be one of these names; what it stands for.
+  template <typename T, size_t N>
+  T one_of(const std::pair<const char*, T> (&known)[N], const char* otherwise) {
+    for (const auto& [name, value] : known) {
+      if (take(name)) return value;
+    }
+    fail(otherwise);
+  }
   bool next_is(const char* modifier) const { return next_ < parts_.size() && parts_[next_] == modifier; }
   Type type();
   Type integer();

@@ -1,8 +1,9 @@
 // tests/ptx/machine.h: runs what nvcc makes of a kernel, its PTX, on the host: a machine that takes nothing for granted.
 //
-//   module.cpp      PTX text -> instructions with named operands            knows the syntax, and no opcode
-//   decode.cpp      each instruction -> a function and checked operands     knows every opcode that the package uses
-//   memory.h        named ranges of global memory, shared memory by byte    knows who may read and write what
+//   syntax.cpp      PTX text -> statements with written operands            knows the syntax, and no opcode
+//   decode.cpp      each statement -> a function and checked operands       with arithmetic.cpp, conversion.cpp, meeting.cpp,
+//                                                                           matrix.cpp: every opcode that the package uses
+//   memory.cpp      named ranges of global memory, shared memory by byte    knows which accesses are allowed
 //   async.cpp       mbarriers, pushes, asynchronous copies                  lands them late and in random order
 //   order.cpp       happens-before, by scopes and fences                    on demand: knows what orders two accesses
 //   machine.cpp     warps, barriers, clusters, the schedule                 a run is a function of its seed
@@ -42,7 +43,7 @@ class Ranges {
     uint64_t begin, end;
     std::string name;
     Access access;
-    std::vector<uint8_t> touched;  // in this launch, a byte each: see memory.h
+    std::vector<uint8_t> touched;  // in this launch: marks of each byte, see state.h
   };
   std::vector<Range>& all() { return ranges_; }
 

@@ -94,14 +94,8 @@ bool decode_shuffle(Decoder& d) {
   d.need("sync");
   static const std::pair<const char*, Shuffle> known[] = {
       {"up", kUp}, {"down", kDown}, {"bfly", kButterfly}, {"idx", kIndex}};
-  bool found = false;
-  for (const auto& [name, which] : known) {
-    if (!d.take(name)) continue;
-    d.instruction().mode = which;
-    found = true;
-    break;
-  }
-  if (!found || d.type().width != 32) d.fail("shfl.sync.{up, down, bfly, idx}.b32 expected");
+  d.instruction().mode = d.one_of(known, "shfl.sync.{up, down, bfly, idx}.b32 expected");
+  if (d.type().width != 32) d.fail("shfl.sync.{up, down, bfly, idx}.b32 expected");
   d.no_more();
   d.count(5);
   const Written& to = d.operand(0);
@@ -120,14 +114,7 @@ bool decode_vote(Decoder& d) {
   d.need("sync");
   static const std::pair<const char*, Vote> known[] = {
       {"ballot", kBallot}, {"any", kAny}, {"all", kAll}, {"uni", kUniform}};
-  bool found = false;
-  for (const auto& [name, which] : known) {
-    if (!d.take(name)) continue;
-    d.instruction().mode = which;
-    found = true;
-    break;
-  }
-  if (!found) d.fail("vote.sync.{ballot, any, all, uni} expected");
+  d.instruction().mode = d.one_of(known, "vote.sync.{ballot, any, all, uni} expected");
   const bool ballots = d.instruction().mode == kBallot;
   const Type type = d.type();
   if (ballots ? type.width != 32 : type.width != 1) d.fail(ballots ? ".b32 expected" : ".pred expected");

@@ -1,8 +1,8 @@
 // tests/ptx/memory.cpp: loads, stores and read-modify-writes, and where they may go.
 //
-// A byte of shared memory that nobody has written may not be read; one that an asynchronous copy will write, or that is part
-// of an mbarrier, may not be touched at all. Of global memory, only named ranges exist; what is read through the
-// non-coherent path (.nc) may not be written in the same launch, before or after.
+// A byte of shared memory that was never written has no value, and what is computed from it is an error where it can be seen.
+// One that an asynchronous copy will write, or that is part of an mbarrier, may not be touched at all. Of global memory, only
+// named ranges exist; what is read through the non-coherent path (.nc) may not be written in the same launch, before or after.
 #include <algorithm>
 #include <limits>
 
@@ -345,14 +345,7 @@ bool read_modify_write(Decoder& d) {
   static const std::pair<const char*, Update> known[] = {{"add", kAdd},       {"min", kMin},    {"max", kMax},
                                                          {"and", kAnd},       {"or", kOr},      {"xor", kXor},
                                                          {"exch", kExchange}, {"cas", kCompare}};
-  bool found = false;
-  for (const auto& [name, which] : known) {
-    if (!d.take(name)) continue;
-    d.instruction().mode = which;
-    found = true;
-    break;
-  }
-  if (!found) d.fail("a read-modify-write operation expected");
+  d.instruction().mode = d.one_of(known, "a read-modify-write operation expected");
   const Type type = d.integer();
   const bool compares = d.instruction().mode == kCompare;
   if (!returns && d.instruction().mode >= kExchange) d.fail("red returns nothing");
