@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import pytest
 
@@ -38,6 +39,12 @@ def gates_file(plain=False):
 
 def forward_file(plain=False):
     return ptx.ptx_file(ptx.CUDA / "persistent_forward_bf16.cu", "90a", plain, few=True)
+
+
+def test_the_machine_runs_what_is_legal_and_reports_what_is_not():
+    ran = subprocess.run([ptx.selftest()], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, "\n".join(line for line in ran.stdout.splitlines() if not line.startswith("ok"))
+    assert ran.stdout.count("ok  ") > 100, ran.stdout
 
 
 def test_the_gates_kernels_are_right(gates, tmp_path):

@@ -80,11 +80,24 @@ def ptx_files(arch: str, plain: bool = False, sources: Iterable[Path] = cuda_che
         return dict(zip(sources, pool.map(lambda source: ptx_file(source, arch, plain), sources)))
 
 
+def machine_sources() -> list[Path]:
+    """The machine itself."""
+    return [HERE / f"{part}.cpp" for part in MACHINE]
+
+
+def selftest(sanitizer: str | None = None) -> Path:
+    """The program that tries the machine with small pieces of PTX; it needs no nvcc."""
+    sources = [HERE / "selftest.cpp", *machine_sources()]
+    if sanitizer:  # of the machine: it is what is looked at
+        return emulator.build("ptx-selftest", sources, sanitizer)
+    return emulator.build("ptx-selftest", [], host_sources=sources)
+
+
 def program(name: str, few: bool = False) -> Path:
     """One of ``PROGRAMS``, compiled and linked with the emulator and the machine."""
     what = PROGRAMS[name]
     defines = [*DEFINES, *([FEW] if few else ())]
-    host = [*what.host, HERE / "launcher.cpp", *(HERE / f"{part}.cpp" for part in MACHINE)]
+    host = [*what.host, HERE / "launcher.cpp", *machine_sources()]
     return emulator.build(f"ptx-{name}", what.kernels, None, defines, flags=FLAGS, host_sources=host, exported=True)
 
 
