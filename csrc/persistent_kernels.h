@@ -327,15 +327,19 @@ struct BackwardLayout {
     const int64_t step = int64_t{cut.columns()} * row_pieces(cut.pieces) * kPieceBytes;
     const int64_t chunk_steps = over ? cut.chunk_steps : 0, tiles = int64_t{cut.tiles} * cut.m_tiles;
     const int64_t cells = int64_t{cut.columns()} * cut.block_units();
+    const bool cluster = cut.exchange == Exchange::cluster;
+    constexpr uint32_t kBehindArrived = 16;
     arrived = 0;
-    sums = 16;
-    grad_gates = sums + (cut.exchange == Exchange::cluster ? size(2 * cut.blocks * cells * 4)
-                         : inside_block(cut, sizeof(T))    ? size(cells * 4)
-                                                           : 0);
+    grad_gates = kBehindArrived + (cluster ? size(2 * cut.blocks * cells * 4) : 0);
     above = grad_gates + size(2 * step);
     from_above = above + size(chunk_steps * step);
     weights = from_above + size(chunk_steps * tiles * kThreadBytes);
-    bytes = weights + (over && cut.inputs_in_shared ? size(int64_t{2} * cut.m_tiles * cut.pieces * kThreadBytes) : 0);
+    const uint32_t end =
+        weights + (over && cut.inputs_in_shared ? size(int64_t{2} * cut.m_tiles * cut.pieces * kThreadBytes) : 0);
+    // Inside a block last, so that the places of all else do not depend on it: kernels without these sums have no
+    // registers to spare for the question.
+    sums = cluster ? kBehindArrived : end;
+    bytes = end + (inside_block(cut, sizeof(T)) ? size(cells * 4) : 0);
   }
 };
 template <typename T>
