@@ -35,7 +35,8 @@ BUILT = re.compile(r"/__pycache__/|\.(so|pyc)$")  # lies among the sources and i
 # Tests that would prove the same things again: what they compile or run has nothing to do with torch's release.
 LEFT_OUT = (
     *("benchmarks", "benchmarks_gpu", "build", "cuda_check", "cuda_link", "emulator", "examples", "gate_kernels"),
-    *("gpu_primitives", "ladder", "mutation", "persistent_backward", "persistent_kernel", "primitives", "sanitize", "turns"),
+    *("gpu_primitives", "ladder", "mutation", "persistent_backward", "persistent_kernel", "primitives", "ptx", "ptx_mutants"),
+    *("sanitize", "turns"),
 )
 
 # What the extension may link to and take symbols from. Not among them: the driver (libcuda), which a machine without a
