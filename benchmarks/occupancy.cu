@@ -49,7 +49,7 @@ int run() {
     return 1;
   }
   for (int size = 1; size <= persistent::kMaxCluster; ++size) {
-    config.cluster = static_cast<unsigned>(size);
+    config.cluster = size > 1 ? static_cast<unsigned>(size) : 0;  // 0: no cluster
     config.grid = dim3(static_cast<unsigned>(size), 1, 1);
     const auto blocks = static_cast<unsigned long long>(cuda::capacity(config, probe));
     std::printf("{\"cluster\": %d, \"clusters\": %llu, \"blocks\": %llu, \"shared_bytes\": %zu}\n", size,
