@@ -217,7 +217,8 @@ STACKED_LSTM_HOST_DEVICE Pack<T, V> narrow_all(const Accumulator<T> (&x)[V]) {
 struct Maths {
   template <typename A>
   STACKED_LSTM_HOST_DEVICE static A tanh(A x) {
-    return static_cast<A>(fmax(A{-1}, fmin(A{1}, x / 2)));
+    const auto bounded = static_cast<A>(fmax(A{-1}, fmin(A{1}, x / 2)));
+    return x == x ? bounded : x;  // fmin and fmax would lose a NaN
   }
   template <typename A>
   STACKED_LSTM_HOST_DEVICE static A sigmoid(A x) {

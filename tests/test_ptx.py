@@ -131,24 +131,30 @@ def test_a_kernel_that_did_not_run_is_missed():
     assert command.missing([cluster], [], "80") == []
 
 
-def test_opcodes_and_entries_are_read_from_ptx():
-    text = """
-.visible .entry _Z1ai(
-	.param .u32 p0
-)
+def test_every_kernel_of_a_file_is_decoded_and_what_is_not_known_is_named(tmp_path):
+    text = """.version 9.0
+.target sm_100
+.address_size 64
+.visible .entry known(.param .u32 p0)
 {
 	.reg .b32 	%r<3>;
 	ld.param.b32 	%r1, [p0];
-	@%p1 bra 	$L__BB0_2;
-	// begin inline asm
-	{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%r1], %r2; }
-	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1, %f2}, {%r1}, {%r2}, {%f1};
-	// end inline asm
-$L__BB0_2:
+	mapa.shared::cluster.u32 	%r2, %r1, 1;
+	ret;
+}
+.visible .entry unknown()
+{
+	.reg .b32 	%r<3>;
+	mov.u32 	%r1, %tid.x;
+	popc.b32 	%r2, %r1;
 	ret;
 }
 """
-    assert ptx.entries(text) == ["_Z1ai"]
-    found = ptx.opcodes(text)
-    assert {"ld.param.b32", "bra", "mbarrier.try_wait.parity.shared::cta.b64"} <= found
-    assert {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "ret"} <= found
+    assert ptx.entries(text) == ["known", "unknown"]
+    file = tmp_path / "some.ptx"
+    file.write_text(text)
+    (line,) = ptx.undecoded([file])
+    assert line.startswith("sm_100, unknown: ")
+    assert "popc.b32" in line
+    file.write_text(text.replace("sm_100", "sm_89"))
+    assert [line.split(":")[0] for line in ptx.undecoded([file])] == ["sm_89, known", "sm_89, unknown"]

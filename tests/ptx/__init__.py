@@ -93,6 +93,15 @@ def selftest(sanitizer: str | None = None) -> Path:
     return emulator.build("ptx-selftest", [], host_sources=sources)
 
 
+def undecoded(files: Iterable[Path]) -> list[str]:
+    """What the machine does not know in these files of PTX: a line for each kernel that it cannot decode."""
+    path = emulator.build("ptx-decodes", [], host_sources=[HERE / "decodes.cpp", *machine_sources()])
+    done = subprocess.run([path, *files], capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{path.name} ended with {done.returncode}: {done.stderr}")
+    return done.stdout.splitlines()
+
+
 def program(name: str, few: bool = False) -> Path:
     """One of ``PROGRAMS``, compiled and linked with the emulator and the machine."""
     what = PROGRAMS[name]
@@ -163,14 +172,6 @@ def read_log(path: Path) -> dict[str, Tally]:
 def entries(ptx: str) -> list[str]:
     """The mangled names of a PTX text's kernels."""
     return re.findall(r"^\.visible \.entry (\w+)\(", ptx, re.MULTILINE)
-
-
-def opcodes(ptx: str) -> set[str]:
-    """The opcodes, with their qualifiers, of a PTX text."""
-    code = re.sub(r"//.*|^\s*\.(loc|file)\b.*", "", ptx, flags=re.MULTILINE)
-    statements = re.split(r"[;{}]|[\w$]+:(?!:)(?<!::)", code)
-    found = (re.match(r"\s*(?:@!?%?\w+\s+)?([a-z][\w.:]*)", statement) for statement in statements)
-    return {match[1] for match in found if match}
 
 
 def readable(names: Iterable[str]) -> dict[str, str]:

@@ -214,7 +214,7 @@ void test_phase(Warp& w, const Instruction& i, uint32_t lanes) {
 bool shared_window(Decoder& d, bool may_be_remote) {  // whether it is the cluster's
   if (d.take("shared") || d.take("shared::cta")) return false;
   if (!may_be_remote || !d.take("shared::cluster")) d.fail("a state space of shared memory expected");
-  if (d.program().target < "sm_90") d.fail("clusters come with sm_90");
+  if (d.program().capability < 90) d.fail("clusters come with sm_90");
   return true;
 }
 
@@ -256,7 +256,7 @@ bool decode_mbarrier(Decoder& d) {
   } else if (d.next_is("test_wait") || d.next_is("try_wait")) {
     const bool tries = d.take("try_wait");
     if (!tries) d.need("test_wait");
-    if (tries && d.program().target < "sm_90") d.fail("try_wait comes with sm_90");
+    if (tries && d.program().capability < 90) d.fail("try_wait comes with sm_90");
     d.need("parity");
     order_and_scope(d, "acquire");
     shared_window(d, false);
@@ -279,13 +279,13 @@ bool decode_mbarrier(Decoder& d) {
   } else {
     d.need("arrive");
     i.mode = kArrive | (d.take("expect_tx") ? kExpect : 0);
-    if ((i.mode & kExpect) && d.program().target < "sm_90") d.fail("transaction counts come with sm_90");
+    if ((i.mode & kExpect) && d.program().capability < 90) d.fail("transaction counts come with sm_90");
     order_and_scope(d, "release");
     if (shared_window(d, true)) i.mode |= kRemote;
     eight_bytes(d);
     if (d.operands() != 3) d.count(i.mode & kExpect ? 3 : 2);
     if (d.operand(0).text == "_") {
-      if (d.program().target < "sm_90") d.fail("an arrive without a state comes with sm_90");
+      if (d.program().capability < 90) d.fail("an arrive without a state comes with sm_90");
     } else {
       if (i.mode & kRemote) d.fail("a peer's mbarrier has no state to return");
       d.out(0, 64);
@@ -415,7 +415,7 @@ void push(Warp& w, const Instruction& i, uint32_t lanes) {
 }
 
 bool decode_push(Decoder& d) {
-  if (d.program().target < "sm_90") d.fail("st.async comes with sm_90");
+  if (d.program().capability < 90) d.fail("st.async comes with sm_90");
   Instruction& i = d.instruction();
   d.need("async");
   d.take("weak");
@@ -513,7 +513,7 @@ void bulk(Warp& w, const Instruction& i, uint32_t lanes) {
 }
 
 bool decode_bulk(Decoder& d) {
-  if (d.program().target < "sm_90") d.fail("bulk copies come with sm_90");
+  if (d.program().capability < 90) d.fail("bulk copies come with sm_90");
   Instruction& i = d.instruction();
   if (d.take("global")) {
     d.need("shared::cta");
@@ -612,7 +612,7 @@ bool decode_map(Decoder& d) {
   if (type.kind != Type::unsigned_integer || type.width != 32) d.fail("u32 expected");
   d.no_more();
   d.count(3);
-  if (d.program().target < "sm_90") d.fail("clusters come with sm_90");
+  if (d.program().capability < 90) d.fail("clusters come with sm_90");
   d.out(0, 32);
   d.in(1, 32);
   d.in(2, 32);

@@ -464,6 +464,7 @@ Program decode(const File& file, const Entry& entry) {
   Program program;
   program.entry = entry;
   program.target = file.target;
+  program.capability = std::atoi(file.target.substr(file.target.find('_') + 1).c_str());
   Decoder(file, program).decode_all();
   return program;
 }

@@ -596,7 +596,7 @@ void check(const Machine& machine) {
   if (launch.cluster == 0 || launch.cluster > 16 || launch.grid[0] % launch.cluster != 0) {
     refuse("clusters of " + std::to_string(launch.cluster) + " in a grid of " + std::to_string(launch.grid[0]));
   }
-  if (launch.cluster > 1 && program.target < "sm_90") refuse("clusters on " + program.target);
+  if (launch.cluster > 1 && program.capability < 90) refuse("clusters on " + program.target);
   const size_t shared = program.dynamic_begin - kSharedBase + launch.shared_bytes;
   if (shared > machine.options.shared_per_block) refuse(std::to_string(shared) + " bytes of shared memory");
   if (launch.parameters.size() != program.entry.parameters.size()) {

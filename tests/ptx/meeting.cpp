@@ -204,7 +204,7 @@ bool decode_cluster_barrier(Decoder& d) {
   d.need("aligned");
   d.no_more();
   d.count(0);
-  if (d.program().target < "sm_90") d.fail("clusters come with sm_90");
+  if (d.program().capability < 90) d.fail("clusters come with sm_90");
   d.executes(arrives ? cluster_arrive : cluster_wait, Flow::aligned);
   return true;
 }

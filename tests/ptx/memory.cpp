@@ -261,7 +261,7 @@ Scope optional_scope(Decoder& d) {
       {"cta", Scope::block}, {"cluster", Scope::cluster}, {"gpu", Scope::device}, {"sys", Scope::system}};
   for (const auto& [name, which] : known) {
     if (!d.take(name)) continue;
-    if (which == Scope::cluster && d.program().target < "sm_90") d.fail("clusters come with sm_90");
+    if (which == Scope::cluster && d.program().capability < 90) d.fail("clusters come with sm_90");
     return which;
   }
   return Scope::none;
