@@ -27,8 +27,11 @@ machine_path := $(PATH)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# A test a core, and whoever is done takes from the others. OpenMP's threads must not spin for work then: they share the cores.
+in_parallel = OMP_WAIT_POLICY=passive $(py) -m pytest -n auto --dist worksteal --durations=10
+
 .NOTPARALLEL:
-.PHONY: help venv build test bench lint format sanitize nvcc cuda-check ptx cuda-link gpu clean distclean
+.PHONY: help venv build test proof bench lint format sanitize nvcc cuda-check ptx cuda-link gpu clean distclean
 
 help:  ## list the targets (the default)
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
@@ -43,8 +46,14 @@ venv: $(READY)  ## .venv with torch and the pinned tools
 
 build: $(BUILT)  ## compile the extension and install the package, editable, into .venv
 
-test: $(BUILT) lint  ## lint, then all tests
-	@$(py) -m pytest $(ARGS)
+test: $(BUILT) lint  ## lint, then the tests of everything that the package does
+	@$(in_parallel) --ignore=tests/proof $(ARGS)
+
+# cuda-link builds for one architecture: cuda-check has compiled for all of them, and here the linking counts.
+proof: $(BUILT)  ## what proves the kernels, in half an hour: cuda-check, ptx, cuda-link, then tests/proof (emulator, sanitizers, mutants, builds)
+	@$(MAKE) --no-print-directory ARGS= cuda-check ptx
+	@TORCH_CUDA_ARCH_LIST=9.0a $(MAKE) --no-print-directory ARGS= cuda-link
+	@$(in_parallel) tests/proof $(ARGS)
 
 bench: $(BUILT)  ## the quick benchmark suite, then a short run of the character model
 	@$(py) -m benchmarks --suite quick $(ARGS)
@@ -67,7 +76,7 @@ nvcc: $(CUDA_READY)  ## the CUDA compiler and disassemblers from PyPI, into .ven
 cuda-check: $(CUDA_READY)  ## compile the CUDA kernels for every architecture; list and check registers, spills, instructions
 	@$(py) -m tests.cuda_check $(ARGS)
 
-ptx: $(CUDA_READY)  ## run the compiled CUDA kernels, as PTX, on the host: every kernel against float64 and the emulator; then with mutants of the inline PTX
+ptx: $(CUDA_READY)  ## run the compiled CUDA kernels, as PTX, on the host: against float64, the emulator, and with mutants of the inline PTX
 	@$(py) -m tests.ptx $(ARGS)
 	@$(py) -m tests.ptx.mutants $(filter --all,$(ARGS))
 

@@ -6,7 +6,7 @@
 // wrongly (never anything). `--rounds N` makes the runs shorter.
 //
 // Each kernel has one thread read the clock before and after many rounds, and checks what the rounds hand over. Compiled by
-// the host compiler, the same file runs on the emulator (tests/test_gpu_primitives.py): there its figures mean nothing,
+// the host compiler, the same file runs on the emulator (tests/proof/test_gpu_primitives.py): there its figures mean nothing,
 // but that it ends, and that what arrives is right, means the same.
 #include <algorithm>
 #include <chrono>

@@ -32,12 +32,15 @@ SOURCES = [
 ]
 BUILT = re.compile(r"/__pycache__/|\.(so|pyc)$")  # lies among the sources and is none
 
-# Tests that would prove the same things again: what they compile or run has nothing to do with torch's release.
+# Tests that would prove the same things again: what they compile or run has nothing to do with torch's release. So is all of
+# tests/proof.
 LEFT_OUT = (
-    *("benchmarks", "benchmarks_gpu", "build", "cuda_check", "cuda_link", "emulator", "examples", "gate_kernels"),
-    *("gpu_primitives", "ladder", "mutation", "persistent_backward", "persistent_kernel", "primitives", "ptx", "ptx_mutants"),
-    *("sanitize", "turns"),
+    *("benchmarks", "bf16_weights", "determinism", "docs", "dropout", "examples", "kernels", "ladder", "maths"),
+    *("persistent_plan", "primitives", "property", "reference", "schedule", "stress", "threads"),
 )
+
+# As the Makefile has it.
+PARALLEL = ("-n", "auto", "--dist", "worksteal")
 
 # What the extension may link to and take symbols from. Not among them: the driver (libcuda), which a machine without a
 # GPU does not have, and CUDA's libraries of mathematics, which are torch's business.
@@ -229,8 +232,8 @@ def build_and_test(torch: str, python: str, tests: list[str]) -> None:
     step("build", [*make, "build"], environ)
     program = str(VENV / "bin" / "python")
     step("the library", [program, "-m", "tests.cuda_link", "--inspect"], environ)
-    chosen = tests or ["-m", "not slow", *(f"--ignore=tests/test_{name}.py" for name in LEFT_OUT)]
-    step("tests", [program, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen], environ)
+    chosen = tests or ["-m", "not slow", *(f"--ignore=tests/{name}" for name in ("proof", *(f"test_{n}.py" for n in LEFT_OUT)))]
+    step("tests", [program, "-m", "pytest", "-q", "-p", "no:cacheprovider", *PARALLEL, *chosen], environ)
 
 
 def main() -> int:

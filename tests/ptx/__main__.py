@@ -42,26 +42,28 @@ class Run:
 SAME = "--unjudged --order random"
 RUNS = [
     # What ships, against float64, in several orders of the threads.
-    Run("forward", "90a", "--seeds 2"),
     Run("forward", "90a", "--every --order random --seed 3"),
-    Run("backward", "90a", "--seeds 2"),
-    Run("backward", "90a", "--every --wide --order random --seed 3"),
-    Run("gates", "90a", "--quick"),
+    Run("forward", "90a", "--seeds 2"),
     # Where clusters are not: the exchange through L2.
-    Run("forward", "80", "--l2 --order random --seed 4"),
     Run("forward", "80", "--l2 --every --order random --seed 4"),
-    Run("backward", "80", "--l2 --order random --seed 4"),
-    Run("backward", "80", "--l2 --every --order random --seed 4"),
-    Run("gates", "80", "--quick"),
+    Run("forward", "80", "--l2 --order random --seed 4"),
     # The emulator's bits.
-    Run("forward", "90a", SAME, plain=True, mode="same"),
     Run("forward", "90a", f"{SAME} --every", plain=True, mode="same"),
-    Run("backward", "90a", SAME, plain=True, mode="same"),
-    Run("backward", "90a", f"{SAME} --every", plain=True, mode="same"),
-    Run("gates", "90a", "--quick --unjudged", plain=True, mode="same"),
+    Run("forward", "90a", SAME, plain=True, mode="same"),
     # Sums of mma that are rounded otherwise.
     Run("forward", "90a", "--order random --seed 5 ragged wide both tf32", sums="nearest"),
+    # All of that backward.
+    Run("backward", "90a", f"{SAME} --every", plain=True, mode="same"),
+    Run("backward", "90a", "--every --wide --order random --seed 3"),
+    Run("backward", "90a", "--seeds 2"),
+    Run("backward", "80", "--l2 --every --order random --seed 4"),
+    Run("backward", "80", "--l2 --order random --seed 4"),
+    Run("backward", "90a", SAME, plain=True, mode="same"),
     Run("backward", "90a", "--order random --seed 5 ragged reverse half tf32", sums="nearest"),
+    # The kernels of the diagonal schedule.
+    Run("gates", "90a", "--quick"),
+    Run("gates", "80", "--quick"),
+    Run("gates", "90a", "--quick --unjudged", plain=True, mode="same"),
     # What else goes by the primitives.
     Run("primitives", "90a", "--rounds 3"),
     Run("samples", "90a", "--seeds 2", ordered=2048),
@@ -134,38 +136,42 @@ def main() -> int:
         and arguments.arch in (None, one.arch)
     ]
     start = time.monotonic()
-    failures = []
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        try:
-            # Everything is made before anything runs: many at once, none twice.
-            sources = dict.fromkeys((source, one.arch, one.plain) for one in chosen for source in PROGRAMS[one.program].ptx)
-            list(pool.map(lambda job: ptx_file(*job), sources))
-            programs = {name: program(name) for name in dict.fromkeys(one.program for one in chosen)}
-        except (cuda_check.CheckError, RuntimeError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        print(f"{len(sources)} files of PTX, {len(programs)} programs: {time.monotonic() - start:.0f} s", flush=True)
+    failures, done = [], []
+    cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(cores) as compilers, ThreadPoolExecutor(1) as builder:
+        # What is made is made once, what takes long first, and a run begins when what it needs is there.
+        sources = dict.fromkeys((source, one.arch, one.plain) for one in chosen for source in PROGRAMS[one.program].ptx)
+        longest_first = sorted(sources, key=lambda job: "backward" in job[0].name, reverse=True)
+        made = {job: compilers.submit(ptx_file, *job) for job in longest_first}
+        names = sorted({one.program for one in chosen}, key=list(PROGRAMS).index)
+        programs = {name: builder.submit(program, name) for name in names}
 
-        def go(job: tuple[int, Run]) -> tuple[Run, Ran, float]:
-            number, one = job
-            began = time.monotonic()
-            files = [ptx_file(source, one.arch, one.plain) for source in PROGRAMS[one.program].ptx]
+        def go(number: int, one: Run) -> tuple[Ran, float]:
+            files = [made[source, one.arch, one.plain].result() for source in PROGRAMS[one.program].ptx]
             log = Path(scratch) / f"{number}.log"
             settings = {"mode": one.mode, "sums": one.sums, "ordered": one.ordered, "log": log, "timeout": 3600}
-            ran = run(programs[one.program], files, *one.arguments.split(), **settings)
-            return one, ran, time.monotonic() - began
+            path = programs[one.program].result()
+            began = time.monotonic()
+            return run(path, files, *one.arguments.split(), **settings), time.monotonic() - began
 
-        done = []
-        for one, ran, seconds in pool.map(go, enumerate(chosen)):
-            done.append((one, ran))
-            tally = totals([{"": tally} for tally in ran.kernels.values()]).get("", Tally())
-            line = f"{'ok    ' if ran.status == 0 else 'FAILED'} {one}: {len(ran.kernels)} kernels, {tally.launches} launches"
-            if tally.compared:
-                line += f", {tally.different} of {tally.compared} elements differ from the emulator's"
-            print(f"{line}, {seconds:.1f} s", flush=True)
-            if ran.status != 0:
-                failures.append(str(one))
-                print("\n".join(text for text in ran.output.splitlines() if not text.startswith("ok ")), flush=True)
+        with ThreadPoolExecutor(cores) as runners:
+            running = [(one, runners.submit(go, number, one)) for number, one in enumerate(chosen)]
+            for one, future in running:
+                try:
+                    ran, seconds = future.result()
+                except (cuda_check.CheckError, RuntimeError) as error:
+                    print(f"error: {error}", file=sys.stderr)
+                    runners.shutdown(cancel_futures=True)
+                    return 1
+                done.append((one, ran))
+                tally = totals([{"": tally} for tally in ran.kernels.values()]).get("", Tally())
+                line = f"{'ok    ' if ran.status == 0 else 'FAILED'} {one}: {len(ran.kernels)} kernels, {tally.launches} launches"
+                if tally.compared:
+                    line += f", {tally.different} of {tally.compared} elements differ from the emulator's"
+                print(f"{line}, {seconds:.1f} s", flush=True)
+                if ran.status != 0:
+                    failures.append(str(one))
+                    print("\n".join(text for text in ran.output.splitlines() if not text.startswith("ok ")), flush=True)
     for arch in dict.fromkeys(one.arch for one in chosen):
         shipping = [(one, ran) for one, ran in done if one.arch == arch and not one.plain]
         line, absent = coverage(

@@ -2,6 +2,7 @@
 //
 // Rounding is the ISA's where it says one. Approximations (.approx) are no better than the ISA promises, and the same
 // functions as the emulator's: see tests/emulator/matrix.h.
+#include <algorithm>
 #include <cfenv>
 #include <cmath>
 #include <limits>
@@ -416,6 +417,16 @@ void permute_bytes(Warp& w, const Instruction& i, uint32_t lanes) {
   });
 }
 
+// A word of b:a, shifted as 64 bits. A distance that wraps is taken modulo 32, and one that is clamped is at most 32.
+template <bool kLeft, bool kWraps>
+void shift_funnel(Warp& w, const Instruction& i, uint32_t lanes) {
+  each(lanes, [&](int n) {
+    const uint64_t both = w.in<uint32_t>(i.in[0])[n] | static_cast<uint64_t>(w.in<uint32_t>(i.in[1])[n]) << 32;
+    const uint32_t asked = w.in<uint32_t>(i.in[2])[n], distance = kWraps ? asked % 32 : std::min(asked, 32u);
+    w.out<uint32_t>(i.out[0])[n] = static_cast<uint32_t>(both >> (kLeft ? 32 - distance : distance));
+  });
+}
+
 // ---- decoding
 
 // f(T()) for the C++ type of a PTX type.
@@ -696,6 +707,20 @@ bool byte_permutation(Decoder& d) {
   return true;
 }
 
+bool funnel_shift(Decoder& d) {
+  const std::pair<const char*, bool> directions[] = {{"l", true}, {"r", false}};
+  const std::pair<const char*, bool> ends[] = {{"wrap", true}, {"clamp", false}};
+  const bool left = d.one_of(directions, "l or r expected"), wraps = d.one_of(ends, "wrap or clamp expected");
+  if (d.type().width != 32) d.fail("b32 expected");
+  d.no_more();
+  d.count(4);
+  d.out(0, 32);
+  for (size_t n = 1; n <= 3; ++n) d.in(n, 32);
+  d.executes(left ? (wraps ? shift_funnel<true, true> : shift_funnel<true, false>)
+                  : (wraps ? shift_funnel<false, true> : shift_funnel<false, false>));
+  return true;
+}
+
 bool sign_copy(Decoder& d) {
   const Type type = d.type();
   sources(d, type, 2);
@@ -739,6 +764,7 @@ bool decode_arithmetic(Decoder& d) {
   if (d.is("selp")) return selection(d);
   if (d.is("bfi") || d.is("bfe")) return field(d);
   if (d.is("prmt")) return byte_permutation(d);
+  if (d.is("shf")) return funnel_shift(d);
   return false;
 }
 

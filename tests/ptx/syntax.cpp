@@ -142,7 +142,7 @@ class Parser {
     return symbol;
   }
 
-  // .align N .b8 name[N]
+  // .align N .b8 name[N], or of a parameter that is an address, .u64 .ptr .global .align N name
   Symbol variable() {
     Symbol symbol;
     std::string next = word();
@@ -153,6 +153,12 @@ class Parser {
     const uint64_t element = bits_of(next) / 8;
     if (symbol.alignment < element) symbol.alignment = element;
     symbol.name = word();
+    if (symbol.name == ".ptr") {  // where it points to, which no kernel relies on here
+      while ((next = word()).front() == '.') {
+        if (next == ".align") word();
+      }
+      symbol.name = next;
+    }
     symbol.bytes = element;
     if (take('[')) {
       symbol.dynamic = take(']');

@@ -1,11 +1,11 @@
-"""``python -m tests.sanitize [address] [thread]``: the CPU kernels under the sanitizers, all of them by default."""
+"""``python -m tests.sanitize [address] [thread]``: the CPU kernels under the sanitizers, with every schedule."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from . import FLAGS, run
+from . import FLAGS, clean, run
 
 
 def main() -> int:
@@ -13,9 +13,9 @@ def main() -> int:
     parser.add_argument("sanitizers", nargs="*", choices=[*FLAGS, []], help="default: all")
     failed = 0
     for sanitizer in parser.parse_args().sanitizers or list(FLAGS):
-        result = run(sanitizer)
-        print(f"{sanitizer}: {result.stdout.strip() or 'no output'}")
-        if result.returncode != 0:
+        result = run(sanitizer, stride=1)
+        print(f"{sanitizer}:\n{result.stdout.strip() or 'no output'}")
+        if not clean(result):
             print(result.stderr)
             failed = 1
     return failed

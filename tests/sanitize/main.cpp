@@ -4,11 +4,17 @@
 // Small stacks with every option run under every kind of schedule and every kind of pool: one thread a worker, all
 // workers on one thread, and threads that come one after another. What is checked beside the sanitizer's own findings:
 // every output is written (they start as NaN), and every schedule gives the same bits as one worker alone.
+//
+//   kernels [STRIDE [PART PARTS]]   of each problem every STRIDE-th schedule (1); of the problems one of PARTS parts
+//
+// A problem is a case and a type. The n-th problem begins with schedule n: with a stride of 3, the number of types, every
+// case meets every schedule, and so does every type.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -275,7 +281,7 @@ void compare_nearly(const Problem<T>& problem, const std::vector<std::vector<T>>
 }
 
 template <typename T>
-int run_case(const Case& c, const char* type, bool bf16_weights = false) {
+int run_case(const Case& c, const char* type, bool bf16_weights, size_t first_schedule, size_t stride) {
   Problem<T> problem(c);
   problem.bf16_weights = bf16_weights;
   const bool rounds_inputs = problem.rounds_inputs();
@@ -338,7 +344,8 @@ int run_case(const Case& c, const char* type, bool bf16_weights = false) {
       schedules.push_back(s);
     }
   }
-  for (const Schedule& s : schedules) {
+  for (size_t n = first_schedule % stride; n < schedules.size(); n += stride) {
+    const Schedule& s = schedules[n];
     for (const Pool pool : {Pool::threads, Pool::one_thread, Pool::one_after_another}) {
       if (pool != Pool::threads && s.chunk_steps != 3) continue;
       problem.run({s.workers(), &s}, pool);
@@ -370,13 +377,24 @@ int run_side_by_side() {
 
 }  // namespace
 
-int main() {
-  int runs = 0;
-  for (const Case& c : kCases) {
-    runs += run_case<float>(c, "float32") + run_case<double>(c, "float64");
-    runs += run_case<float>(c, "float32, weights stored as bfloat16", true);
+int main(int count, char** arguments) {
+  const auto number = [&](int n, size_t otherwise) {
+    return n < count ? static_cast<size_t>(std::atoi(arguments[n])) : otherwise;
+  };
+  const size_t stride = number(1, 1), part = number(2, 0), parts = number(3, 1);
+  if (stride == 0 || part >= parts) {
+    std::fprintf(stderr, "usage: %s [STRIDE [PART PARTS]]\n", arguments[0]);
+    return 2;
   }
-  runs += run_side_by_side();
+  int runs = 0;
+  size_t problem = 0;
+  const auto mine = [&] { return problem++ % parts == part; };
+  for (const Case& c : kCases) {
+    if (mine()) runs += run_case<float>(c, "float32", false, problem, stride);
+    if (mine()) runs += run_case<double>(c, "float64", false, problem, stride);
+    if (mine()) runs += run_case<float>(c, "float32, weights stored as bfloat16", true, problem, stride);
+  }
+  if (part == 0) runs += run_side_by_side();
   std::printf("%d runs, %d failures\n", runs, failures);
   return failures > 0;
 }

@@ -15,7 +15,7 @@ from tests.ptx.mutations import Mutant, mutants
 from tests.ptx.statements import PRIMITIVES, Statement, count_of_asm, kernels, statements, with_operands
 
 KNOWN = statements()
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

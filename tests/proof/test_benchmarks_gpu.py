@@ -28,7 +28,7 @@ from benchmarks.gpu import test as test_part
 from benchmarks.gpu.parts import Exit, Part
 
 CPU = torch.device("cpu")
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {
     "time": "2026-11-23T01:45:00+00:00",
     "commit": "0123456789abcdef",

@@ -135,7 +135,7 @@ def test_every_kernel_of_a_file_is_decoded_and_what_is_not_known_is_named(tmp_pa
     text = """.version 9.0
 .target sm_100
 .address_size 64
-.visible .entry known(.param .u32 p0)
+.visible .entry known(.param .u32 p0, .param .u64 .ptr .global .align 16 p1)
 {
 	.reg .b32 	%r<3>;
 	ld.param.b32 	%r1, [p0];

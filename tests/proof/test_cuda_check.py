@@ -12,7 +12,7 @@ import cuda_check
 import pytest
 from cuda_check import ARCHS, CheckError, Kernel, Meant, complaints, failures_of, sass, slots, stale_rows, stale_slots
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import torch
 
 import stacked_lstm_ext
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import build_support as support  # noqa: E402
