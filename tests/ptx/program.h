@@ -72,8 +72,8 @@ struct Instruction {
 class Program {
  public:
   Entry entry;
-  std::string target;                // "sm_90a"
-  int capability = 0;                // 90
+  std::string target;  // "sm_90a"
+  int capability = 0;  // 90
   std::vector<Instruction> code;
   std::vector<Operand> registers;  // where each of the entry's registers lies
   uint32_t register_bytes = 0;     // of a warp
