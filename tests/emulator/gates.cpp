@@ -30,7 +30,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/gates.h"
+#include "../../csrc/cuda/gates.h"
 #include "lend.h"
 
 // AddressSanitizer's, where the kernels are instrumented. This file never is.
@@ -1162,7 +1162,7 @@ void refusal_part() {
   refused(3, int64_t{1} << 40);
 }
 
-// csrc/number.h, against the definition of the formats.
+// csrc/stack/number.h, against the definition of the formats.
 template <typename T>
 void number_part() {
   if constexpr (sizeof(T) == 2) {
