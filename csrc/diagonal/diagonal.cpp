@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "../driver/driver.h"
+#include "../driver/gate_kernels.h"
 
 namespace stacked_lstm::diagonal {
 namespace {
@@ -30,7 +31,6 @@ namespace {
 using namespace driver;
 
 thread_local std::optional<int64_t> forced_chunk;
-const gates::Table* replaced_host_kernels = nullptr;
 
 // What forward and backward have in common.
 template <typename T>
@@ -665,13 +665,6 @@ auto with_storage(at::ScalarType type, Run&& run) {
 
 }  // namespace
 
-int64_t reserve_elements(const StackShape& shape, Saving saving, int64_t storage_bytes, int64_t accumulator_bytes) {
-  if (saving == Saving::none) return 0;
-  const int64_t cells = shape.rows() * shape.lanes() * shape.layers[0].padded_hidden();
-  const int64_t h = (shape.depth() - 1) * shape.rows() * shape.directions * shape.layers[0].output();
-  return cells * (saving == Saving::full ? 5 : 1) + (h * storage_bytes + accumulator_bytes - 1) / accumulator_bytes;
-}
-
 Diagonals plan(const StackShape& shape, int64_t accumulator_bytes) {
   Diagonals plan = plan_diagonals(shape, accumulator_bytes);
   if (forced_chunk) {
@@ -721,16 +714,6 @@ Counts predict(const StackShape& shape, const Options& options, int64_t accumula
   if (weight_grad) counts.products += (2 + projected) * lanes;
   if (input_grad) ++counts.products;
   return counts;
-}
-
-void use_host_kernels(const gates::Table* table) { replaced_host_kernels = table; }
-
-const gates::Table& gate_kernels(const at::Device& device) {
-#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
-  if (device.is_cuda()) return gates::cuda_kernels();
-#endif
-  TORCH_CHECK(device.is_cpu(), "this build of stacked_lstm_ext has no kernels for ", device);
-  return replaced_host_kernels ? *replaced_host_kernels : gates::host_kernels();
 }
 
 Results forward(const Call& call, Counts& counts) {

@@ -3,7 +3,6 @@
 
 #include <optional>
 
-#include "../cuda/gates.h"
 #include "../driver/call.h"
 #include "../stack/wavefront.h"
 
@@ -15,10 +14,6 @@ struct Counts {
   int64_t launches = 0;
   int64_t products = 0;
 };
-
-// Elements of the reserve, in Accumulator<T>: c and the gates of every lane as in stack.h, then h of the layers below the
-// top as T.
-int64_t reserve_elements(const StackShape& shape, Saving saving, int64_t storage_bytes, int64_t accumulator_bytes);
 
 // The schedule, with the chunk of force_chunk if there is one.
 Diagonals plan(const StackShape& shape, int64_t accumulator_bytes);
@@ -34,11 +29,5 @@ Results forward(const Call& call, Counts& counts);
 
 Gradients backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
                    bool weight_grad, Counts& counts);
-
-// Tests put other kernels in the place of those for the CPU; null: back to these.
-void use_host_kernels(const gates::Table* table);
-
-// The kernels for tensors of this device.
-const gates::Table& gate_kernels(const at::Device& device);
 
 }  // namespace stacked_lstm::diagonal

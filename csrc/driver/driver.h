@@ -1,5 +1,5 @@
-// csrc/driver/driver.h: what the drivers over ATen (diagonal.cpp, persistent.cpp) share: dtypes, pointers, large products, the
-// parts of a reserve, and the copies that products over all steps read.
+// csrc/driver/driver.h: what the drivers of both GPU schedules share, over ATen: dtypes, pointers, large products, the reserve,
+// and the copies that products over all steps read.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -117,6 +117,16 @@ class Products {
  private:
   int64_t& count_;
 };
+
+// Elements of the reserve, in Accumulator<T>: c and the gates of every lane as in stack.h, then h of the layers below the
+// top as T.
+inline int64_t reserve_elements(const StackShape& shape, Saving saving, int64_t storage_bytes,
+                                int64_t accumulator_bytes) {
+  if (saving == Saving::none) return 0;
+  const int64_t cells = shape.rows() * shape.lanes() * shape.layers[0].padded_hidden();
+  const int64_t h = (shape.depth() - 1) * shape.rows() * shape.directions * shape.layers[0].output();
+  return cells * (saving == Saving::full ? 5 : 1) + (h * storage_bytes + accumulator_bytes - 1) / accumulator_bytes;
+}
 
 // The parts of a reserve: [lane][row] c and (unless they are computed again) the gates, in units padded to kUnitPadding,
 // then [layer][row] h of the layers below the top, as T.

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../cuda/gates.h"
+#include "../cuda/elements.h"
 #include "../cuda/launch.cuh"
 #include "../cuda/primitives.cuh"
 #include "../stack/cell.h"

@@ -18,7 +18,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../cuda/gates.h"
+#include "../cuda/elements.h"
 #include "../stack/cell.h"
 #include "../stack/number.h"
 

@@ -41,8 +41,8 @@
 #include <vector>
 
 #include "../cuda/architectures.h"
-#include "../diagonal/diagonal.h"
 #include "../driver/driver.h"
+#include "../driver/gate_kernels.h"
 
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)
 #include <ATen/cuda/CUDAContext.h>
@@ -323,7 +323,7 @@ Tensor rows_on_device(const StackShape& shape, const Tensor& input) {
   const auto count = static_cast<int64_t>(shape.packed_rows.size());
   const Tensor rows = at::empty({count}, input.options().dtype(at::kLong));
   const std::string error =
-      diagonal::gate_kernels(device).numbers(shape.packed_rows.data(), count, data<int64_t>(rows), stream_for(device));
+      gate_kernels(device).numbers(shape.packed_rows.data(), count, data<int64_t>(rows), stream_for(device));
   TORCH_CHECK(error.empty(), "stacked_lstm_ext: a kernel could not be launched on ", device, ": ", error);
   return rows;
 }
@@ -498,7 +498,7 @@ class Driver {
       const gates::Sizes sizes{width_, driver_.width_, driver_.padded_, driver_.directions_ * 4 * driver_.hidden_,
                                driver_.mask_};
       const at::Device device = driver_.call_.input.device();
-      const std::string error = diagonal::gate_kernels(device).of<T>().copy(
+      const std::string error = gate_kernels(device).of<T>().copy(
           sizes, cells_.data(), static_cast<int64_t>(cells_.size()), stream_for(device));
       TORCH_CHECK(error.empty(), "stacked_lstm_ext: a kernel could not be launched on ", device, ": ", error);
       cells_.clear();
@@ -579,7 +579,7 @@ class Forward : Driver<T> {
     result_.output = at::empty(call_.output_sizes(), storage_);
     result_.h_n = at::empty({lanes_, batch_, hidden_}, storage_);
     result_.c_n = at::empty({lanes_, batch_, hidden_}, storage_);
-    const int64_t kept = diagonal::reserve_elements(shape_, saving, sizeof(T), sizeof(float));
+    const int64_t kept = reserve_elements(shape_, saving, sizeof(T), sizeof(float));
     result_.reserve = at::empty({kept}, Base::floats_);
     // Padding is written by nobody; zeros there make a reserve the same bits every time.
     if (hidden_ != padded_) result_.reserve.zero_();

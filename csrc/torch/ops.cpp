@@ -38,6 +38,8 @@
 #include "../cuda/device.h"
 #include "../diagonal/diagonal.h"
 #include "../driver/call.h"
+#include "../driver/driver.h"
+#include "../driver/gate_kernels.h"
 #include "../persistent/bindings.h"
 #include "../persistent/persistent.h"
 #include "../persistent/plan.h"
@@ -500,10 +502,10 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   check_shape(output, sizes, "output");
   TORCH_CHECK_VALUE(reserve.scalar_type() == type && reserve.device() == input.device(), "reserve should be ", type,
                     " on ", input.device(), ", got: ", reserve.scalar_type(), " on ", reserve.device());
-  const int64_t kept = kind != Backend::cpu ? diagonal::reserve_elements(shape, options.saving,
-                                                                         static_cast<int64_t>(input.element_size()),
-                                                                         static_cast<int64_t>(reserve.element_size()))
-                                            : reserve_size(shape, options.saving, type != input.scalar_type()).total();
+  const int64_t kept = kind != Backend::cpu
+                           ? driver::reserve_elements(shape, options.saving, static_cast<int64_t>(input.element_size()),
+                                                      static_cast<int64_t>(reserve.element_size()))
+                           : reserve_size(shape, options.saving, type != input.scalar_type()).total();
   check_shape(reserve, {kept}, "reserve");
   const IncomingGradients incoming{grad_output, grad_h_n, grad_c_n};
   if (grad_output) check_same(*grad_output, input, "grad_output"), check_shape(*grad_output, sizes, "grad_output");
@@ -956,7 +958,7 @@ PYBIND11_MODULE(_C, m) {
   // For tests: the driver of the diagonal schedule runs these kernels on the CPU (the address of a gates::Table; 0: its
   // own), so that the CUDA kernels, emulated, can be seen at work.
   m.def("_use_gate_kernels",
-        [](uintptr_t table) { diagonal::use_host_kernels(reinterpret_cast<const gates::Table*>(table)); });
+        [](uintptr_t table) { driver::use_host_gate_kernels(reinterpret_cast<const gates::Table*>(table)); });
   // For tests: the persistent kernels' driver runs these on the CPU (the address of a persistent::Table; 0: none). `watchdog`:
   // they tell of a wait that took too long.
   m.def(

@@ -66,7 +66,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="an address from which no byte is read",
     ),
     Equivalent(
-        file="csrc/cuda/gates.h",
+        file="csrc/cuda/elements.h",
         function="apply_mask",
         kind="bound",
         change="off by one",

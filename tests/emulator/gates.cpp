@@ -4,7 +4,7 @@
 //
 // The truth is computed in long double, and every number of it carries a bound of what rounding can have done to it in
 // the kernel's arithmetic (Bounded). A result has to lie between the bounds, both rounded to what the tensor holds; none
-// of gates.h, cell.h, number.h and philox.h is used for it.
+// of gates.h, elements.h, cell.h, number.h and philox.h is used for it.
 //
 // Every buffer has forbidden zones: before it, behind it, and in each row from the width to the stride. There, inputs
 // hold a signalling NaN, and outputs hold another one everywhere: what is read from a zone shows in the results, what is

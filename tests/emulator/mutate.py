@@ -80,7 +80,7 @@ TARGETS = [
     ),
     Target(
         name="gates",
-        mutated=("csrc/cuda/gates.h", "csrc/cuda/gates.cu"),
+        mutated=("csrc/cuda/elements.h", "csrc/cuda/gates.h", "csrc/cuda/gates.cu"),
         sources=("tests/emulator/gates.cpp", "csrc/cuda/gates.cu", "csrc/cuda/gates_host.cpp"),
         variants=tuple(("--stop", "--quick", part) for part in GATE_PARTS),
         thorough=("--order", "priorities"),
