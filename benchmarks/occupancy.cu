@@ -6,7 +6,7 @@
 // prints a JSON object a line for each size of a cluster: how many of them fit, and how many blocks that is.
 //
 // The blocks of a cluster lie in one GPC, and not every GPC of a chip has as many multiprocessors as its data sheet says. So
-// the number of large clusters is a property of the chip, which the planner (csrc/persistent/plan.h) asks the driver for.
+// the number of large clusters is a property of the chip, which the planner (csrc/persistent/planner.cpp) asks the driver for.
 #include <cstdint>
 #include <cstdio>
 

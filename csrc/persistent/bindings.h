@@ -13,8 +13,12 @@
 
 #include "../cuda/device.h"
 #include "../stack/stack.h"
+#include "choice.h"
+#include "cost.h"
 #include "instances.h"
 #include "plan.h"
+#include "planner.h"
+#include "timeline.h"
 
 namespace stacked_lstm::persistent {
 

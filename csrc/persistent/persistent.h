@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../driver/call.h"
+#include "choice.h"
 #include "kernels.h"
 #include "plan.h"
 
