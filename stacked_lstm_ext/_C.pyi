@@ -1,4 +1,4 @@
-"""What ``csrc/torch/ops.cpp`` exports beside the operators: facts that are not tensors."""
+"""What ``csrc/torch/bindings.cpp`` exports beside the operators: facts that are not tensors."""
 
 from collections.abc import Callable
 from typing import Any

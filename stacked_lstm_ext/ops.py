@@ -117,7 +117,7 @@ def _check_arguments(
     backend: str,
     bf16_weights: bool,
 ) -> None:
-    """What ``csrc/torch/ops.cpp`` would refuse, refused by the fakes, in its words: while tracing, not when it runs."""
+    """What ``csrc/torch/prepare.cpp`` would refuse, refused by the fakes, in its words: while tracing, not when it runs."""
     device = input.device
     if bf16_weights and (backend != "cpu" or input.dtype != torch.float32):
         raise ValueError(

@@ -378,7 +378,7 @@ def test_compilers_run_side_by_side(compiler):
 
 
 def test_the_longest_are_begun_first(compiler):
-    names = ["csrc/cpu/plan.cpp", "csrc/cuda/gates.cu", "csrc/persistent/forward_f16.cu", "csrc/torch/ops.cpp"]
+    names = ["csrc/cpu/plan.cpp", "csrc/cuda/gates.cu", "csrc/persistent/forward_f16.cu", "csrc/torch/operators.cpp"]
     compiler.compile_all(*map(compiler, names))
     assert compiler.ran() == [names[2], names[3], names[0], names[1]]
 
@@ -390,7 +390,7 @@ def test_every_source_is_of_a_known_cost():
     assert {name for name, rank in ranks.items() if rank == 0} == {
         f"csrc/persistent/{way}_{element}.cu" for way in ("forward", "backward") for element in ("bf16", "f16", "f32")
     }
-    assert ranks["csrc/torch/ops.cpp"] == 1 and ranks["csrc/cuda/gates.cu"] == 2
+    assert ranks["csrc/torch/operators.cpp"] == 1 and ranks["csrc/cuda/gates.cu"] == 2
 
 
 CHANGES = [  # what happens between two builds, and whether the object is made again
@@ -486,7 +486,7 @@ def small_project(root):
     (root / "csrc" / "cpu").mkdir(parents=True)
     (root / "csrc" / "torch").mkdir()
     (root / "csrc" / "shared.h").write_text(SMALL_HEADER)
-    (root / "csrc" / "torch" / "ops.cpp").write_text(SMALL_OPS)
+    (root / "csrc" / "torch" / "operators.cpp").write_text(SMALL_OPS)
     for isa in ("default", "avx2", "avx512", "avx512_bf16"):
         (root / "csrc" / "cpu" / f"kernels_{isa}.cpp").write_text(SMALL_KERNEL.format(isa=isa))
     (root / "stacked_lstm_ext").mkdir()

@@ -1,4 +1,4 @@
-// csrc/driver/call.h: what an operator was asked, checked, as tensors: the form that ops.cpp hands to diagonal.cpp.
+// csrc/driver/call.h: what an operator was asked, checked, as tensors: the form in which torch/operators.cpp hands it to a driver.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
 // csrc/persistent/bindings.h: the planner of the persistent kernels in the Python module: plans, choices and devices as
-// dictionaries. Included by ops.cpp alone.
+// dictionaries. Included by torch/bindings.cpp alone.
 #pragma once
 
 #include <pybind11/pybind11.h>
