@@ -1,4 +1,4 @@
-"""csrc/persistent/persistent.cpp: the persistent kernels' driver and who decides on them, on the CPU.
+"""csrc/persistent/driver.h: the persistent kernels' driver and who decides on them, on the CPU.
 
 ``persistent_host.cpp`` does what a launch is asked for, in plain loops, and refuses what the contract does not allow. With
 it everything but the kernels themselves is the code that runs on a GPU. The truth is stock ``nn.LSTM`` in float64.

@@ -18,7 +18,7 @@ MAY_INCLUDE = {  # besides its own folder; a folder names only folders above it 
     "torch": ("stack", "cpu", "cuda", "driver", "diagonal", "persistent"),
 }
 # Where torch's headers may be included, directly or through another file. Kernels and planners compile without torch.
-MAY_KNOW_TORCH = re.compile(r"csrc/((driver|diagonal|torch)/.*|persistent/(bindings\.h|persistent\w*\.(h|cpp)))")
+MAY_KNOW_TORCH = re.compile(r"csrc/((driver|diagonal|torch)/.*|persistent/(bindings\.h|persistent\.h|decision\.cpp|driver\w*\.(h|cpp)))")
 TORCH = re.compile(r"(torch|ATen|c10|caffe2|pybind11)/.*")
 OF_THE_TESTS = {"emulator/device.h"}  # what primitives.cuh includes where a host plays the GPU
 

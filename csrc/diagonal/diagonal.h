@@ -1,4 +1,4 @@
-// csrc/diagonal/diagonal.h: the diagonal schedule as a driver over ATen, on the CPU or on a GPU. See diagonal.cpp.
+// csrc/diagonal/diagonal.h: the diagonal schedule as a driver over ATen, on the CPU or on a GPU. See driver.h.
 #pragma once
 
 #include <optional>

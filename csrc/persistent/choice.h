@@ -12,7 +12,7 @@
 
 namespace stacked_lstm::persistent {
 
-// Predicted, as the driver in diagonal.cpp runs: a product and a kernel a diagonal, each as soon as the host has queued it
+// Predicted, as the driver of csrc/diagonal runs: a product and a kernel a diagonal, each as soon as the host has queued it
 // and the device has done the one before; and large products.
 struct DiagonalCost {
   double total_us = 0;

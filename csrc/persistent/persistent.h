@@ -1,5 +1,5 @@
 // csrc/persistent/persistent.h: the persistent kernels as a driver over ATen, and the decision whether they run: see
-// persistent.cpp.
+// driver.h and decision.cpp.
 #pragma once
 
 #include <cstdint>
