@@ -371,7 +371,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a column past all of the cut's, of which no sequence is",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_cut.cuh",
         function="quarter_place",
         kind="guard",
         change="always true",
@@ -379,7 +379,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="other places of the same quarters: slower, by conflicts of banks",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="guard",
         change="always true",
@@ -387,7 +387,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a thread without cells waits, too",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="guard",
         change="always false",
@@ -395,7 +395,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a thread without cells adds up none",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="bound",
         change="off by one",
@@ -403,7 +403,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="one round more, for which no block has sums",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="bound",
         change="off by one",
@@ -412,7 +412,7 @@ EQUIVALENT: list[Equivalent] = [
         near="n *= 2",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="bound",
         change="off by one",
@@ -420,7 +420,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="i is a multiple of 2n, kAtOnce - n is none",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="finish",
         kind="barrier",
         change="removed",
@@ -428,7 +428,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="every push is received, so nobody exits with one under way; hardware asks for it all the same",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="guard",
         change="always true",
@@ -437,7 +437,7 @@ EQUIVALENT: list[Equivalent] = [
         near="if (",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="stage",
         kind="guard",
         change="always true",
@@ -446,7 +446,7 @@ EQUIVALENT: list[Equivalent] = [
         near="from =",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="finish_staging",
         kind="bound",
         change="off by one",
@@ -454,7 +454,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="what is rounded once more is not used, or rounded",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="finish_staging",
         kind="bound",
         change="off by one",
@@ -462,7 +462,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a quarter of the next step, which the same thread has copied: rounded twice, it is the same",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="mask_tile",
         kind="guard",
         change="off by one",
@@ -470,7 +470,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="one random number of 2^32",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="project",
         kind="bound",
         change="off by one",
@@ -478,7 +478,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a tile past the last: break",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="project",
         kind="guard",
         change="always false",
@@ -486,7 +486,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="products of no units, which nobody reads",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="project",
         kind="guard",
         change="off by one",
@@ -705,7 +705,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="who stands above itself after so many steps does so after one more",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="send",
         kind="guard",
         change="always false",
@@ -713,7 +713,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="sums that nobody waits for: once the launch is given up, no number of it means anything",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="guard",
         change="always false",
@@ -721,7 +721,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="once the launch is given up, no number of it means anything",
     ),
     Equivalent(
-        file="csrc/persistent/backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="guard",
         change="always true",

@@ -101,7 +101,7 @@ ON_DEMAND = [
     ),
     Target(
         name="persistent_backward",
-        mutated=("csrc/persistent/backward.cuh",),
+        mutated=tuple(f"csrc/persistent/backward{part}.cuh" for part in ("_cut", "_sums", "_lane", "")),
         sources=tuple(PERSISTENT_BACKWARD),
         variants=(
             *((name,) for name in PERSISTENT_BACKWARD_CASES),
