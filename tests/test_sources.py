@@ -125,3 +125,8 @@ def test_no_two_sources_share_an_object():
     """Objects are named by folder and stem, whatever the suffix."""
     objects = [path.with_suffix("") for path in sources(ROOT) if path.suffix in (".cpp", ".cu")]
     assert len(objects) == len(set(objects))
+
+
+def test_no_file_is_too_long_to_read():
+    longest = max(sources(ROOT), key=lambda path: len(path.read_text().splitlines()))
+    assert len(longest.read_text().splitlines()) <= 800, longest
