@@ -36,14 +36,13 @@ class BuildError(Exception):
 
 
 def cpp_sources(root: Path) -> list[str]:
-    """The C++ sources, relative to ``root``: csrc/*.cpp and csrc/cpu/*.cpp."""
-    files = [*root.glob("csrc/*.cpp"), *root.glob("csrc/cpu/*.cpp")]
-    return [path.relative_to(root).as_posix() for path in sorted(files)]
+    """The C++ sources, relative to ``root``: csrc/*/*.cpp."""
+    return [path.relative_to(root).as_posix() for path in sorted(root.glob("csrc/*/*.cpp"))]
 
 
 def cuda_sources(root: Path) -> list[str]:
-    """The CUDA sources, relative to ``root``: csrc/cuda/*.cu."""
-    return [path.relative_to(root).as_posix() for path in sorted(root.glob("csrc/cuda/*.cu"))]
+    """The CUDA sources, relative to ``root``: csrc/*/*.cu."""
+    return [path.relative_to(root).as_posix() for path in sorted(root.glob("csrc/*/*.cu"))]
 
 
 def headers(root: Path) -> list[str]:
@@ -124,8 +123,8 @@ def nvcc_flags(werror: bool) -> list[str]:
 # -- compiling, on all cores ------------------------------------------------------------------------------------------
 
 # What a source costs, in the order in which compilers are started: the longest first, so that none of them runs alone at
-# the end. The persistent kernels have dozens of instances each; csrc/*.cpp include torch's headers.
-COSTS = (r"persistent_(forward|backward)_\w+\.cu$", r"csrc/[^/]+\.cpp$")
+# the end. The persistent kernels have dozens of instances each; the drivers and csrc/torch include torch's headers.
+COSTS = (r"persistent/(forward|backward)_\w+\.cu$", r"csrc/(driver|diagonal|persistent|torch)/\w+\.cpp$")
 
 
 @dataclass(frozen=True)
@@ -433,7 +432,7 @@ def plan_cuda(
     elif nvcc.trouble:
         missing.append(f"an nvcc that works ({nvcc.path}: {nvcc.trouble})")
     if not sources:
-        missing.append("CUDA kernels (csrc/cuda holds none)")
+        missing.append("CUDA kernels (csrc holds none)")
 
     if missing:
         if force:

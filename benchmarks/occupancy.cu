@@ -6,13 +6,13 @@
 // prints a JSON object a line for each size of a cluster: how many of them fit, and how many blocks that is.
 //
 // The blocks of a cluster lie in one GPC, and not every GPC of a chip has as many multiprocessors as its data sheet says. So
-// the number of large clusters is a property of the chip, which the planner (csrc/persistent_plan.h) asks the driver for.
+// the number of large clusters is a property of the chip, which the planner (csrc/persistent/planner.cpp) asks the driver for.
 #include <cstdint>
 #include <cstdio>
 
 #include "cuda/launch.cuh"
 #include "cuda/primitives.cuh"
-#include "persistent_kernels.h"
+#include "persistent/kernels.h"
 
 namespace stacked_lstm::occupancy {
 

@@ -1,4 +1,4 @@
-"""What ``csrc/ops.cpp`` exports beside the operators: facts that are not tensors."""
+"""What ``csrc/torch/bindings.cpp`` exports beside the operators: facts that are not tensors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -62,17 +62,17 @@ def force_diagonal_chunk(steps: int | None) -> None:
     """Run the diagonals of this thread in chunks of so many steps; ``None`` goes back to the chunks as planned."""
 
 def persistent_devices() -> list[dict[str, Any]]:
-    """The GPUs that the planner knows: ``csrc/device.h``, whose figures are published ones."""
+    """The GPUs that the planner knows: ``csrc/cuda/device.h``, whose figures are published ones."""
 
 def persistent_device_from(told: dict[str, Any]) -> dict[str, Any]:
-    """The GPU that a driver describes: ``told`` holds members of ``DeviceProperties`` (``csrc/device.h``); what is missing
+    """The GPU that a driver describes: ``told`` holds members of ``DeviceProperties`` (``csrc/cuda/device.h``); what is missing
     is that of a known GPU of the name, or of the nearest architecture."""
 
 def persistent_costs() -> dict[str, float]:
     """The figures that the cost model plans with, where no others are given."""
 
 def persistent_instances(element_bytes: int, backward: bool) -> list[dict[str, Any]]:
-    """The kernels that are compiled (``csrc/persistent_instances.h``), and how many registers a thread of each is
+    """The kernels that are compiled (``csrc/persistent/instances.h``), and how many registers a thread of each is
     predicted to have: ``weight_registers`` of W_hh, ``registers_thread`` in all."""
 
 def persistent_plan(
@@ -91,7 +91,7 @@ def persistent_plan(
     costs: dict[str, float] = {},
     capacity: Callable[[bool, dict[str, Any], int, int, bool], int] | None = None,
 ) -> dict[str, Any]:
-    """What the persistent kernels do with a stack, forward or backward (``csrc/persistent_plan.h``), and the predicted time.
+    """What the persistent kernels do with a stack, forward or backward (``csrc/persistent/plan.h``), and the predicted time.
 
     ``device`` is a name of ``persistent_devices()``, such a dictionary, or ``{"like": name, ...}``. ``product``: "tensor"
     or "exact"; ``saving``: "none", "full" or "recompute". ``capacity(backward, cut, most_inputs, hidden, over)`` stands for
@@ -188,7 +188,7 @@ def call(
     bf16_weights: bool,
     frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``(output, h_n, c_n)`` by the short way of csrc/eager.h, or ``None`` where it declines. Without states they are zeros.
+    """``(output, h_n, c_n)`` by the short way of csrc/torch/eager.h, or ``None`` where it declines. Without states they are zeros.
     ``frozen``: packed weights that are kept are used without a look at the weights."""
 
 def set_formula(formula: Callable[..., Any]) -> None:
@@ -207,4 +207,4 @@ def step(
     bf16_weights: bool,
     frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``(output, h_n, c_n)`` of one step, or ``None`` where ``csrc/step.h`` declines."""
+    """``(output, h_n, c_n)`` of one step, or ``None`` where ``csrc/torch/step.h`` declines."""

@@ -25,7 +25,7 @@ class StackedLSTM(nn.RNNBase):
     r"""A multi-layer LSTM whose layers run as a wavefront: drop-in for :class:`torch.nn.LSTM`.
 
     Arguments, inputs, outputs, parameters, their initial values for a given seed, the ``state_dict`` and the errors are
-    those of ``torch.nn.LSTM``; the equations are in ``csrc/cell.h``. What differs:
+    those of ``torch.nn.LSTM``; the equations are in ``csrc/stack/cell.h``. What differs:
 
     * Layer k works on step t while layer k-1 works on step t+1, so depth costs little time.
     * Dropout masks come from Philox, one draw for each element: the same ``torch.manual_seed`` gives the same bits
@@ -273,7 +273,7 @@ class StackedLSTM(nn.RNNBase):
         return output, (h_n, c_n)
 
     def _fast_call(self, input: Tensor, hx: Sequence[Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-        """The call by ``csrc/eager.h``, or nothing where that declines: a wrong call, above all, of which forward knows what to say."""
+        """The call by ``csrc/torch/eager.h``; nothing where that declines: a wrong call, above all, of which forward knows what to say."""
         if not isinstance(input, Tensor) or input.dim() != 3 or self._dropout_in_effect() or not runs_on_cpu():
             return None
         if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
@@ -331,7 +331,7 @@ class StackedLSTM(nn.RNNBase):
         return output.squeeze(time), state
 
     def _fast_step(self, input: Tensor, hx: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
-        """One step by ``csrc/step.h``, or nothing where that declines; the common case, so every look-up counts."""
+        """One step by ``csrc/torch/step.h``, or nothing where that declines; the common case, so every look-up counts."""
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             return None
         if self.bidirectional or self._dropout_in_effect() or not runs_on_cpu():

@@ -81,7 +81,7 @@ def reserve_numel(
     Args:
         rows: ``T·B``, or the length of the packed data.
         saving: ``"none"``, ``"full"`` (h, c and the four gates) or ``"recompute"`` (h and c; ``"cpu"``: h, and of c and the
-            gates what ``csrc/stack.h`` says).
+            gates what ``csrc/stack/stack.h`` says).
         backend: what runs both passes, one of ``KERNEL_BACKENDS``. All but ``"cpu"`` keep the same.
     """
     if backend not in KERNEL_BACKENDS:
@@ -117,7 +117,7 @@ def _check_arguments(
     backend: str,
     bf16_weights: bool,
 ) -> None:
-    """What ``csrc/ops.cpp`` would refuse, refused by the fakes, in its words: while tracing, not when it runs."""
+    """What ``csrc/torch/prepare.cpp`` would refuse, refused by the fakes, in its words: while tracing, not when it runs."""
     device = input.device
     if bf16_weights and (backend != "cpu" or input.dtype != torch.float32):
         raise ValueError(
@@ -246,7 +246,7 @@ def _formula(
     backend: str,
     bf16_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
-    """The kernel, or the reference where no kernel can do it. ``csrc/eager.cpp`` has it for the plain case, and comes here for others."""
+    """The kernel, or the reference where no kernel can do it. ``csrc/torch/eager.cpp`` has the plain case, and calls this for others."""
     input, batch_sizes, h_0, c_0, weights, seed = inputs
     reason = "" if torch.compiler.is_compiling() else _obstacle_to_kernel(grad_outputs)
     if reason:

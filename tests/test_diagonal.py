@@ -1,4 +1,4 @@
-"""csrc/diagonal.cpp: the diagonal schedule's driver, on the CPU, with the host's kernels and with the emulated CUDA ones.
+"""csrc/diagonal/driver.h: the driver of the diagonal schedule, on the CPU, with the host's kernels and with the emulated CUDA ones.
 
 The truth is stock ``nn.LSTM`` in float64, as everywhere. For the 16-bit dtypes there is a second, tighter one: float64,
 but rounded wherever the schedule rounds (``rounded_truth``).

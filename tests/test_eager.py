@@ -1,4 +1,4 @@
-"""Ordinary calls take the short way of csrc/eager.h, with the operators' results; whatever is not ordinary does not."""
+"""Ordinary calls take the short way of csrc/torch/eager.h, with the operators' results; whatever is not ordinary does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""csrc/persistent.cpp: the persistent kernels' driver and who decides on them, on the CPU.
+"""csrc/persistent/driver.h: the persistent kernels' driver and who decides on them, on the CPU.
 
 ``persistent_host.cpp`` does what a launch is asked for, in plain loops, and refuses what the contract does not allow. With
 it everything but the kernels themselves is the code that runs on a GPU. The truth is stock ``nn.LSTM`` in float64.
@@ -844,7 +844,7 @@ def emulated_library():
     parts = ("forward_bf16", "forward_f32", "backward_bf16", "backward_f32")
     path = emulator.build(
         "persistent_library",
-        [emulator.ROOT / f"csrc/cuda/persistent_{part}.cu" for part in parts],
+        [emulator.ROOT / f"csrc/persistent/{part}.cu" for part in parts],
         shared=True,
         defines=["STACKED_LSTM_FEW_INSTANCES"],
         flags=["-O1", "-g0"],  # so many instances take the compiler minutes otherwise

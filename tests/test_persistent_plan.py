@@ -1,7 +1,7 @@
 """The planner of the persistent kernels: no plan over any limit, nothing left out, no wait for what nobody makes.
 
-Nothing here needs a GPU: these are claims about plans (``csrc/persistent_plan.h``), forward and backward, for thousands of
-stacks on the GPUs of ``csrc/device.h``.
+Nothing here needs a GPU: these are claims about plans (``csrc/persistent/plan.h``), forward and backward, for thousands of
+stacks on the GPUs of ``csrc/cuda/device.h``.
 """
 
 import itertools
@@ -287,7 +287,7 @@ def test_every_chunk_is_worked_on_once_by_the_blocks_that_own_its_lane(timelines
             each = p["passes"][number]
             assert each["first_layer"] <= layer < each["last_layer"]
             assert blocks == each["cut"]["blocks"]
-            # The numbering of persistent_kernels.h.
+            # The numbering of persistent/kernels.h.
             lane = (layer - each["first_layer"]) * directions_of(s) + direction
             assert first == (group % each["copies"] * each["lanes"] + lane) * blocks
             assert first + blocks <= each["blocks"] <= DEVICES[s["device"]]["sms"]

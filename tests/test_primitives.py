@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 PRIMITIVES = CSRC / "cuda" / "primitives.cuh"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
-KERNELS = [path for path in SOURCES if CSRC / "cuda" in path.parents]
+KERNELS = [path for path in SOURCES if CSRC / "cuda" in path.parents or path.suffix in (".cu", ".cuh")]
 CPU = [path for path in SOURCES if CSRC / "cpu" in path.parents]  # where asm is the host's
 
 INLINE_PTX = re.compile(r"asm|__asm|__asm__")

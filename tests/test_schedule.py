@@ -71,7 +71,7 @@ def test_any_schedule_gives_the_bits_of_one_worker(case, saving):
         assert_same_bits(got, alone)
 
 
-LONG = [  # more rows than the ring of gate gradients has; see csrc/cpu/backward.cpp
+LONG = [  # more rows than the ring of gate gradients has; see csrc/cpu/backward_wave.h
     Case(3, 17, 61, 3, 9),
     Case(2, 96, 12, 3, 70),  # units enough for slices
     Case(2, 9, 150, 3, 130, proj=66, lengths=(150, 131, 131, 130, 97, 33, 20, 3, 1)),

@@ -13,7 +13,7 @@
 #define STACKED_LSTM_VECTOR_BYTES 32
 #define STACKED_LSTM_VECTOR_REGISTERS 16
 
-#include "../cell.h"
+#include "../stack/cell.h"
 
 namespace stacked_lstm::cpu {
 namespace {

@@ -14,7 +14,7 @@
 #define STACKED_LSTM_VECTOR_BYTES 64
 #define STACKED_LSTM_VECTOR_REGISTERS 32
 
-#include "../cell.h"
+#include "../stack/cell.h"
 
 namespace stacked_lstm::cpu {
 namespace {

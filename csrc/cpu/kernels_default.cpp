@@ -8,7 +8,7 @@
 #define STACKED_LSTM_VECTOR_REGISTERS 16
 #endif
 
-#include "../cell.h"
+#include "../stack/cell.h"
 
 namespace stacked_lstm::cpu {
 namespace {

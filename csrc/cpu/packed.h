@@ -1,14 +1,14 @@
 // csrc/cpu/packed.h: the weights of a stack in the order in which the forward kernels read them (panels, see kernels.h).
 //
 // A call packs its weights into its own workspace, or into a PackedStack that its caller keeps for later calls
-// (csrc/packed_cache.h). The two hold the same numbers at the same places, so a call cannot tell them apart.
+// (csrc/torch/packed_cache.h). The two hold the same numbers at the same places, so a call cannot tell them apart.
 #pragma once
 
 #include <cstdint>
 #include <utility>
 #include <vector>
 
-#include "../stack.h"
+#include "../stack/stack.h"
 #include "fingerprint.h"
 #include "kernels.h"
 #include "workspace.h"

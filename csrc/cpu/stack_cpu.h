@@ -1,6 +1,6 @@
 // csrc/cpu/stack_cpu.h: a stack of LSTM layers on the CPU. The entry points, and what they ask of their surroundings.
 //
-// Free of torch, so that the sanitizers can watch every thread and every access (tests/sanitize); csrc/ops.cpp brings
+// Free of torch, so that the sanitizers can watch every thread and every access (tests/sanitize); csrc/torch/cpu_call.cpp brings
 // torch's thread pool as a Platform.
 #pragma once
 
@@ -8,8 +8,8 @@
 #include <functional>
 #include <optional>
 
-#include "../stack.h"
-#include "../wavefront.h"
+#include "../stack/stack.h"
+#include "../stack/wavefront.h"
 #include "kernels.h"
 
 namespace stacked_lstm::cpu {

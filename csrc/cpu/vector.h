@@ -185,7 +185,7 @@ INLINE Vec<T> clamp(Vec<T> x, T bound) {  // a NaN stays one: both comparisons a
   return x < -bound ? broadcast(-bound) : x;
 }
 
-// The Math of csrc/cell.h. Errors against float64 over all floats: tests/test_kernels.py has the bound.
+// The Math of csrc/stack/cell.h. Errors against float64 over all floats: tests/test_kernels.py has the bound.
 template <typename T>
 struct Math {
   static constexpr T kLog2E = T(1.44269504088896340736);

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "../gates.h"
+#include "gates.h"
 #include "launch.cuh"
 #include "primitives.cuh"
 

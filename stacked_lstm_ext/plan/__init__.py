@@ -217,8 +217,8 @@ class Plan:
         saved_bytes: how much that is, beside inputs, weights and outputs; ``None`` where torch decides.
         forward: what the forward pass does, in words.
         backward: what the backward pass does, in words.
-        schedule: the schedule of the forward kernels as numbers (``csrc/wavefront.h`` makes it for the CPU kernels,
-            ``csrc/diagonal.h`` for the diagonals, ``csrc/persistent_plan.h`` for the persistent kernels, whose ``passes``
+        schedule: the schedule of the forward kernels as numbers (``csrc/stack/wavefront.h`` makes it for the CPU kernels,
+            ``csrc/diagonal/diagonal.h`` for the diagonals, ``csrc/persistent/plan.h`` for the persistent kernels, whose ``passes``
             say which blocks own what); empty for other backends.
         backward_schedule: that of the backward kernels; empty when no backward pass will follow, too.
     """

@@ -1,6 +1,6 @@
 """The plan of the persistent kernels as a table and as a picture of who works on which (layer, chunk) when.
 
-``csrc/persistent_plan.h`` makes it, for a GPU that need not be here. All times are predicted: from published figures, or
+``csrc/persistent/planner.cpp`` makes it, for a GPU that need not be here. All times are predicted: from published figures, or
 from those that ``make gpu`` has measured (:func:`read_costs`).
 """
 

@@ -1,6 +1,6 @@
 """What the CUDA kernels became: compiled for every architecture, and looked at, on a machine that needs no GPU.
 
-nvcc compiles each ``csrc/cuda/*.cu``, and the programs of benchmarks/gpu, once an architecture, with the flags of
+nvcc compiles each ``csrc/*/*.cu``, and the programs of benchmarks/gpu, once an architecture, with the flags of
 ``setup.py`` and warnings as errors: to PTX, which ``make ptx`` runs, and from there to machine code. What is then known of a
 kernel comes from three places: ptxas' own report (registers, stack, spills, shared memory), cuobjdump (parameters, launch
 bounds) and nvdisasm (the instructions). ``MEANT`` in ``meant.py`` says what each kernel should be; ``complaints`` compares. Of

@@ -28,7 +28,7 @@ SLOTS = ROOT / "docs" / "slots.txt"  # and .json
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.cuda_check", description=__doc__.splitlines()[0])
-    parser.add_argument("sources", nargs="*", type=Path, help="default: csrc/cuda/*.cu and benchmarks/*.cu")
+    parser.add_argument("sources", nargs="*", type=Path, help="default: csrc/*/*.cu and benchmarks/*.cu")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all")
     parser.add_argument("--slots", action="store_true", help=f"only count a step's issue slots, into {SLOTS.relative_to(ROOT)}")
     arguments = parser.parse_args()

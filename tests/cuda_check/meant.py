@@ -15,7 +15,7 @@ BITS = {"float": 32, "double": 64, "bfloat16": 16, "float16": 16}
 
 
 def gates(kernel: str, registers: int, loads: tuple[int, int], stores: tuple[int, int], divides: bool) -> Iterator[Meant]:
-    """Rows for all instances of one kernel of csrc/gates.h.
+    """Rows for all instances of one kernel of csrc/cuda/gates.h.
 
     ``loads`` and ``stores``: how many packs of the accumulator's type, and of the storage type. An instance of one unit a
     thread has no wide access; the others have no narrow one, except that dropout's seed is a word of 64 bits.
@@ -38,7 +38,7 @@ CLUSTERS = ("90a", "100", "120")
 WITHOUT_CLUSTERS = ("80", "86", "89")
 
 
-# -- the persistent kernels: csrc/persistent_instances.h ---------------------------------------------------------------------
+# -- the persistent kernels: csrc/persistent/instances.h ---------------------------------------------------------------------
 
 
 def multiplications(direction: str, element: str, product: str, tiles: int, fragments: int) -> tuple[str, int]:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from . import sass
 
-CLOCK_MHZ = 1830  # H100 SXM, boost: csrc/device.h
+CLOCK_MHZ = 1830  # H100 SXM, boost: csrc/cuda/device.h
 SCHEDULERS = 4  # of a multiprocessor
 
 # Cycles until a scoreboard is ready again, by instruction. Fixed latencies stand in ptxas' stall counts instead.
@@ -49,7 +49,7 @@ MUFU_CYCLES = 8  # of a scheduler for a warp: 4 lanes a clock
 FIGURES = """\
 chain                                  the instructions from the wait that finds h there to the last send, as ptxas scheduled them
 rest                                   all others of a step; hidden where it takes no longer than the crossing
-clock 1830 MHz                         H100 SXM boost clock (csrc/device.h)
+clock 1830 MHz                         H100 SXM boost clock (csrc/cuda/device.h)
 stall counts, scoreboards              ptxas' schedule of this machine code (nvdisasm -hex), read as Jia et al. 2018 found them
 shared memory 30 cycles, ldmatrix 33   published: about 29 to 33 on Hopper (Luo et al. 2024)
 L2 270 cycles                          published: about 260 to 270 (Luo et al. 2024)
@@ -139,7 +139,7 @@ def part_of(instruction: sass.Instruction, parts: Mapping[str, str]) -> str:
     return next((parts[name] for name in reversed(sass.functions_around(instruction)[1:]) if name in parts), "else")
 
 
-# Functions of csrc/cuda/persistent*.cuh, and what they are called in the table.
+# Functions of csrc/persistent/*.cuh, and what they are called in the table.
 PARTS = {
     "expect": "wait",
     "receive": "wait",
@@ -190,7 +190,7 @@ def case(direction: str, exchange: str, hidden: int, blocks: int, shape: tuple[i
     return Case(
         f"{direction}, H = {hidden}, {blocks} blocks, {'cluster' if exchange == 'cluster' else 'L2'}",
         f"{direction}<bfloat16, tensor, {exchange}, {numbers}>",
-        f"persistent_{direction}_bf16.cu",
+        f"{direction}_bf16.cu",
         blocks,
         warps,
         entering,

@@ -16,7 +16,7 @@
 //
 // An acquire counts for all threads of its block: the L1 is theirs together. Whether the reading thread is ordered behind
 // that acquire, by a barrier, is for ThreadSanitizer to see. What goes past the primitives (`*p`) is not seen here: in the
-// kernels, the arguments, dropout's seed, the watchdog's record, and all of gates.h, whose threads share nothing.
+// kernels, the arguments, dropout's seed, the watchdog's record, and all of gates.h and elements.h, whose threads share nothing.
 #pragma once
 
 #include <cstddef>

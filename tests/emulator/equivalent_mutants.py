@@ -66,7 +66,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="an address from which no byte is read",
     ),
     Equivalent(
-        file="csrc/gates.h",
+        file="csrc/cuda/elements.h",
         function="apply_mask",
         kind="bound",
         change="off by one",
@@ -74,7 +74,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the body asks whether a word is the one wanted, and none wants a fifth",
     ),
     Equivalent(
-        file="csrc/gates.h",
+        file="csrc/cuda/gates.h",
         function="backward_units",
         kind="guard",
         change="always true",
@@ -123,7 +123,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the same launch with more room in its arguments",
     ),
     Equivalent(
-        file="csrc/cuda/persistent.cuh",
+        file="csrc/persistent/block.cuh",
         function="in_register",
         kind="guard",
         change="always true",
@@ -131,7 +131,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the shuffle takes what lane 0 brings, whatever the others do",
     ),
     Equivalent(
-        file="csrc/cuda/persistent.cuh",
+        file="csrc/persistent/block.cuh",
         function="active",
         kind="guard",
         change="off by one",
@@ -139,7 +139,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the smaller of two numbers that are equal",
     ),
     Equivalent(
-        file="csrc/cuda/persistent.cuh",
+        file="csrc/persistent/block.cuh",
         function="until",
         kind="guard",
         change="off by one",
@@ -147,7 +147,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="gives up a look earlier",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_exchange.cuh",
+        file="csrc/persistent/exchange.cuh",
         function="finish",
         kind="barrier",
         change="removed",
@@ -155,7 +155,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="every push is awaited by who receives it, so nobody exits with one under way; hardware asks for it all the same",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_exchange.cuh",
+        file="csrc/persistent/exchange.cuh",
         function="send",
         kind="guard",
         change="always true",
@@ -163,7 +163,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="of at most one word a lane, share() is 0 where no sequence has its column",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_exchange.cuh",
+        file="csrc/persistent/exchange.cuh",
         function="send",
         kind="guard",
         change="off by one",
@@ -171,7 +171,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="of one word a lane, share() is 0 where no sequence has its column",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_exchange.cuh",
+        file="csrc/persistent/exchange.cuh",
         function="send",
         kind="bound",
         change="off by one",
@@ -179,7 +179,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a column past all of the cut's, of which no sequence is",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_exchange.cuh",
+        file="csrc/persistent/exchange.cuh",
         function="send",
         kind="guard",
         change="off by one",
@@ -188,7 +188,7 @@ EQUIVALENT: list[Equivalent] = [
         near="break",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_exchange.cuh",
+        file="csrc/persistent/exchange.cuh",
         function="receive",
         kind="bound",
         change="off by one",
@@ -196,7 +196,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="one round more, in which the thread has no words",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_exchange.cuh",
+        file="csrc/persistent/exchange.cuh",
         function="receive",
         kind="guard",
         change="off by one",
@@ -205,7 +205,7 @@ EQUIVALENT: list[Equivalent] = [
         near="if (",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_exchange.cuh",
+        file="csrc/persistent/exchange.cuh",
         function="send",
         kind="guard",
         change="always false",
@@ -214,7 +214,7 @@ EQUIVALENT: list[Equivalent] = [
         near="its h means nothing",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_exchange.cuh",
+        file="csrc/persistent/exchange.cuh",
         function="send",
         kind="guard",
         change="always false",
@@ -223,7 +223,7 @@ EQUIVALENT: list[Equivalent] = [
         near="break",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="forward",
         kind="guard",
         change="always true",
@@ -231,7 +231,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a pass a step: slower, and the same",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="forward",
         kind="guard",
         change="always true",
@@ -239,7 +239,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="waits for the chunk of the lane below once more, and says once more what it has said",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="forward",
         kind="guard",
         change="off by one",
@@ -247,7 +247,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the smaller of two numbers that are equal",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="forward",
         kind="guard",
         change="off by one",
@@ -255,7 +255,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the smaller of two numbers that are equal",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="project",
         kind="guard",
         change="off by one",
@@ -263,7 +263,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the smaller of two numbers that are equal",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="project",
         kind="guard",
         change="always true",
@@ -271,7 +271,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="one barrier more",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="project",
         kind="guard",
         change="off by one",
@@ -279,7 +279,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="one barrier more",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="project",
         kind="guard",
         change="always true",
@@ -287,7 +287,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="four column tiles at a time in exact float32 too: more registers, the same sums",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="forward_misfit",
         kind="guard",
         change="always false",
@@ -295,7 +295,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="fewer sequences than groups, which is refused with the same words",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="stage_x",
         kind="bound",
         change="off by one",
@@ -303,7 +303,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="one round more, in which the warp has no columns",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="project",
         kind="bound",
         change="off by one",
@@ -311,7 +311,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="one round more, of no pieces",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="store_above",
         kind="bound",
         change="off by one",
@@ -319,7 +319,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a column past all of the cut's, which is not active",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="store_above",
         kind="guard",
         change="always true",
@@ -328,7 +328,7 @@ EQUIVALENT: list[Equivalent] = [
         near="x[i] =",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="store_above",
         kind="guard",
         change="always true",
@@ -337,7 +337,7 @@ EQUIVALENT: list[Equivalent] = [
         near="x[i] =",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="store_above",
         kind="guard",
         change="off by one",
@@ -346,7 +346,7 @@ EQUIVALENT: list[Equivalent] = [
         near="x[i] =",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="forward",
         kind="guard",
         change="always true",
@@ -354,7 +354,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the barrier is behind all threads: each may as well store the same number",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="forward",
         kind="guard",
         change="always true",
@@ -363,7 +363,7 @@ EQUIVALENT: list[Equivalent] = [
         near="if (sizes.first_row) {",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="for_each",
         kind="bound",
         change="off by one",
@@ -371,7 +371,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a column past all of the cut's, of which no sequence is",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_cut.cuh",
         function="quarter_place",
         kind="guard",
         change="always true",
@@ -379,7 +379,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="other places of the same quarters: slower, by conflicts of banks",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="guard",
         change="always true",
@@ -387,7 +387,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a thread without cells waits, too",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="guard",
         change="always false",
@@ -395,7 +395,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a thread without cells adds up none",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="bound",
         change="off by one",
@@ -403,7 +403,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="one round more, for which no block has sums",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="bound",
         change="off by one",
@@ -412,7 +412,7 @@ EQUIVALENT: list[Equivalent] = [
         near="n *= 2",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="bound",
         change="off by one",
@@ -420,7 +420,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="i is a multiple of 2n, kAtOnce - n is none",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="finish",
         kind="barrier",
         change="removed",
@@ -428,7 +428,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="every push is received, so nobody exits with one under way; hardware asks for it all the same",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="guard",
         change="always true",
@@ -437,7 +437,7 @@ EQUIVALENT: list[Equivalent] = [
         near="if (",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="stage",
         kind="guard",
         change="always true",
@@ -446,7 +446,7 @@ EQUIVALENT: list[Equivalent] = [
         near="from =",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="finish_staging",
         kind="bound",
         change="off by one",
@@ -454,7 +454,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="what is rounded once more is not used, or rounded",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="finish_staging",
         kind="bound",
         change="off by one",
@@ -462,7 +462,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a quarter of the next step, which the same thread has copied: rounded twice, it is the same",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="mask_tile",
         kind="guard",
         change="off by one",
@@ -470,7 +470,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="one random number of 2^32",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="project",
         kind="bound",
         change="off by one",
@@ -478,7 +478,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a tile past the last: break",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="project",
         kind="guard",
         change="always false",
@@ -486,7 +486,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="products of no units, which nobody reads",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_lane.cuh",
         function="project",
         kind="guard",
         change="off by one",
@@ -494,7 +494,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="products of no units, which nobody reads",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="BackwardCells",
         kind="guard",
         change="always true",
@@ -502,7 +502,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="settle() asks once more",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="BackwardCells",
         kind="guard",
         change="always true",
@@ -511,7 +511,7 @@ EQUIVALENT: list[Equivalent] = [
         near="row =",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="BackwardCells",
         kind="guard",
         change="always true",
@@ -520,7 +520,7 @@ EQUIVALENT: list[Equivalent] = [
         near="if (",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="prefetch",
         kind="guard",
         change="always true",
@@ -529,7 +529,7 @@ EQUIVALENT: list[Equivalent] = [
         near="row =",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="prefetch",
         kind="guard",
         change="always false",
@@ -537,7 +537,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="numbers that nobody uses",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="prepare",
         kind="guard",
         change="always false",
@@ -545,7 +545,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="zeros where the sequence has yet to begin, and nobody reads what comes behind its end",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="prepare",
         kind="guard",
         change="always true",
@@ -553,7 +553,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a zero is added",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="prepare",
         kind="guard",
         change="always true",
@@ -561,7 +561,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a zero is added",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="settle_begun",
         kind="guard",
         change="always false",
@@ -569,7 +569,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="written over by a later step of the same sequence, or by finish()",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="store",
         kind="guard",
         change="always true",
@@ -578,7 +578,7 @@ EQUIVALENT: list[Equivalent] = [
         near="row =",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="multiply_and_send",
         kind="bound",
         change="off by one",
@@ -586,7 +586,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="tiles past the last: break",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="multiply_and_send",
         kind="guard",
         change="always false",
@@ -594,7 +594,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="products of no units, which are sent to nobody",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="multiply_and_send",
         kind="guard",
         change="off by one",
@@ -602,7 +602,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="products of no units, which are sent to nobody",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="always true",
@@ -610,7 +610,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="a pointer that nobody uses",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="off by one",
@@ -618,7 +618,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the smaller of two numbers that are equal",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="always true",
@@ -626,7 +626,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="all lanes of the warp wait",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="always true",
@@ -635,7 +635,7 @@ EQUIVALENT: list[Equivalent] = [
         near="s - 2 >= first",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="always true",
@@ -644,7 +644,7 @@ EQUIVALENT: list[Equivalent] = [
         near="settle_begun",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="always true",
@@ -653,7 +653,7 @@ EQUIVALENT: list[Equivalent] = [
         near="settle_begun",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="always true",
@@ -662,7 +662,7 @@ EQUIVALENT: list[Equivalent] = [
         near="read",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="off by one",
@@ -671,7 +671,7 @@ EQUIVALENT: list[Equivalent] = [
         near="read",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="always true",
@@ -680,7 +680,7 @@ EQUIVALENT: list[Equivalent] = [
         near="read",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="always true",
@@ -688,7 +688,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the barrier is behind all threads: each may as well store the same number",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="always true",
@@ -697,7 +697,7 @@ EQUIVALENT: list[Equivalent] = [
         near="publish_chunks",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward_misfit",
         kind="bound",
         change="off by one",
@@ -705,7 +705,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="who stands above itself after so many steps does so after one more",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="send",
         kind="guard",
         change="always false",
@@ -713,7 +713,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="sums that nobody waits for: once the launch is given up, no number of it means anything",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="guard",
         change="always false",
@@ -721,7 +721,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="once the launch is given up, no number of it means anything",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward_sums.cuh",
         function="receive",
         kind="guard",
         change="always true",
@@ -729,7 +729,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="once the launch is given up, no number of it means anything",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="forward",
         kind="arrive",
         change="removed",
@@ -737,7 +737,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the lane above gets all chunks with the last: later, and the same",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="arrive",
         change="removed",
@@ -745,7 +745,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the lane below gets all chunks with the last: later, and the same",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="always true",
@@ -754,7 +754,7 @@ EQUIVALENT: list[Equivalent] = [
         near="prefetch",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="off by one",
@@ -763,7 +763,7 @@ EQUIVALENT: list[Equivalent] = [
         near="prefetch",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="backward",
         kind="guard",
         change="always true",
@@ -795,7 +795,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="behind the acquire the L1 holds nothing older",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="fill_shared",
         kind="access",
         change="as constant",
@@ -803,7 +803,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="no thread of the launch writes it",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="load",
         kind="access",
         change="as constant",
@@ -811,7 +811,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="no thread of the launch writes it",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_forward.cuh",
+        file="csrc/persistent/forward.cuh",
         function="load",
         kind="access",
         change="as constant",
@@ -819,7 +819,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="no thread of the launch writes it",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="BackwardCells",
         kind="access",
         change="as constant",
@@ -827,7 +827,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="no thread of the launch writes it",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="prefetch",
         kind="access",
         change="as constant",
@@ -835,7 +835,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="no thread of the launch writes it",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="prefetch",
         kind="access",
         change="as constant",
@@ -843,7 +843,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="no thread of the launch writes it",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="prefetch",
         kind="access",
         change="as constant",
@@ -851,7 +851,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="no thread of the launch writes it",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="prefetch",
         kind="access",
         change="as constant",
@@ -859,7 +859,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="no thread of the launch writes it",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="prefetch",
         kind="access",
         change="as constant",
@@ -867,7 +867,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="no thread of the launch writes it",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="prepare",
         kind="access",
         change="as constant",
@@ -875,7 +875,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="no thread of the launch writes it",
     ),
     Equivalent(
-        file="csrc/cuda/persistent_backward.cuh",
+        file="csrc/persistent/backward.cuh",
         function="prepare",
         kind="access",
         change="as constant",

@@ -1,5 +1,5 @@
 // tests/emulator/fast_maths.cu: FastMaths, as the kernels compute it.
-#include "../../csrc/cuda/persistent.cuh"
+#include "../../csrc/persistent/block.cuh"
 #include "persistent_forward_instances.h"
 
 namespace stacked_lstm::persistent {

@@ -4,7 +4,7 @@
 //
 // The truth is computed in long double, and every number of it carries a bound of what rounding can have done to it in
 // the kernel's arithmetic (Bounded). A result has to lie between the bounds, both rounded to what the tensor holds; none
-// of gates.h, cell.h, number.h and philox.h is used for it.
+// of gates.h, elements.h, cell.h, number.h and philox.h is used for it.
 //
 // Every buffer has forbidden zones: before it, behind it, and in each row from the width to the stride. There, inputs
 // hold a signalling NaN, and outputs hold another one everywhere: what is read from a zone shows in the results, what is
@@ -30,7 +30,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/gates.h"
+#include "../../csrc/cuda/gates.h"
 #include "lend.h"
 
 // AddressSanitizer's, where the kernels are instrumented. This file never is.
@@ -1162,7 +1162,7 @@ void refusal_part() {
   refused(3, int64_t{1} << 40);
 }
 
-// csrc/number.h, against the definition of the formats.
+// csrc/stack/number.h, against the definition of the formats.
 template <typename T>
 void number_part() {
   if constexpr (sizeof(T) == 2) {

@@ -2,7 +2,7 @@
 // address to stacked_lstm_ext._C._use_gate_kernels. Calls of a kernel are counted.
 #include <utility>
 
-#include "../../csrc/gates.h"
+#include "../../csrc/cuda/gates.h"
 #include "core.h"
 
 using namespace stacked_lstm;

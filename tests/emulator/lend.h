@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../../csrc/number.h"
+#include "../../csrc/stack/number.h"
 #include "core.h"
 
 namespace stacked_lstm::emulator {

@@ -80,8 +80,8 @@ TARGETS = [
     ),
     Target(
         name="gates",
-        mutated=("csrc/gates.h", "csrc/cuda/gates.cu"),
-        sources=("tests/emulator/gates.cpp", "csrc/cuda/gates.cu", "csrc/gates_host.cpp"),
+        mutated=("csrc/cuda/elements.h", "csrc/cuda/gates.h", "csrc/cuda/gates.cu"),
+        sources=("tests/emulator/gates.cpp", "csrc/cuda/gates.cu", "csrc/cuda/gates_host.cpp"),
         variants=tuple(("--stop", "--quick", part) for part in GATE_PARTS),
         thorough=("--order", "priorities"),
         stages=(None, "address"),  # its threads share nothing
@@ -91,7 +91,7 @@ TARGETS = [
 ON_DEMAND = [
     Target(
         name="persistent",
-        mutated=tuple(f"csrc/cuda/persistent{part}.cuh" for part in ("", "_exchange", "_products", "_forward")),
+        mutated=tuple(f"csrc/persistent/{part}.cuh" for part in ("block", "exchange", "products", "forward")),
         sources=("tests/emulator/persistent_forward_instances.cu", "tests/emulator/fast_maths.cu", "tests/emulator/persistent_forward.cpp"),
         variants=tuple((name,) for name in PERSISTENT_CASES),
         plain=("--order", "random"),
@@ -101,7 +101,7 @@ ON_DEMAND = [
     ),
     Target(
         name="persistent_backward",
-        mutated=("csrc/cuda/persistent_backward.cuh",),
+        mutated=tuple(f"csrc/persistent/backward{part}.cuh" for part in ("_cut", "_sums", "_lane", "")),
         sources=tuple(PERSISTENT_BACKWARD),
         variants=(
             *((name,) for name in PERSISTENT_BACKWARD_CASES),

@@ -22,7 +22,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/launch.cuh"
-#include "../../csrc/philox.h"
+#include "../../csrc/stack/philox.h"
 #include "lend.h"
 #include "persistent_backward_instances.h"
 

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../../csrc/persistent_kernels.h"
+#include "../../csrc/persistent/kernels.h"
 
 namespace stacked_lstm::persistent {
 

@@ -3,7 +3,7 @@
 // With FEW_KERNELS, for builds that take long, there are only those of which each has something of its own.
 #pragma once
 
-#include "../../csrc/cuda/persistent_backward.cuh"
+#include "../../csrc/persistent/backward.cuh"
 #include "persistent_backward_instances.h"
 
 namespace stacked_lstm::persistent {

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/persistent_backward.cuh"
+#include "../../csrc/persistent/backward.cuh"
 
 using namespace stacked_lstm;
 using namespace stacked_lstm::persistent;

@@ -22,7 +22,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/philox.h"
+#include "../../csrc/stack/philox.h"
 #include "lend.h"
 #include "persistent_forward_instances.h"
 

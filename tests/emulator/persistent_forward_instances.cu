@@ -2,7 +2,7 @@
 // for what sanitizers and the hunt for mutants run.
 #include "persistent_forward_instances.h"
 
-#include "../../csrc/cuda/persistent_forward.cuh"
+#include "../../csrc/persistent/forward.cuh"
 
 namespace stacked_lstm::persistent {
 

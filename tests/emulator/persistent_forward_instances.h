@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "../../csrc/cell.h"
-#include "../../csrc/persistent_kernels.h"
+#include "../../csrc/persistent/kernels.h"
+#include "../../csrc/stack/cell.h"
 
 namespace stacked_lstm::persistent {
 

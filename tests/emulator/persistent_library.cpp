@@ -1,8 +1,8 @@
-// tests/emulator/persistent_library.cpp: the kernels of csrc/cuda/persistent.cu, few of their instances and no float16, as a
+// tests/emulator/persistent_library.cpp: the kernels of csrc/persistent/table.cu, few of their instances and no float16, as a
 // library for Python, which hands the table's address to stacked_lstm_ext._C._use_persistent_kernels. Launches are counted.
 #include <utility>
 
-#include "../../csrc/cuda/persistent_dispatch.cuh"
+#include "../../csrc/persistent/dispatch.cuh"
 #include "core.h"
 
 using namespace stacked_lstm;

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/persistent_forward.cuh"
+#include "../../csrc/persistent/forward.cuh"
 
 using namespace stacked_lstm;
 using namespace stacked_lstm::persistent;

@@ -67,7 +67,7 @@ def plan(tmp_path):
         (None, None, [], "no CUDA build of torch (torch 2.14.1 is built without CUDA)"),
         (None, "13.0", KERNEL, "no CUDA build of torch (torch 2.14.1 is built without CUDA)"),
         ("13.0", None, KERNEL, "no nvcc (none on PATH, in site-packages/nvidia or /usr/local/cuda)"),
-        ("13.0", "13.0", [], "no CUDA kernels (csrc/cuda holds none)"),
+        ("13.0", "13.0", [], "no CUDA kernels (csrc holds none)"),
         ("13.0", "13.0", KERNEL, ""),
         ("13.0", "13.2", KERNEL, ""),  # a minor version apart is compatible
         ("12.8", "12.4", KERNEL, ""),
@@ -378,7 +378,7 @@ def test_compilers_run_side_by_side(compiler):
 
 
 def test_the_longest_are_begun_first(compiler):
-    names = ["csrc/cpu/plan.cpp", "csrc/cuda/gates.cu", "csrc/cuda/persistent_forward_f16.cu", "csrc/ops.cpp"]
+    names = ["csrc/cpu/plan.cpp", "csrc/cuda/gates.cu", "csrc/persistent/forward_f16.cu", "csrc/torch/operators.cpp"]
     compiler.compile_all(*map(compiler, names))
     assert compiler.ran() == [names[2], names[3], names[0], names[1]]
 
@@ -388,9 +388,9 @@ def test_every_source_is_of_a_known_cost():
     sources = [*support.cuda_sources(ROOT), *support.cpp_sources(ROOT)]
     ranks = {name: support.Compilation(name, Path("x.o"), ()).rank for name in sources}
     assert {name for name, rank in ranks.items() if rank == 0} == {
-        f"csrc/cuda/persistent_{way}_{element}.cu" for way in ("forward", "backward") for element in ("bf16", "f16", "f32")
+        f"csrc/persistent/{way}_{element}.cu" for way in ("forward", "backward") for element in ("bf16", "f16", "f32")
     }
-    assert ranks["csrc/ops.cpp"] == 1 and ranks["csrc/cuda/gates.cu"] == 2
+    assert ranks["csrc/torch/operators.cpp"] == 1 and ranks["csrc/cuda/gates.cu"] == 2
 
 
 CHANGES = [  # what happens between two builds, and whether the object is made again
@@ -484,8 +484,9 @@ def small_project(root):
         shutil.copy(ROOT / name, root)
     shutil.copytree(ROOT / "requirements", root / "requirements")
     (root / "csrc" / "cpu").mkdir(parents=True)
+    (root / "csrc" / "torch").mkdir()
     (root / "csrc" / "shared.h").write_text(SMALL_HEADER)
-    (root / "csrc" / "ops.cpp").write_text(SMALL_OPS)
+    (root / "csrc" / "torch" / "operators.cpp").write_text(SMALL_OPS)
     for isa in ("default", "avx2", "avx512", "avx512_bf16"):
         (root / "csrc" / "cpu" / f"kernels_{isa}.cpp").write_text(SMALL_KERNEL.format(isa=isa))
     (root / "stacked_lstm_ext").mkdir()

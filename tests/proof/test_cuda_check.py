@@ -478,7 +478,7 @@ def test_every_source_is_examined_with_and_without_clusters_and_most_for_all_arc
     for source in cuda_check.KNOWN_SOURCES:
         archs = set(cuda_check.archs_of(source))
         assert archs == set(ARCHS) or (archs == {"80", "90a"} and source.name.startswith("persistent_"))
-    assert cuda_check.archs_of(ROOT / "csrc" / "cuda" / "persistent_forward_bf16.cu") == ARCHS
+    assert cuda_check.archs_of(ROOT / "csrc" / "persistent" / "forward_bf16.cu") == ARCHS
 
 
 def test_the_architectures_are_those_of_the_build():

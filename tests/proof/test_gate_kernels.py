@@ -1,11 +1,11 @@
-"""csrc/cuda/gates.cu and csrc/number.h, on the host: tests/emulator/gates.cpp says against what, and how."""
+"""csrc/cuda/gates.cu and csrc/stack/number.h, on the host: tests/emulator/gates.cpp says against what, and how."""
 
 import functools
 
 import emulator
 import pytest
 
-KERNELS = [emulator.ROOT / "csrc/cuda/gates.cu", emulator.ROOT / "csrc/gates_host.cpp"]
+KERNELS = [emulator.ROOT / "csrc/cuda/gates.cu", emulator.ROOT / "csrc/cuda/gates_host.cpp"]
 CHECKS = [emulator.HERE / "gates.cpp"]
 ORDERS = [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2), ("priorities", 1), ("priorities", 2)]
 

@@ -1,4 +1,4 @@
-"""csrc/cuda/persistent_backward.cuh on the host: tests/emulator/persistent_backward.cpp has the cases, and says against what."""
+"""csrc/persistent/backward.cuh on the host: tests/emulator/persistent_backward.cpp has the cases, and says against what."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""csrc/cuda/persistent_forward.cuh on the host: tests/emulator/persistent_forward.cpp has the cases, and says against what."""
+"""csrc/persistent/forward.cuh on the host: tests/emulator/persistent_forward.cpp has the cases, and says against what."""
 
 import functools
 

@@ -35,11 +35,11 @@ def forward(compiler):
 
 
 def gates_file(plain=False):
-    return ptx.ptx_file(ptx.CUDA / "gates.cu", "90a", plain)
+    return ptx.ptx_file(ptx.CSRC / "cuda" / "gates.cu", "90a", plain)
 
 
 def forward_file(plain=False):
-    return ptx.ptx_file(ptx.CUDA / "persistent_forward_bf16.cu", "90a", plain, few=True)
+    return ptx.ptx_file(ptx.CSRC / "persistent" / "forward_bf16.cu", "90a", plain, few=True)
 
 
 def test_the_machine_runs_what_is_legal_and_reports_what_is_not():

@@ -19,7 +19,7 @@ from tests import cuda_check, emulator
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "ptx"
-CUDA = ROOT / "csrc" / "cuda"
+CSRC = ROOT / "csrc"
 ELEMENTS = ("bf16", "f16", "f32")
 SAMPLES = emulator.HERE / "samples" / "samples.cu"
 
@@ -34,16 +34,17 @@ class Program:
 
 
 def _persistent(direction: str, *more: Path) -> Program:
-    sources = tuple(CUDA / f"persistent_{direction}_{element}.cu" for element in ELEMENTS)
+    sources = tuple(CSRC / "persistent" / f"{direction}_{element}.cu" for element in ELEMENTS)
     kernels = (*sources, HERE / f"{direction}_instances.cpp", *more)
     return Program(sources, kernels, (emulator.HERE / f"persistent_{direction}.cpp",))
 
 
+GATES = CSRC / "cuda"
 PRIMITIVES = ROOT / "benchmarks" / "primitives.cu"
 PROGRAMS = {
     "forward": _persistent("forward", emulator.HERE / "fast_maths.cu"),
     "backward": _persistent("backward"),
-    "gates": Program((CUDA / "gates.cu",), (CUDA / "gates.cu", ROOT / "csrc" / "gates_host.cpp"), (emulator.HERE / "gates.cpp",)),
+    "gates": Program((GATES / "gates.cu",), (GATES / "gates.cu", GATES / "gates_host.cpp"), (emulator.HERE / "gates.cpp",)),
     "primitives": Program((PRIMITIVES,), (PRIMITIVES,)),
     "samples": Program((SAMPLES,), (SAMPLES.with_suffix(".cpp"),)),
 }

@@ -1,6 +1,6 @@
 // tests/ptx/backward_instances.cpp: all instances of the backward kernel that are compiled, for tests/emulator's program, which
 // otherwise runs a few of them.
-#include "../../csrc/cuda/persistent_dispatch.cuh"
+#include "../../csrc/persistent/dispatch.cuh"
 #include "../emulator/persistent_backward_instances.h"
 
 namespace stacked_lstm::persistent {

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "../../../csrc/cuda/primitives.cuh"
-#include "../../../csrc/number.h"
+#include "../../../csrc/stack/number.h"
 
 namespace stacked_lstm::cuda::samples {
 

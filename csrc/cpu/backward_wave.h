@@ -1,0 +1,433 @@
+// csrc/cpu/backward_wave.h: the reverse wavefront on the CPU: its memory, and what a worker does in a lane. The lane's backward
+// is in backward.cpp, the weight gradients in weight_gradients.cpp.
+//
+// A worker takes its positions in turn, from the top layer down, and of each, chunk after chunk from the last to the
+// first:
+//   1. wait for the chunk of the layer above, and stage dL/dh of it: the sum over that layer's directions, through the
+//      dropout between the two;
+//   2. step after step back: dG(s+1)·W_hh, the cell's derivative, dG(s) handed to the other unit slices (and, with a
+//      projection, dh handed over first, then dh·W_hr);
+//   3. the gradient of the layer's input, dG·W_ih of the whole chunk, one product; publish the chunk;
+//   4. the weight gradients, dGᵀ·[x, h_prev], of the blocks of rows that are complete by now: gate rows shared out over all
+//      workers of the lane, who meet for it. Layers side by side lose nothing: each pauses a chunk after the one above.
+//
+//      steps, from right to left          A block is whole steps of at most kGradientRows rows, or one step. It follows from
+//   ┄┄┄┬───────┬─────────┬┄┄┄┄┄┄┄┄┄┄┄     the call's shape alone, and so do the weight gradients, which add up the sums of
+//      │ chunk │ block   │ blocks that    the blocks from the last to the first. Of dG (and, with a projection, of dh and of
+//      │       │         │ are summed     o·tanh(c)) only a ring of rows is there: as many as a block and a chunk have. Where
+//   ┄┄┄┴───────┴─────────┴┄┄┄┄┄┄┄┄┄┄┄     that holds all rows of the call, nobody meets before the end.
+//
+// With recomputation, the last step of a stretch first computes what was not kept (Reserve in stack.h) of all its steps: the
+// gates, two products of x and h, and then c, step after step forward. A stretch starts after a kept c. Nobody waits for it,
+// as x and h are all there, and how long it is cannot be seen in the bits: a row's gates need no other row, and every c that
+// was kept is taken as it is.
+//
+// Hazards.
+//   dG(s) takes the place of rows a ring's length back. Of a block, they are read by the products of their chunks and by the
+//   sums over it; when every worker of the lane has published it (Progress::blocks), that is over. One step's rows are read
+//   later: those of its first, by the step before, which is the next block's. So they count as the next block's here.
+//   (Unit slices are never more than a step apart, but batch slices are, and in a packed batch one's rows take the place of
+//   another's.)
+//   A worker that waits for room waits neither for itself nor for somebody who waits for it: as the ring holds a block and a
+//   chunk, the block in question was complete at the end of an earlier chunk, this worker has published it, and nobody
+//   needs more of this worker than that earlier chunk to publish it too.
+//   The ring, the packed weights and the states are used again by the lane that is as many positions on as there are sets
+//   of them; that one starts only when every worker is done with this one (Progress::done).
+//   The layers share one buffer of input gradients. A slice writes chunk c over what the layer above left there when all
+//   slices have handed over all steps of the chunk, and so have staged it; nobody else reads it. Bidirectional layers take
+//   turns with two buffers a direction: each direction reads all that both directions of the layer above have left.
+#pragma once
+
+#include "wave.h"
+
+namespace stacked_lstm::cpu {
+
+template <typename T>
+class BackwardWave : Wave<T> {
+  using Base = Wave<T>;
+  using Base::shape_, Base::kernels_, Base::team_, Base::schedule_, Base::storage_;
+
+  // A stretch goes over so many kept c's at most: whoever waits for one of its steps waits for all of it.
+  static constexpr int64_t kMostIntervals = 4;
+
+ public:
+  BackwardWave(const BackwardCall<T>& call, const Workers& workers, Platform& platform)
+      : Base(call.shape, storage_of(call), workers, platform, true),
+        call_(call),
+        platform_(platform),
+        reserve_(const_cast<T*>(call.reserve), call.shape, call.saving, call.keep_top),
+        width_(recurrent_width(call.shape.batch)),
+        recompute_(call.saving == Saving::recompute),
+        stretch_rows_(recompute_ ? stretch_rows() : 0),
+        product_rows_(std::max(this->chunk_rows_, stretch_rows_)),
+        staged_rows_(std::max<int64_t>(product_rows_, kGradientRows<T>)) {
+    widest_ = round_up(std::max({this->widest_input_, this->widest_output_, this->widest_hidden_}), kUnitPadding * 4);
+    for (int64_t k = 1; k < shape_.depth(); ++k) widest_below_ = std::max(widest_below_, shape_.layers[k].input);
+    const int64_t batch = std::max<int64_t>(shape_.batch, 1);
+    const int64_t block = shape_.packed() ? std::max(kGradientRows<T>, batch) : block_steps() * batch;
+    ring_rows_ = std::min(std::max<int64_t>(shape_.rows(), 1), block + this->chunk_rows_);
+    int64_t groups = 1;  // a lane of each is under way
+    for (int64_t p = 0; p < schedule_.phases; ++p) groups = std::max(groups, schedule_.phase[p].layer_groups);
+    // One more, of the lane that a group has just done with, lets the first of its workers go on: for memory, a wait a lane.
+    set_count_ = std::min({this->workers_, this->lane_count_, recompute_ ? groups : groups + 1});
+    memory_->lay_out([&] { take_memory(); });
+  }
+
+  Schedule run() {
+    Base::run(platform_, [&](int64_t worker) {
+      schedule_.for_each_position(shape_.directions, worker, [&](int64_t position, const Place& place) {
+        LaneRun(*this, position, place, scratch_[static_cast<size_t>(worker)]).run();
+      });
+    });
+    return schedule_;
+  }
+
+ private:
+  struct Set {                                // what a lane works with
+    void *weight_ih, *weight_hh, *weight_hr;  // packed for backward: columns as they stand
+    void *gates_ih, *gates_hh;                // packed for forward: with recomputation
+    T* bias;
+    T* dc;      // [sequence][padded_hidden]
+    T* c_0;     // likewise, padded with zeros
+    T* dgates;  // a ring of rows
+    T* dh;      // likewise, with a projection: dL/dh …
+    T* hidden;  // … and what the projection was given
+  };
+  struct Scratch {
+    T* staged;       // x or h of a chunk, or of a block
+    T* dy;           // of a chunk: dL/dh from above, and later dG·W_ih
+    T* large;        // what the weight gradients of a block copy
+    T* dh;           // of a step
+    T *gates, *c;    // with recomputation: of a stretch, [row][4·padded_hidden] and [row][padded_hidden]
+    void* operands;  // of any product
+  };
+  struct Rows {
+    T* data;
+    int64_t stride;
+  };
+
+  int64_t lane_of(int64_t position) const { return lane_at(position, this->lane_count_, true); }
+  // Steps of a block of weight gradients, where every step has the whole batch.
+  int64_t block_steps() const { return std::max<int64_t>(kGradientRows<T> / std::max<int64_t>(shape_.batch, 1), 1); }
+  bool ring_holds_all() const { return ring_rows_ >= shape_.rows(); }
+  // Rows of a stretch, at most: enough for products at full rate, few enough to stay close, but never less than those of the
+  // whole batch from one kept c to the next.
+  int64_t stretch_rows() const {
+    constexpr int64_t kRows = 128;
+    const int64_t least = kCheckpointSteps * shape_.batch;
+    return std::min(std::max(kRows, least), std::min(kMostIntervals * least, shape_.rows()));
+  }
+  // Steps of a stretch of so many sequences.
+  int64_t stretch_steps(int64_t sequences) const {
+    const int64_t least = kCheckpointSteps * std::max<int64_t>(sequences, 1);
+    return std::clamp<int64_t>(stretch_rows_ / least, 1, kMostIntervals) * kCheckpointSteps;
+  }
+  // Where time t's rows are in the ring. Those of one step stand together: a packed batch's may reach past the ring's end,
+  // where there is room for them. Steps that are there at the same time never share a place.
+  int64_t slot_of(int64_t t) const { return shape_.first_row(t) % ring_rows_; }
+
+  // Columns of dG·W_hh, padding included.
+  static int64_t recurrent_columns(const LayerShape& layer) {
+    return layer.projection > 0 ? layer.projection : layer.padded_hidden();
+  }
+
+  void take_memory() {
+    sets_.clear();
+    for (int64_t n = 0; n < set_count_; ++n) sets_.push_back(take_set());
+    for (int64_t n = 0; n < std::min(shape_.depth() - 1, shape_.directions); ++n) {
+      for (int64_t d = 0; d < shape_.directions; ++d) passing_[n][d] = memory_->take<T>(shape_.rows() * widest_below_);
+    }
+    scratch_.clear();
+    for (int64_t worker = 0; worker < this->workers_; ++worker) {
+      const int64_t ld = widest_ + kRowPadding;
+      const int64_t cells = stretch_rows_ * this->widest_hidden_;
+      scratch_.push_back(
+          {memory_->take<T>(staged_rows_ * ld), memory_->take<T>(this->chunk_rows_ * ld),
+           memory_->take<T>(call_.gradients.empty() ? 0 : kGradientScratch<T>), memory_->take<T>(shape_.batch * ld),
+           memory_->take<T>(cells * 4), memory_->take<T>(cells),
+           this->take_operands(memory_, product_rows_, std::max(4 * this->widest_hidden_, widest_), storage_)});
+    }
+  }
+
+  // For any of the lanes.
+  Set take_set() {
+    int64_t ih = 0, hh = 0, hr = 0, input = 0, output = 0;
+    bool projects = false;
+    for (const LayerShape& layer : shape_.layers) {
+      const int64_t inner = 4 * layer.padded_hidden();
+      const auto elements = [&](int64_t columns, int64_t rows) { return columns * stored_rows(storage_, rows); };
+      ih = std::max(ih, elements(this->padded_columns(layer.input, kWidth), inner));
+      hh = std::max(hh, elements(this->padded_columns(recurrent_columns(layer), width_), inner));
+      hr = std::max(hr, elements(this->padded_columns(layer.padded_hidden(), kWidth), layer.projection));
+      input = std::max(input, elements(inner, layer.input)), output = std::max(output, elements(inner, layer.output()));
+      projects = projects || layer.projection > 0;
+    }
+    Set set{};
+    const auto panels = [&](int64_t elements) { return this->take_panels(memory_, elements, storage_); };
+    set.weight_ih = panels(ih), set.weight_hh = panels(hh);
+    if (projects) set.weight_hr = panels(hr);
+    if (recompute_) {
+      set.gates_ih = panels(input), set.gates_hh = panels(output);
+      set.bias = memory_->take<T>(4 * this->widest_hidden_);
+    }
+    set.dc = memory_->take<T>(shape_.batch * this->widest_hidden_);
+    set.c_0 = memory_->take<T>(shape_.batch * this->widest_hidden_);
+    const int64_t rows = ring_rows_ + (shape_.packed() ? shape_.batch : 0);  // see slot_of
+    set.dgates = memory_->take<T>(rows * (4 * this->widest_hidden_ + kRowPadding));
+    if (projects) {
+      set.dh = memory_->take<T>(rows * (this->widest_output_ + kRowPadding));
+      set.hidden = memory_->take<T>(rows * this->widest_hidden_);
+    }
+    return set;
+  }
+
+  // h of a layer, as forward left it.
+  const T* output_of(int64_t layer) const {
+    return layer + 1 == shape_.depth() && !call_.keep_top ? call_.output : reserve_.h(layer);
+  }
+  // Where one direction of a layer leaves the gradient of its input.
+  Rows input_gradient(int64_t layer, int64_t direction) const {
+    if (layer == 0) return {call_.grad_input[direction], shape_.layers[0].input};
+    return {passing_[(layer - 1) % shape_.directions][direction], widest_below_};
+  }
+
+  // One worker's part in one lane.
+  class LaneRun {
+   public:
+    LaneRun(BackwardWave& wave, int64_t position, const Place& place, const Scratch& scratch)
+        : w_(wave),
+          position_(position),
+          place_(place),
+          scratch_(scratch),
+          index_(wave.lane_of(position)),
+          layer_index_(index_ / wave.shape_.directions),
+          direction_(index_ % wave.shape_.directions),
+          layer_(wave.shape_.layers[layer_index_]),
+          lane_(wave.sets_[static_cast<size_t>(position % wave.set_count_)]),
+          sequences_(wave.sequences(place)),
+          hidden_(layer_.hidden),
+          padded_(layer_.padded_hidden()),
+          out_(layer_.output()),
+          projects_(layer_.projection > 0),
+          lddg_(4 * padded_ + kRowPadding),
+          ld_(wave.widest_ + kRowPadding),
+          blocks_(wave.own_blocks(position, place, padded_)),
+          units_{std::min(blocks_.first * lanes(), hidden_), std::min(blocks_.last * lanes(), hidden_)},
+          dh_panels_(recurrent_panels()),
+          columns_(projects_ ? wave.columns_of(dh_panels_, wave.width_, out_) : units_),
+          padded_end_(projects_ ? columns_.last : blocks_.last * lanes()),
+          lddr_(out_ + kRowPadding),
+          ldm_(padded_),
+          progress_(wave.own(position, place)),
+          stretch_{wave.shape_.steps, wave.shape_.steps},
+          block_(block_before(wave.shape_.steps)),
+          oldest_(block_) {}
+
+    void run();
+
+   private:
+    int64_t lanes() const { return w_.kernels_.lanes; }
+    int64_t time(int64_t s) const { return w_.shape_.time(index_, s); }
+    int64_t rows_at(int64_t s) const { return w_.rows_at(index_, sequences_, s); }
+    // First local row of step s, in the call and in the ring.
+    int64_t row_at(int64_t s) const { return w_.shape_.first_row(time(s)) + sequences_.first; }
+    int64_t slot_at(int64_t s) const { return w_.slot_of(time(s)) + sequences_.first; }
+    // Local rows of steps first … last-1.
+    int64_t rows_between(int64_t first, int64_t last) const {
+      if (!w_.shape_.packed()) return (last - first) * sequences_.size();
+      int64_t rows = 0;
+      for (int64_t s = first; s < last; ++s) rows += rows_at(s);
+      return rows;
+    }
+    int64_t active_at(int64_t s) const { return s < w_.shape_.steps ? w_.shape_.active(time(s)) : 0; }
+
+    // Own panels of dG·W_hh. Its columns are the own units, or with a projection a share of its own.
+    Range recurrent_panels() const {
+      if (projects_) return w_.own_panels(position_, place_, out_, w_.width_);
+      return {blocks_.first / w_.width_, (blocks_.last + w_.width_ - 1) / w_.width_};
+    }
+    Range unit_panels() const { return {blocks_.first / kWidth, (blocks_.last + kWidth - 1) / kWidth}; }
+
+    void pack();
+
+    // dc starts as the gradient of c_n, for every sequence: a sequence's first step back takes it from there.
+    void start();
+
+    // dL/dh of a chunk's own columns, from the loss or the layer above. Padding is zero.
+    void stage_dy(const Range& steps);
+
+    // The gates of a step's rows, and c after it: kept, or of the stretch.
+    const T* gates_of(int64_t s) const {
+      if (const T* kept = w_.reserve_.gates(index_, s)) return kept + sequences_.first * 4 * padded_;
+      return scratch_.gates + rows_between(stretch_.first, s) * 4 * padded_;
+    }
+    const T* c_after(int64_t s) const {
+      if (const T* kept = w_.reserve_.c(index_, s)) return kept + sequences_.first * padded_;
+      return scratch_.c + rows_between(stretch_.first, s) * padded_;
+    }
+    // Calls f(row, rows, c) for the rows of a step, c being the state of that row before the step: the sequences that
+    // start here have it from c_0.
+    template <typename F>
+    void with_c_before(int64_t s, F&& f) const {
+      const int64_t n = rows_at(s), before = std::min(rows_at(s - 1), n);
+      if (before > 0) f(0, before, c_after(s - 1));
+      if (before < n) f(before, n - before, lane_.c_0 + (sequences_.first + before) * padded_);
+    }
+
+    // The stretch that step s is the last one of.
+    void recompute(int64_t s);
+
+    // The gates of the stretch's first steps, from h of this layer and the one below.
+    void recompute_gates(const Range& steps);
+
+    int64_t stage_x(const Range& steps, T* out, int64_t ldo) const {
+      return w_.stage_input(w_.call_.input, w_.call_.dropout, layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr,
+                            index_, sequences_, steps, out, ldo);
+    }
+    // h of the step before each row's own.
+    int64_t stage_h_before(const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
+      const StackShape& shape = w_.shape_;
+      const T* h = w_.output_of(layer_index_) + direction_ * out_;
+      const int64_t ldh = shape.directions * out_, back = direction_ ? 1 : -1;
+      return w_.stage(
+          index_, sequences, steps, out_,
+          [&](int64_t t, int64_t b) {
+            const int64_t before = t + back;
+            const bool first = before < 0 || before >= shape.steps || b >= shape.active(before);
+            return first ? w_.call_.h_0 + (index_ * shape.batch + b) * out_ : h + (shape.first_row(before) + b) * ldh;
+          },
+          out, ldo);
+    }
+
+    // The gradient of h(s) that comes from step s+1, for that step's rows, into scratch.dh. Rows that step s does not
+    // have started with step s+1: theirs is the gradient of h_0. Rows that only step s has ended with it: theirs is the
+    // gradient of h_n.
+    void recurrent_gradient(int64_t s);
+
+    // Hand-overs of the steps after s.
+    int64_t hand_overs_before(int64_t s) const { return (w_.shape_.steps - 1 - s) * (projects_ ? 2 : 1); }
+
+    void step(int64_t s, const Range& steps);
+
+    // Before the first step: what is left is the gradient of the initial state.
+    void step_out() { recurrent_gradient(-1); }
+
+    // dG·W_ih of a chunk, own columns.
+    void input_gradient(const Range& steps);
+
+    // ---- The ring, and the weight gradients of a block: this worker's share of the gate rows.
+
+    Range times_of(const Range& steps) const {
+      const int64_t all = w_.shape_.steps;
+      return direction_ ? Range{all - steps.last, all - steps.first} : steps;
+    }
+    // Rows of some steps, whole batch.
+    int64_t rows_of(const Range& steps) const {
+      const Range times = times_of(steps);
+      return w_.shape_.first_row(times.last) - w_.shape_.first_row(times.first);
+    }
+
+    // The block that ends before step `last`: steps of kGradientRows rows at most, or one step. Before none, there is none:
+    // {-1, 0}.
+    Range block_before(int64_t last) const {
+      if (!w_.shape_.packed()) return {last > 0 ? std::max<int64_t>(last - w_.block_steps(), 0) : -1, last};
+      int64_t first = last - 1;
+      while (first > 0 && rows_of({first - 1, last}) <= kGradientRows<T>) --first;
+      return {first, last};
+    }
+
+    // Waits until the rows that step s takes the place of are read by nobody: see Hazards.
+    void make_room(int64_t s);
+
+    // Sums over the blocks that begin at `first_step` or later, once all workers of the lane have done so many chunks.
+    void finish_blocks(int64_t first_step, int64_t chunks);
+
+    // Calls f(row, rows, slot) for runs of own rows that stand one after the other both in the call, from `row` on, and in
+    // the ring, from `slot` on; in rising time.
+    template <typename F>
+    void for_each_run(const Range& steps, const Range& sequences, F&& f) const {
+      const Range times = times_of(steps);
+      for (int64_t t = times.first; t < times.last;) {
+        const int64_t row = w_.shape_.first_row(t), slot = w_.slot_of(t);
+        int64_t rows = 0;
+        do {
+          rows += w_.local_rows(sequences, t++);
+        } while (t < times.last && w_.shape_.first_row(t) == row + rows && w_.slot_of(t) == slot + rows);
+        if (rows > 0) f(row + sequences.first, rows, slot + sequences.first);
+      }
+    }
+
+    // The rows of a block: in the ring they are one run, or two.
+    struct BlockRows {
+      int64_t rows = 0, parting = 0;
+      int64_t slots[2] = {};
+    };
+
+    void weight_gradients();
+
+    Range everyone() const { return {0, w_.shape_.batch}; }
+    bool first_block() const { return block_.last == w_.shape_.steps; }
+
+    // Adds dGᵀ·b over the block's rows, those of b standing together.
+    void add_product(T* c, int64_t columns, const Range& units, const BlockRows& block, const T* b, int64_t ldb);
+
+    void input_weight_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block);
+
+    // h one step before dG; h_0 with the first step.
+    void recurrent_weight_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block);
+
+    void bias_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block);
+
+    // dW_hr = dhᵀ·(o·tanh(c)).
+    void projection_gradient(const LaneGradients<T>& g, const Range& own, const BlockRows& block);
+
+    // Stages all sequences of the block, step by step in rising time, dG's order of rows: stage(step, to, ldo) stages one.
+    template <typename Stage>
+    void stage_block(int64_t columns, Stage&& stage) const {
+      const int64_t ldo = columns + kRowPadding;
+      T* to = scratch_.staged;
+      for (int64_t n = 0; n < block_.size(); ++n) {
+        const int64_t s = direction_ ? block_.last - 1 - n : block_.first + n;
+        to += stage(Range{s, s + 1}, to, ldo) * ldo;
+      }
+    }
+
+    BackwardWave& w_;
+    const int64_t position_;
+    const Place place_;
+    const Scratch& scratch_;
+    const int64_t index_, layer_index_, direction_;
+    const LayerShape& layer_;
+    const Set& lane_;
+    const Range sequences_;
+    const int64_t hidden_, padded_, out_;
+    const bool projects_;
+    const int64_t lddg_, ld_;
+    const Range blocks_, units_, dh_panels_, columns_;
+    const int64_t padded_end_;  // of own columns
+    const int64_t lddr_, ldm_;
+    Progress& progress_;
+    Range stretch_;         // steps whose gates and c are there, where they were not kept; none before the first
+    Range block_;           // the next block to sum over, steps in the lane's order …
+    int64_t finished_ = 0;  // … and how many were before it
+    Range oldest_;          // the first block that somebody may still read, as far as this worker knows …
+    int64_t released_ = 0;  // … and how many were before that
+  };
+
+  const BackwardCall<T>& call_;
+  Platform& platform_;
+  Workspace::Lease memory_;
+  const Reserve<T> reserve_;
+  const int64_t width_;
+  const bool recompute_;
+  const int64_t stretch_rows_;  // at most
+  const int64_t product_rows_;  // at most
+  const int64_t staged_rows_;
+  int64_t widest_ = 0, widest_below_ = 0;
+  int64_t ring_rows_ = 0, set_count_ = 0;
+  std::vector<Set> sets_;
+  std::vector<Scratch> scratch_;
+  T* passing_[2][2] = {};  // gradients of layers' inputs: of alternate layers with two directions, else of all
+};
+
+}  // namespace stacked_lstm::cpu

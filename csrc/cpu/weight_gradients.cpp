@@ -1,0 +1,155 @@
+// csrc/cpu/weight_gradients.cpp: the gradients of a lane's weights, block by block of rows: each worker's share of the gate rows.
+// See backward_wave.h.
+#include "backward_wave.h"
+
+namespace stacked_lstm::cpu {
+
+template <typename T>
+void BackwardWave<T>::LaneRun::make_room(int64_t s) {
+  while (rows_of({s, std::min(oldest_.last + 1, w_.shape_.steps)}) > w_.ring_rows_) {
+    w_.wait_everybody(position_, &Progress::blocks, ++released_);
+    oldest_ = block_before(oldest_.first);
+  }
+}
+
+template <typename T>
+void BackwardWave<T>::LaneRun::finish_blocks(int64_t first_step, int64_t chunks) {
+  if (block_.first < first_step) return;
+  const bool wanted = !w_.call_.gradients.empty();
+  if (wanted) w_.wait_everybody(position_, &Progress::chunks, chunks);
+  for (; block_.first >= first_step; block_ = block_before(block_.first)) {
+    if (wanted) weight_gradients();
+    publish(progress_.blocks, ++finished_);
+  }
+}
+
+template <typename T>
+void BackwardWave<T>::LaneRun::weight_gradients() {
+  const LaneGradients<T>& g = w_.call_.gradients[static_cast<size_t>(index_)];
+  BlockRows block;
+  int64_t runs = 0;
+  for_each_run(block_, everyone(), [&](int64_t, int64_t rows, int64_t slot) {
+    if (runs == 0) block.parting = rows;
+    block.slots[runs++] = slot, block.rows += rows;
+  });
+  const int64_t slices = w_.slices(position_), workers = slices * w_.schedule_.batch_slices;
+  const int64_t part = place_.batch_slice * slices + place_.slice;
+  const Range units = share_of(hidden_, part, workers);
+  if (units.size() > 0) {
+    input_weight_gradient(g, units, block);
+    recurrent_weight_gradient(g, units, block);
+    if (g.bias_ih) bias_gradient(g, units, block);
+  }
+  if (projects_) {
+    const Range rows = share_of(out_, part, workers);
+    if (rows.size() > 0) projection_gradient(g, rows, block);
+  }
+}
+
+template <typename T>
+void BackwardWave<T>::LaneRun::add_product(T* c, int64_t columns, const Range& units, const BlockRows& block,
+                                           const T* b, int64_t ldb) {
+  GradientProduct<T> product{
+      .c = c,
+      .ldc = columns,
+      .a = lane_.dgates + block.slots[0] * lddg_,
+      .a_rest = lane_.dgates + block.slots[1] * lddg_,
+      .lda = lddg_,
+      .b = b,
+      .b_rest = b + block.parting * ldb,
+      .ldb = ldb,
+      .rows = block.rows,
+      .parting = block.parting,
+      .m = 4 * hidden_,
+      .n = columns,
+      .accumulate = !first_block(),
+      .rounded = w_.call_.bf16_activations,
+      .scratch = scratch_.large,
+  };
+  if (units.size() == hidden_ && padded_ == hidden_) return w_.kernels_.gradient(product);  // all gate rows in one
+  product.m = units.size();
+  product.a += units.first, product.a_rest += units.first, product.c += units.first * columns;
+  for (int64_t gate = 0; gate < 4; ++gate) {
+    w_.kernels_.gradient(product);
+    product.a += padded_, product.a_rest += padded_, product.c += hidden_ * columns;
+  }
+}
+
+template <typename T>
+void BackwardWave<T>::LaneRun::input_weight_gradient(const LaneGradients<T>& g, const Range& units,
+                                                     const BlockRows& block) {
+  const StackShape& shape = w_.shape_;
+  const Input<T>& x = w_.call_.input;
+  const int64_t row = shape.first_row(times_of(block_).first), width = layer_.input;
+  // x as it stands, where it is a matrix.
+  const bool matrix = x.row_stride >= width && (shape.packed() || x.step_stride == shape.batch * x.row_stride);
+  if (layer_index_ == 0 && matrix) {
+    add_product(g.weight_ih, width, units, block, x.data + row * x.row_stride, x.row_stride);
+  } else if (layer_index_ > 0 && !w_.call_.dropout.active()) {
+    add_product(g.weight_ih, width, units, block, w_.output_of(layer_index_ - 1) + row * width, width);
+  } else {
+    stage_block(width, [&](const Range& step, T* to, int64_t ldo) {
+      return w_.stage_input(w_.call_.input, w_.call_.dropout, layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr,
+                            index_, everyone(), step, to, ldo);
+    });
+    add_product(g.weight_ih, width, units, block, scratch_.staged, width + kRowPadding);
+  }
+}
+
+template <typename T>
+void BackwardWave<T>::LaneRun::recurrent_weight_gradient(const LaneGradients<T>& g, const Range& units,
+                                                         const BlockRows& block) {
+  const StackShape& shape = w_.shape_;
+  if (!shape.packed() && block_.first > 0) {
+    const int64_t ldh = shape.directions * out_, before = times_of(block_).first + (direction_ ? 1 : -1);
+    const T* h = w_.output_of(layer_index_) + direction_ * out_ + shape.first_row(before) * ldh;
+    add_product(g.weight_hh, out_, units, block, h, ldh);
+  } else {
+    stage_block(out_, [&](const Range& step, T* to, int64_t ldo) { return stage_h_before(everyone(), step, to, ldo); });
+    add_product(g.weight_hh, out_, units, block, scratch_.staged, out_ + kRowPadding);
+  }
+}
+
+template <typename T>
+void BackwardWave<T>::LaneRun::bias_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block) {
+  for (int64_t gate = 0; gate < 4; ++gate) {
+    const int64_t rest = block.rows - block.parting, column = gate * padded_ + units.first;
+    T *sum = g.bias_ih + gate * hidden_ + units.first, *same = g.bias_hh + gate * hidden_ + units.first;
+    const auto add = [&](int64_t slot, int64_t rows, bool accumulate) {
+      w_.kernels_.sum_rows(lane_.dgates + slot * lddg_ + column, lddg_, rows, units.size(), accumulate, sum);
+    };
+    add(block.slots[0], block.parting, !first_block());
+    if (rest > 0) add(block.slots[1], rest, true);
+    if (block_.first == 0) std::copy(sum, sum + units.size(), same);
+  }
+}
+
+template <typename T>
+void BackwardWave<T>::LaneRun::projection_gradient(const LaneGradients<T>& g, const Range& own,
+                                                   const BlockRows& block) {
+  const auto [first, rest] = block.slots;
+  w_.kernels_.gradient({
+      .c = g.weight_hr + own.first * hidden_,
+      .ldc = hidden_,
+      .a = lane_.dh + first * lddr_ + own.first,
+      .a_rest = lane_.dh + rest * lddr_ + own.first,
+      .lda = lddr_,
+      .b = lane_.hidden + first * ldm_,
+      .b_rest = lane_.hidden + rest * ldm_,
+      .ldb = ldm_,
+      .rows = block.rows,
+      .parting = block.parting,
+      .m = own.size(),
+      .n = hidden_,
+      .accumulate = !first_block(),
+      .rounded = w_.call_.bf16_activations,
+      .scratch = scratch_.large,
+  });
+}
+
+template void BackwardWave<float>::LaneRun::make_room(int64_t);
+template void BackwardWave<float>::LaneRun::finish_blocks(int64_t, int64_t);
+template void BackwardWave<double>::LaneRun::make_room(int64_t);
+template void BackwardWave<double>::LaneRun::finish_blocks(int64_t, int64_t);
+
+}  // namespace stacked_lstm::cpu

@@ -1,0 +1,339 @@
+// csrc/cuda/gates.h: what happens between two products of the diagonal schedule, element by element; host and device.
+//
+//   forward    a = W_ih·x + W_hh·h(t-1) + b   →   activate, cell_forward   →   c, h, what backward needs
+//   backward   dh (from the loss, the layer above, step t+1)   →   cell_backward   →   dgates, dc
+//   collect    the sum dh alone, where a projection stands between h and the gates
+//   copy       rows, masked by dropout or taken from an initial state where a sequence begins
+//
+// A step is a list of cells (lane, t) that are computed side by side: all layers and directions of one diagonal. The
+// functions at the end do V neighbouring units of one row of one cell; a kernel is the loop over them:
+// gates.cu on a GPU, gates_host.cpp here. V > 1 asks for whole packs: widths and strides that V divides, and
+// pointers aligned to V elements.
+//
+// T is what tensors hold, A = Accumulator<T> what is computed in. Rows b = 0 … rows-1 of a cell are consecutive.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "elements.h"
+
+namespace stacked_lstm::gates {
+
+// ---- What a kernel is given -----------------------------------------------------------------------------------------
+
+template <typename T>
+struct ForwardCell {
+  using A = Accumulator<T>;
+  const A* input_part;      // (rows, 4H): W_ih·x
+  const A* recurrent_part;  // (rows, 4H): W_hh·h(t-1)
+  const A* bias;            // (4H), or null
+  A* c;                     // (rows, H): c(t-1) in, c(t) out
+  T* h;                     // (rows, H)
+  T* output;                // rows of output_stride: h once more, in the layer's output; or null
+  T* above;                 // rows of output_stride: h as the layer above sees it, masked; or null
+  A* saved_c;               // rows of saved_stride, or null
+  A* saved_gates;           // rows of 4·saved_stride: the activations; or null
+  int64_t rows;
+  Element element;
+};
+
+// What flows into the output of a cell. Null pointers count as zeros.
+template <typename T>
+struct Incoming {
+  using A = Accumulator<T>;
+  const T* grad_output;  // rows of output_stride, from the loss
+  const A* above;        // rows of output_stride, from the layer above, before dropout's mask
+  const A* recurrent;    // (carried, width): W_hhᵀ·dgates of the step that came after, for rows that it had
+  const T* grad_last;    // (B, width): dL/dh_n, for the rows from `carried` on, whose last step this is
+  int64_t carried;
+  Element element;
+};
+
+template <typename T>
+struct BackwardCell {
+  using A = Accumulator<T>;
+  Incoming<T> incoming;
+  const A* gates;           // rows of 4·saved_stride: the activations; or null: they are made from the next three
+  const A* input_part;      // (rows, 4H), as in ForwardCell
+  const A* recurrent_part;  // (rows, 4H)
+  const A* bias;            // (4H), or null
+  const A* c;               // rows of saved_stride
+  const A* c_before;        // rows of saved_stride: c of the step before, for the first `continued` rows
+  const T* c_0;             // (B, H): for the others, whose first step this is
+  A* grad_c;                // (rows, H): in and out
+  T* grad_gates;            // (rows, 4H)
+  T* all_grad_gates;        // rows of gates_stride: once more, beside those of every other step
+  T* cell_h;                // (rows, H): o·tanh(c), for the gradient of W_hr; or null
+  int64_t rows;
+  int64_t continued;
+};
+
+template <typename T>
+struct CollectCell {
+  Incoming<T> incoming;
+  T* grad;      // (rows, P)
+  T* all_grad;  // (rows, P): once more, beside those of every other step
+  int64_t rows;
+};
+
+template <typename T>
+struct CopyCell {
+  const T* source;  // rows of source_stride, for the first `carried` rows
+  int64_t source_stride;
+  const T* initial;  // (rows, width), for the others
+  T* target;         // rows of target_stride
+  int64_t target_stride;
+  int64_t rows;
+  int64_t carried;
+  bool masked;  // by dropout
+  Element element;
+};
+
+// One device's kernels. Each runs every cell, in one launch where they fit one. They return what went wrong, or "".
+template <typename T>
+struct Kernels {
+  std::string (*forward)(const Sizes&, const ForwardCell<T>*, int64_t cells, void* stream);
+  std::string (*backward)(const Sizes&, const BackwardCell<T>*, int64_t cells, void* stream);
+  std::string (*collect)(const Sizes&, const CollectCell<T>*, int64_t cells, void* stream);
+  std::string (*copy)(const Sizes&, const CopyCell<T>*, int64_t cells, void* stream);
+};
+
+struct Table {
+  Kernels<float> float32;
+  Kernels<double> float64;
+  Kernels<bfloat16> bf16;
+  Kernels<float16> f16;
+  // Writes `count` numbers of the host's to the device. They are read before this returns, also where a graph is captured.
+  std::string (*numbers)(const int64_t* values, int64_t count, int64_t* target, void* stream);
+
+  template <typename T>
+  const Kernels<T>& of() const;
+};
+
+template <>
+inline const Kernels<float>& Table::of<float>() const {
+  return float32;
+}
+template <>
+inline const Kernels<double>& Table::of<double>() const {
+  return float64;
+}
+template <>
+inline const Kernels<bfloat16>& Table::of<bfloat16>() const {
+  return bf16;
+}
+template <>
+inline const Kernels<float16>& Table::of<float16>() const {
+  return f16;
+}
+
+const Table& host_kernels();  // gates_host.cpp
+const Table& cuda_kernels();  // gates.cu
+
+// Units that a thread takes where everything is aligned: 16 bytes of A.
+template <typename T>
+inline constexpr int kPack = 16 / sizeof(Accumulator<T>);
+
+// ---- The four kernels, V units of one row at a time -----------------------------------------------------------------
+
+// W_ih·x + W_hh·h + b of a ForwardCell or a BackwardCell.
+template <typename Cell, int V, typename A>
+STACKED_LSTM_HOST_DEVICE void preactivations(const Cell& cell, int64_t hidden, int64_t row, int64_t unit,
+                                             A (&a)[4][V]) {
+  STACKED_LSTM_UNROLL
+  for (int gate = 0; gate < 4; ++gate) {
+    const int64_t at = (4 * row + gate) * hidden + unit;
+    const Pack<A, V> input = load<V>(cell.input_part + at), recurrent = load<V>(cell.recurrent_part + at);
+    STACKED_LSTM_UNROLL
+    for (int n = 0; n < V; ++n) a[gate][n] = input.element[n] + recurrent.element[n];
+    if (cell.bias) {
+      const Pack<A, V> bias = load<V>(cell.bias + gate * hidden + unit);
+      STACKED_LSTM_UNROLL
+      for (int n = 0; n < V; ++n) a[gate][n] += bias.element[n];
+    }
+  }
+}
+
+template <int V, typename T>
+STACKED_LSTM_HOST_DEVICE void forward_units(const Sizes& sizes, const ForwardCell<T>& cell, int64_t row, int64_t unit) {
+  using A = Accumulator<T>;
+  const int64_t hidden = sizes.width;
+  A a[4][V];
+  preactivations(cell, hidden, row, unit, a);
+
+  Pack<A, V> c = load<V>(cell.c + row * hidden + unit);
+  A h[V];
+  Pack<A, V> gates[4];
+  STACKED_LSTM_UNROLL
+  for (int n = 0; n < V; ++n) {
+    const Gates<A> y = activate<Maths>(Gates<A>{a[0][n], a[1][n], a[2][n], a[3][n]});
+    h[n] = cell_forward<Maths>(y, c.element[n]);
+    gates[0].element[n] = y.i;
+    gates[1].element[n] = y.f;
+    gates[2].element[n] = y.g;
+    gates[3].element[n] = y.o;
+  }
+
+  store(cell.c + row * hidden + unit, c);
+  const Pack<T, V> narrow_h = narrow_all<T>(h);
+  store(cell.h + row * hidden + unit, narrow_h);
+  if (cell.output) store(cell.output + row * sizes.output_stride + unit, narrow_h);
+  if (cell.above) {
+    STACKED_LSTM_UNROLL
+    for (int n = 0; n < V; ++n) h[n] = widen(narrow_h.element[n]);  // the layer above sees what the output holds
+    if (sizes.mask.seed) apply_mask(h, sizes, cell.element, row, unit);
+    store(cell.above + row * sizes.output_stride + unit, narrow_all<T>(h));
+  }
+  if (cell.saved_c) store(cell.saved_c + row * sizes.saved_stride + unit, c);
+  if (cell.saved_gates) {
+    STACKED_LSTM_UNROLL
+    for (int gate = 0; gate < 4; ++gate) {
+      store(cell.saved_gates + (4 * row + gate) * sizes.saved_stride + unit, gates[gate]);
+    }
+  }
+}
+
+template <int V, typename T>
+STACKED_LSTM_HOST_DEVICE void collect(const Sizes& sizes, const Incoming<T>& incoming, int64_t row, int64_t unit,
+                                      Accumulator<T> (&dh)[V]) {
+  using A = Accumulator<T>;
+  STACKED_LSTM_UNROLL
+  for (int n = 0; n < V; ++n) dh[n] = 0;
+  if (incoming.above) {
+    const Pack<A, V> above = load<V>(incoming.above + row * sizes.output_stride + unit);
+    STACKED_LSTM_UNROLL
+    for (int n = 0; n < V; ++n) dh[n] = above.element[n];
+    if (sizes.mask.seed) apply_mask(dh, sizes, incoming.element, row, unit);
+  }
+  if (incoming.grad_output) {
+    const Pack<T, V> grad = load<V>(incoming.grad_output + row * sizes.output_stride + unit);
+    STACKED_LSTM_UNROLL
+    for (int n = 0; n < V; ++n) dh[n] += widen(grad.element[n]);
+  }
+  if (row < incoming.carried) {
+    const Pack<A, V> recurrent = load<V>(incoming.recurrent + row * sizes.width + unit);
+    STACKED_LSTM_UNROLL
+    for (int n = 0; n < V; ++n) dh[n] += recurrent.element[n];
+  } else if (incoming.grad_last) {
+    const Pack<T, V> grad = load<V>(incoming.grad_last + row * sizes.width + unit);
+    STACKED_LSTM_UNROLL
+    for (int n = 0; n < V; ++n) dh[n] += widen(grad.element[n]);
+  }
+}
+
+template <int V, typename T>
+STACKED_LSTM_HOST_DEVICE void backward_units(const Sizes& sizes, const BackwardCell<T>& cell, int64_t row,
+                                             int64_t unit) {
+  using A = Accumulator<T>;
+  const int64_t hidden = sizes.width;
+  A dh[V];
+  collect(sizes, cell.incoming, row, unit, dh);
+
+  A y[4][V];
+  if (cell.gates) {
+    STACKED_LSTM_UNROLL
+    for (int gate = 0; gate < 4; ++gate) {
+      const Pack<A, V> saved = load<V>(cell.gates + (4 * row + gate) * sizes.saved_stride + unit);
+      STACKED_LSTM_UNROLL
+      for (int n = 0; n < V; ++n) y[gate][n] = saved.element[n];
+    }
+  } else {
+    preactivations(cell, hidden, row, unit, y);
+  }
+  const Pack<A, V> c = load<V>(cell.c + row * sizes.saved_stride + unit);
+  A c_before[V];
+  if (row < cell.continued) {
+    const Pack<A, V> before = load<V>(cell.c_before + row * sizes.saved_stride + unit);
+    STACKED_LSTM_UNROLL
+    for (int n = 0; n < V; ++n) c_before[n] = before.element[n];
+  } else {
+    const Pack<T, V> before = load<V>(cell.c_0 + row * hidden + unit);
+    STACKED_LSTM_UNROLL
+    for (int n = 0; n < V; ++n) c_before[n] = widen(before.element[n]);
+  }
+  Pack<A, V> dc = load<V>(cell.grad_c + row * hidden + unit);
+
+  A grad[4][V], h[V];
+  STACKED_LSTM_UNROLL
+  for (int n = 0; n < V; ++n) {
+    Gates<A> gates{y[0][n], y[1][n], y[2][n], y[3][n]};
+    if (!cell.gates) gates = activate<Maths>(gates);
+    const Gates<A> d = cell_backward<Maths>(gates, c_before[n], c.element[n], dh[n], dc.element[n]);
+    grad[0][n] = d.i;
+    grad[1][n] = d.f;
+    grad[2][n] = d.g;
+    grad[3][n] = d.o;
+    h[n] = cell.cell_h ? gates.o * Maths::tanh(c.element[n]) : A(0);
+  }
+
+  store(cell.grad_c + row * hidden + unit, dc);
+  STACKED_LSTM_UNROLL
+  for (int gate = 0; gate < 4; ++gate) {
+    const Pack<T, V> narrow_grad = narrow_all<T>(grad[gate]);
+    store(cell.grad_gates + (4 * row + gate) * hidden + unit, narrow_grad);
+    store(cell.all_grad_gates + row * sizes.gates_stride + gate * hidden + unit, narrow_grad);
+  }
+  if (cell.cell_h) store(cell.cell_h + row * hidden + unit, narrow_all<T>(h));
+}
+
+template <int V, typename T>
+STACKED_LSTM_HOST_DEVICE void collect_units(const Sizes& sizes, const CollectCell<T>& cell, int64_t row, int64_t unit) {
+  Accumulator<T> dh[V];
+  collect(sizes, cell.incoming, row, unit, dh);
+  const Pack<T, V> grad = narrow_all<T>(dh);
+  store(cell.grad + row * sizes.width + unit, grad);
+  store(cell.all_grad + row * sizes.width + unit, grad);
+}
+
+template <int V, typename T>
+STACKED_LSTM_HOST_DEVICE void copy_units(const Sizes& sizes, const CopyCell<T>& cell, int64_t row, int64_t unit) {
+  Pack<T, V> pack = row < cell.carried ? load<V>(cell.source + row * cell.source_stride + unit)
+                                       : load<V>(cell.initial + row * sizes.width + unit);
+  if (cell.masked) {
+    Accumulator<T> x[V];
+    STACKED_LSTM_UNROLL
+    for (int n = 0; n < V; ++n) x[n] = widen(pack.element[n]);
+    apply_mask(x, sizes, cell.element, row, unit);
+    pack = narrow_all<T>(x);
+  }
+  store(cell.target + row * cell.target_stride + unit, pack);
+}
+
+// ---- May packs be used? ---------------------------------------------------------------------------------------------
+
+// Whether every one of the pointers that is not null stands on a whole pack of V of its elements.
+template <int V, typename... Pointer>
+bool aligned(const Pointer*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % (sizeof(Pointer) * V) == 0) && ...);
+}
+
+template <int V>
+bool packs_fit(const Sizes& s) {
+  return s.width % V == 0 && s.output_stride % V == 0 && s.saved_stride % V == 0 && s.gates_stride % V == 0;
+}
+template <int V, typename T>
+bool packs_fit(const ForwardCell<T>& c) {
+  return aligned<V>(c.input_part, c.recurrent_part, c.bias, c.c, c.h, c.output, c.above, c.saved_c, c.saved_gates) &&
+         c.element.column % V == 0;
+}
+template <int V, typename T>
+bool packs_fit(const Incoming<T>& c) {
+  return aligned<V>(c.grad_output, c.above, c.recurrent, c.grad_last) && c.element.column % V == 0;
+}
+template <int V, typename T>
+bool packs_fit(const BackwardCell<T>& c) {
+  return packs_fit<V>(c.incoming) && aligned<V>(c.gates, c.input_part, c.recurrent_part, c.bias, c.c, c.c_before, c.c_0,
+                                                c.grad_c, c.grad_gates, c.all_grad_gates, c.cell_h);
+}
+template <int V, typename T>
+bool packs_fit(const CollectCell<T>& c) {
+  return packs_fit<V>(c.incoming) && aligned<V>(c.grad, c.all_grad);
+}
+template <int V, typename T>
+bool packs_fit(const CopyCell<T>& c) {
+  return aligned<V>(c.source, c.initial, c.target) && c.source_stride % V == 0 && c.target_stride % V == 0 &&
+         c.element.column % V == 0;
+}
+
+}  // namespace stacked_lstm::gates

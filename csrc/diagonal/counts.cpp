@@ -1,0 +1,65 @@
+// csrc/diagonal/counts.cpp: the schedule of a call in diagonals, and what it will come to, without running it.
+#include <algorithm>
+
+#include "../driver/driver.h"
+#include "diagonal.h"
+
+namespace stacked_lstm::diagonal {
+namespace {
+
+thread_local std::optional<int64_t> forced_chunk;
+
+}  // namespace
+
+Diagonals plan(const StackShape& shape, int64_t accumulator_bytes) {
+  Diagonals plan = plan_diagonals(shape, accumulator_bytes);
+  if (forced_chunk) {
+    plan.chunk_steps = std::min(*forced_chunk, shape.steps);
+    plan.input_chunks = 1;
+  }
+  return plan;
+}
+
+void force_chunk(std::optional<int64_t> steps) { forced_chunk = steps; }
+
+Counts predict(const StackShape& shape, const Options& options, int64_t accumulator_bytes, bool backward,
+               bool weight_grad, bool input_grad) {
+  const Diagonals schedule = plan(shape, accumulator_bytes);
+  const int64_t lanes = shape.lanes(), projected = options.proj_size > 0 ? 1 : 0, two = shape.directions == 2 ? 1 : 0;
+  Counts counts{schedule};
+  if (shape.batch == 0) return counts;
+  counts.launches = (1 + projected) * schedule.diagonals();
+  counts.products = (1 + projected) * schedule.diagonals();
+  for (int64_t stage = 0; stage < schedule.stages(); ++stage) {
+    const Diagonals::Lanes some = schedule.lanes(stage);
+    const int64_t chunk = schedule.chunk_of(stage, some.first);
+    if (!backward) {
+      if (two || some.first == 0) counts.products += chunk % schedule.input_chunks == 0 ? shape.directions : 0;
+      if (!two && some.first + some.count > 1) ++counts.products;
+      continue;
+    }
+    if (options.saving == Saving::recompute) counts.products += 2 * some.count;
+    if (two) {
+      if (some.first / 2 + 1 < shape.depth() && chunk + 1 == schedule.chunks()) ++counts.products;
+      if (chunk + 1 == schedule.chunks()) --counts.products;  // nothing comes back to a layer's last step
+    } else {
+      const int64_t below = std::min(some.first + some.count, shape.depth() - 1) - some.first;
+      const bool shorter = schedule.length(chunk) < schedule.chunk_steps;
+      if (below > 0) counts.products += shorter && below > 1 ? 2 : 1;
+      // Nor to a diagonal of which every lane is at its last step.
+      if (some.count == 1 && chunk + 1 == schedule.chunks()) --counts.products;
+    }
+  }
+  if (!backward) return counts;
+  ++counts.products;  // what comes back to h_0
+  const auto launches = [](int64_t cells) { return (cells + driver::kCopiesALaunch - 1) / driver::kCopiesALaunch; };
+  if (weight_grad || options.saving == Saving::recompute) {
+    counts.launches += launches(lanes * (shape.steps > 1 ? 2 : 1));
+    if (options.dropout > 0) counts.launches += launches(shape.depth() - 1);
+  }
+  if (weight_grad) counts.products += (2 + projected) * lanes;
+  if (input_grad) ++counts.products;
+  return counts;
+}
+
+}  // namespace stacked_lstm::diagonal

@@ -1,0 +1,33 @@
+// csrc/diagonal/diagonal.h: the diagonal schedule as a driver over ATen, on the CPU or on a GPU. See driver.h.
+#pragma once
+
+#include <optional>
+
+#include "../driver/call.h"
+#include "../stack/wavefront.h"
+
+namespace stacked_lstm::diagonal {
+
+// What a run came to. Products are calls of a (batched) matrix product; launches are calls of a kernel of gates.h.
+struct Counts {
+  Diagonals schedule;
+  int64_t launches = 0;
+  int64_t products = 0;
+};
+
+// The schedule, with the chunk of force_chunk if there is one.
+Diagonals plan(const StackShape& shape, int64_t accumulator_bytes);
+
+// Calls of this thread take chunks of so many steps; nothing: as planned.
+void force_chunk(std::optional<int64_t> steps);
+
+// What forward or backward will come to, without running it.
+Counts predict(const StackShape& shape, const Options& options, int64_t accumulator_bytes, bool backward,
+               bool weight_grad, bool input_grad);
+
+Results forward(const Call& call, Counts& counts);
+
+Gradients backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
+                   bool weight_grad, Counts& counts);
+
+}  // namespace stacked_lstm::diagonal

@@ -1,0 +1,175 @@
+// csrc/diagonal/driver.h: what forward and backward of the diagonal schedule share. Its matrix products are ATen's, its gates the
+// kernels of gates.h.
+//
+//             stage 0   stage 1   stage 2   stage 3      A stage begins with the input projections of its chunks, one
+//   layer 0   ▪▪▪▪▪▪    ▪▪▪▪▪▪    ▪▪▪▪▪▪                 product for all layers. Then come its diagonals (▪): the
+//   layer 1             ▪▪▪▪▪▪    ▪▪▪▪▪▪    ▪▪▪▪▪▪ …     recurrent product of all layers, and one launch for all of
+//   layer 2                       ▪▪▪▪▪▪    ▪▪▪▪▪▪ …     their cells. wavefront.h says who is in a stage.
+//
+// Nothing here waits for the device or looks at a tensor's contents: the same calls are queued every time, so that a
+// CUDA graph can hold them. The few buffers are allocated before the first stage. The same code runs on the CPU, where
+// gates_host.cpp stands in for the CUDA kernels.
+//
+// Hazard: lanes of a packed batch have different numbers of rows at one diagonal, and a product takes as many as the
+// largest has. The surplus rows of the others are old or never written; nothing reads what comes of them.
+#pragma once
+
+#include <ATen/ops/stack.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../driver/driver.h"
+#include "../driver/gate_kernels.h"
+#include "diagonal.h"
+
+namespace stacked_lstm::diagonal {
+
+using namespace driver;
+
+template <typename Run>
+auto with_storage(at::ScalarType type, Run&& run) {
+  switch (type) {
+    case at::kDouble:
+      return run(double{});
+    case at::kBFloat16:
+      return run(bfloat16{});
+    case at::kHalf:
+      return run(float16{});
+    default:
+      return run(float{});
+  }
+}
+
+// What forward and backward have in common.
+template <typename T>
+class Driver {
+ protected:
+  using A = Accumulator<T>;
+
+  struct Rows {
+    int64_t first, count;
+  };
+
+  Driver(const Call& call, Counts& counts)
+      : call_(call),
+        shape_(call.shape),
+        plan_(plan(call.shape, sizeof(A))),
+        kernels_(gate_kernels(call.input.device()).of<T>()),
+        stream_(stream_for(call.input.device())),
+        counts_(counts),
+        products_(counts.products),
+        storage_(call.input.options().dtype(scalar_type<T>())),
+        accumulator_(call.input.options().dtype(scalar_type<A>())),
+        directions_(call.shape.directions),
+        depth_(call.shape.depth()),
+        lanes_(call.shape.lanes()),
+        batch_(call.shape.batch),
+        rows_(call.shape.rows()),
+        hidden_(call.shape.layers[0].hidden),
+        projection_(call.shape.layers[0].projection),
+        output_(call.shape.layers[0].output()),
+        padded_(call.shape.layers[0].padded_hidden()) {
+    counts_.schedule = plan_;
+    // No chunk has more rows: an earlier step never has fewer sequences than a later one.
+    chunk_rows_ = shape_.first_row(std::min(plan_.chunk_steps, shape_.steps));
+    input_ = call.input.reshape({rows_, call.input.size(-1)}).contiguous();
+    mask_ = mask_of(call);
+  }
+
+  gates::Sizes sizes(int64_t width) const {
+    return {width, directions_ * output_, padded_, directions_ * 4 * hidden_, mask_};
+  }
+
+  const Tensor& weight(int64_t lane, int64_t which) const {
+    return call_.weights[static_cast<size_t>(lane * call_.options.weights_a_lane() + which)];
+  }
+  const Tensor& weight_ih(int64_t lane) const { return weight(lane, 0); }
+
+  // One kind of weight of the lanes from `first` on: (lanes, …).
+  Tensor stacked(int64_t which, int64_t first = 0) const {
+    std::vector<Tensor> all;
+    for (int64_t lane = first; lane < lanes_; ++lane) all.push_back(weight(lane, which));
+    return at::stack(all);
+  }
+  Tensor stacked_hr() const { return stacked(call_.options.weights_a_lane() - 1); }
+
+  // b_ih + b_hh, (lanes, 4H), or undefined.
+  Tensor stacked_bias() const {
+    if (!call_.options.bias) return {};
+    return stacked(2).to(scalar_type<A>()).add_(stacked(3));
+  }
+
+  int64_t time(int64_t lane, int64_t stage, int64_t s) const {
+    return shape_.time(lane, plan_.chunk_of(stage, lane) * plan_.chunk_steps + s);
+  }
+  int64_t layer_of(int64_t lane) const { return lane / directions_; }
+  int64_t column_of(int64_t lane) const { return lane % directions_ * output_; }
+
+  // The rows of `chunks` chunks of a lane: neighbours, in whatever direction it takes them.
+  Rows chunk_rows(int64_t lane, int64_t chunk, int64_t chunks = 1) const {
+    const int64_t first = chunk * plan_.chunk_steps;
+    const int64_t last = std::min(first + chunks * plan_.chunk_steps, shape_.steps) - 1;
+    const int64_t one = shape_.time(lane, first), other = shape_.time(lane, last);
+    const int64_t row = shape_.first_row(std::min(one, other));
+    return {row, shape_.first_row(std::max(one, other) + 1) - row};
+  }
+
+  gates::Element element(int64_t lane, int64_t t) const { return {t * batch_, column_of(lane), layer_of(lane)}; }
+
+  void multiply(const Tensor& result, const Tensor& a, const Tensor& b) { products_.multiply(result, a, b); }
+  void multiply_and_round(const Tensor& result, const Tensor& a, const Tensor& b, bool wide = true) {
+    products_.multiply_and_round(result, a, b, wide);
+  }
+
+  template <typename Cell>
+  void launch(std::string (*kernel)(const gates::Sizes&, const Cell*, int64_t, void*), int64_t width,
+              const std::vector<Cell>& cells) {
+    ++counts_.launches;
+    const std::string error = kernel(sizes(width), cells.data(), static_cast<int64_t>(cells.size()), stream_);
+    TORCH_CHECK(error.empty(), "stacked_lstm_ext: a kernel could not be launched on ", call_.input.device(), ": ",
+                error);
+  }
+
+  // A product over neighbouring lanes and the first rows of each. The views are made again only when these change.
+  class LaneProduct {
+   public:
+    LaneProduct() = default;
+    LaneProduct(Tensor result, Tensor a, Tensor b) : all_{std::move(result), std::move(a), std::move(b)} {}
+    void run(Driver& driver, int64_t first, int64_t count, int64_t rows, bool round = false) {
+      if (first != first_ || count != count_ || rows != rows_) {
+        for (int n = 0; n < 3; ++n) {
+          view_[n] = all_[n].narrow(0, first, count);
+          if (n < 2) view_[n] = view_[n].narrow(1, 0, rows);
+        }
+        first_ = first, count_ = count, rows_ = rows;
+      }
+      if (round) {
+        driver.multiply_and_round(view_[0], view_[1], view_[2], false);
+      } else {
+        driver.multiply(view_[0], view_[1], view_[2]);
+      }
+    }
+
+   private:
+    Tensor all_[3], view_[3];  // result (lanes, rows, N), a (lanes, rows, K), b (lanes, K, N)
+    int64_t first_ = -1, count_ = -1, rows_ = -1;
+  };
+
+  const Call& call_;
+  const StackShape& shape_;
+  const Diagonals plan_;
+  const gates::Kernels<T>& kernels_;
+  void* stream_;
+  Counts& counts_;
+  const Products<T> products_;
+  const at::TensorOptions storage_, accumulator_;
+  const int64_t directions_, depth_, lanes_, batch_, rows_, hidden_, projection_, output_, padded_;
+  int64_t chunk_rows_;
+  Tensor input_;  // (rows, I)
+  gates::Mask mask_;
+};
+
+}  // namespace stacked_lstm::diagonal

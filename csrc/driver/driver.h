@@ -1,0 +1,210 @@
+// csrc/driver/driver.h: what the drivers of both GPU schedules share, over ATen: dtypes, pointers, large products, the reserve,
+// and the copies that products over all steps read.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <cstdint>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "../cuda/gates.h"
+#include "call.h"
+
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace stacked_lstm::driver {
+
+using at::Tensor;
+
+template <typename T>
+constexpr at::ScalarType scalar_type() {
+  if constexpr (std::is_same_v<T, double>) return at::kDouble;
+  if constexpr (std::is_same_v<T, bfloat16>) return at::kBFloat16;
+  if constexpr (std::is_same_v<T, float16>) return at::kHalf;
+  return at::kFloat;
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+template <typename T>
+const T* const_data(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
+}
+
+inline Tensor contiguous(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
+
+// The batch of one matrix.
+inline Tensor single(const Tensor& matrix) { return matrix.unsqueeze(0); }
+
+inline void* stream_for([[maybe_unused]] const at::Device& device) {
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+  if (device.is_cuda()) return c10::cuda::getCurrentCUDAStream(device.index()).stream();
+#endif
+  return nullptr;
+}
+
+// Work below autograd and autocast, on the tensors' device.
+struct Guards {
+  explicit Guards(const at::Device& device) : device_guard(device) {
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+    if (device.is_cuda()) relaxed.emplace(cudaStreamCaptureModeRelaxed);
+#endif
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  c10::DeviceGuard device_guard;
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+  // A call may be the first of its process, and be captured. Creating cuBLAS's handle and loading kernels then take calls
+  // that a capture forbids by default (pytorch issue 99397), though nothing of them belongs in a graph.
+  std::optional<c10::cuda::CUDAStreamCaptureModeGuard> relaxed;
+#endif
+};
+
+// The mask of a call's dropout.
+inline gates::Mask mask_of(const Call& call) {
+  if (!(call.options.dropout > 0) || !call.seed) return {};
+  const Dropout dropout{call.options.dropout, 0};
+  return {dropout.threshold(), dropout.scale(), const_data<int64_t>(*call.seed)};
+}
+
+// Products of T with sums in Accumulator<T>, counted.
+template <typename T>
+class Products {
+ public:
+  using A = Accumulator<T>;
+
+  explicit Products(int64_t& count) : count_(count) {}
+
+  // result = a · b, in A.
+  void multiply(const Tensor& result, const Tensor& a, const Tensor& b) const {
+    ++count_;
+    Tensor out = result;
+    if (std::is_same_v<T, A>) {
+      at::bmm_out(out, a, b);
+    } else if (a.is_cuda()) {
+      at::bmm_out(out, a, b, scalar_type<A>());
+    } else {
+      at::bmm_out(out, a.to(scalar_type<A>()), b.to(scalar_type<A>()));
+    }
+  }
+
+  // The same, rounded to T at the end. `wide`: not by the product itself, whose sums over many rows may be split, and the
+  // parts rounded (torch's allow_bf16_reduced_precision_reduction).
+  void multiply_and_round(const Tensor& result, const Tensor& a, const Tensor& b, bool wide = true) const {
+    if (std::is_same_v<T, A>) return multiply(result, a, b);
+    if (wide || !a.is_cuda()) {
+      const Tensor sums = at::empty(result.sizes(), result.options().dtype(scalar_type<A>()));
+      multiply(sums, a, b);
+      result.copy_(sums);
+      return;
+    }
+    ++count_;
+    Tensor out = result;
+    at::bmm_out(out, a, b);
+  }
+
+ private:
+  int64_t& count_;
+};
+
+// Elements of the reserve, in Accumulator<T>: c and the gates of every lane as in stack.h, then h of the layers below the
+// top as T.
+inline int64_t reserve_elements(const StackShape& shape, Saving saving, int64_t storage_bytes,
+                                int64_t accumulator_bytes) {
+  if (saving == Saving::none) return 0;
+  const int64_t cells = shape.rows() * shape.lanes() * shape.layers[0].padded_hidden();
+  const int64_t h = (shape.depth() - 1) * shape.rows() * shape.directions * shape.layers[0].output();
+  return cells * (saving == Saving::full ? 5 : 1) + (h * storage_bytes + accumulator_bytes - 1) / accumulator_bytes;
+}
+
+// The parts of a reserve: [lane][row] c and (unless they are computed again) the gates, in units padded to kUnitPadding,
+// then [layer][row] h of the layers below the top, as T.
+template <typename T>
+struct Parts {
+  using A = Accumulator<T>;
+  const A* c = nullptr;
+  const A* gates = nullptr;
+  const T* h = nullptr;
+
+  Parts(const Tensor& reserve, const StackShape& shape, Saving saving) {
+    if (saving == Saving::none) return;
+    const int64_t cells = shape.rows() * shape.lanes() * shape.layers[0].padded_hidden();
+    c = const_data<A>(reserve);
+    if (saving == Saving::full) gates = c + cells;
+    h = reinterpret_cast<const T*>(c + (saving == Saving::full ? 5 : 1) * cells);
+  }
+};
+
+// h of `layer`, below the top, as the reserve holds it: (rows, D·output).
+template <typename T>
+Tensor h_in_reserve(const Tensor& reserve, const StackShape& shape, Saving saving, int64_t layer) {
+  const int64_t rows = shape.rows(), stride = shape.directions * shape.layers[0].output();
+  const T* const h = Parts<T>(reserve, shape, saving).h + layer * rows * stride;
+  const int64_t at = reinterpret_cast<const char*>(h) - static_cast<const char*>(reserve.const_data_ptr());
+  return reserve.view(at::kByte)
+      .narrow(0, at, rows * stride * static_cast<int64_t>(sizeof(T)))
+      .view(scalar_type<T>())
+      .view({rows, stride});
+}
+
+// The rows of step t of a lane that it had in the step before, too. The others begin at t.
+inline int64_t continued_rows(const StackShape& shape, int64_t lane, int64_t t) {
+  if (lane % shape.directions == 0) return t > 0 ? shape.active(t) : 0;
+  return t + 1 < shape.steps ? shape.active(t + 1) : 0;
+}
+
+// Copies that make h(t-1) of every row of a lane: add(cell) for each. `h`: where the lane's direction begins in its layer's
+// output; `h_0`, `target`: (B, output) and (rows, output) of the lane.
+template <typename T, typename Add>
+void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const T* h_0, T* target, Add&& add) {
+  const int64_t output = shape.of_lane(lane).output(), stride = shape.directions * output;
+  const bool reverse = lane % shape.directions != 0;
+  const auto copy = [&](int64_t t, int64_t steps) {  // a run of steps whose rows all follow the same way
+    const int64_t row = shape.first_row(t), rows = shape.first_row(t + steps) - row;
+    const int64_t continued = continued_rows(shape, lane, t), before = reverse ? t + 1 : t - 1;
+    const T* const source = continued > 0 ? h + shape.first_row(before) * stride : nullptr;
+    add(gates::CopyCell<T>{
+        source, stride, h_0, target + row * output, output, rows, steps > 1 ? rows : continued, false, {}});
+  };
+  if (shape.packed()) {
+    for (int64_t t = 0; t < shape.steps; ++t) copy(t, 1);
+  } else {
+    copy(reverse ? shape.steps - 1 : 0, 1);
+    if (shape.steps > 1) copy(reverse ? 0 : 1, shape.steps - 1);
+  }
+}
+
+// Copies that make what the layer above `layer` read of it, from its output `h` (rows, D·output), as dropout left it.
+template <typename T, typename Add>
+void copies_of_masked(const StackShape& shape, int64_t layer, const T* h, T* target, Add&& add) {
+  const int64_t stride = shape.directions * shape.layers[0].output();
+  const int64_t runs = shape.packed() ? shape.steps : 1;
+  for (int64_t t = 0; t < runs; ++t) {
+    const int64_t row = shape.first_row(t), rows = shape.packed() ? shape.active(t) : shape.rows();
+    add(gates::CopyCell<T>{h + row * stride,
+                           stride,
+                           nullptr,
+                           target + row * stride,
+                           stride,
+                           rows,
+                           rows,
+                           true,
+                           {t * shape.batch, 0, layer}});
+  }
+}
+
+// Cells of a launch of the copy kernel.
+inline constexpr int64_t kCopiesALaunch = 64;
+
+}  // namespace stacked_lstm::driver

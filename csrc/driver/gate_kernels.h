@@ -1,0 +1,16 @@
+// csrc/driver/gate_kernels.h: which kernels of gates.h run on the tensors of a device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "../cuda/gates.h"
+
+namespace stacked_lstm::driver {
+
+// The kernels for tensors of this device.
+const gates::Table& gate_kernels(const at::Device& device);
+
+// Tests put other kernels in the place of those for the CPU; null: back to these.
+void use_host_gate_kernels(const gates::Table* table);
+
+}  // namespace stacked_lstm::driver

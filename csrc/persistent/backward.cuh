@@ -1,0 +1,534 @@
+// csrc/persistent/backward.cuh: the gradients of the gates of a stack of LSTM lanes, all time steps, in one launch.
+//
+//   step number s  →   last-1 … s+1    s   s-1 … first        A block owns some units of one lane. Its part of W_hhᵀ, all
+//   lane above          ■──────■──────■──────■──              units of dh by its own gate rows, sits in registers. Inside a
+//   lane                       ■──────■──────■──────■──       lane, partial sums of dh go to the block that owns the unit
+//                                                             (─): half the bytes of gathering the dgates themselves.
+//
+// A step s:   receive the partial sums of dh(s) that all blocks have sent, and add them up in the order of the blocks   →
+//             cell_backward   →   dgates(s) to shared memory   →   barrier   →   times the block's part of W_hhᵀ   →   send
+//             the partial sums of dh(s-1)   →   and only then dgates(s) to memory, and what step s-1 needs from there.
+//
+// dh from a lane above in the same launch: with the units that a block owns go the gate rows of the same units of the lane
+// above. For a chunk of steps at a time, the block multiplies those dgates by its part of W_ihᵀ of the lane above, masked
+// by dropout, and keeps these sums; the accumulators of dh(s-1) start from them. So one exchange adds up both, and a block
+// waits for, and reads from, the one block of the same rank above it.
+//
+// A patch, 8 units by 8 columns of the batch, is what moves: the upper or lower half of a tile that a warp has multiplied.
+// Rows r and r + 8 of a tile are the units 2r and 2r + 1: neighbours in memory, where weights are loaded.
+#pragma once
+
+#include <algorithm>
+#include <string>
+
+#include "../cuda/launch.cuh"
+#include "backward_lane.cuh"
+#include "backward_sums.cuh"
+
+namespace stacked_lstm::cuda::persistent {
+
+// ---- A thread's cells -----------------------------------------------------------------------------------------------
+
+template <class C>
+class BackwardCells {
+  using T = typename C::T;
+  static constexpr int kCells = C::kThreadCells;
+  struct Packed {  // i, f, g, o in as few registers as they need
+    static constexpr int kWord = 4 / static_cast<int>(sizeof(T));
+    uint32_t word[4 / kWord];
+
+    __device__ __forceinline__ void set(int gate, T x) {
+      if constexpr (kWord == 1) {
+        word[gate] = number_detail::bits_of(x);
+      } else if (gate % 2 == 0) {
+        word[gate / 2] = x.bits;
+      } else {
+        word[gate / 2] |= static_cast<uint32_t>(x.bits) << 16;
+      }
+    }
+    __device__ __forceinline__ T get(int gate) const {
+      if constexpr (kWord == 1) {
+        return number_detail::float_of(word[gate]);
+      } else {
+        return {static_cast<uint16_t>(word[gate / 2] >> gate % 2 * 16)};
+      }
+    }
+  };
+  const BackwardBlock<C>& block_;
+  const CellPlace<C>& cells_;
+
+  // Of the next step, as it comes from memory.
+  float y_[kCells][4];      // activations, or pre-activations without the bias
+  float c_before_[kCells];  // c(s-1)
+  T grad_output_[kCells];
+  float grad_above_[kCells];
+  // From the step before (s+1, in the order of the launch) …
+  float c_[kCells], dc_[kCells];
+  bool was_active_, active_;
+  // … and of this one, known before dh is.
+  CellSlopes<float> slope_[kCells];
+  float incoming_[kCells];
+  Packed grad_[kCells];  // dgates(s)
+
+ public:
+  __device__ __forceinline__ BackwardCells(const BackwardBlock<C>& block, const CellPlace<C>& cells)
+      : block_(block), cells_(cells) {
+    const Sizes& sizes = block.sizes;
+    const BackwardLane<T>& lane = block.lane;
+    const int last = sizes.last_step;
+    was_active_ = cells.column < block.active(last);
+    active_ = cells.column < block.active(last - 1);
+    const int64_t row = active_ ? block.sequences.row(block.time(last - 1)) + cells.column : 0;
+#pragma unroll
+    for (int n = 0; n < kCells; ++n) {
+      c_[n] = dc_[n] = 0;
+      if (!exists(n)) continue;
+      const int unit = cells.unit_of(n);
+      if (active_) c_[n] = load_streaming(lane.c + row * sizes.saved_stride + unit);
+      if (was_active_) dc_[n] = load_ordinary(lane.carried_c + state(n));
+      // A sequence that had begun before the launch did: its gradients go on to the next launch, or to the caller.
+      if (lane.reverse && !was_active_ && cells.column < block.sequences.count && last < sizes.steps &&
+          cells.first_share) {
+        settle(n, load_ordinary(lane.carried_h + state(n)), load_ordinary(lane.carried_c + state(n)));
+      }
+    }
+  }
+
+  // Asks for what step s needs.
+  __device__ __forceinline__ void prefetch(int s) {
+    const Sizes& sizes = block_.sizes;
+    const BackwardLane<T>& lane = block_.lane;
+    // Addresses are made here, from these, and do not lie in registers between the steps.
+    const int column = kept(cells_.column), unit = kept(cells_.unit);
+    active_ = column < block_.active(s);
+    const bool begins = column >= block_.active(s - 1);
+    const int64_t row = active_ ? block_.sequences.row(block_.time(s)) + column : 0;
+    const int64_t before = begins ? 0 : block_.sequences.row(block_.time(s - 1)) + column;
+    const int64_t stride = lane.gates ? sizes.saved_stride : sizes.hidden;
+    const float* y = (lane.gates ? lane.gates : lane.preactivations) + 4 * row * stride + unit;
+    const float* c = lane.c + before * sizes.saved_stride + unit;
+#pragma unroll
+    for (int n = 0; n < kCells; ++n) {
+      c_before_[n] = grad_above_[n] = 0;
+      grad_output_[n] = T{};
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) y_[n][gate] = 0;
+      if (!exists(n)) continue;
+      constexpr int kStep = CellPlace<C>::kUnitStep;
+      if (!begins) {
+        c_before_[n] = load_streaming(c + n * kStep);
+      } else if (active_ && lane.c_0) {
+        c_before_[n] = widen(load_streaming(lane.c_0 + state(n)));
+      }
+      if (!active_) continue;
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) y_[n][gate] = load_streaming(y + gate * stride + n * kStep);
+      const int64_t at = row * sizes.h_stride + unit + n * kStep;
+      if (lane.grad_output) grad_output_[n] = load_streaming(lane.grad_output + at);
+      if (lane.grad_above) grad_above_[n] = load_streaming(lane.grad_above + at);
+    }
+  }
+
+  // All of step s that can be computed before its dh has come.
+  __device__ __forceinline__ void prepare(int s) {
+    const BackwardLane<T>& lane = block_.lane;
+    const bool ends = active_ && !was_active_;  // the first step that this sequence takes here is its last one
+#pragma unroll
+    for (int n = 0; n < kCells; ++n) {
+      incoming_[n] = 0;
+      slope_[n] = {};
+      if (!active_ || !exists(n)) continue;
+      const int unit = cells_.unit_of(n);
+      Gates<float> y = {y_[n][0], y_[n][1], y_[n][2], y_[n][3]};
+      if (!lane.gates) {
+        add_bias(y, lane.bias_ih, unit);
+        add_bias(y, lane.bias_hh, unit);
+        y = activate<MathsOf<T>>(y);
+      }
+      slope_[n] = cell_slopes<MathsOf<T>>(y, c_before_[n], c_[n]);
+      if (lane.grad_above) {
+        if (block_.arguments.mask.seed) mask(block_.time(s), unit, grad_above_[n]);
+        incoming_[n] = grad_above_[n];
+      }
+      if (lane.grad_output) incoming_[n] += widen(grad_output_[n]);
+      if (ends && lane.grad_h_n) incoming_[n] += widen(load_ordinary(lane.grad_h_n + state(n)));
+      if (ends) dc_[n] = lane.grad_c_n ? widen(load_ordinary(lane.grad_c_n + state(n))) : 0;
+    }
+  }
+
+  // dh has come: dgates(s), to shared memory for the products, and kept for store().
+  __device__ __forceinline__ void update(const CellSums<C>& sums, T* grad_gates) {
+#pragma unroll
+    for (int n = 0; n < kCells; ++n) {
+      if (!cells_.has(n)) continue;
+      // Zeros where the sequence has no such step, or where there is no such unit: then all slopes are.
+      const Gates<float> d = cell_backward(slope_[n], incoming_[n] + sums[n], dc_[n]);
+      const float all[4] = {d.i, d.f, d.g, d.o};
+      const int unit = cells_.unit_of(n) - block_.first_unit;
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) {
+        const T grad = narrow<T>(all[gate]);
+        grad_[n].set(gate, grad);
+        if (cells_.first_share) {
+          grad_gates[quarter_at<C>(cells_.column, unit / kQuarter<T>, gate) + unit % kQuarter<T>] =
+              operand<C::kProduct>(grad);
+        }
+      }
+    }
+  }
+
+  // A reverse lane's sequences have different first steps. Where step s+1 was one, dh and dc of the state before it are
+  // these, for good. (update() leaves dc alone where the sequence has no such step only up to a factor of 0: hence first.)
+  __device__ __forceinline__ void settle_begun(const CellSums<C>& sums) {
+    if (active_ || !was_active_) return;
+#pragma unroll
+    for (int n = 0; n < kCells; ++n) {
+      if (exists(n)) settle(n, sums[n], dc_[n]);
+    }
+  }
+
+  // dgates(s) to memory, and on to the next step.
+  __device__ __forceinline__ void store(int s) {
+    const Sizes& sizes = block_.sizes;
+    const int64_t row = active_ ? block_.sequences.row(block_.time(s)) + kept(cells_.column) : 0;
+    T* to = block_.lane.grad_gates + row * sizes.gates_stride + kept(cells_.unit);
+#pragma unroll
+    for (int n = 0; n < kCells; ++n) {
+      if (active_ && exists(n) && cells_.first_share) {
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) {
+          stored(to + (int64_t{gate} * sizes.hidden + n * CellPlace<C>::kUnitStep)) = grad_[n].get(gate);
+        }
+      }
+      c_[n] = c_before_[n];
+    }
+    was_active_ = active_;
+  }
+
+  // The launch's last step is done. `sums`: dh of the state before it, where the caller wants that.
+  __device__ __forceinline__ void finish(const CellSums<C>& sums) {
+    const BackwardLane<T>& lane = block_.lane;
+    if (!was_active_) return;
+#pragma unroll
+    for (int n = 0; n < kCells; ++n) {
+      if (!exists(n)) continue;
+      if (block_.sizes.first_step == 0) {
+        settle(n, sums[n], dc_[n]);
+      } else if (cells_.first_share) {
+        stored(lane.carry_c + state(n)) = dc_[n];  // dh is multiplied again, from dgates, by the next launch
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ bool exists(int n) const {
+    return cells_.has(n) && cells_.unit_of(n) < block_.sizes.hidden;
+  }
+  // Index of the n-th cell in (B, H).
+  __device__ __forceinline__ int64_t state(int n) const {
+    return int64_t{block_.sequences.first + cells_.column} * block_.sizes.hidden + cells_.unit_of(n);
+  }
+
+  // Gradients of the state before a sequence's first step: to the caller, in the last launch, else to the next launch.
+  __device__ __forceinline__ void settle(int n, float dh, float dc) const {
+    const BackwardLane<T>& lane = block_.lane;
+    if (!cells_.first_share) return;
+    const int64_t at = state(n);
+    if (block_.sizes.first_step > 0) {
+      stored(lane.carry_h + at) = dh;
+      stored(lane.carry_c + at) = dc;
+    } else {
+      if (lane.grad_h_0) stored(lane.grad_h_0 + at) = narrow<T>(dh);
+      if (lane.grad_c_0) stored(lane.grad_c_0 + at) = narrow<T>(dc);
+    }
+  }
+
+  __device__ __forceinline__ void add_bias(Gates<float>& y, const T* bias, int unit) const {
+    if (!bias) return;
+    const int hidden = block_.sizes.hidden;
+    y.i += widen(load_readonly(bias + unit));
+    y.f += widen(load_readonly(bias + hidden + unit));
+    y.g += widen(load_readonly(bias + 2 * hidden + unit));
+    y.o += widen(load_readonly(bias + 3 * hidden + unit));
+  }
+
+  __device__ __forceinline__ void mask(int time, int unit, float& x) const {
+    const Sizes& s = block_.sizes;
+    const gates::Sizes sizes = {s.hidden, s.h_stride, s.saved_stride, s.gates_stride, block_.arguments.mask};
+    float one[1] = {x};
+    gates::apply_mask(one, sizes, {int64_t{time} * s.batch, block_.lane.h_column, block_.lane.layer},
+                      block_.sequences.first + cells_.column, unit);
+    x = one[0];
+  }
+};
+
+// ---- The kernel -----------------------------------------------------------------------------------------------------
+
+// W_hhᵀ: the warp's fragments, for good.
+template <class C>
+struct BackwardWeights {
+  Fragment fragment[C::kMTiles / C::kAtOnce][C::kPieces][C::kAtOnce];
+
+  explicit __device__ __forceinline__ BackwardWeights(const BackwardBlock<C>& block) {
+    const bool fits = pairs_fit(block.lane.weight_hh, block.sizes.hidden);
+#pragma unroll
+    for (int m = 0; m < C::kMTiles; ++m) {
+#pragma unroll
+      for (int piece = 0; piece < C::kPieces; ++piece) {
+        fragment[m / C::kAtOnce][piece][m % C::kAtOnce] =
+            load_transposed<C>(block.lane.weight_hh, block.sizes.hidden, block.first_unit, tile_of(m, block.place.warp),
+                               piece, block.place.warp_lane, fits);
+      }
+    }
+  }
+
+  // Sends the block's partial sums of dh: of its dgates, on top of what comes `from_above` (null: nothing).
+  template <class Exchanged>
+  __device__ __forceinline__ void multiply_and_send(const BackwardBlock<C>& block, const typename C::T* grad_gates,
+                                                    const float4* from_above, Exchanged& exchange,
+                                                    uint32_t number) const {
+    using T = typename C::T;
+    const int warp_lane = block.place.warp_lane;
+    const T* first = first_quarter<C>(grad_gates, warp_lane);
+    // Of exact products a loop that stays one: else columns of the next tile would be loaded long before their turn.
+#pragma unroll(C::kProduct == Product::exact ? 1 : C::kTiles)
+    for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+      for (int part = 0; part < C::kMTiles / C::kAtOnce; ++part) {
+        if (tile_of(part * C::kAtOnce, block.place.warp) >= block.tiles) break;
+        float d[1][C::kAtOnce][4] = {};
+        if (from_above) {
+#pragma unroll
+          for (int m = 0; m < C::kAtOnce; ++m) {
+            const float4 v = from_above[(n * C::kMTiles + part * C::kAtOnce + m) * C::kThreads + block.place.thread];
+            d[0][m][0] = v.x, d[0][m][1] = v.y, d[0][m][2] = v.z, d[0][m][3] = v.w;
+          }
+        }
+        const T* columns = first + n * kTileColumns * C::kPitch;
+        multiply<T, C::kProduct>(d, fragment[part], columns, C::kPitch, warp_lane);
+#pragma unroll
+        for (int m = 0; m < C::kAtOnce; ++m) {
+          exchange.send(number, part * C::kAtOnce + m, n, d[0][m]);
+        }
+      }
+    }
+  }
+};
+
+template <typename T, Product product, Exchange exchange, int MTiles, int Pieces, int Tiles>
+__global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
+    backward(const __grid_constant__ BackwardArguments<T> arguments) {
+  using C = BackwardCut<T, product, exchange, MTiles, Pieces, Tiles>;
+  const Place place(arguments);
+  const BackwardBlock<C> block(arguments, place);
+  const Sizes& sizes = arguments.sizes;
+  const BackwardLane<T>& lane = block.lane;
+  const CellPlace<C> cell_place(place);
+  const BackwardShared<C> shared(arguments.cut, lane.over >= 0);
+  Waiting waiting(arguments.watchdog, place);
+  const int64_t lane_words = int64_t{2} * arguments.cut.blocks * arguments.cut.blocks * C::kCells;
+  SumsOf<C> sums_of(arguments.cut, place, waiting, shared.sums, shared.arrived,
+                    arguments.words ? arguments.words + (place.copy * sizes.lanes + place.lane) * lane_words : nullptr);
+  sums_of.start();
+
+  const BackwardWeights<C> weights(block);
+  BackwardCells<C> cells(block, cell_place);
+  if (lane.over >= 0 && arguments.cut.inputs_in_shared) {
+    const bool fits = pairs_fit(lane.weight_ih_above, sizes.hidden);
+#pragma unroll 1
+    for (int n = 0; n < MTiles * Pieces; ++n) {
+      // Read by the thread that writes it: nobody has to wait.
+      const Fragment f = load_transposed<C>(lane.weight_ih_above, sizes.hidden, block.first_unit,
+                                            tile_of(n / Pieces, place.warp), n % Pieces, place.warp_lane, fits);
+      shared.weights[2 * n * C::kThreads + place.thread] = f.upper;
+      shared.weights[(2 * n + 1) * C::kThreads + place.thread] = f.lower;
+    }
+  }
+  bool has_reader = false;  // a lane below, in this launch
+  for (int n = 0; n < sizes.lanes; ++n) has_reader |= arguments.lane[n].over == place.lane;
+  // Both in one register, from here on.
+  enum Neighbours : int { kOver = 1, kReader = 2 };
+  const int neighbours = in_register((lane.over >= 0 ? kOver : 0) | (has_reader ? kReader : 0));
+  const auto over = [&] { return (neighbours & kOver) != 0; };
+  const auto read = [&] { return (neighbours & kReader) != 0; };
+
+  const int last = sizes.last_step, first = sizes.first_step, chunk_steps = arguments.cut.chunk_steps;
+  constexpr int kStepGates = C::kColumns * C::kPitch;              // elements of dgates of a step
+  constexpr int kStepSums = C::kTiles * C::kMTiles * C::kThreads;  // float4
+
+  // What comes from above for chunk number `chunk` of this launch.
+  const auto project_chunk = [&](int chunk, int step) {
+    const int begin = last - 1 - chunk * chunk_steps,
+              steps = begin - first + 1 < chunk_steps ? begin - first + 1 : chunk_steps;
+    // With the number comes, by its acquire, what the block above had written before: to this lane of the warp …
+    if (place.warp_lane == 0) await_chunk(arguments, place, waiting, lane.over, place.rank, chunk + 1, step);
+    warp_barrier();  // … and to all others.
+    // Hazard: copies land on the chunk before, which all warps have multiplied: a step's barrier has been since.
+    for (int n = 0; n < steps; ++n) {
+      stage<true>(block, arguments.lane[lane.over].grad_gates, begin - n, shared.above + n * kStepGates);
+    }
+    finish_staging(block, steps, shared.above);
+    block_barrier();  // what each thread has staged is visible to all
+    project(block, shared, begin, steps);
+  };
+  // What the accumulators of dh(s) start from.
+  const auto from_above = [&](int s) -> const float4* {
+    return over() ? shared.from_above + (last - 1 - s) % chunk_steps * kStepSums : nullptr;
+  };
+
+  // Step s-1 will send dh(s-2): does that begin a chunk of what comes from above? (It lies on the chunk before, all of which
+  // has been sent.)
+  const auto project_next = [&](int s) {
+    const int done = last - 1 - (s - 2);  // steps that come before s-2
+    if (s - 2 >= first && done % chunk_steps == 0) project_chunk(done / chunk_steps, s);
+  };
+
+  uint32_t number = 0;  // of the next exchange to be received
+  // dh(last-1) has an exchange of its own, where anything comes from above or from a step that an earlier launch has done.
+  // That one left dgates: their product is computed here, so that the sums are those of one launch, to the bit.
+  const bool resumes = last < sizes.steps;
+  if (over()) project_chunk(0, last);
+  if (over() || resumes) {
+    T* grad_gates = shared.grad_gates + last % 2 * kStepGates;
+    stage<false>(block, lane.grad_gates, last, grad_gates);
+    sums_of.expect(0);
+    block_barrier();  // dgates(last), which each thread has staged some of, are visible to all
+    waiting.agree();
+    weights.multiply_and_send(block, grad_gates, from_above(last - 1), sums_of, 0);
+    if (over()) project_next(last);
+  }
+  cells.prefetch(last - 1);
+
+  for (int s = last - 1; s >= first; --s) {
+    // Hazard: what is sent has to be received. dh(first-1) is sent only for grad_h_0.
+    const bool receives = s + 1 < last || over() || resumes, sends = s > first || (s == 0 && lane.grad_h_0);
+    CellSums<C> sums = {};
+    if (sends) sums_of.expect(number + receives);
+    cells.prepare(s);
+    if (receives) sums_of.receive(number++, cell_place, sums, s);
+    if (lane.reverse && block.packed()) cells.settle_begun(sums);
+    T* grad_gates = shared.grad_gates + s % 2 * kStepGates;
+    cells.update(sums, grad_gates);
+    // dgates(s) of all threads are visible to all. And: all sums of dh(s) have been read, so that this block's sums of
+    // dh(s-1) may tell its peers to write over them; dgates(s+1) are in memory, to be published.
+    //
+    // Hazard: dgates have two places. Those of step s-1 may be written by a thread that is past this barrier, while others
+    // multiply these; those of s-2 come behind the next one, to which all warps come when they have multiplied these.
+    block_barrier();
+    waiting.agree();
+    if (sends) {
+      weights.multiply_and_send(block, grad_gates, s > first ? from_above(s - 1) : nullptr, sums_of, number);
+    }
+    cells.store(s);
+    const int done = last - 1 - s;  // steps whose dgates all threads had written before the barrier
+    // (By a thread of the last warp, which has the fewest tiles: a release takes its time.)
+    if (read() && done > 0 && done % chunk_steps == 0 && place.thread == C::kThreads - 1) {
+      publish_chunks(arguments, place, done / chunk_steps);
+    }
+    if (over()) project_next(s);
+    if (s > first) cells.prefetch(s - 1);
+  }
+
+  CellSums<C> sums = {};
+  if (first == 0 && lane.grad_h_0) sums_of.receive(number, cell_place, sums, -1);
+  cells.finish(sums);
+  if (read()) {
+    block_barrier();  // all threads have written the last dgates, for the release
+    if (place.thread == 0) publish_chunks(arguments, place, (last - first + chunk_steps - 1) / chunk_steps);
+  }
+  sums_of.finish();
+}
+
+// ---- Launch ---------------------------------------------------------------------------------------------------------
+
+// What is wrong with these arguments for a kernel cut like this, or "".
+template <class C>
+std::string backward_misfit(const BackwardArguments<typename C::T>& arguments) {
+  const Cut& cut = arguments.cut;
+  const Sizes& s = arguments.sizes;
+  const auto number = [](int64_t n) { return std::to_string(n); };
+  const Instance instance = {C::kProduct, C::kExchange, C::kTiles, C::kPieces, C::kMTiles};
+  if (!instance.runs(cut) || cut.groups != C::kGroups) return "it was compiled for another cut";
+  if (s.lanes < 1 || s.lanes > kMaxLanes) return number(s.lanes) + " lanes: a launch takes 1 to " + number(kMaxLanes);
+  if (s.first_step < 0 || s.first_step >= s.last_step || s.last_step > s.steps || cut.chunk_steps < 1) {
+    return "steps " + number(s.first_step) + " to " + number(s.last_step) + " of " + number(s.steps) +
+           ", in chunks of " + number(cut.chunk_steps);
+  }
+  if (std::string error = blocks_misfit(cut); !error.empty()) return error;
+  const int most_units = kMaxWarps * C::kMTiles * 16;
+  if (s.hidden < 1 || s.hidden > cut.units() || cut.units() > most_units) {
+    return "hidden " + number(s.hidden) + ", units " + number(cut.units()) + ", rows of weights " + number(most_units) +
+           " have to grow in this order";
+  }
+  if (s.copies < 1 || s.first_group < 0 || s.first_group + s.copies > s.batch_groups) {
+    return "batch groups " + number(s.first_group) + " to " + number(int64_t{s.first_group} + s.copies) + " of " +
+           number(s.batch_groups);
+  }
+  if (s.batch < s.batch_groups || (int64_t{s.batch} + s.batch_groups - 1) / s.batch_groups > C::kColumns) {
+    return "batch " + number(s.batch) + " in " + number(s.batch_groups) + " groups of 1 to " + number(C::kColumns);
+  }
+  if (!arguments.chunks_done || (C::kExchange == Exchange::l2 && !arguments.words))
+    return "no memory to exchange through";
+#if defined(STACKED_LSTM_WATCHDOG)
+  if (!arguments.watchdog) return "a build with STACKED_LSTM_WATCHDOG, and no record for it";
+#endif
+  const bool resumes = s.last_step < s.steps, pauses = s.first_step > 0;
+  for (int n = 0; n < s.lanes; ++n) {
+    const BackwardLane<typename C::T>& lane = arguments.lane[n];
+    const std::string where = "lane " + number(n) + ": ";
+    if (!lane.weight_hh || !lane.c || !lane.grad_gates || (!lane.gates && !lane.preactivations)) {
+      return where + "weights, c, gates or their gradients are not there";
+    }
+    const bool keeps_h = lane.reverse && s.first_row;
+    if (resumes && (!lane.carried_c || (keeps_h && !lane.carried_h)))
+      return where + "nothing carried to step " + number(s.last_step);
+    if (pauses && (!lane.carry_c || (keeps_h && !lane.carry_h)))
+      return where + "nowhere to carry step " + number(s.first_step);
+    if (lane.over < 0) continue;
+    if (lane.over >= s.lanes || arguments.lane[lane.over].reverse != lane.reverse || !lane.weight_ih_above) {
+      return where + "no such lane above it: " + number(lane.over);
+    }
+    if (lane.h_column % 4 != 0) return where + "begins at column " + number(lane.h_column) + ", no multiple of 4";
+    int above = n;
+    for (int steps = 0; steps < s.lanes && above >= 0 && above < s.lanes; ++steps) above = arguments.lane[above].over;
+    if (above >= 0 && above < s.lanes) return where + "above itself";
+  }
+  return "";
+}
+
+// How such a launch looks, of `blocks` blocks.
+template <class C>
+LaunchConfig backward_config(const Cut& cut, int64_t blocks, bool over) {
+  LaunchConfig config;
+  config.grid = dim3(static_cast<unsigned>(blocks));
+  config.block = dim3(C::kThreads);
+  config.shared_bytes = BackwardLayout<typename C::T>(cut, over).bytes;
+  if (SumsOf<C>::kCluster) config.cluster = static_cast<unsigned>(cut.blocks);
+  config.co_resident = true;
+  return config;
+}
+
+// Starts the kernel. Refused, before anything runs, when not all blocks fit on the device at once.
+template <typename T, Product product, Exchange exchange, int MTiles, int Pieces, int Tiles>
+Outcome launch_backward(const BackwardArguments<T>& arguments, void* stream) {
+  using C = BackwardCut<T, product, exchange, MTiles, Pieces, Tiles>;
+  const std::string error = backward_misfit<C>(arguments);
+  if (!error.empty()) return {Outcome::failed, "the persistent kernel does not take this: " + error};
+  const Sizes& sizes = arguments.sizes;
+  bool over = false;
+  for (int n = 0; n < sizes.lanes; ++n) over |= arguments.lane[n].over >= 0;
+  LaunchConfig config =
+      backward_config<C>(arguments.cut, int64_t{sizes.copies} * sizes.lanes * arguments.cut.blocks, over);
+  config.stream = stream;
+  return outcome_of(launch(config, &backward<T, product, exchange, MTiles, Pieces, Tiles>, arguments));
+}
+
+// How many blocks of such a launch the current device holds at once.
+template <typename T, Product product, Exchange exchange, int MTiles, int Pieces, int Tiles>
+int64_t backward_capacity(const Cut& cut, int /*hidden*/, bool over) {
+  using C = BackwardCut<T, product, exchange, MTiles, Pieces, Tiles>;
+  return static_cast<int64_t>(
+      capacity(backward_config<C>(cut, cut.blocks, over), &backward<T, product, exchange, MTiles, Pieces, Tiles>));
+}
+
+}  // namespace stacked_lstm::cuda::persistent

@@ -1,0 +1,267 @@
+// csrc/persistent/backward_lane.cuh: a block's part of a lane, backward: its weights, its shared memory, and what the lane above adds
+// to its sums of dh.
+#pragma once
+
+#include <cstdint>
+
+#include "backward_cut.cuh"
+#include "backward_sums.cuh"
+
+namespace stacked_lstm::cuda::persistent {
+
+// ---- Weights --------------------------------------------------------------------------------------------------------
+
+// Units in pairs: do two neighbours of a row lie in one access?
+template <typename T>
+__device__ __forceinline__ bool pairs_fit(const T* weight, int hidden) {
+  return hidden % 2 == 0 && reinterpret_cast<uintptr_t>(weight) % (2 * sizeof(T)) == 0;
+}
+
+// A lane's part of a piece of one tile of Wᵀ: of `weight`, (4H, H), the columns of 16 units by the block's gate rows.
+template <class C, typename T = typename C::T>
+__device__ __forceinline__ Fragment load_transposed(const T* weight, int hidden, int first_unit, int tile, int piece,
+                                                    int warp_lane, bool fits) {
+  constexpr int kWordElements = 4 / static_cast<int>(sizeof(T));
+  const int unit = tile * 16 + warp_lane / 4 * 2;          // of dh; and the one beside it
+  const int gate_unit = first_unit + piece * kQuarter<T>;  // of dgates: kQuarter of them, of one gate
+  const T* row = weight + (int64_t{warp_lane % 4} * hidden + gate_unit) * hidden + unit;
+  const int rows = unit < hidden ? hidden - gate_unit : 0;  // that there are
+  const bool second = unit + 1 < hidden;
+  const auto bits = [](T x) {
+    if constexpr (sizeof(T) == 4) {
+      return number_detail::bits_of(x);
+    } else {
+      return static_cast<uint32_t>(x.bits);
+    }
+  };
+  uint4 upper = {0, 0, 0, 0}, lower = upper;
+  if (fits) {
+    uint32_t words[2][4];
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      uint32_t pair[kWordElements][2];
+#pragma unroll
+      for (int part = 0; part < kWordElements; ++part) {
+        const int k = word * kWordElements + part;
+        pair[part][0] = pair[part][1] = 0;
+        if (k >= rows) continue;
+        const T* from = row + int64_t{k} * hidden;
+        if constexpr (sizeof(T) == 4) {
+          const uint2 two = load_readonly(reinterpret_cast<const uint2*>(from));
+          pair[part][0] = two.x, pair[part][1] = two.y;
+        } else {
+          const uint32_t two = load_readonly(reinterpret_cast<const uint32_t*>(from));
+          pair[part][0] = two & 0xFFFFu, pair[part][1] = two >> 16;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        words[n][word] = pair[0][n];
+        if constexpr (kWordElements == 2) words[n][word] |= pair[1][n] << 16;
+      }
+    }
+    upper = {words[0][0], words[0][1], words[0][2], words[0][3]};
+    lower = {words[1][0], words[1][1], words[1][2], words[1][3]};
+  } else {
+    // A loop that stays one, which turns the words round: less code.
+#pragma unroll 1
+    for (int k = 0; k < kQuarter<T>; k += kWordElements) {
+      uint32_t words[2] = {0, 0};
+#pragma unroll
+      for (int part = 0; part < kWordElements; ++part) {
+        if (k + part >= rows) continue;
+        const T* from = row + int64_t{k + part} * hidden;
+        words[0] |= bits(load_readonly(from)) << 16 * part;
+        if (second) words[1] |= bits(load_readonly(from + 1)) << 16 * part;
+      }
+      upper = {upper.y, upper.z, upper.w, words[0]};
+      lower = {lower.y, lower.z, lower.w, words[1]};
+    }
+  }
+  return {operands<T, C::kProduct>(upper), operands<T, C::kProduct>(lower)};
+}
+
+// Tile number `m` of a warp: the warps of a block take tiles in turn.
+__device__ __forceinline__ int tile_of(int m, int warp) { return m * kMaxWarps + warp; }
+
+// ---- Shared memory --------------------------------------------------------------------------------------------------
+
+template <class C>
+struct BackwardShared {
+  using T = typename C::T;
+  uint64_t* arrived;   // ClusterSums: two mbarriers
+  float* sums;         // ClusterSums: [source block][exchange mod 2][patch][64]; inside a block: [patch][64]
+  T* grad_gates;       // [s mod 2][column][K]: dgates(s), as operands
+  T* above;            // [step of the chunk][column][K]: those of the same gate rows of the lane above, as operands
+  float4* from_above;  // [step of the chunk][batch tile][m][thread]: what the accumulators start from
+  uint4* weights;      // [m][piece][upper, lower][thread]: the part of W_ihᵀ of the lane above, where it lives here
+
+  BackwardShared(const BackwardShared&) = delete;
+  __device__ __forceinline__ BackwardShared(const Cut& cut, bool over) {
+    const BackwardLayout<T> layout(cut, over);
+    unsigned char* start = &dynamic_shared<unsigned char>();
+    arrived = reinterpret_cast<uint64_t*>(start + layout.arrived);
+    sums = reinterpret_cast<float*>(start + layout.sums);
+    grad_gates = reinterpret_cast<T*>(start + layout.grad_gates);
+    above = reinterpret_cast<T*>(start + layout.above);
+    from_above = reinterpret_cast<float4*>(start + layout.from_above);
+    weights = reinterpret_cast<uint4*>(start + layout.weights);
+  }
+};
+
+// ---- The block's lane, as one thread sees it -------------------------------------------------------------------------
+
+// What all parts of a step know.
+template <class C>
+struct BackwardBlock {
+  using T = typename C::T;
+  const BackwardArguments<T>& arguments;
+  const Sizes& sizes;
+  const BackwardLane<T>& lane;
+  const Place& place;
+  const Sequences sequences;
+  const int first_unit;  // of the block
+  const int tiles;       // of 16 units, of the lane
+
+  __device__ __forceinline__ BackwardBlock(const BackwardArguments<T>& a, const Place& p)
+      : arguments(a),
+        sizes(a.sizes),
+        lane(a.lane[p.lane]),
+        place(p),
+        sequences(a.sizes, p.copy),
+        first_unit(p.rank * C::kGroups * kGroupUnits),
+        tiles((a.cut.blocks * C::kGroups + 1) / 2) {}
+
+  __device__ __forceinline__ bool packed() const { return sizes.first_row != nullptr; }
+  __device__ __forceinline__ int time(int step) const { return time_of(sizes, lane.reverse, step); }
+  // Sequences of the group that have this step of the lane; none beyond its ends.
+  __device__ __forceinline__ int active(int step) const {
+    return step < 0 || step >= sizes.steps ? 0 : sequences.active(time(step));
+  }
+};
+
+// Dgates of step `step` of a lane, of this block's units, from memory to `to`, rows of K as products read them; zeros where
+// there is no such row or unit. Later: not there before copy_async_wait, and a barrier.
+template <bool kLater, class C, typename T = typename C::T>
+__device__ __forceinline__ void stage(const BackwardBlock<C>& block, const T* grad_gates, int step, T* to) {
+  constexpr int kItems = C::kColumns * C::kPieces * 4;
+  const Sizes& sizes = block.sizes;
+  const int active = block.active(step);
+  const int64_t row = active > 0 ? block.sequences.row(block.time(step)) : 0;
+  const bool fits = quarters_fit(grad_gates, sizes.gates_stride, sizes.hidden);
+  for (int item = block.place.thread; item < kItems; item += C::kThreads) {
+    const int quarter = item % 4, piece = item / 4 % C::kPieces, column = item / 4 / C::kPieces;
+    const int unit = block.first_unit + piece * kQuarter<T>;
+    const bool there = column < active && unit < sizes.hidden;
+    const T* from = grad_gates + (there ? (row + column) * sizes.gates_stride + int64_t{quarter} * sizes.hidden : 0);
+    T* at = to + quarter_at<C>(column, piece, quarter);
+    if (kLater && fits) {
+      if (there) {
+        copy_async<16>(shared_address(at), from + unit);
+      } else {
+        copy_async<16>(shared_address(at), from, 0);  // zeros
+      }
+    } else {
+      *reinterpret_cast<uint4*>(at) =
+          operands<T, C::kProduct>(load_quarter<Memory::written>(from, unit, there ? sizes.hidden : 0, fits));
+    }
+  }
+}
+
+// What stage<true> has copied, as operands.
+template <class C, typename T = typename C::T>
+__device__ __forceinline__ void finish_staging(const BackwardBlock<C>& block, int steps, T* above) {
+  copy_async_commit();
+  copy_async_wait<0>();  // this thread's copies
+  if constexpr (std::is_same_v<T, float> && C::kProduct == Product::tensor) {
+    constexpr int kItems = C::kColumns * C::kPieces * 4;
+    for (int step = 0; step < steps; ++step) {
+      for (int item = block.place.thread; item < kItems; item += C::kThreads) {
+        const int quarter = item % 4, piece = item / 4 % C::kPieces, column = item / 4 / C::kPieces;
+        auto* at =
+            reinterpret_cast<uint4*>(above + step * C::kColumns * C::kPitch + quarter_at<C>(column, piece, quarter));
+        *at = operands<T, C::kProduct>(*at);
+      }
+    }
+  }
+}
+
+// Where a lane's quarters of a batch tile begin.
+template <class C, typename T = typename C::T>
+__device__ __forceinline__ const T* first_quarter(const T* columns, int warp_lane) {
+  // The column that mma gives the lane is the same in every tile, as far as the order of quarters goes.
+  return columns + quarter_place<C>(warp_lane / 4, warp_lane % 4) * kQuarter<T>;
+}
+
+// Dropout's mask between this lane and the one above, of a tile's sums: the units 2r, 2r + 1 and columns 2q, 2q + 1 of a
+// lane of the warp. Four neighbouring units of a row are one draw: two lanes' units, each of which draws for one column.
+template <class C>
+__device__ __forceinline__ void mask_tile(const BackwardBlock<C>& block, int time, int column, int unit,
+                                          float (&x)[4]) {
+  const Sizes& s = block.sizes;
+  const gates::Mask& mask = block.arguments.mask;
+  const int odd = block.place.warp_lane / 4 % 2;  // has the upper two units, and draws for the upper column
+  const int64_t row = int64_t{time} * s.batch + block.sequences.first + column + odd;
+  const auto draw = static_cast<uint64_t>(row * ((s.h_stride + 3) / 4) + (block.lane.h_column + unit) / 4);
+  const auto seed = static_cast<uint64_t>(load_readonly(mask.seed));
+  const Philox random = philox4x32_10(static_cast<uint32_t>(draw), static_cast<uint32_t>(draw >> 32),
+                                      static_cast<uint32_t>(block.lane.layer), 0, static_cast<uint32_t>(seed),
+                                      static_cast<uint32_t>(seed >> 32));
+  uint32_t kept = 0;  // of the four units
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const uint32_t keeps = random.word[n] >= mask.threshold ? 1u : 0u;
+    kept |= keeps << n;
+  }
+  const uint32_t others = shuffle_xor(kFullWarp, kept, 4);
+  const uint32_t columns[2] = {(odd ? others : kept) >> 2 * odd, (odd ? kept : others) >> 2 * odd};
+  const auto scale = static_cast<float>(mask.scale);
+  // Products, so that a NaN is seen even where it is dropped.
+#pragma unroll
+  for (int n = 0; n < 4; ++n) x[n] *= (columns[n % 2] & (n < 2 ? 1u : 2u)) != 0 ? scale : 0.0f;
+}
+
+// The share of dh that comes from the lane above, of `steps` steps from `first` down: its dgates have been staged.
+template <class C>
+__device__ __forceinline__ void project(const BackwardBlock<C>& block, const BackwardShared<C>& shared, int first,
+                                        int steps) {
+  using T = typename C::T;
+  const int warp_lane = block.place.warp_lane, thread = block.place.thread;
+  const bool in_shared = block.arguments.cut.inputs_in_shared, masked = block.arguments.mask.seed != nullptr;
+  const bool fits = pairs_fit(block.lane.weight_ih_above, block.sizes.hidden);
+  // Beside the recurrent weights there are registers for two pieces: what these come to, the next two go on from.
+  constexpr int kPieces = C::kPieces < 2 ? C::kPieces : 2, kPasses = C::kPieces / kPieces;
+  static_assert(kPasses * kPieces == C::kPieces);
+#pragma unroll 1
+  for (int pass = 0; pass < C::kMTiles * kPasses; ++pass) {
+    const int m = pass / kPasses, first_piece = pass % kPasses * kPieces, tile = tile_of(m, block.place.warp);
+    if (tile >= block.tiles) break;
+    Fragment weights[kPieces][1];
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (in_shared) {
+        const uint4* from = shared.weights + (m * C::kPieces + first_piece + piece) * 2 * C::kThreads + thread;
+        weights[piece][0] = {from[0], from[C::kThreads]};
+      } else {
+        weights[piece][0] = load_transposed<C>(block.lane.weight_ih_above, block.sizes.hidden, block.first_unit, tile,
+                                               first_piece + piece, warp_lane, fits);
+      }
+    }
+    const T* columns = first_quarter<C>(shared.above, warp_lane) + first_piece * kPieceElements<T>;
+#pragma unroll 1
+    for (int n = 0; n < steps * C::kTiles; ++n) {
+      float4& sums = shared.from_above[(n * C::kMTiles + m) * C::kThreads + thread];
+      float d[1][1][4] = {};
+      float (&x)[4] = d[0][0];
+      if (first_piece > 0) x[0] = sums.x, x[1] = sums.y, x[2] = sums.z, x[3] = sums.w;
+      multiply<T, C::kProduct>(d, weights, columns + n * kTileColumns * C::kPitch, C::kPitch, warp_lane);
+      if (masked && first_piece + kPieces == C::kPieces) {
+        mask_tile(block, block.time(first - n / C::kTiles), n % C::kTiles * kTileColumns + warp_lane % 4 * 2,
+                  tile * 16 + warp_lane / 4 * 2, x);
+      }
+      sums = make_float4(x[0], x[1], x[2], x[3]);
+    }
+  }
+}
+
+}  // namespace stacked_lstm::cuda::persistent

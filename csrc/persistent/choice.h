@@ -1,0 +1,48 @@
+// csrc/persistent/choice.h: whether the persistent kernels or the diagonal schedule run a call: whichever is predicted to be
+// faster. No CUDA, no torch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "../cuda/device.h"
+#include "../stack/stack.h"
+#include "plan.h"
+
+namespace stacked_lstm::persistent {
+
+// Predicted, as the driver of csrc/diagonal runs: a product and a kernel a diagonal, each as soon as the host has queued it
+// and the device has done the one before; and large products.
+struct DiagonalCost {
+  double total_us = 0;
+  double host_us = 0;    // of the diagonals, if the device were not to be waited for …
+  double device_us = 0;  // … and if the host were not
+  double large_us = 0;   // of the larger products: of stages, and after all of them
+  int64_t diagonals = 0;
+
+  const char* binds() const {
+    return large_us > std::max(host_us, device_us) ? "large products"
+           : host_us > device_us                   ? "launches by the host"
+                                                   : "small kernels on the device";
+  }
+};
+
+DiagonalCost predict_diagonals(const StackShape& shape, const Device& device, const Costs& costs, const Ask& ask,
+                               bool backward);
+
+double diagonal_us(const StackShape& shape, const Device& device, const Costs& costs, const Ask& ask, bool backward);
+
+struct Choice {
+  bool persistent = false;
+  std::string reason;      // one sentence
+  Plan forward, backward;  // backward: without passes and without an obstacle where none will follow
+  DiagonalCost diagonal_forward, diagonal_backward;
+  double persistent_us = 0, diagonal_us = 0;  // of all that will run; persistent_us: 0 where it cannot
+};
+
+// A call runs forward and backward on the same schedule. Never an error: what the persistent kernels cannot run, or run more
+// slowly by the model, goes to the diagonals.
+Choice choose(const StackShape& shape, const Device& device, const Costs& costs, const Ask& ask);
+
+}  // namespace stacked_lstm::persistent

@@ -1,0 +1,224 @@
+// csrc/persistent/driver.h: what forward and backward of the persistent kernels' driver share. The driver makes launches of what
+// a plan says, and the large products around them.
+//
+//   forward    pass 0 (layers 0 … 4)   →   pass 1 (layers 5 … 7)   → …        a launch each, or, where not all batch groups
+//   backward   … ←  products of pass 0  ←  pass 0  ←  products of pass 1  ←  pass 1     find room, a round of them each
+//
+// Between passes h of the lower one's top layer lies in memory; back comes W_ihᵀ·dgates, one product over all steps. What
+// weights get are products over all steps too, as soon as a pass has its gradients of gates.
+//
+// Saving::recompute: the gates are made again from h, before their activation: W_ih·x + W_hh·h(t-1), two products over a
+// segment of steps. So that this buffer stays small beside what is saved, a pass then runs in several launches, segment after
+// segment from the last steps to the first; dh and dc go from one to the next through memory.
+//
+// Where a launch leaves SMs idle and the products are large, the plan has backward run in segments too, and a segment's
+// weight gradients are made while the next one runs, on a second stream (Beside):
+//
+//   current stream   segment 2 → segment 1 → segment 0 → gradients of the input  ⤵
+//   beside it                  ↘ products 2 → products 1 → products 0  →  →  →  → joined
+//
+// They are added up in one order, segment after segment: the same bits every time.
+//
+// Nothing here waits for the device or looks at a tensor's contents: the same calls are queued every time, so that a CUDA
+// graph can hold them.
+#pragma once
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../driver/driver.h"
+#include "../driver/gate_kernels.h"
+#include "persistent.h"
+
+namespace stacked_lstm::persistent {
+
+using namespace driver;
+
+// The kernels for a call's device. RuntimeError where there are none.
+const Table& kernels_of(const Call& call);
+
+// Whether the kernels of this device fill the record of a wait that took too long.
+bool watchdog_on(const at::Device& device);
+
+template <typename Run>
+auto with_storage(at::ScalarType type, Run&& run) {
+  if (type == at::kBFloat16) return run(bfloat16{});
+  if (type == at::kHalf) return run(float16{});
+  return run(float{});
+}
+
+// first_row of every step, and of none, on the device of `input`.
+//
+// Hazard: a copy from the host reads its source when the stream comes to it, and in a CUDA graph again at every replay, when
+// the source may be gone. So the numbers travel as arguments of a kernel, which are read when it is queued or captured.
+inline Tensor rows_on_device(const StackShape& shape, const Tensor& input) {
+  if (!shape.packed()) return {};
+  const at::Device device = input.device();
+  const auto count = static_cast<int64_t>(shape.packed_rows.size());
+  const Tensor rows = at::empty({count}, input.options().dtype(at::kLong));
+  const std::string error =
+      gate_kernels(device).numbers(shape.packed_rows.data(), count, data<int64_t>(rows), stream_for(device));
+  TORCH_CHECK(error.empty(), "stacked_lstm_ext: a kernel could not be launched on ", device, ": ", error);
+  return rows;
+}
+
+template <typename T>
+class Driver {
+ protected:
+  Driver(const Call& call, const Plan& plan, const Table& table, Counts& counts)
+      : call_(call),
+        shape_(call.shape),
+        plan_(plan),
+        kernels_(table.of<T>()),
+        counts_(counts),
+        products_(counts.products),
+        storage_(call.input.options().dtype(scalar_type<T>())),
+        floats_(call.input.options().dtype(at::kFloat)),
+        directions_(call.shape.directions),
+        depth_(call.shape.depth()),
+        lanes_(call.shape.lanes()),
+        batch_(call.shape.batch),
+        rows_(call.shape.rows()),
+        hidden_(call.shape.layers[0].hidden),
+        padded_(call.shape.layers[0].padded_hidden()),
+        width_(call.shape.directions * call.shape.layers[0].hidden),
+        mask_(mask_of(call)),
+        first_rows_(rows_on_device(call.shape, call.input)) {
+    for (const Tensor& weight : call.weights) weights_.push_back(weight.contiguous());
+    if (watchdog_on(call.input.device())) {
+      watchdog_ = at::empty({static_cast<int64_t>(sizeof(Watchdog))}, call.input.options().dtype(at::kByte)).zero_();
+    }
+  }
+
+  const Tensor& weight(int64_t lane, int64_t which) const {
+    return weights_[static_cast<size_t>(lane * call_.options.weights_a_lane() + which)];
+  }
+  const T* bias(int64_t lane, int64_t which) const {
+    return call_.options.bias ? const_data<T>(weight(lane, 2 + which)) : nullptr;
+  }
+  int64_t column_of(int64_t lane) const { return lane % directions_ * hidden_; }
+
+  // The rows of W_ih of both directions of a layer, one below the other: (D·4H, input).
+  Tensor input_weights(int64_t layer) const {
+    const int64_t lane = layer * directions_;
+    return directions_ == 2 ? at::cat({weight(lane, 0), weight(lane + 1, 0)}) : weight(lane, 0);
+  }
+
+  // The arguments of all launches of a pass, but for the rounds and what is a lane's.
+  template <typename Arguments>
+  void describe(Arguments& arguments, const Pass& pass) const {
+    arguments.cut = pass.cut;
+    Sizes& s = arguments.sizes;
+    s.steps = s.last_step = static_cast<int>(shape_.steps);
+    s.first_step = 0;
+    s.batch = static_cast<int>(batch_);
+    s.hidden = static_cast<int>(hidden_);
+    s.lanes = static_cast<int>((pass.last_layer - pass.first_layer) * directions_);
+    s.batch_groups = static_cast<int>(pass.batch_groups);
+    s.h_stride = width_;
+    s.saved_stride = padded_;
+    s.gates_stride = directions_ * 4 * hidden_;
+    s.first_row = const_data<int64_t>(first_rows_);
+    arguments.mask = mask_;
+    arguments.watchdog = data<Watchdog>(watchdog_);
+  }
+
+  // All rounds of a pass. The counters and words of a round are cleared by one memset before it.
+  template <typename Arguments>
+  void launch_rounds(Arguments& arguments, const Pass& pass, Outcome (*kernel)(const Arguments&, void*),
+                     int64_t (*words_of)(const Cut&, int, int)) {
+    const auto workspace = [&](int copies) {
+      const int64_t words = pass.cut.exchange == Exchange::l2 ? words_of(pass.cut, copies, arguments.sizes.lanes) : 0;
+      const int64_t counters = int64_t{copies} * arguments.sizes.lanes * pass.cut.blocks;
+      return std::pair<int64_t, int64_t>{words, (counters + 1) / 2};  // in 64-bit words
+    };
+    const auto [most_words, most_counters] = workspace(static_cast<int>(pass.copies));
+    const Tensor space = at::empty({most_words + most_counters}, storage_.dtype(at::kLong));
+    for (int64_t group = 0; group < pass.batch_groups; group += pass.copies) {
+      const auto copies = static_cast<int>(std::min(pass.copies, pass.batch_groups - group));
+      const auto [words, counters] = workspace(copies);
+      space.narrow(0, 0, words + counters).zero_();
+      arguments.sizes.first_group = static_cast<int>(group);
+      arguments.sizes.copies = copies;
+      arguments.words = words > 0 ? data<uint64_t>(space) : nullptr;
+      arguments.chunks_done = reinterpret_cast<uint32_t*>(data<uint64_t>(space) + words);
+      const Outcome outcome = kernel(arguments, stream_for(call_.input.device()));
+      if (outcome.kind != Outcome::ok) fail(outcome);
+      ++counts_.launches;
+      if (watchdog_.defined()) read_watchdog();
+    }
+  }
+
+  // Copies of rows, in as few launches as they take.
+  class Copies {
+   public:
+    Copies(const Driver& driver, int64_t width) : driver_(driver), width_(width) {}
+    void add(const gates::CopyCell<T>& cell) {
+      cells_.push_back(cell);
+      if (static_cast<int64_t>(cells_.size()) == kCopiesALaunch) flush();
+    }
+    void flush() {
+      if (cells_.empty()) return;
+      const gates::Sizes sizes{width_, driver_.width_, driver_.padded_, driver_.directions_ * 4 * driver_.hidden_,
+                               driver_.mask_};
+      const at::Device device = driver_.call_.input.device();
+      const std::string error = gate_kernels(device).of<T>().copy(
+          sizes, cells_.data(), static_cast<int64_t>(cells_.size()), stream_for(device));
+      TORCH_CHECK(error.empty(), "stacked_lstm_ext: a kernel could not be launched on ", device, ": ", error);
+      cells_.clear();
+    }
+
+   private:
+    const Driver& driver_;
+    int64_t width_;
+    std::vector<gates::CopyCell<T>> cells_;
+  };
+
+  const Call& call_;
+  const StackShape& shape_;
+  const Plan& plan_;
+  const Kernels<T>& kernels_;
+  Counts& counts_;
+  const Products<T> products_;
+  const at::TensorOptions storage_, floats_;
+  const int64_t directions_, depth_, lanes_, batch_, rows_, hidden_, padded_;
+  const int64_t width_;  // of a layer's output
+  const gates::Mask mask_;
+  const Tensor first_rows_;
+  std::vector<Tensor> weights_;
+  Tensor watchdog_;
+
+ private:
+  [[noreturn]] void fail(const Outcome& outcome) const {
+    const at::Device device = call_.input.device();
+    TORCH_CHECK(outcome.kind != Outcome::refused, "stacked_lstm_ext: the persistent kernel was refused on ", device,
+                ": ", outcome.text, ". All of its blocks have to be on the device at once, which it had room for when ",
+                "the call was planned: something else is running there now, another process perhaps. ",
+                "backend('diagonal') needs no such room");
+    TORCH_CHECK(false, "stacked_lstm_ext: the persistent kernel could not be launched on ", device, ": ", outcome.text);
+  }
+
+  // A build to find errors with: it waits for every launch.
+  void read_watchdog() const {
+    const Tensor here = watchdog_.cpu();
+    Watchdog w;
+    std::memcpy(&w, here.const_data_ptr(), sizeof(w));
+    if (w.expired == 0) return;
+    const std::string what = w.what == Watchdog::hand_over
+                                 ? "chunk " + std::to_string(w.for_count - 1) + " of block " +
+                                       std::to_string(w.for_block) + " of lane " + std::to_string(w.for_lane)
+                             : w.what == Watchdog::exchange ? std::string("what its peers send for that step")
+                                                            : std::string("something unknown");
+    TORCH_CHECK(false, "stacked_lstm_ext: a wait of the persistent kernel on ", call_.input.device(),
+                " took too long. Block ", w.block, " (copy ", w.copy, ", lane ", w.lane, ", block ", w.rank,
+                " of the lane), thread ", w.thread, ", at step ", w.step, ", waited for ", what);
+  }
+};
+
+}  // namespace stacked_lstm::persistent

@@ -1,0 +1,372 @@
+// csrc/persistent/driver_backward.cpp: the backward pass of the persistent kernels' driver. See driver.h.
+#include <ATen/ops/sum.h>
+
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <map>
+#include <mutex>
+
+#include "driver.h"
+
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#endif
+
+namespace stacked_lstm::persistent {
+namespace {
+
+// What may run beside what the current stream gets after it: on a stream of its own, or, without streams, at once.
+//
+// Hazard: a tensor that was allocated for the current stream and is used here goes back to torch's allocator when its last
+// reference goes, and from there to whoever comes next on the current stream, who does not wait. So it is kept until join().
+// What is allocated inside run() belongs to this stream, and may go at any time.
+class Beside {
+ public:
+  explicit Beside(const at::Device& device) : device_(device) {}
+  Beside(const Beside&) = delete;
+  // Also when something is thrown between: what is freed then must not be in use.
+  ~Beside() {
+    try {
+      join();
+    } catch (...) {  // the device is lost: it says so to whoever asks next
+    }
+  }
+
+  void keep(const Tensor& tensor) { kept_.push_back(tensor); }
+
+  // After what the current stream has got so far.
+  template <typename Work>
+  void run(Work&& work) {
+    if (!device_.is_cuda()) return work();
+    const c10::impl::VirtualGuardImpl streams(device_.type());
+    if (!stream_) stream_ = other_than(streams.getStream(device_));
+    order(streams.getStream(device_), *stream_);
+    const c10::StreamGuard guard(*stream_);
+    work();
+  }
+
+  // What the current stream gets from now on comes after all of it.
+  void join() {
+    if (stream_) order(*stream_, c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+    stream_.reset();
+    kept_.clear();
+  }
+
+ private:
+  static void order(const c10::Stream& first, const c10::Stream& then) {
+    c10::Event event(first.device_type());
+    event.record(first);
+    event.block(then);
+  }
+
+  // The same for every call on a device, as torch's allocator keeps memory for each stream that has ever asked; but, while a
+  // graph is captured, one for this call alone: whoever else used it would be captured with it.
+  static c10::Stream other_than(const c10::Stream& current) {
+    const c10::impl::VirtualGuardImpl streams(current.device_type());
+    const auto another = [&](const c10::Stream& taken) {
+      c10::Stream found = streams.getStreamFromGlobalPool(current.device());
+      while (found == taken || found == current) found = streams.getStreamFromGlobalPool(current.device());
+      return found;
+    };
+    static std::mutex guard;
+    static std::map<c10::DeviceIndex, c10::Stream> usual;
+    const std::lock_guard<std::mutex> lock(guard);
+    auto known = usual.find(current.device_index());
+    if (known == usual.end()) known = usual.emplace(current.device_index(), another(current)).first;
+    bool captured = false;
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+    captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+#endif
+    return captured || known->second == current ? another(known->second) : known->second;
+  }
+
+  const at::Device device_;
+  std::optional<c10::Stream> stream_;  // while there is something to join
+  std::vector<Tensor> kept_;
+};
+
+template <typename T>
+class Backward : Driver<T> {
+  using Base = Driver<T>;
+  using Base::batch_;
+  using Base::call_;
+  using Base::depth_;
+  using Base::directions_;
+  using Base::floats_;
+  using Base::hidden_;
+  using Base::kernels_;
+  using Base::lanes_;
+  using Base::mask_;
+  using Base::padded_;
+  using Base::plan_;
+  using Base::products_;
+  using Base::rows_;
+  using Base::shape_;
+  using Base::storage_;
+  using Base::width_;
+  using typename Base::Copies;
+
+ public:
+  Backward(const Call& call, const Plan& plan, const Table& table, Counts& counts, const Kept& kept,
+           const IncomingGradients& incoming, bool input_grad, bool weight_grad)
+      : Base(call, plan, table, counts),
+        reserve_(kept.reserve.contiguous()),
+        parts_(reserve_, call.shape, call.options.saving),
+        top_(kept.output.contiguous()),
+        grad_output_(contiguous(incoming.output)),
+        grad_h_n_(contiguous(incoming.h_n)),
+        grad_c_n_(contiguous(incoming.c_n)),
+        h_0_(call.h_0.contiguous()),
+        c_0_(call.c_0.contiguous()),
+        input_grad_(input_grad),
+        weight_grad_(weight_grad),
+        recompute_(call.options.saving == Saving::recompute),
+        beside_(call.input.device()) {}
+
+  Gradients run() {
+    result_.h_0 = at::empty({lanes_, batch_, hidden_}, storage_);
+    result_.c_0 = at::empty({lanes_, batch_, hidden_}, storage_);
+    if (!input_grad_) result_.input = at::empty({0}, storage_);
+    if (weight_grad_) {
+      for (const Tensor& w : call_.weights) result_.weights.push_back(at::empty(w.sizes(), storage_));
+    }
+    for (auto pass = plan_.passes.rbegin(); pass != plan_.passes.rend(); ++pass) run(*pass);
+    beside_.join();
+    return std::move(result_);
+  }
+
+ private:
+  void run(const Pass& pass) {
+    const int64_t layers = pass.last_layer - pass.first_layer, lanes = layers * directions_;
+    first_layer_ = pass.first_layer;
+    grad_gates_ = at::empty({layers, rows_, directions_ * 4 * hidden_}, storage_);
+    const bool segments = pass.segment_steps < shape_.steps;
+    Tensor carried = segments ? at::empty({2, lanes_, batch_, hidden_}, floats_) : Tensor();
+    // Of the pass's layers and lanes: what the products read.
+    inputs_.assign(static_cast<size_t>(layers), Tensor());
+    previous_.assign(static_cast<size_t>(lanes), Tensor());
+    if (recompute_) {
+      make_operands(pass);
+      const int64_t most_rows = shape_.first_row(std::min(pass.segment_steps, shape_.steps));
+      preactivations_ = at::empty({lanes, most_rows, 4 * hidden_}, floats_);
+      recurrent_part_ = at::empty({1, most_rows, 4 * hidden_}, floats_);
+    }
+    const bool beside = weight_grad_ && pass.products_beside;
+    if (beside) {
+      beside_.keep(grad_gates_);
+      if (!recompute_) beside_.run([&] { make_operands(pass); });
+      if (recompute_) {
+        for (const Tensor& operand : inputs_) beside_.keep(operand);
+        for (const Tensor& operand : previous_) beside_.keep(operand);
+      }
+    }
+
+    const int64_t last_segment = (shape_.steps - 1) / pass.segment_steps;
+    for (int64_t segment = last_segment; segment >= 0; --segment) {
+      BackwardArguments<T> arguments{};
+      Base::describe(arguments, pass);
+      const int64_t first_step = segment * pass.segment_steps;
+      const int64_t last_step = std::min(first_step + pass.segment_steps, shape_.steps);
+      arguments.sizes.first_step = static_cast<int>(first_step);
+      arguments.sizes.last_step = static_cast<int>(last_step);
+      for (int64_t n = 0; n < lanes; ++n) {
+        // From the top layer down, so that no lane waits for a later one.
+        const int64_t layer = pass.last_layer - 1 - n / directions_, lane = layer * directions_ + n % directions_;
+        BackwardLane<T>& l = arguments.lane[n];
+        describe_lane(l, lane);
+        if (layer + 1 < pass.last_layer) {
+          l.over = static_cast<int>(n - 1);
+          l.weight_ih_above = const_data<T>(Base::weight(lane + directions_, 0));
+        } else if (layer + 1 < depth_) {
+          l.grad_above = const_data<float>(grad_above_) + l.h_column;
+        }
+        if (recompute_) {
+          const int64_t number = lane - first_layer_ * directions_;
+          l.preactivations = make_preactivations(lane, number, first_step, last_step);
+        }
+        float* const state = segments ? data<float>(carried) + lane * batch_ * hidden_ : nullptr;
+        const int64_t half = lanes_ * batch_ * hidden_;
+        if (last_step < shape_.steps) l.carried_h = state, l.carried_c = state + half;
+        if (first_step > 0) l.carry_h = state, l.carry_c = state + half;
+        if (first_step == 0) {
+          l.grad_h_0 = data<T>(result_.h_0) + lane * batch_ * hidden_;
+          l.grad_c_0 = data<T>(result_.c_0) + lane * batch_ * hidden_;
+        }
+      }
+      Base::launch_rounds(arguments, pass, kernels_.backward, &backward_words<T>);
+      if (beside) {
+        beside_.run([&] {
+          for (int64_t n = 0; n < lanes; ++n) add_gradients(first_layer_ * directions_ + n, first_step, last_step);
+        });
+      }
+    }
+    preactivations_ = recurrent_part_ = Tensor();
+
+    const Tensor lowest = single(grad_gates_.select(0, 0));
+    if (first_layer_ > 0) {
+      grad_above_ = at::empty({1, rows_, width_}, floats_);
+      products_.multiply(grad_above_, lowest, single(Base::input_weights(first_layer_)));
+    } else if (input_grad_) {
+      result_.input = at::empty(call_.input.sizes(), storage_);
+      products_.multiply_and_round(single(result_.input.view({rows_, call_.input.size(-1)})), lowest,
+                                   single(Base::input_weights(0)));
+    }
+    if (!weight_grad_ || beside) return;
+    for (int64_t lane = first_layer_ * directions_; lane < first_layer_ * directions_ + lanes; ++lane) {
+      const auto layer = static_cast<size_t>(lane / directions_ - first_layer_);
+      if (!inputs_[layer].defined()) inputs_[layer] = input_of(lane / directions_);
+      Tensor& previous = previous_[static_cast<size_t>(lane - first_layer_ * directions_)];
+      if (!previous.defined()) previous = previous_of(lane);
+      add_gradients(lane, 0, shape_.steps);
+      previous = Tensor();  // nor does the next lane need the input of the layers before its own
+      if (layer > 0) inputs_[layer - 1] = Tensor();
+    }
+  }
+
+  void make_operands(const Pass& pass) {
+    for (size_t n = 0; n < inputs_.size(); ++n) inputs_[n] = input_of(pass.first_layer + static_cast<int64_t>(n));
+    for (size_t n = 0; n < previous_.size(); ++n) {
+      previous_[n] = previous_of(pass.first_layer * directions_ + static_cast<int64_t>(n));
+    }
+  }
+
+  void describe_lane(BackwardLane<T>& l, int64_t lane) const {
+    const int64_t layer = lane / directions_, states = lane * batch_ * hidden_;
+    l.weight_hh = const_data<T>(Base::weight(lane, 1));
+    l.h_column = Base::column_of(lane);
+    if (layer + 1 == depth_ && grad_output_.defined()) l.grad_output = const_data<T>(grad_output_) + l.h_column;
+    if (!recompute_) l.gates = parts_.gates + 4 * lane * rows_ * padded_;
+    l.c = parts_.c + lane * rows_ * padded_;
+    if (recompute_) l.bias_ih = Base::bias(lane, 0), l.bias_hh = Base::bias(lane, 1);
+    l.c_0 = const_data<T>(c_0_) + states;
+    if (grad_h_n_.defined()) l.grad_h_n = const_data<T>(grad_h_n_) + states;
+    if (grad_c_n_.defined()) l.grad_c_n = const_data<T>(grad_c_n_) + states;
+    l.grad_gates = data<T>(grad_gates_of(lane));
+    l.over = -1;
+    l.reverse = static_cast<int>(lane % directions_);
+    l.layer = static_cast<int>(layer);
+  }
+
+  struct Rows {
+    int64_t first, count;
+    Tensor of(const Tensor& all) const { return all.narrow(0, first, count); }
+  };
+  // Of a lane, in its steps from one to before the other.
+  Rows rows_of(int64_t lane, int64_t first_step, int64_t last_step) const {
+    const int64_t one = shape_.time(lane, first_step), other = shape_.time(lane, last_step - 1);
+    const int64_t first = shape_.first_row(std::min(one, other));
+    return {first, shape_.first_row(std::max(one, other) + 1) - first};
+  }
+  const Tensor& input_at(int64_t lane) const { return inputs_[static_cast<size_t>(lane / directions_ - first_layer_)]; }
+  const Tensor& previous_at(int64_t lane) const {
+    return previous_[static_cast<size_t>(lane - first_layer_ * directions_)];
+  }
+
+  // Of one lane and the steps of a segment. The pointer is where row 0 would be.
+  const float* make_preactivations(int64_t lane, int64_t number, int64_t first_step, int64_t last_step) {
+    const Rows rows = rows_of(lane, first_step, last_step);
+    const Tensor sum = preactivations_.narrow(0, number, 1).narrow(1, 0, rows.count);
+    const Tensor recurrent = recurrent_part_.narrow(1, 0, rows.count);
+    products_.multiply(sum, single(rows.of(input_at(lane))), single(Base::weight(lane, 0).t()));
+    products_.multiply(recurrent, single(rows.of(previous_at(lane))), single(Base::weight(lane, 1).t()));
+    sum.add_(recurrent);
+    return const_data<float>(sum) - rows.first * 4 * hidden_;
+  }
+
+  // h of a layer, all rows: (rows, D·H).
+  Tensor h_of(int64_t layer) const {
+    if (layer + 1 == depth_) return top_.view({rows_, width_});
+    return h_in_reserve<T>(reserve_, shape_, call_.options.saving, layer);
+  }
+
+  // h(t-1) of every row of a lane: (rows, H).
+  Tensor previous_of(int64_t lane) const {
+    const Tensor previous = at::empty({rows_, hidden_}, storage_);
+    Copies copies(*this, hidden_);
+    copies_of_previous(shape_, lane, const_data<T>(h_of(lane / directions_)) + Base::column_of(lane),
+                       const_data<T>(h_0_) + lane * batch_ * hidden_, data<T>(previous),
+                       [&](const gates::CopyCell<T>& cell) { copies.add(cell); });
+    copies.flush();
+    return previous;
+  }
+
+  // What a layer reads, all rows: (rows, input).
+  Tensor input_of(int64_t layer) const {
+    if (layer == 0) return call_.input.reshape({rows_, call_.input.size(-1)}).contiguous();
+    const Tensor h = h_of(layer - 1);
+    if (!mask_.seed) return h;
+    const Tensor masked = at::empty({rows_, width_}, storage_);
+    Copies copies(*this, width_);
+    copies_of_masked(shape_, layer - 1, const_data<T>(h), data<T>(masked),
+                     [&](const gates::CopyCell<T>& cell) { copies.add(cell); });
+    copies.flush();
+    return masked;
+  }
+
+  // Gradients of all steps of a lane's gates: (rows, 4H), rows D·4H apart.
+  Tensor grad_gates_of(int64_t lane) const {
+    return grad_gates_.select(0, lane / directions_ - first_layer_)
+        .narrow(1, lane % directions_ * 4 * hidden_, 4 * hidden_);
+  }
+
+  // What the steps of a segment, or all of them, give to a lane's weight gradients: a product each. Segments come from the
+  // last to the first; their sums are float32 until all are there.
+  void add_gradients(int64_t lane, int64_t first_step, int64_t last_step) {
+    const auto place = static_cast<size_t>(lane * call_.options.weights_a_lane());
+    Tensor* const grad = &result_.weights[place];
+    const Rows rows = rows_of(lane, first_step, last_step);
+    const Tensor gates = rows.of(grad_gates_of(lane)), gates_t = single(gates.t());
+    const Tensor operands[] = {rows.of(input_at(lane)), rows.of(previous_at(lane))};
+    const bool begins = last_step == shape_.steps, ends = first_step == 0;
+    if (begins && ends) {
+      for (int n : {0, 1}) products_.multiply_and_round(single(grad[n]), gates_t, single(operands[n]));
+      if (call_.options.bias) at::sum_out(grad[2], gates, at::IntArrayRef{0});
+    } else {
+      sums_.resize(result_.weights.size());
+      Tensor* const sum = &sums_[place];
+      for (int n : {0, 1}) {
+        const Tensor part = at::empty(grad[n].sizes(), floats_);
+        products_.multiply(single(part), gates_t, single(operands[n]));
+        sum[n] = begins ? part : sum[n].add_(part);
+      }
+      if (call_.options.bias) {
+        const Tensor part = at::sum(gates, at::IntArrayRef{0}, /*keepdim=*/false, at::kFloat);
+        sum[2] = begins ? part : sum[2].add_(part);
+      }
+      if (!ends) return;
+      for (int n = 0; n < (call_.options.bias ? 3 : 2); ++n) grad[n].copy_(sum[n]), sum[n] = Tensor();
+    }
+    if (call_.options.bias) grad[3].copy_(grad[2]);
+  }
+
+  const Tensor reserve_;
+  const Parts<T> parts_;
+  const Tensor top_, grad_output_, grad_h_n_, grad_c_n_, h_0_, c_0_;
+  const bool input_grad_, weight_grad_, recompute_;
+  Gradients result_;
+  int64_t first_layer_ = 0;                // of the pass
+  Tensor grad_gates_;                      // (layers of the pass, rows, D·4H)
+  Tensor grad_above_;                      // (1, rows, D·H): W_ihᵀ·dgates of the pass above
+  Tensor preactivations_;                  // (lanes of the pass, rows of a segment, 4H), to recompute
+  Tensor recurrent_part_;                  // (1, rows of a segment, 4H)
+  std::vector<Tensor> inputs_, previous_;  // of the pass's layers, (rows, input), and lanes, (rows, H): h(t-1)
+  std::vector<Tensor> sums_;               // of weight gradients, where only some segments are done
+  Beside beside_;                          // last: it has to be joined before anything above is freed
+};
+
+}  // namespace
+
+Gradients backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
+                   bool weight_grad, std::shared_ptr<const Decision> decision, Counts& counts) {
+  const Guards guards(call.input.device());
+  counts.decision = std::move(decision);
+  return with_storage(call.input.scalar_type(), [&](auto zero) {
+    return Backward<decltype(zero)>(call, counts.decision->choice.backward, kernels_of(call), counts, kept, incoming,
+                                    input_grad, weight_grad)
+        .run();
+  });
+}
+
+}  // namespace stacked_lstm::persistent

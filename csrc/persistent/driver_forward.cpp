@@ -1,0 +1,124 @@
+// csrc/persistent/driver_forward.cpp: the forward pass of the persistent kernels' driver. See driver.h.
+#include "driver.h"
+
+namespace stacked_lstm::persistent {
+namespace {
+
+template <typename T>
+class Forward : Driver<T> {
+  using Base = Driver<T>;
+  using Base::batch_;
+  using Base::call_;
+  using Base::depth_;
+  using Base::directions_;
+  using Base::hidden_;
+  using Base::kernels_;
+  using Base::lanes_;
+  using Base::mask_;
+  using Base::padded_;
+  using Base::plan_;
+  using Base::rows_;
+  using Base::shape_;
+  using Base::storage_;
+  using Base::width_;
+
+ public:
+  Forward(const Call& call, const Plan& plan, const Table& table, Counts& counts) : Base(call, plan, table, counts) {}
+
+  Results run() {
+    const Saving saving = call_.options.saving;
+    result_.output = at::empty(call_.output_sizes(), storage_);
+    result_.h_n = at::empty({lanes_, batch_, hidden_}, storage_);
+    result_.c_n = at::empty({lanes_, batch_, hidden_}, storage_);
+    const int64_t kept = reserve_elements(shape_, saving, sizeof(T), sizeof(float));
+    result_.reserve = at::empty({kept}, Base::floats_);
+    // Padding is written by nobody; zeros there make a reserve the same bits every time.
+    if (hidden_ != padded_) result_.reserve.zero_();
+    // A row of the input stands where it is as long as it is without gaps.
+    input_ = call_.input.stride(-1) == 1 || call_.input.size(-1) == 1 ? call_.input : call_.input.contiguous();
+    h_0_ = call_.h_0.contiguous();
+    c_0_ = call_.c_0.contiguous();
+    for (const Pass& pass : plan_.passes) run(pass);
+    return std::move(result_);
+  }
+
+ private:
+  struct Source {
+    const T* x;
+    int64_t step_stride, row_stride;
+  };
+
+  void run(const Pass& pass) {
+    ForwardArguments<T> arguments{};
+    Base::describe(arguments, pass);
+    Source source = below_.defined() ? Source{const_data<T>(below_), batch_ * width_, width_} : stack_input();
+    std::vector<Tensor> kept;  // until the launches are queued; then whatever is the stream's may be written over
+    Tensor above;              // what the layer above reads
+    for (int64_t layer = pass.first_layer; layer < pass.last_layer; ++layer) {
+      const Tensor h = output_of(layer);
+      above = h;
+      if (mask_.seed && layer + 1 < depth_) above = at::empty({rows_, width_}, storage_);
+      for (int64_t direction = 0; direction < directions_; ++direction) {
+        const int64_t lane = layer * directions_ + direction, number = lane - pass.first_layer * directions_;
+        ForwardLane<T>& l = arguments.lane[number];
+        l.weight_ih = const_data<T>(Base::weight(lane, 0));
+        l.weight_hh = const_data<T>(Base::weight(lane, 1));
+        l.bias_ih = Base::bias(lane, 0);
+        l.bias_hh = Base::bias(lane, 1);
+        l.x = source.x;
+        l.x_step_stride = source.step_stride;
+        l.x_row_stride = source.row_stride;
+        l.h_column = Base::column_of(lane);
+        l.h = data<T>(h) + l.h_column;
+        l.above = above.is_same(h) ? nullptr : data<T>(above) + l.h_column;
+        const int64_t states = lane * batch_ * hidden_;
+        l.h_0 = const_data<T>(h_0_) + states;
+        l.c_0 = const_data<T>(c_0_) + states;
+        l.h_n = data<T>(result_.h_n) + states;
+        l.c_n = data<T>(result_.c_n) + states;
+        if (call_.options.saving != Saving::none) {
+          float* const c = data<float>(result_.reserve);
+          l.saved_c = c + lane * rows_ * padded_;
+          if (call_.options.saving == Saving::full) l.saved_gates = c + (lanes_ + 4 * lane) * rows_ * padded_;
+        }
+        l.inputs = static_cast<int>(shape_.layers[static_cast<size_t>(layer)].input);
+        l.below = layer > pass.first_layer ? static_cast<int>(number - 1) : -1;
+        l.reverse = static_cast<int>(direction);
+        l.layer = static_cast<int>(layer);
+      }
+      kept.push_back(h);
+      kept.push_back(above);
+      source = {const_data<T>(above), batch_ * width_, width_};
+    }
+    Base::launch_rounds(arguments, pass, kernels_.forward, &forward_words<T>);
+    below_ = above;
+  }
+
+  Source stack_input() const {
+    if (call_.packed) return {const_data<T>(input_), 0, input_.stride(0)};
+    return {const_data<T>(input_), input_.stride(0), input_.stride(1)};
+  }
+
+  // Where h of a layer goes: to the caller, for backward, or no further than the layer above.
+  Tensor output_of(int64_t layer) const {
+    if (layer + 1 == depth_) return result_.output;
+    if (call_.options.saving == Saving::none) return at::empty({rows_, width_}, storage_);
+    return h_in_reserve<T>(result_.reserve, shape_, call_.options.saving, layer);
+  }
+
+  Results result_;
+  Tensor input_, h_0_, c_0_;
+  Tensor below_;  // (rows, D·H): what the next pass begins with; undefined before the first
+};
+
+}  // namespace
+
+Results forward(const Call& call, std::shared_ptr<const Decision> decision, Counts& counts) {
+  const Guards guards(call.input.device());
+  counts.decision = std::move(decision);
+  return with_storage(call.input.scalar_type(), [&](auto zero) {
+    return Forward<decltype(zero)>(call, counts.decision->choice.forward, kernels_of(call), counts).run();
+  });
+}
+
+}  // namespace stacked_lstm::persistent

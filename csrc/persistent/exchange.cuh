@@ -1,0 +1,253 @@
+// csrc/persistent/exchange.cuh: how h of a step comes from the blocks of a lane, each of which has some of its units, to
+// all of them. A policy brings h(s), which the groups of all blocks send, to the shared memory of each block:
+//
+//   start()                 once, by all threads, after they have filled both h: what arrives in them comes later
+//   expect(s)               by all warps, at the start of a step that will send
+//   receive(s)              by all warps: h(s-1) of the whole lane is in h[s mod 2], for this thread to read. h(-1) always is
+//   send(s, staged, share)  by the warp of split 0 of a group, whose lanes have all staged their h(s). `share` is this
+//                           thread's share() of it; or 0 at the last step: nobody waits for that h
+//   next()                  by all threads, after each step
+//   finish()                once, by all threads
+//
+// Columns that no sequence has are neither sent nor awaited: they stay zeros.
+#pragma once
+
+#include <cstdint>
+
+#include "block.cuh"
+#include "kernels.h"
+#include "products.cuh"
+
+namespace stacked_lstm::cuda::persistent {
+
+// What both policies know of their block.
+template <typename T>
+struct Exchanged {
+  const Cut& cut;
+  const Place& place;
+  Waiting& waiting;
+  T* h;              // in shared memory: [s mod 2][column][pitch], h(s-1) for step s
+  int pitch;         // elements
+  int columns;       // that a sequence has
+  int unit;          // of the lane: the first of the warp's group
+  uint32_t arrived;  // shared address: 2 mbarriers, for the two h
+};
+
+// All blocks of a lane are one thread-block cluster: h is pushed into every block's shared memory, the own too, and an
+// mbarrier there counts the bytes.
+//
+// Hazard: h has two buffers. h(s+1) may land on h(s-1) in a block only when all of its warps have read that. So it is:
+// whoever sends h(s+1) has received h(s) from every group of that block, and a group sends h(s) only after its warps
+// have met, at the end of their products with h(s-1). For the same reason no warp falls a phase of an mbarrier behind.
+template <typename T, Product product, int Tiles>
+class ClusterExchange : Exchanged<T> {
+  // A group's units of a column are one word of 16 bytes, or two. A lane has a word and sends it to some of the peers.
+  static constexpr int kColumnWords = kGroupUnits * static_cast<int>(sizeof(T)) / 16;
+  static constexpr int kWords = kTileColumns * Tiles * kColumnWords;
+  static constexpr int kShare = kWords < kWarpThreads ? kWords : kWarpThreads;
+  static constexpr int kSenders = kWarpThreads / kShare;  // lanes that have the same word
+  static constexpr int kMostPushes = kMaxCluster / kSenders;
+  int column_, first_peer_;  // of the lane's first word
+  int pushes_;               // of each of its words
+  InTurn to_;                // where its first word goes in every block: shared address
+  using Exchanged<T>::cut, Exchanged<T>::place, Exchanged<T>::waiting, Exchanged<T>::h, Exchanged<T>::arrived;
+
+ public:
+  static constexpr bool kCluster = true;
+
+  explicit __device__ __forceinline__ ClusterExchange(const Exchanged<T>& exchanged, uint64_t*)
+      : Exchanged<T>(exchanged),
+        column_(place.warp_lane % kShare / kColumnWords),
+        first_peer_(place.warp_lane / kShare),
+        pushes_((cut.blocks - first_peer_ + kSenders - 1) / kSenders) {
+    const int unit = this->unit + place.warp_lane % kColumnWords * kQuarter<T>;
+    const int bytes = kTileColumns * Tiles * this->pitch * static_cast<int>(sizeof(T));          // of an h
+    to_ = {static_cast<int>(shared_address(h + column_ * this->pitch + unit)) + bytes, -bytes};  // h(0) goes to h[1]
+  }
+
+  // How many pushes of each word this thread makes. With one word a lane: 0 where no sequence has its column.
+  __device__ __forceinline__ int share() const {
+    return kWords <= kWarpThreads && column_ >= this->columns ? 0 : pushes_;
+  }
+
+  __device__ __forceinline__ void start() const {
+    if (place.thread == 0) {
+      mbarrier_init(arrived, 1);
+      mbarrier_init(arrived + 8, 1);
+      mbarrier_arrive(arrived);  // the first phase is that of h(-1), which is here
+    }
+    // The initialised mbarriers are visible to the pushes of all peers, which begin after the barrier …
+    mbarrier_init_fence();
+    // … and a peer's push into h[1] comes after all threads of the block have filled it with zeros.
+    cluster_barrier();
+  }
+
+  __device__ __forceinline__ void expect(int s) const {
+    if (place.thread != 0 || waiting.given_up()) return;
+    // The bytes of h(s) may come before this is said: the phase cannot end without this arrival.
+    const auto bytes = static_cast<uint32_t>(this->columns * cut.units()) * static_cast<uint32_t>(sizeof(T));
+    mbarrier_arrive_expect(barrier_of(s + 1), bytes);
+  }
+
+  __device__ __forceinline__ void receive(int s) const {
+    // Every group's push of h(s-1) into this block is visible to this thread's reads of it.
+    waiting.for_phase(barrier_of(s), static_cast<uint32_t>(s) / 2 % 2, s);
+  }
+
+  __device__ __forceinline__ void send(int s, const T* staged, int share) const {
+    if (waiting.given_up()) return;
+    const uint32_t barrier = barrier_of(s + 1);
+    auto to = static_cast<uint32_t>(to_.at);
+#pragma unroll
+    for (int first = 0; first < kWords; first += kShare) {
+      if (kWords > kWarpThreads && column_ + first / kColumnWords >= this->columns) break;
+      if (first > 0) to += static_cast<uint32_t>(kShare / kColumnWords * this->pitch * static_cast<int>(sizeof(T)));
+      const uint4 value =
+          operands<T, product>(reinterpret_cast<const uint4*>(staged)[first + place.warp_lane % kShare]);
+      const auto push = [&](int n) {
+        const auto rank = static_cast<uint32_t>(first_peer_ + n * kSenders);
+        store_async(peer_address(to, rank), value, peer_address(barrier, rank));
+      };
+      // The usual numbers of blocks without a branch for each peer.
+      if (share == kMostPushes) {
+#pragma unroll
+        for (int n = 0; n < kMostPushes; ++n) push(n);
+      } else if (share == kMostPushes / 2) {
+#pragma unroll
+        for (int n = 0; n < kMostPushes / 2; ++n) push(n);
+      } else {
+#pragma unroll 1
+        for (int n = 0; n < share; ++n) push(n);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void next() { to_.next(); }
+
+  // Every block has received the last h that was sent: no push is under way to a block, or from one, that exits.
+  __device__ __forceinline__ void finish() const { cluster_barrier(); }
+
+ private:
+  // Of h(s-1), the one that step s waits for.
+  __device__ __forceinline__ uint32_t barrier_of(int s) const { return arrived + static_cast<uint32_t>(s) % 2 * 8; }
+};
+
+// Through L2, for a lane of more blocks than a cluster has, and where there are no clusters. 4 bytes of a column of h and
+// the number of the step travel in one word of 64 bits, which the memory model keeps whole: no flag and no fence, a step
+// takes one crossing of L2.
+//
+//   s + 1 (32) | h of unit 2u + 1 (16) | h of unit 2u (16)          or, of float:          s + 1 (32) | h of unit u (32)
+//
+// Hazard: words have two places, for even and odd steps. h(s+1) may be written over h(s-1) because its writer has read all
+// words of h(s), and a block sends those only after all of its threads have read the words of h(s-1), and met.
+//
+// A lane of one block has no peers, and its h stays in the block (see inside_block): the groups write h(s) to shared memory
+// themselves, and the barrier in receive() takes the place of the words.
+//
+// Hazard: h has two buffers there, too. h(s) may be written over h(s-2) because its writer has passed the barrier of step s,
+// to which all warps come when they have multiplied h(s-2), in step s-1.
+template <typename T, Product product, int Pieces, int Tiles>
+class L2Exchange : Exchanged<T> {
+  static constexpr int kElements = 4 / static_cast<int>(sizeof(T));  // of a word
+  static constexpr int kGroupWords = kGroupUnits / kElements;        // of a column
+  using Exchanged<T>::cut, Exchanged<T>::place, Exchanged<T>::waiting, Exchanged<T>::columns, Exchanged<T>::pitch;
+
+  static_assert(kWarpThreads % kGroupWords == 0, "a lane has the same word of several columns");
+
+  static constexpr bool kMayBeInside = may_be_inside_block(0, Pieces, sizeof(T));
+
+  uint64_t* words_;  // [s mod 2][column][word]
+  uint64_t* to_;     // the first that this lane sends in a step
+  int to_other_;     // how far it is to that of the next step
+
+ public:
+  static constexpr bool kCluster = false;
+
+  __device__ __forceinline__ L2Exchange(const Exchanged<T>& exchanged, uint64_t* words)
+      : Exchanged<T>(exchanged), words_(words), to_other_(kTileColumns * Tiles * forward_row_words<T>(cut)) {
+    const int column = place.warp_lane / kGroupWords, word = place.warp_lane % kGroupWords;
+    to_ = words + column * forward_row_words<T>(cut) + this->unit / kElements + word;
+  }
+
+  __device__ __forceinline__ void start() const {}  // words of 0 have no step's tag: whoever comes first waits
+
+  __device__ __forceinline__ void expect(int) const {}
+
+  // A warp takes whole columns.
+  __device__ __forceinline__ void receive(int s) const {
+    if (s == 0) return;
+    constexpr int kAtOnce = 8;  // words of a thread under way together
+    const int row_words = forward_row_words<T>(cut), warps = static_cast<int>(blockDim.x) / kWarpThreads;
+    for (int column = inside() ? columns : place.warp; column < columns; column += warps) {
+      const uint64_t* from = words_ + ((s + 1) % 2 * kTileColumns * Tiles + column) * row_words;
+      T* to = this->h + (s % 2 * kTileColumns * Tiles + column) * pitch;
+      for (int first = place.warp_lane; first < row_words; first += kAtOnce * kWarpThreads) {
+        uint64_t value[kAtOnce];
+        // Until all are those of step s - 1. The tag comes with the value: nothing else has to be ordered.
+        waiting.until(
+            [&] {
+              bool there = true;
+#pragma unroll
+              for (int n = 0; n < kAtOnce; ++n) {
+                const int at = first + n * kWarpThreads;
+                value[n] = at < row_words ? load_relaxed<Scope::device>(from + at) : static_cast<uint64_t>(s) << 32;
+              }
+#pragma unroll
+              for (int n = 0; n < kAtOnce; ++n) there &= value[n] >> 32 == static_cast<uint64_t>(s);
+              return there;
+            },
+            Watchdog::exchange, s, place.lane, first / (kGroupWords * cut.groups), 0);
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          const int at = first + n * kWarpThreads;
+          const auto elements = static_cast<uint32_t>(value[n]);
+          // What stood here, h(s-3), was read by all before they met in the step before.
+          if (at < row_words) *reinterpret_cast<uint32_t*>(to + at * kElements) = elements;
+        }
+      }
+    }
+    // Every thread's part of h(s-1) is visible to all; and all words of h(s-1) have been read, so that the block's h(s)
+    // may tell its peers to write over them. Inside a block: all warps have multiplied h(s-2), which h(s) is written over.
+    block_barrier();
+  }
+
+  // Of all columns, the words that this lane has.
+  __device__ __forceinline__ int share() const { return columns; }
+
+  __device__ __forceinline__ void send(int s, const T* staged, int share) const {
+    if (waiting.given_up()) return;  // its h means nothing
+    uint64_t* to = to_;
+#pragma unroll
+    for (int n = 0; n < kTileColumns * Tiles * kGroupWords; n += kWarpThreads) {
+      const int word = n + place.warp_lane;
+      if (word / kGroupWords >= share) break;
+      if (n > 0) to += kWarpThreads / kGroupWords * forward_row_words<T>(cut);
+      const T* mine = staged + word * kElements;
+      uint32_t value;
+      if constexpr (sizeof(T) == 4) {
+        value = number_detail::bits_of(operand<product>(*mine));
+      } else {
+        value = *reinterpret_cast<const uint32_t*>(mine);
+      }
+      if (inside()) {
+        const int column = (s + 1) % 2 * kTileColumns * Tiles + word / kGroupWords;
+        *reinterpret_cast<uint32_t*>(this->h + column * pitch + this->unit + word % kGroupWords * kElements) = value;
+      } else {
+        store_relaxed<Scope::device>(to, static_cast<uint64_t>(s + 1) << 32 | value);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void next() { to_ += to_other_, to_other_ = -to_other_; }
+
+  __device__ __forceinline__ void finish() const {}
+
+ private:
+  __device__ __forceinline__ bool inside() const { return kMayBeInside && cut.blocks == 1; }
+};
+
+template <typename T, Product product, Exchange exchange, int Pieces, int Tiles>
+using ExchangeOf = std::conditional_t<exchange == Exchange::cluster, ClusterExchange<T, product, Tiles>,
+                                      L2Exchange<T, product, Pieces, Tiles>>;
+
+}  // namespace stacked_lstm::cuda::persistent

@@ -1,0 +1,701 @@
+// csrc/persistent/forward.cuh: a whole stack of LSTM layers, every time step, one launch.
+//
+//            t →   0    1    2    3    4    5         A block owns some units of one lane for the whole sequence: their
+//   lane 0         ■────■────■────■────■────■         recurrent weights and c sit in registers. Inside a lane, h(t) goes to
+//   lane 1                   ■────■────■────■──       every block that needs it (─), as persistent/exchange.cuh says.
+//   lane 2                             ■────■────     Between lanes it goes through L2, a chunk of steps at a time.
+//
+//   a lane of the stack   `blocks` blocks; all of them hold h(t-1) of every unit in shared memory
+//   └ a block             `groups` groups of 8 units
+//     └ a group           32 gate rows, two tiles of mma, and `splits` warps, each over its part of K
+//
+//      tile 0   rows 0-7: gate i, rows 8-15: gate f      lane l of a warp has unit l/4 and two of every 8 batch columns:
+//      tile 1   rows 0-7: gate g, rows 8-15: gate o      its accumulators are all four gates of its cells, beside c
+//
+// A step:   receive h(t-1)   →   W_hh·h(t-1), each warp its part of K   →   a group's warps meet; split 0 adds up, does the
+//           gates, sends h(t)   →   and only then writes h(t), and what backward wants, to memory.
+// Blocks wait for data, never for each other: no barrier of a block (with L2Exchange: one), none of the grid.
+//
+// W_ih·x is computed for a few steps at a time, a pass: its x is read once a block, into shared memory, and W_ih, which lies
+// there or in L2, is read once a group. What it leaves is where a warp's recurrent sums start from.
+//
+// Between lanes: h of every step has its own place in memory, so that nobody waits for readers. When a block has written a
+// chunk, it says so in its own counter; a block of the lane above waits for the counters of all.
+#pragma once
+
+#include <algorithm>
+#include <string>
+
+#include "../cuda/launch.cuh"
+#include "block.cuh"
+#include "exchange.cuh"
+#include "products.cuh"
+
+namespace stacked_lstm::cuda::persistent {
+
+// ---- Who a warp is, and where things lie in shared memory ------------------------------------------------------------
+
+// Of a group, which has a named barrier: a block has 15 of them besides its own, and no more than kMaxWarps groups.
+struct GroupWarp {
+  int group, split;
+  int first_unit;  // of the lane: the group's first
+  int unit;        // the one that this thread has
+  int column;      // the first of two, in every tile of 8 batch columns
+
+  __device__ __forceinline__ GroupWarp(const Cut& cut, const Place& place)
+      // Neighbouring warps are on different schedulers: so are then those that compute gates, of split 0.
+      : group(place.warp % cut.groups),
+        split(place.warp / cut.groups),
+        first_unit((place.rank * cut.groups + group) * kGroupUnits),
+        unit(first_unit + place.warp_lane / 4),
+        column(place.warp_lane % 4 * 2) {}
+};
+
+// See ForwardLayout.
+template <typename T>
+struct ForwardShared {
+  ForwardLayout<T> layout;
+  unsigned char* bytes;
+
+  explicit __device__ __forceinline__ ForwardShared(const ForwardLayout<T>& l)
+      : layout(l), bytes(&dynamic_shared<unsigned char>()) {}
+
+  __device__ __forceinline__ T* h() const { return reinterpret_cast<T*>(bytes); }
+  __device__ __forceinline__ float4* partial() const { return reinterpret_cast<float4*>(bytes + layout.partial); }
+  __device__ __forceinline__ T* staged() const { return reinterpret_cast<T*>(bytes + layout.staged); }
+  __device__ __forceinline__ float4* projected() const { return reinterpret_cast<float4*>(bytes + layout.projected); }
+  __device__ __forceinline__ T* x() const { return reinterpret_cast<T*>(bytes + layout.x); }
+  __device__ __forceinline__ uint4* weights() const { return reinterpret_cast<uint4*>(bytes + layout.weights); }
+};
+
+// ---- Weights --------------------------------------------------------------------------------------------------------
+
+// Of one row, of a unit and a gate of `weight`, (4·hidden, depth): the quarter from k on. Zeros where there is no such unit.
+template <typename T, Product product>
+__device__ __forceinline__ uint4 gate_quarter(const T* weight, int hidden, int depth, int unit, int gate, int k,
+                                              bool fits) {
+  const T* row = weight + (int64_t{gate} * hidden + unit) * depth;
+  return operands<T, product>(load_quarter<Memory::constant>(row, k, unit < hidden ? depth : 0, fits));
+}
+
+// A thread's part of a piece of both tiles of a group.
+template <typename T, Product product>
+__device__ __forceinline__ void load_gate_fragments(Fragment (&tile)[2], const T* weight, int hidden, int depth,
+                                                    int unit, int piece, int warp_lane, bool fits) {
+  const int k = piece * kPieceElements<T> + warp_lane % 4 * kQuarter<T>;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    tile[m].upper = gate_quarter<T, product>(weight, hidden, depth, unit, 2 * m, k, fits);
+    tile[m].lower = gate_quarter<T, product>(weight, hidden, depth, unit, 2 * m + 1, k, fits);
+  }
+}
+
+// h(-1), and zeros wherever no unit and no sequence is: products read those too. And W_ih, where it lives here.
+template <typename T, Product product>
+__device__ __forceinline__ void fill_shared(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
+                                            const Place& place, const Sequences& sequences,
+                                            const ForwardShared<T>& shared) {
+  const Cut& cut = arguments.cut;
+  const int threads = static_cast<int>(blockDim.x), hidden = arguments.sizes.hidden, pitch = shared.layout.h_pitch;
+  for (int column = 0; column < cut.columns(); ++column) {
+    T* first = shared.h() + column * pitch;
+    T* second = first + cut.columns() * pitch;
+    const bool initial = lane.h_0 && column < sequences.count;
+    const T* h_0 = lane.h_0 + int64_t{sequences.first + column} * hidden;
+    for (int unit = place.thread; unit < pitch; unit += threads) {
+      first[unit] = initial && unit < hidden ? operand<product>(load_ordinary(h_0 + unit)) : T{0};
+      second[unit] = T{0};
+    }
+  }
+  if (cut.inputs_in_shared) {
+    const bool fits = quarters_fit(lane.weight_ih, lane.inputs, lane.inputs);
+    const int words = cut.groups * shared.layout.input_pieces * 4 * kWarpThreads;
+    for (int n = place.thread; n < words; n += threads) {
+      const int of_lane = n % kWarpThreads, gate = n / kWarpThreads % 4, of_piece = n / (4 * kWarpThreads);
+      const int piece = of_piece % shared.layout.input_pieces, group = of_piece / shared.layout.input_pieces;
+      const int unit = (place.rank * cut.groups + group) * kGroupUnits + of_lane / 4;
+      const int k = piece * kPieceElements<T> + of_lane % 4 * kQuarter<T>;
+      shared.weights()[n] = gate_quarter<T, product>(lane.weight_ih, hidden, lane.inputs, unit, gate, k, fits);
+    }
+  }
+}
+
+// ---- The input's share ----------------------------------------------------------------------------------------------
+
+// Of a thread's unit: b_ih + b_hh of the gates i, f, g, o.
+template <typename T>
+__device__ __forceinline__ void load_bias(float (&bias)[4], const ForwardLane<T>& lane, int hidden, int unit) {
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate) {
+    bias[gate] = 0;
+    if (unit >= hidden) continue;
+    if (lane.bias_ih) bias[gate] += widen(load_readonly(lane.bias_ih + gate * hidden + unit));
+    if (lane.bias_hh) bias[gate] += widen(load_readonly(lane.bias_hh + gate * hidden + unit));
+  }
+}
+
+// Pieces first_piece … first_piece + pieces - 1 of x of the steps s … s + steps - 1, as columns [step][sequence], to shared
+// memory; zeros where a sequence has no such step. A warp takes whole columns, four at a time.
+template <typename T, Product product, int Tiles>
+__device__ __forceinline__ void stage_x(const Sizes& sizes, const ForwardLane<T>& lane, const Place& place,
+                                        const Sequences& sequences, const ForwardShared<T>& shared, int s, int steps,
+                                        int first_piece, int pieces) {
+  constexpr int kAtOnce = 4;
+  const int warps = static_cast<int>(blockDim.x) / kWarpThreads, columns = steps * Tiles * kTileColumns;
+  const int quarters = pieces * 4, k_0 = first_piece * kPieceElements<T>;
+  // Rows are as far apart as x_row_stride; in a batch that is not packed those of two steps x_step_stride, too.
+  const bool fits = quarters_fit(lane.x, lane.x_row_stride, lane.inputs) &&
+                    (sizes.first_row || lane.x_step_stride % kQuarter<T> == 0);
+  for (int first = place.warp; first < columns; first += kAtOnce * warps) {
+    const T* row[kAtOnce];
+    int depth[kAtOnce];
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      const int at = first + n * warps, column = at % (Tiles * kTileColumns);
+      row[n] = lane.x, depth[n] = 0;
+      if (at >= columns) continue;
+      const int t = time_of(sizes, lane.reverse, s + at / (Tiles * kTileColumns));
+      if (column >= sequences.active(t)) continue;
+      row[n] += sizes.first_row ? (sequences.row(t) + column) * lane.x_row_stride
+                                : t * lane.x_step_stride + (sequences.first + column) * lane.x_row_stride;
+      depth[n] = lane.inputs;
+    }
+    for (int quarter = place.warp_lane; quarter < quarters; quarter += kWarpThreads) {
+      uint4 value[kAtOnce];  // all under way together
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        value[n] = load_quarter<Memory::written>(row[n], k_0 + quarter * kQuarter<T>, depth[n], fits);
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int at = first + n * warps;
+        if (at >= columns) break;
+        *reinterpret_cast<uint4*>(shared.x() + at * shared.layout.x_pitch + quarter * kQuarter<T>) =
+            operands<T, product>(value[n]);
+      }
+    }
+  }
+}
+
+// W_ih·x, of the staged pieces, added to the sums of N column tiles from `tile` on: to what is in shared.projected already,
+// or to `bias` where these are the first pieces. The warp takes every `splits`-th piece.
+template <typename T, Product product, int N>
+__device__ __forceinline__ void project_tiles(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
+                                              const Place& place, const GroupWarp& warp, const ForwardShared<T>& shared,
+                                              const float (&bias)[4], int tile, int first_piece, int pieces) {
+  const Cut& cut = arguments.cut;
+  float4* sums_of = shared.projected() + (place.warp * kPassTiles + tile) * 2 * kWarpThreads + place.warp_lane;
+  Sums<T, product, 2> sums[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    float d[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      float4 v = make_float4(bias[2 * m], bias[2 * m], bias[2 * m + 1], bias[2 * m + 1]);
+      if (first_piece > 0) v = sums_of[(n * 2 + m) * kWarpThreads];
+      d[m][0] = v.x, d[m][1] = v.y, d[m][2] = v.z, d[m][3] = v.w;
+    }
+    sums[n].start(d);
+  }
+  const bool fits = quarters_fit(lane.weight_ih, lane.inputs, lane.inputs);
+  const T* x = shared.x() + tile * kTileColumns * shared.layout.x_pitch + place.warp_lane % 4 * kQuarter<T>;
+#pragma unroll 1
+  for (int piece = warp.split; piece < pieces; piece += cut.splits) {
+    Fragment a[2];
+    if (cut.inputs_in_shared) {
+      const uint4* from = shared.weights() +
+                          (warp.group * shared.layout.input_pieces + first_piece + piece) * 4 * kWarpThreads +
+                          place.warp_lane;
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        a[m].upper = from[2 * m * kWarpThreads];
+        a[m].lower = from[(2 * m + 1) * kWarpThreads];
+      }
+    } else {
+      load_gate_fragments<T, product>(a, lane.weight_ih, arguments.sizes.hidden, lane.inputs, warp.unit,
+                                      first_piece + piece, place.warp_lane, fits);
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      sums[n].add(a, place.warp_lane, [&](int column) {
+        return *reinterpret_cast<const uint4*>(x + (n * kTileColumns + column) * shared.layout.x_pitch +
+                                               piece * kPieceElements<T>);
+      });
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    float d[2][4];
+    sums[n].finish(d, place.warp_lane);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      sums_of[(n * 2 + m) * kWarpThreads] = make_float4(d[m][0], d[m][1], d[m][2], d[m][3]);
+    }
+  }
+}
+
+// A pass: the input's share of the steps s … s + steps - 1. By all threads, behind a barrier: nobody reads the last pass's x
+// any more. A thread writes the sums that it will start from itself.
+template <typename T, Product product, int Tiles>
+__device__ __forceinline__ void project(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
+                                        const Place& place, const GroupWarp& warp, const Sequences& sequences,
+                                        const ForwardShared<T>& shared, int s, int steps) {
+  float bias[4] = {};
+  if (warp.split == 0) load_bias(bias, lane, arguments.sizes.hidden, warp.unit);
+  const int all = shared.layout.input_pieces, tiles = steps * Tiles;
+  for (int first_piece = 0; first_piece < all; first_piece += kStagedPieces) {
+    const int pieces = all - first_piece < kStagedPieces ? all - first_piece : kStagedPieces;
+    if (first_piece > 0) block_barrier();  // all warps have read the pieces before, which are overwritten
+    stage_x<T, product, Tiles>(arguments.sizes, lane, place, sequences, shared, s, steps, first_piece, pieces);
+    block_barrier();  // x is visible to all warps
+    if (product == Product::tensor && tiles == kPassTiles) {
+      project_tiles<T, product, kPassTiles>(arguments, lane, place, warp, shared, bias, 0, first_piece, pieces);
+    } else {
+      for (int tile = 0; tile < tiles; ++tile) {
+        project_tiles<T, product, 1>(arguments, lane, place, warp, shared, bias, tile, first_piece, pieces);
+      }
+    }
+  }
+}
+
+// ---- Pieces of a step -----------------------------------------------------------------------------------------------
+
+// Accumulators of a warp: [batch tile][gate tile][element]: element 0, 1 are two columns of the tile's upper gate (i, g),
+// 2, 3 the same columns of its lower one (f, o).
+template <int Tiles>
+using GateSums = float[Tiles][2][4];
+
+// What the recurrent sums of a step start from: tile `tile` of the pass is its first.
+template <typename T, int Tiles>
+__device__ __forceinline__ void load_projected(GateSums<Tiles>& d, const Place& place, const ForwardShared<T>& shared,
+                                               int tile) {
+  const float4* from = shared.projected() + (place.warp * kPassTiles + tile) * 2 * kWarpThreads + place.warp_lane;
+#pragma unroll
+  for (int n = 0; n < 2 * Tiles; ++n) {
+    const float4 v = from[n * kWarpThreads];
+    float (&sum)[4] = d[n / 2][n % 2];
+    sum[0] = v.x, sum[1] = v.y, sum[2] = v.z, sum[3] = v.w;
+  }
+}
+
+// The group's warps meet: split 0 gets the others' sums added to its own, always in the same order.
+//
+// Hazard: sums have two places. Those of step s are overwritten in step s+2, by a warp that has received h(s+1): its
+// group's split 0 sent its part of that after the meeting of step s+1, to which it came when it had read those of step s.
+// So too does nobody come twice to one meeting: the next step's begins with an h that this one's split 0 has sent.
+template <typename T, int Tiles>
+class Meeting {
+  static constexpr int kWords = Tiles * 2;
+  unsigned char* bytes_;
+  int id_, threads_, others_;
+  bool gathers_;
+  InTurn sums_;  // where the sums of split 1, or this warp's own, lie: bytes of shared memory
+
+ public:
+  __device__ __forceinline__ Meeting(const Cut& cut, const Place& place, const GroupWarp& warp,
+                                     const ForwardShared<T>& shared)
+      : bytes_(shared.bytes), id_(1 + warp.group), others_(in_register(cut.splits) - 1) {
+    constexpr int kBytes = kWords * ForwardLayout<T>::kTileBytes;  // of a warp
+    gathers_ = kept(static_cast<int>(warp.split == 0 && others_ > 0)) != 0;
+    sums_ = {static_cast<int>(shared.layout.partial) + place.warp_lane * static_cast<int>(sizeof(float4)) +
+                 (warp.group * others_ + (warp.split > 0 ? warp.split - 1 : 0)) * kBytes,
+             cut.groups * others_ * kBytes};
+    threads_ = in_register(cut.splits * kWarpThreads);
+  }
+
+  // Whether this warp adds up: that of split 0, where there are others.
+  __device__ __forceinline__ bool gathers() const { return gathers_; }
+
+  // After each step.
+  __device__ __forceinline__ void next() { sums_.next(); }
+
+  // By the warps of split 1 and following.
+  __device__ __forceinline__ void give(const GateSums<Tiles>& d) const {
+    auto* to = reinterpret_cast<float4*>(bytes_ + sums_.at);
+#pragma unroll
+    for (int n = 0; n < kWords; ++n) {
+      const float (&v)[4] = d[n / 2][n % 2];
+      to[n * kWarpThreads] = make_float4(v[0], v[1], v[2], v[3]);
+    }
+    // The sums are visible to split 0 behind its barrier. This warp has nothing to wait for but the next h.
+    named_barrier_arrive(id_, threads_);
+  }
+
+  // By the warp that gathers().
+  __device__ __forceinline__ void gather(GateSums<Tiles>& d) const {
+    // All warps of the group have read h(s-1), and written their sums, which are read next.
+    named_barrier_sync(id_, threads_);
+    const auto* from = reinterpret_cast<const float4*>(bytes_ + sums_.at);
+    const auto add = [&](const float4(&v)[kWords]) {
+#pragma unroll
+      for (int n = 0; n < kWords; ++n) {
+        float (&sum)[4] = d[n / 2][n % 2];
+        sum[0] += v[n].x, sum[1] += v[n].y, sum[2] += v[n].z, sum[3] += v[n].w;
+      }
+    };
+    // Read a split ahead: behind the last sums there is no branch to wait for.
+    float4 ahead[kWords];
+#pragma unroll
+    for (int n = 0; n < kWords; ++n) ahead[n] = from[n * kWarpThreads];
+#pragma unroll 1
+    for (int left = others_; left > 1; --left) {
+      from += kWords * kWarpThreads;
+      float4 v[kWords];
+#pragma unroll
+      for (int n = 0; n < kWords; ++n) v[n] = ahead[n], ahead[n] = from[n * kWarpThreads];
+      add(v);
+    }
+    add(ahead);
+  }
+};
+
+// h of a group's cells on its way out, as [column][unit]: of step s in one of two places, while that of s-1 is in the other.
+// What tensors hold: of TF32, not what products see.
+template <typename T, int Tiles>
+__device__ __forceinline__ T* staged_h(const Cut& cut, const GroupWarp& warp, const ForwardShared<T>& shared, int s) {
+  return shared.staged() + ((s & 1) * cut.groups + warp.group) * kTileColumns * Tiles * kGroupUnits;
+}
+
+// What a lane saves besides h; and whether a lane above it, in this launch, reads its chunks.
+enum Saves : int { kC = 1, kGates = 2, kAbove = 4, kChunks = 8 };
+
+// The cells of a thread, of split 0: [batch tile][0 or 1].
+template <typename T, int Tiles>
+struct Cells {
+  float c[Tiles][2];
+  T h[Tiles][2];
+  Gates<Two> gates[Tiles];
+
+  // Calls f(batch tile, 0 or 1, column) for those of the thread's cells whose column is one of the first `columns`.
+  template <typename F>
+  static __device__ __forceinline__ void for_each(const GroupWarp& warp, int columns, F f) {
+#pragma unroll
+    for (int n = 0; n < Tiles; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int column = n * kTileColumns + warp.column + j;
+        if (column < columns) f(n, j, column);
+      }
+    }
+  }
+
+  // Where the thread's first cell is in staged_h.
+  static __device__ __forceinline__ int place_of(const GroupWarp& warp) {
+    return warp.column * kGroupUnits + warp.unit - warp.first_unit;
+  }
+  static __device__ __forceinline__ int offset(int n, int j) { return (n * kTileColumns + j) * kGroupUnits; }
+
+  // The states (B, hidden) before the first step: c, and what stays of h, staged as of step -1.
+  __device__ __forceinline__ void load(const ForwardLane<T>& lane, const GroupWarp& warp, const Sequences& sequences,
+                                       int columns, int hidden, T* before) {
+#pragma unroll
+    for (int n = 0; n < Tiles * 2; ++n) c[n / 2][n % 2] = 0, before[place_of(warp) + offset(n / 2, n % 2)] = T{0};
+    for_each(warp, columns, [&](int n, int j, int column) {
+      const int64_t at = int64_t{sequences.first + column} * hidden + warp.unit;
+      if (lane.h_0) before[place_of(warp) + offset(n, j)] = load_ordinary(lane.h_0 + at);
+      if (lane.c_0) c[n][j] = widen(load_ordinary(lane.c_0 + at));
+    });
+  }
+
+  // h as it was staged before this step, which stays in columns that are not active. (A thread reads what it wrote itself;
+  // so h takes no registers during the products.)
+  __device__ __forceinline__ void recall(const GroupWarp& warp, const T* before) {
+    before += place_of(warp);
+#pragma unroll
+    for (int n = 0; n < Tiles * 2; ++n) h[n / 2][n % 2] = before[offset(n / 2, n % 2)];
+  }
+
+  // From the pre-activations to c and h, in the first `active` columns; all others keep theirs. h goes to `staged`, too.
+  __device__ __forceinline__ void update(const GateSums<Tiles>& d, const GroupWarp& warp, int active, T* staged) {
+    using Maths = EachOfTwo<ForwardMathsOf<T>>;
+    staged += place_of(warp);
+#pragma unroll
+    for (int n = 0; n < Tiles; ++n) {
+      const auto of = [&](int m, int first) { return Two{{d[n][m][first], d[n][m][first + 1]}}; };
+      gates[n] = activate<Maths>(Gates<Two>{of(0, 0), of(0, 2), of(1, 0), of(1, 2)});
+      Two next = {{c[n][0], c[n][1]}};
+      const Two out = cell_forward<Maths>(gates[n], next);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const bool steps = n * kTileColumns + warp.column + j < active;
+        c[n][j] = steps ? next.of[j] : c[n][j];
+        h[n][j] = narrow<T>(steps ? out.of[j] : widen(h[n][j]));
+        staged[offset(n, j)] = h[n][j];
+      }
+    }
+  }
+
+  // What stays of a step in memory: rows `row` and following, of the first `active` columns.
+  __device__ __forceinline__ void store(const Sizes& sizes, const ForwardLane<T>& lane, const GroupWarp& warp,
+                                        int64_t row, int active, int saves) const {
+    T* to_h = lane.h + row * sizes.h_stride + warp.unit;
+    const int64_t saved = row * sizes.saved_stride;
+    for_each(warp, active, [&](int n, int j, int column) {
+      stored(to_h + column * sizes.h_stride) = h[n][j];
+      if (saves & kC) stored(lane.saved_c + (saved + column * sizes.saved_stride + warp.unit)) = c[n][j];
+      if (saves & kGates) {
+        float* to = lane.saved_gates + 4 * (saved + column * sizes.saved_stride) + warp.unit;
+        stored(to) = gates[n].i.of[j];
+        stored(to + sizes.saved_stride) = gates[n].f.of[j];
+        stored(to + 2 * sizes.saved_stride) = gates[n].g.of[j];
+        stored(to + 3 * sizes.saved_stride) = gates[n].o.of[j];
+      }
+    });
+  }
+
+  // The states after the last step, whose h is `staged`.
+  __device__ __forceinline__ void store_last(const ForwardLane<T>& lane, const GroupWarp& warp,
+                                             const Sequences& sequences, int columns, int hidden,
+                                             const T* staged) const {
+    for_each(warp, columns, [&](int n, int j, int column) {
+      const int64_t at = int64_t{sequences.first + column} * hidden + warp.unit;
+      if (lane.h_n) stored(lane.h_n + at) = staged[place_of(warp) + offset(n, j)];
+      if (lane.c_n) stored(lane.c_n + at) = narrow<T>(c[n][j]);
+    });
+  }
+};
+
+// h as the lane above sees it, of the group's units: a thread takes neighbours of one column that share a block of random
+// words (philox.h), of which 8 units touch at most three.
+template <typename T, int Tiles>
+__device__ __forceinline__ void store_above(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
+                                            const Place& place, const GroupWarp& warp, const Sequences& sequences,
+                                            int64_t row, int t, int active, const T* staged) {
+  const Sizes& sizes = arguments.sizes;
+  const int64_t first = lane.h_column + warp.first_unit;  // element of the layer's output
+  const int before = static_cast<int>(first % 4);         // elements of the first block that are not the group's
+  for (int n = kept(place.warp_lane); n < kTileColumns * Tiles * 3; n += kWarpThreads) {
+    const int column = n / 3, unit = n % 3 * 4 - before;  // of the group: the first of four
+    if (column >= active) break;
+    float x[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (unit + i >= 0 && unit + i < kGroupUnits) x[i] = widen(staged[column * kGroupUnits + unit + i]);
+    }
+    if (arguments.mask.seed) {
+      const gates::Sizes numbering = {sizes.hidden, sizes.h_stride, 0, 0, arguments.mask};
+      const gates::Element element = {int64_t{t} * sizes.batch, first + unit, lane.layer};
+      gates::apply_mask(x, numbering, element, sequences.first + column, 0);
+    }
+    T* to = lane.above + (row + column) * sizes.h_stride + warp.first_unit + unit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (unit + i >= 0 && unit + i < kGroupUnits && warp.first_unit + unit + i < sizes.hidden)
+        stored(to + i) = narrow<T>(x[i]);
+    }
+  }
+}
+
+// ---- The kernel -----------------------------------------------------------------------------------------------------
+
+template <typename T, Product product, Exchange exchange, int Pieces, int Tiles>
+__global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
+    forward(const __grid_constant__ ForwardArguments<T> arguments) {
+  static_assert(kPassTiles % Tiles == 0, "a pass is of whole steps");
+  const Cut& cut = arguments.cut;
+  const Sizes& sizes = arguments.sizes;
+  const Place place(arguments);
+  const ForwardLane<T>& lane = arguments.lane[place.lane];
+  const GroupWarp warp(cut, place);
+  const Sequences sequences(sizes, place.copy);
+  const ForwardShared<T> shared(ForwardLayout<T>(cut, lane.inputs));
+  const int h_pitch = shared.layout.h_pitch;
+  const int columns = warp.unit < sizes.hidden ? sequences.count : 0;  // in which the thread has cells
+  Waiting waiting(arguments.watchdog, place);
+  const Exchanged<T> exchanged = {
+      cut,     place,           waiting,         shared.h(),
+      h_pitch, sequences.count, warp.first_unit, shared_address(shared.bytes + shared.layout.arrived)};
+  const int64_t words = int64_t{2} * cut.columns() * forward_row_words<T>(cut);  // of a lane
+  ExchangeOf<T, product, exchange, Pieces, Tiles> peers(
+      exchanged, arguments.words + (int64_t{place.copy} * sizes.lanes + place.lane) * words);
+  bool has_reader = false;
+  for (int n = 0; n < sizes.lanes; ++n) has_reader |= arguments.lane[n].below == place.lane;
+
+  // W_hh, the warp's part, for good.
+  Fragment weights[Pieces][2];
+  const bool fits = quarters_fit(lane.weight_hh, sizes.hidden, sizes.hidden);
+#pragma unroll
+  for (int n = 0; n < Pieces; ++n) {
+    load_gate_fragments<T, product>(weights[n], lane.weight_hh, sizes.hidden, sizes.hidden, warp.unit,
+                                    warp.split * Pieces + n, place.warp_lane, fits);
+  }
+  Cells<T, Tiles> cells;
+  if (warp.split == 0) {
+    cells.load(lane, warp, sequences, columns, sizes.hidden, staged_h<T, Tiles>(cut, warp, shared, -1));
+  }
+  fill_shared<T, product>(arguments, lane, place, sequences, shared);
+  peers.start();
+  const int saves = in_register((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0) |
+                                (has_reader ? kChunks : 0));
+  // Of column 0 at this step, and how far it is to the next one; in a packed batch it is read anew every step.
+  int64_t row = sequences.row(time_of(sizes, lane.reverse, 0));
+  const int row_step = kept(lane.reverse ? -sizes.batch : sizes.batch);
+  Meeting<T, Tiles> meeting(cut, place, warp, shared);
+  // In bytes of shared memory: where the warp's part of h(s-1) begins for this thread, see multiply_own(), and where the
+  // group stages h(s).
+  constexpr int kElement = static_cast<int>(sizeof(T));
+  InTurn h_at = {kElement * (own_column<product>(place.warp_lane) * h_pitch + warp.split * Pieces * kPieceElements<T> +
+                             place.warp_lane % 4 * kQuarter<T>),
+                 kElement * kTileColumns * Tiles * h_pitch};
+  constexpr int kStaged = kElement * kTileColumns * Tiles * kGroupUnits;
+  InTurn staged_at = {static_cast<int>(shared.layout.staged) + warp.group * kStaged, cut.groups * kStaged};
+  const int share = peers.share();
+
+  int pass = 0, next_pass = 0;  // the first steps of this one and of the next
+  for (int s = 0; s < sizes.steps; ++s, h_at.next(), staged_at.next(), meeting.next(), peers.next()) {
+    if (s == next_pass) {
+      const int in_chunk = s % cut.chunk_steps;
+      // All threads of the block have written their h of the steps before, which may be published next, and read the x
+      // of the last pass. Before the first pass: what they have filled shared memory with is visible.
+      block_barrier();
+      if (in_chunk == 0) {
+        const int chunk = s / cut.chunk_steps;
+        // The last thread's warp does it, since the first one's waits for the lane below.
+        if ((saves & kChunks) && place.thread == static_cast<int>(blockDim.x) - 1)
+          publish_chunks(arguments, place, chunk);
+        if (lane.below >= 0) {
+          await_chunks(arguments, place, waiting, lane.below, chunk + 1, s);
+          block_barrier();  // the chunk of the lane below, which a few threads have acquired, is visible to all of them
+        }
+      }
+      int steps = kPassTiles / Tiles;
+      if (steps > cut.chunk_steps - in_chunk) steps = cut.chunk_steps - in_chunk;
+      if (steps > sizes.steps - s) steps = sizes.steps - s;
+      project<T, product, Tiles>(arguments, lane, place, warp, sequences, shared, s, steps);
+      pass = s, next_pass = s + steps;
+    }
+
+    const bool sends = s + 1 < sizes.steps;  // the last h is nobody's input: a push could meet a block that has exited
+    if (sends) peers.expect(s);
+    int active = columns;
+    if (sizes.first_row) {
+      const int t = time_of(sizes, lane.reverse, s);
+      row = sequences.row(t);
+      if (columns > 0) active = sequences.active(t);
+    }
+    GateSums<Tiles> d;
+    load_projected<T, Tiles>(d, place, shared, (s - pass) * Tiles);
+    const int share_here = kept(sends ? share : 0);
+    peers.receive(s);
+    multiply_own<T, product>(d, weights, reinterpret_cast<const T*>(shared.bytes + h_at.at), h_pitch, place.warp_lane);
+    if (meeting.gathers()) {
+      meeting.gather(d);
+    } else if (warp.split > 0) {
+      meeting.give(d);
+      continue;
+    }
+    cells.recall(warp, reinterpret_cast<const T*>(shared.bytes + staged_at.at + staged_at.to_other));
+    T* staged = reinterpret_cast<T*>(shared.bytes + staged_at.at);
+    cells.update(d, warp, active, staged);
+    // The lanes' h(s) are staged, for each lane to send some of them; and with one split, whose warp meets nobody, all
+    // lanes have read h(s-1). What was staged two steps ago was read before the warp met here in the last step.
+    warp_barrier();
+    peers.send(s, staged, share_here);
+    cells.store(sizes, lane, warp, row, active, saves);
+    if (saves & kAbove) {
+      const int t = time_of(sizes, lane.reverse, s);
+      store_above<T, Tiles>(arguments, lane, place, warp, sequences, row, t, sequences.active(t), staged);
+    }
+    row += kept(row_step);  // its sign is made here, and takes no register between the steps
+  }
+  if (warp.split == 0) {
+    cells.store_last(lane, warp, sequences, columns, sizes.hidden,
+                     staged_h<T, Tiles>(cut, warp, shared, sizes.steps - 1));
+  }
+  block_barrier();  // all threads have written the last chunk's h, for the release
+  if ((saves & kChunks) && place.thread == static_cast<int>(blockDim.x) - 1) {
+    publish_chunks(arguments, place, (sizes.steps + cut.chunk_steps - 1) / cut.chunk_steps);
+  }
+  peers.finish();
+}
+
+// ---- Launch ---------------------------------------------------------------------------------------------------------
+
+// What is wrong with these arguments for the kernel of this instance, or "".
+template <typename T>
+std::string forward_misfit(const ForwardArguments<T>& arguments, const Instance& instance) {
+  const Cut& cut = arguments.cut;
+  const Sizes& s = arguments.sizes;
+  const auto number = [](int64_t n) { return std::to_string(n); };
+  if (!instance.runs(cut)) {
+    return "it is compiled for " + number(instance.pieces) + " pieces and " + number(instance.tiles) +
+           " tiles, the cut has " + number(cut.pieces) + " and " + number(cut.tiles) +
+           ", or another product or exchange";
+  }
+  if (s.lanes < 1 || s.lanes > kMaxLanes) return number(s.lanes) + " lanes: a launch takes 1 to " + number(kMaxLanes);
+  if (s.steps < 1 || cut.chunk_steps < 1) return "no steps, or chunks of none";
+  if (s.batch < 1 || s.batch_groups < 1 || s.batch_groups > s.batch) {
+    return number(s.batch_groups) + " groups of a batch of " + number(s.batch);
+  }
+  if (s.copies < 1 || s.first_group < 0 || s.first_group + s.copies > s.batch_groups) {
+    return number(s.copies) + " batch groups from number " + number(s.first_group) + " on, of " +
+           number(s.batch_groups);
+  }
+  const int most = (s.batch + s.batch_groups - 1) / s.batch_groups;
+  if (most > cut.columns()) return number(most) + " sequences of at most " + number(cut.columns());
+  if (cut.groups < 1 || cut.splits < 1 || cut.groups * cut.splits > kMaxWarps) {
+    return number(cut.groups) + " groups of " + number(cut.splits) + " warps: a block has at most " + number(kMaxWarps);
+  }
+  if (std::string error = blocks_misfit(cut); !error.empty()) return error;
+  const int depth = cut.splits * cut.pieces * kPieceElements<T>;
+  if (s.hidden < 1 || s.hidden > cut.units() || cut.units() > depth) {
+    return "hidden " + number(s.hidden) + ", units " + number(cut.units()) + ", K " + number(depth) +
+           " have to grow in this order";
+  }
+  if (cut.exchange == Exchange::l2 && !arguments.words) return "an exchange through L2 without words";
+#if defined(STACKED_LSTM_WATCHDOG)
+  if (!arguments.watchdog) return "a build with STACKED_LSTM_WATCHDOG, and no record for it";
+#endif
+  for (int n = 0; n < s.lanes; ++n) {
+    const ForwardLane<T>& lane = arguments.lane[n];
+    const std::string who = "lane " + number(n);
+    if (lane.inputs < 1) return who + " has " + number(lane.inputs) + " inputs";
+    if (lane.below < -1 || lane.below >= n) {
+      return who + " is above lane " + number(lane.below) + ": lanes stand in the order in which they feed each other";
+    }
+    if (lane.below < 0) continue;
+    const ForwardLane<T>& below = arguments.lane[lane.below];
+    if (!arguments.chunks_done) return who + " has to wait for another one, and there are no counters";
+    if (lane.reverse != below.reverse) return who + " goes the other way round than the one below";
+    const bool rows = lane.x_row_stride == s.h_stride && (s.first_row || lane.x_step_stride == s.batch * s.h_stride);
+    if (lane.x != (below.above ? below.above : below.h) || lane.inputs != s.hidden || !rows) {
+      return who + "'s x is not what lane " + number(lane.below) + " writes";
+    }
+  }
+  return "";
+}
+
+template <typename T>
+LaunchConfig forward_config(const Cut& cut, int most_inputs, int blocks) {
+  LaunchConfig config;
+  config.grid = dim3(static_cast<unsigned>(blocks));
+  config.block = dim3(static_cast<unsigned>(cut.groups * cut.splits * kWarpThreads));
+  config.shared_bytes = forward_shared_bytes<T>(cut, most_inputs);
+  if (cut.exchange == Exchange::cluster) config.cluster = static_cast<unsigned>(cut.blocks);
+  config.co_resident = true;
+  return config;
+}
+
+// Starts the kernel. Whatever the arguments point to stays until the stream has done it. Refused, before anything runs, when
+// not all blocks fit on the device at once.
+template <typename T, Product product, Exchange exchange, int Pieces, int Tiles>
+Outcome launch_forward(const ForwardArguments<T>& arguments, void* stream) {
+  const std::string error = forward_misfit(arguments, {product, exchange, Tiles, Pieces, 0});
+  if (!error.empty()) return {Outcome::failed, "the persistent forward kernel does not take this: " + error};
+  const Sizes& sizes = arguments.sizes;
+  int most_inputs = 0;
+  for (int n = 0; n < sizes.lanes; ++n) most_inputs = std::max(most_inputs, arguments.lane[n].inputs);
+  LaunchConfig config =
+      forward_config<T>(arguments.cut, most_inputs, sizes.copies * sizes.lanes * arguments.cut.blocks);
+  config.stream = stream;
+  return outcome_of(launch(config, &forward<T, product, exchange, Pieces, Tiles>, arguments));
+}
+
+// How many blocks of such a launch the current device holds at once; 0 where it cannot run at all.
+template <typename T, Product product, Exchange exchange, int Pieces, int Tiles>
+int64_t forward_capacity(const Cut& cut, int most_inputs, int /*hidden*/) {
+  const LaunchConfig config = forward_config<T>(cut, most_inputs, cut.blocks);
+  return static_cast<int64_t>(capacity(config, &forward<T, product, exchange, Pieces, Tiles>));
+}
+
+}  // namespace stacked_lstm::cuda::persistent

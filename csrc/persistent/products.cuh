@@ -1,0 +1,289 @@
+// csrc/persistent/products.cuh: what a warp of the persistent kernels multiplies: tiles of 16 rows of weights by tiles
+// of 8 columns of the batch, over K in pieces of 64 bytes of a row.
+//
+//   K of a piece      quarter 0    quarter 1    quarter 2    quarter 3        lane l of the warp has
+//   row of weights    ■■■■■■■■     ■■■■■■■■     ■■■■■■■■     ■■■■■■■■         quarter l % 4 of rows l/4 and l/4 + 8
+//   column of h       ■■■■■■■■     ■■■■■■■■     ■■■■■■■■     ■■■■■■■■         quarter l % 4 of column l/4
+//                     16 bytes
+//
+// mma adds over K, in whatever order both operands have it: so a lane's quarter, its first half in one k-step and its second
+// in the next, serves as it lies in memory. Nobody packs weights, and a quarter is one load. The same holds for 16 bits
+// (m16n8k16) and TF32 (m16n8k8). Exact float32 has fused multiply-adds instead: a lane multiplies its quarters of the
+// weights by that quarter of all 8 columns, and in the end the four lanes of a row add up, to what mma leaves:
+//
+//   d[tile][0], [1]   row l/4 of the tile, columns 2·(l % 4) and + 1          d[tile][2], [3]   row l/4 + 8
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../cuda/primitives.cuh"
+#include "../stack/number.h"
+#include "kernels.h"
+
+namespace stacked_lstm::cuda::persistent {
+
+using namespace stacked_lstm::persistent;
+
+// Elements of a quarter.
+template <typename T>
+inline constexpr int kQuarter = 16 / static_cast<int>(sizeof(T));
+
+// A lane's part of a piece of one tile of weights.
+struct Fragment {
+  uint4 upper, lower;  // rows lane / 4 and lane / 4 + 8
+};
+
+// ---- Operands -------------------------------------------------------------------------------------------------------
+
+// x as the product takes it: of TF32, the nearest one.
+template <Product product, typename T>
+__device__ __forceinline__ T operand(T x) {
+  if constexpr (std::is_same_v<T, float> && product == Product::tensor) return nearest_tf32(x);
+  return x;
+}
+template <typename T, Product product>
+__device__ __forceinline__ uint4 operands(uint4 quarter) {
+  if constexpr (std::is_same_v<T, float> && product == Product::tensor) {
+    const auto nearest = [](unsigned bits) {
+      return number_detail::bits_of(nearest_tf32(number_detail::float_of(bits)));
+    };
+    return {nearest(quarter.x), nearest(quarter.y), nearest(quarter.z), nearest(quarter.w)};
+  }
+  return quarter;
+}
+
+// May the rows be read in quarters? They begin, and end, at a multiple of 16 bytes.
+template <typename T>
+__device__ __forceinline__ bool quarters_fit(const T* first_row, int64_t row_stride, int depth) {
+  return reinterpret_cast<uintptr_t>(first_row) % 16 == 0 && row_stride % kQuarter<T> == 0 && depth % kQuarter<T> == 0;
+}
+
+enum class Memory {
+  constant,  // nobody writes it during the launch
+  written,   // another block may have, before what this thread has acquired: read past the L1
+};
+
+// Elements k … k + kQuarter - 1 of a row in global memory that has `depth`; zeros past its end. (No row: depth 0.)
+template <Memory memory, typename T>
+__device__ __forceinline__ uint4 load_quarter(const T* row, int k, int depth, bool fits) {
+  const auto load = [](const auto* from) {
+    if constexpr (memory == Memory::constant) return load_readonly(from);
+    if constexpr (memory == Memory::written) return load_l2(from);
+  };
+  uint4 quarter = {0, 0, 0, 0};
+  if (fits) {
+    if (k < depth) quarter = load(reinterpret_cast<const uint4*>(row + k));
+  } else {
+    // A loop that stays one, which turns the words round: few registers, beside all those weights.
+#pragma unroll 1
+    for (int n = k; n < k + kQuarter<T>; n += 4 / static_cast<int>(sizeof(T))) {
+      uint32_t word = 0;
+      if constexpr (sizeof(T) == 4) {
+        if (n < depth) word = number_detail::bits_of(load(row + n));
+      } else {
+        if (n < depth) word = load(row + n).bits;
+        if (n + 1 < depth) word |= static_cast<uint32_t>(load(row + n + 1).bits) << 16;
+      }
+      quarter = {quarter.y, quarter.z, quarter.w, word};
+    }
+  }
+  return quarter;
+}
+
+// ---- Products -------------------------------------------------------------------------------------------------------
+
+// d += a·b for a piece, its 16 x K by K x 8.
+template <typename T>
+__device__ __forceinline__ void multiply_half(float (&d)[4], uint32_t upper_0, uint32_t lower_0, uint32_t upper_1,
+                                              uint32_t lower_1, uint32_t b_0, uint32_t b_1) {
+  const uint32_t a[4] = {upper_0, lower_0, upper_1, lower_1}, b[2] = {b_0, b_1};
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    mma_bf16(d, a, b);
+  } else if constexpr (std::is_same_v<T, float16>) {
+    mma_f16(d, a, b);
+  } else {
+    mma_tf32(d, a, b);
+  }
+}
+
+// Sums of MTiles tiles of weights by one tile of the batch, as they grow: start(), add() for each piece, finish(). With two
+// chains of dependent products a tile, one for each half of a piece, where few tiles would keep the unit waiting.
+template <typename T, Product product, int MTiles, bool kTwoChains = false>
+class Sums {
+  static_assert(product == Product::tensor || std::is_same_v<T, float>);
+  float d_[MTiles][4], second_[kTwoChains ? MTiles : 1][4];
+
+ public:
+  __device__ __forceinline__ void start(const float (&d)[MTiles][4]) {
+#pragma unroll
+    for (int n = 0; n < MTiles * 4; ++n) {
+      d_[n / 4][n % 4] = d[n / 4][n % 4];
+      if constexpr (kTwoChains) second_[n / 4][n % 4] = 0;
+    }
+  }
+
+  // column(n): the lane's quarter of column n of the batch tile, as operands().
+  template <typename Column>
+  __device__ __forceinline__ void add(const Fragment (&a)[MTiles], int lane, Column column) {
+    const uint4 b = column(lane / 4);
+#pragma unroll
+    for (int m = 0; m < MTiles; ++m) {
+      const uint4 &u = a[m].upper, &l = a[m].lower;
+      multiply_half<T>(d_[m], u.x, l.x, u.y, l.y, b.x, b.y);
+      if constexpr (kTwoChains) multiply_half<T>(second_[m], u.z, l.z, u.w, l.w, b.z, b.w);
+    }
+    if constexpr (!kTwoChains) {
+#pragma unroll
+      for (int m = 0; m < MTiles; ++m) {
+        const uint4 &u = a[m].upper, &l = a[m].lower;
+        multiply_half<T>(d_[m], u.z, l.z, u.w, l.w, b.z, b.w);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish(float (&d)[MTiles][4], int /*lane*/) {
+#pragma unroll
+    for (int n = 0; n < MTiles * 4; ++n) {
+      d[n / 4][n % 4] = d_[n / 4][n % 4];
+      if constexpr (kTwoChains) d[n / 4][n % 4] += second_[n / 4][n % 4];
+    }
+  }
+};
+
+// Exact float32: sums of a lane's rows (upper and lower of each of MTiles tiles) with `Count` columns, over its quarters of K.
+template <int MTiles, int Count>
+class LaneSums {
+  static_assert(Count % 4 == 0);
+  float sum_[2 * MTiles][Count] = {};
+
+ public:
+  // column(n), n < Count: the lane's quarter of that column.
+  template <typename Column>
+  __device__ __forceinline__ void add(const Fragment (&a)[MTiles], Column column) {
+#pragma unroll
+    for (int n = 0; n < Count; ++n) {
+      const uint4 b = column(n);
+#pragma unroll
+      for (int m = 0; m < MTiles; ++m) {
+        multiply_add(sum_[2 * m][n], a[m].upper, b);
+        multiply_add(sum_[2 * m + 1][n], a[m].lower, b);
+      }
+    }
+  }
+
+  // The sums of a row over all of K, of Count/4 columns: those from Count/4 · (lane % 4) on.
+  __device__ __forceinline__ void total(float (&sum)[Count / 4], int row, int lane) const {
+    const bool right = lane & 2, odd = lane & 1;
+    const float (&s)[Count] = sum_[row];
+    // Of its own and another's sums a lane keeps half of the columns, and hands the other half on: first with the lane two
+    // away, then with its neighbour. The same sum whoever adds: a + b is b + a.
+    float half[Count / 2];
+#pragma unroll
+    for (int n = 0; n < Count / 2; ++n) {
+      half[n] = (right ? s[Count / 2 + n] : s[n]) + shuffle_xor(kFullWarp, right ? s[n] : s[Count / 2 + n], 2);
+    }
+#pragma unroll
+    for (int n = 0; n < Count / 4; ++n) {
+      sum[n] = (odd ? half[Count / 4 + n] : half[n]) + shuffle_xor(kFullWarp, odd ? half[n] : half[Count / 4 + n], 1);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void multiply_add(float& sum, const uint4& a, const uint4& b) {
+    using number_detail::float_of;
+    sum = __fmaf_rn(float_of(a.x), float_of(b.x), sum);
+    sum = __fmaf_rn(float_of(a.y), float_of(b.y), sum);
+    sum = __fmaf_rn(float_of(a.z), float_of(b.z), sum);
+    sum = __fmaf_rn(float_of(a.w), float_of(b.w), sum);
+  }
+};
+
+template <int MTiles, bool kTwoChains>
+class Sums<float, Product::exact, MTiles, kTwoChains> {
+  float start_[MTiles][4];
+  LaneSums<MTiles, kTileColumns> sums_;
+
+ public:
+  __device__ __forceinline__ void start(const float (&d)[MTiles][4]) {
+#pragma unroll
+    for (int n = 0; n < MTiles * 4; ++n) start_[n / 4][n % 4] = d[n / 4][n % 4];
+    sums_ = {};
+  }
+
+  template <typename Column>
+  __device__ __forceinline__ void add(const Fragment (&a)[MTiles], int /*lane*/, Column column) {
+    sums_.add(a, column);
+  }
+
+  __device__ __forceinline__ void finish(float (&d)[MTiles][4], int lane) {
+#pragma unroll
+    for (int row = 0; row < 2 * MTiles; ++row) {
+      float sum[2];
+      sums_.total(sum, row, lane);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) d[row / 2][row % 2 * 2 + n] = start_[row / 2][row % 2 * 2 + n] + sum[n];
+    }
+  }
+};
+
+// The column of a batch tile that a lane reads, of products on tensor cores; exact ones read all, from the first on.
+template <Product product>
+__device__ __forceinline__ int own_column(int lane) {
+  return product == Product::exact ? 0 : lane / 4;
+}
+
+// d += weights, `Pieces` pieces in registers, by Tiles batch tiles in shared memory. `own`: quarter lane % 4 of the first
+// piece of own_column(); `pitch`: elements from a column to the next.
+template <typename T, Product product, int Pieces, int MTiles, int Tiles>
+__device__ __forceinline__ void multiply_own(float (&d)[Tiles][MTiles][4], const Fragment (&weights)[Pieces][MTiles],
+                                             const T* own, int pitch, int lane) {
+  const auto quarter = [&](int tile, int n, int piece) {
+    return *reinterpret_cast<const uint4*>(own + (tile * kTileColumns + n) * pitch + piece * kPieceElements<T>);
+  };
+  if constexpr (product == Product::exact) {
+    // Four columns at a time, those that are the lanes' first in d, then their second ones: few sums, beside the weights.
+    // A loop that stays one, which turns d round: else columns would be loaded long before their turn.
+#pragma unroll
+    for (int tile = 0; tile < Tiles; ++tile) {
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        LaneSums<MTiles, kTileColumns / 2> sums;
+#pragma unroll
+        for (int piece = 0; piece < Pieces; ++piece) {
+          sums.add(weights[piece], [&](int n) { return quarter(tile, 2 * n + half, piece); });
+        }
+#pragma unroll
+        for (int row = 0; row < 2 * MTiles; ++row) {
+          float sum[1];
+          sums.total(sum, row, lane);
+          float &first = d[tile][row / 2][row % 2 * 2], &second = d[tile][row / 2][row % 2 * 2 + 1];
+          const float done = first + sum[0];
+          first = second, second = done;
+        }
+      }
+    }
+  } else {
+    Sums<T, product, MTiles, (Tiles * MTiles <= 2)> sums[Tiles];
+#pragma unroll
+    for (int tile = 0; tile < Tiles; ++tile) sums[tile].start(d[tile]);
+#pragma unroll
+    for (int piece = 0; piece < Pieces; ++piece) {
+#pragma unroll
+      for (int tile = 0; tile < Tiles; ++tile) {
+        sums[tile].add(weights[piece], lane, [&](int) { return quarter(tile, 0, piece); });
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < Tiles; ++tile) sums[tile].finish(d[tile], lane);
+  }
+}
+
+// The same from `first`, quarter lane % 4 of the first piece of column 0.
+template <typename T, Product product, int Pieces, int MTiles, int Tiles>
+__device__ __forceinline__ void multiply(float (&d)[Tiles][MTiles][4], const Fragment (&weights)[Pieces][MTiles],
+                                         const T* first, int pitch, int lane) {
+  multiply_own<T, product>(d, weights, first + own_column<product>(lane) * pitch, pitch, lane);
+}
+
+}  // namespace stacked_lstm::cuda::persistent

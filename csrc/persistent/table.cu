@@ -1,0 +1,31 @@
+// csrc/persistent/table.cu: the table of the persistent kernels on a GPU. The kernels themselves are instantiated in
+// persistent/forward_*.cu and persistent/backward_*.cu, a direction and an element each, so that a build compiles them side
+// by side.
+#include "dispatch.cuh"
+
+namespace stacked_lstm::persistent {
+
+namespace {
+
+template <typename T>
+Kernels<T> kernels() {
+  using Forward = cuda::persistent::ForwardEntry<T>;
+  using Backward = cuda::persistent::BackwardEntry<T>;
+  return {kForwardInstances<T>.data(),
+          static_cast<int>(kForwardInstances<T>.size()),
+          kBackwardInstances<T>.data(),
+          static_cast<int>(kBackwardInstances<T>.size()),
+          Forward::launch,
+          Backward::launch,
+          Forward::capacity,
+          Backward::capacity};
+}
+
+}  // namespace
+
+const Table& cuda_kernels() {
+  static const Table table = {kernels<float>(), kernels<bfloat16>(), kernels<float16>()};
+  return table;
+}
+
+}  // namespace stacked_lstm::persistent

@@ -1,0 +1,359 @@
+// csrc/stack/wavefront.h: the schedule: who computes which (layer, chunk) when and after what, and what it is predicted to cost.
+//
+//            t →  chunk 0  chunk 1  chunk 2  chunk 3        Layer k's chunk c needs layer k-1's chunk c and its own
+//   layer 0      ■■■■■■■■ ■■■■■■■■ ■■■■■■■■ ■■■■■■■■       chunk c-1, so that L layers side by side take
+//   layer 1               ■■■■■■■■ ■■■■■■■■ ■■■■■■■■ …     T + (L-1)·chunk_steps steps instead of T·L. The input
+//   layer 2                        ■■■■■■■■ ■■■■■■■■ …     projection of a chunk is one product.
+//
+// The workers of a call form a box: batch_slices × layer_groups × unit_slices.
+//   batch slices   share nothing but weights;
+//   layer groups   are the wavefront: group g takes lanes g, g + G, … from their first chunk to their last (bands, not
+//                  diagonals, so that a worker reads the same recurrent weights for the whole sequence);
+//   unit slices    split one lane's hidden units and hand h over once a step.
+// A schedule has up to two phases, each a run of layers with its own groups × slices: layers that are left over when L
+// is no multiple of the groups are split by units instead.
+//
+// Positions. Lanes in the order in which they are taken: forward from layer 0 up, backward from the top layer down. A
+// position waits only for lower ones, and every worker takes its own in rising order. So the least unfinished position
+// can always go on, and no set of workers can wait for each other in a circle.
+//
+// A bidirectional layer needs the whole layer below it: its two directions run side by side, and the layers in turn.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "stack.h"
+
+namespace stacked_lstm {
+
+struct Phase {
+  int64_t first_layer = 0, last_layer = 0;  // in the order in which they are taken
+  int64_t layer_groups = 1;
+  int64_t unit_slices = 1;
+
+  int64_t workers() const { return layer_groups * unit_slices; }
+};
+
+// Where a worker stands in a phase.
+struct Place {
+  int64_t batch_slice, group, slice;
+};
+
+struct Schedule {
+  int64_t batch_slices = 1;
+  int64_t chunk_steps = 1;
+  int64_t phases = 1;
+  Phase phase[2];
+  double predicted_us = 0;
+  const char* binds = "arithmetic";  // the largest term of the prediction
+
+  int64_t workers_per_batch_slice() const {
+    return phases == 2 ? std::max(phase[0].workers(), phase[1].workers()) : phase[0].workers();
+  }
+  int64_t workers() const { return batch_slices * workers_per_batch_slice(); }
+  int64_t chunks(int64_t steps) const { return (steps + chunk_steps - 1) / chunk_steps; }
+
+  const Phase& phase_of(int64_t position, int64_t directions) const {
+    return phases == 2 && position >= phase[1].first_layer * directions ? phase[1] : phase[0];
+  }
+  // Steps that pass before the last layer starts.
+  int64_t fill_steps(int64_t directions) const {
+    int64_t groups = 1;
+    for (int64_t p = 0; p < phases; ++p) groups = std::max(groups, phase[p].layer_groups);
+    return directions == 1 ? (groups - 1) * chunk_steps : 0;
+  }
+
+  // Calls visit(position, place) for every position that `worker` has a part in, in the order in which to take them.
+  template <typename Visit>
+  void for_each_position(int64_t directions, int64_t worker, Visit&& visit) const {
+    const int64_t batch_slice = worker / workers_per_batch_slice(), index = worker % workers_per_batch_slice();
+    for (int64_t p = 0; p < phases; ++p) {
+      if (index >= phase[p].workers()) continue;
+      const Place place{batch_slice, index / phase[p].unit_slices, index % phase[p].unit_slices};
+      const int64_t first = phase[p].first_layer * directions, last = phase[p].last_layer * directions;
+      for (int64_t position = first + place.group; position < last; position += phase[p].layer_groups) {
+        visit(position, place);
+      }
+    }
+  }
+};
+
+// Why a schedule cannot run a stack; null if it can.
+inline const char* why_not(const Schedule& schedule, const StackShape& shape, int64_t threads) {
+  if (schedule.workers() > threads) return "it has more workers than threads";
+  if (schedule.batch_slices < 1 || schedule.batch_slices > std::max<int64_t>(shape.batch, 1)) {
+    return "batch_slices should be between 1 and the batch";
+  }
+  if (schedule.chunk_steps < 1) return "chunk_steps should be at least 1";
+  int64_t layer = 0;
+  for (int64_t p = 0; p < schedule.phases; ++p) {
+    const Phase& phase = schedule.phase[p];
+    if (phase.first_layer != layer || phase.last_layer <= layer) return "its phases should take the layers in order";
+    if (phase.layer_groups < 1 || phase.unit_slices < 1) return "groups and slices should be at least 1";
+    layer = phase.last_layer;
+  }
+  return layer == shape.depth() ? nullptr : "its phases should take every layer";
+}
+
+// The sequences of a call, shared out to batch slices, each of at least one.
+struct BatchShares {
+  std::vector<int64_t> first;  // a slice's first sequence; last of all, the batch
+  int64_t most_rows = 0;       // the largest slice's, over all steps
+};
+
+// Slices of about as many rows each. A packed batch is sorted by length: its first slices have fewer, longer sequences.
+inline BatchShares share_batch(const StackShape& shape, int64_t slices) {
+  const int64_t batch = shape.batch;
+  BatchShares shares{std::vector<int64_t>(static_cast<size_t>(slices + 1), batch)};
+  const auto first = [&](int64_t slice) -> int64_t& { return shares.first[static_cast<size_t>(slice)]; };
+  if (!shape.packed()) {
+    for (int64_t slice = 0; slice < slices; ++slice) first(slice) = batch * slice / slices;
+    shares.most_rows = (batch + slices - 1) / slices * shape.steps;
+    return shares;
+  }
+  first(0) = 0;
+  int64_t slice = 0, rows = 0, own_rows = 0, length = shape.steps;
+  for (int64_t b = 0; b < batch; ++b) {
+    while (length > 0 && shape.active(length - 1) <= b) --length;
+    // The next slice begins where half of the sequence is past this one's share, or where it has to for all to get one.
+    const bool enough = slices * (2 * rows + length) > 2 * shape.rows() * (slice + 1);
+    const bool must = batch - b == slices - 1 - slice;
+    if (b > first(slice) && slice + 1 < slices && (enough || must)) first(++slice) = b, own_rows = 0;
+    rows += length, own_rows += length;
+    shares.most_rows = std::max(shares.most_rows, own_rows);
+  }
+  return shares;
+}
+
+// What a chunk of a position needs of the layer before it (below it in forward, above it in backward).
+struct Needs {
+  int64_t first_position, positions;  // none when positions is 0
+  int64_t chunks;                     // how many chunks each of them must have finished
+};
+
+inline Needs needs(const Schedule& schedule, int64_t steps, int64_t directions, int64_t position, int64_t chunk) {
+  const int64_t layer = position / directions;
+  if (layer == 0) return {0, 0, 0};
+  return {(layer - 1) * directions, directions, directions == 1 ? chunk + 1 : schedule.chunks(steps)};
+}
+
+constexpr int64_t lane_at(int64_t position, int64_t lanes, bool backward) {
+  return backward ? lanes - 1 - position : position;
+}
+
+// ---- The cost model -------------------------------------------------------------------------------------------------
+
+// A core, in multiply-adds and bytes a nanosecond. Rates: what the kernels reach on a server core with AVX-512 (Zen 4, in a
+// virtual machine), fitted to which of several forced schedules was the fastest. Sizes of caches are found at run time.
+struct CpuMachine {
+  double multiply_adds = 50;   // of one element type
+  double l2_bytes = 1 << 20;   // what stays close from step to step
+  double near_rate = 90;       // bytes a nanosecond from there
+  double l3_bytes = 32 << 20;  // of all cores together
+  double far_rate = 60;        // from there
+  double memory_rate = 8;      // from beyond
+  double cell = 0.5;           // nanoseconds a cell, beside its products
+  double hand_over = 500;   // nanoseconds from one core's store to another's use, and what waiting for the slower costs
+  double imbalance = 1.05;  // the slower of two slices that meet every step, over their mean
+  double start = 4000;      // nanoseconds to wake a second worker
+  int64_t unit_grain = 64;  // units are split no finer than this
+};
+
+namespace detail {
+
+struct StepCost {
+  double arithmetic, weights, hand_over;
+  // Reading and multiplying do not overlap entirely.
+  double total() const { return std::max(arithmetic, weights) + 0.25 * std::min(arithmetic, weights) + hand_over; }
+};
+
+inline StepCost step_cost(const LayerShape& layer, const CpuMachine& machine, int64_t weight, double rows,
+                          const Phase& phase) {
+  const auto slices = static_cast<double>(phase.unit_slices), groups = static_cast<double>(phase.layer_groups);
+  const auto grain = machine.unit_grain / 4;
+  const auto units = static_cast<double>(round_up((layer.hidden + phase.unit_slices - 1) / phase.unit_slices, grain));
+  double recurrent = 4 * units * static_cast<double>(layer.output());
+  if (layer.projection > 0) recurrent += units * static_cast<double>(layer.projection);
+  // Weights are read there and back: of those that do not fit a cache, as many as do are there when their turn comes again.
+  const double bytes = recurrent * static_cast<double>(weight), everybody = bytes * slices * groups;
+  const double near = std::min(bytes, 0.9 * machine.l2_bytes);
+  const double beyond = std::min(bytes - near, bytes * std::max(1 - 0.75 * machine.l3_bytes / everybody, 0.0));
+  const double reading =
+      near / machine.near_rate + (bytes - near - beyond) / machine.far_rate + beyond / machine.memory_rate;
+  const double input = 4 * units * static_cast<double>(layer.input) * rows / machine.multiply_adds;
+  const double cells = rows * units * machine.cell;
+  const double slower = slices > 1 ? machine.imbalance : 1;
+  return {slower * (recurrent * rows / machine.multiply_adds + input + cells), slower * (reading + input + cells),
+          slices > 1 ? machine.hand_over * (layer.projection > 0 ? 2 : 1) : 0};
+}
+
+inline int64_t chunk_for(const StackShape& shape, const Phase& phase, int64_t batch_slices, int64_t element) {
+  const int64_t steps = shape.steps, rows = (shape.batch + batch_slices - 1) / batch_slices;
+  int64_t chunk;
+  if (phase.layer_groups > 1 && shape.directions == 1) {  // the fill costs a chunk a group
+    const int64_t most = rows >= 32 ? 4 : rows >= 4 ? 16 : 32;
+    chunk = std::min(std::max<int64_t>(steps * shape.depth() / (50 * phase.layer_groups), 8), most);
+    chunk = std::min(chunk, std::max<int64_t>(steps / 6, 1));
+  } else {  // enough rows for a product at full rate, few enough to stay close
+    int64_t widest = 1;
+    for (const LayerShape& layer : shape.layers) widest = std::max(widest, layer.padded_hidden());
+    chunk =
+        std::min<int64_t>(192, std::max<int64_t>((1 << 20) / (4 * widest * element), 16)) / std::max<int64_t>(rows, 1);
+  }
+  return std::min(std::max<int64_t>(chunk, 1), std::max<int64_t>(steps, 1));
+}
+
+inline void predict(Schedule& schedule, const StackShape& shape, double rows, const CpuMachine& machine, int64_t weight,
+                    bool backward) {
+  const int64_t depth = shape.depth(), directions = shape.directions;
+  const double steps = static_cast<double>(shape.steps);
+  double total = 0, arithmetic = 0, weights = 0, hand_over = 0, fill = 0;
+  for (int64_t p = 0; p < schedule.phases; ++p) {
+    const Phase& phase = schedule.phase[p];
+    double sum = 0, most = 0;
+    for (int64_t n = phase.first_layer; n < phase.last_layer; ++n) {
+      const StepCost cost = step_cost(shape.layers[backward ? depth - 1 - n : n], machine, weight, rows, phase);
+      sum += cost.total(), most = std::max(most, cost.total());
+      arithmetic += cost.arithmetic, weights += cost.weights, hand_over += cost.hand_over;
+    }
+    const double layers = static_cast<double>(phase.last_layer - phase.first_layer);
+    if (directions == 2) {
+      total += steps * sum * (phase.layer_groups >= 2 ? 1 : 2);
+    } else {
+      const int64_t bands = (phase.last_layer - phase.first_layer + phase.layer_groups - 1) / phase.layer_groups;
+      total += steps * sum / layers * static_cast<double>(bands);
+      fill += static_cast<double>((phase.layer_groups - 1) * schedule.chunk_steps) * most;
+    }
+  }
+  total += fill;
+  if (schedule.workers() > 1) total += machine.start;
+  schedule.predicted_us = total * (backward ? 2 : 1) / 1000;
+  schedule.binds = hand_over > std::max(arithmetic, weights) ? "hand-over of h"
+                   : weights > arithmetic                    ? "reading the weights"
+                   : fill > total / 2                        ? "filling the wavefront"
+                                                             : "arithmetic";
+}
+
+}  // namespace detail
+
+// The cheapest schedule for at most `threads` workers, by the model above. `element` and `weight`: bytes of a number, and of
+// a packed weight.
+inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMachine& machine, int64_t element,
+                         int64_t weight, bool backward) {
+  const int64_t depth = shape.depth(), directions = shape.directions, steps = std::max<int64_t>(shape.steps, 1);
+  int64_t narrowest = shape.layers[0].output();
+  for (const LayerShape& layer : shape.layers) narrowest = std::min(narrowest, layer.output());
+  const int64_t most_slices = std::max<int64_t>(narrowest / machine.unit_grain, 1);
+
+  Schedule best;
+  bool first = true;
+  double rows = 0;  // of a step, in the mean, that the slice with most of them has
+  const auto consider = [&](Schedule candidate) {
+    candidate.chunk_steps = detail::chunk_for(shape, candidate.phase[0], candidate.batch_slices, element);
+    detail::predict(candidate, shape, rows, machine, weight, backward);
+    if (first || candidate.predicted_us < best.predicted_us) best = candidate;
+    first = false;
+  };
+  for (int64_t batch_slices = 1; batch_slices <= std::min(threads, std::max<int64_t>(shape.batch, 1)); ++batch_slices) {
+    const int64_t share = threads / batch_slices;
+    rows = static_cast<double>(share_batch(shape, batch_slices).most_rows) / static_cast<double>(steps);
+    for (int64_t groups = 1; groups <= std::min(share, directions == 2 ? 2 : depth); ++groups) {
+      const int64_t slices = std::min(share / groups, most_slices);
+      Schedule candidate;
+      candidate.batch_slices = batch_slices;
+      candidate.phase[0] = {0, depth, groups, slices};
+      consider(candidate);
+      if (slices > 1) {
+        candidate.phase[0].unit_slices = 1;
+        consider(candidate);
+      }
+      const int64_t rest = directions == 1 ? depth % groups : 0;
+      if (rest > 0 && depth > groups) {  // whole bands, then the layers left over, split by units
+        candidate.phases = 2;
+        candidate.phase[0] = {0, depth - rest, groups, 1};
+        candidate.phase[1] = {depth - rest, depth, rest, std::min(share / rest, most_slices)};
+        consider(candidate);
+      }
+    }
+  }
+  return best;
+}
+
+// ---- The diagonal schedule, for devices that run one kernel over everything at a time ------------------------------
+
+// Stage m holds the chunks (layer k, chunk m - k): all layers at once, each a chunk behind the one below. Their input
+// projections are one product, for everything they need lies in the stage before. Step s of a stage, all its layers
+// side by side, is a diagonal: one recurrent product and one kernel for the gates. Of a bidirectional stack, whose layers
+// have to wait for each other, a stage holds a chunk of both directions of one layer.
+//
+// Backward takes the same stages, and the steps in each, from the last to the first.
+struct Diagonals {
+  int64_t steps = 1;       // T
+  int64_t depth = 1;       // L
+  int64_t directions = 1;  // D
+  int64_t chunk_steps = 1;
+  int64_t input_chunks = 1;  // chunks that are projected at once where the input is all there: of layer 0, or, with two
+                             // directions, of every layer
+
+  // The lanes of a stage or of a diagonal are neighbours.
+  struct Lanes {
+    int64_t first, count;
+  };
+
+  int64_t chunks() const { return (steps + chunk_steps - 1) / chunk_steps; }
+  int64_t stages() const { return directions == 2 ? depth * chunks() : chunks() + depth - 1; }
+  int64_t chunk_of(int64_t stage, int64_t lane) const { return directions == 2 ? stage % chunks() : stage - lane; }
+  int64_t length(int64_t chunk) const { return std::min(chunk_steps, steps - chunk * chunk_steps); }
+
+  Lanes lanes(int64_t stage) const {
+    if (directions == 2) return {stage / chunks() * 2, 2};
+    const int64_t first = std::max<int64_t>(stage - chunks() + 1, 0);
+    return {first, std::min(stage, depth - 1) - first + 1};
+  }
+  // Those that have a step s: all but the one, the lowest, that may be in a last chunk that is shorter.
+  Lanes lanes(int64_t stage, int64_t s) const {
+    Lanes some = lanes(stage);
+    if (length(chunk_of(stage, some.first)) <= s) {
+      some.count = directions == 2 ? 0 : some.count - 1;
+      ++some.first;
+    }
+    return some;
+  }
+  // How many diagonals a stage has.
+  int64_t length_of_stage(int64_t stage) const {
+    const Lanes some = lanes(stage);
+    return length(chunk_of(stage, some.first + (directions == 2 ? 0 : some.count - 1)));
+  }
+  int64_t diagonals() const {
+    int64_t sum = 0;
+    for (int64_t stage = 0; stage < stages(); ++stage) sum += length_of_stage(stage);
+    return sum;
+  }
+};
+
+// Chunks cost the fill, (L-1)·C diagonals of two launches, and save products: one a stage, T/C of them. A stage's product
+// is taken for half a diagonal's two launches and their work (an estimate: to be fitted on a GPU).
+inline Diagonals plan_diagonals(const StackShape& shape, int64_t element_bytes) {
+  Diagonals plan{shape.steps, shape.depth(), shape.directions, 1, 1};
+  const int64_t batch = std::max<int64_t>(shape.batch, 1);
+  int64_t widest = 1;
+  for (const LayerShape& layer : shape.layers) widest = std::max(widest, layer.hidden);
+  // Enough rows for a large product, but no more than 64 MiB of its results.
+  const int64_t most_rows = (int64_t{64} << 20) / (4 * widest * element_bytes * shape.directions);
+  const int64_t rows = std::max(std::min<int64_t>(2048, most_rows), batch);
+  const int64_t input_steps = std::min(std::max<int64_t>(rows / batch, 1), std::max<int64_t>(shape.steps, 1));
+  if (shape.directions == 2 || shape.depth() == 1) {
+    plan.chunk_steps = input_steps;  // there is no fill
+    return plan;
+  }
+  const int64_t fill = shape.depth() - 1;
+  int64_t chunk = 1;
+  while ((chunk + 1) * (chunk + 1) * 2 * fill <= shape.steps) ++chunk;  // √(T / 2(L-1))
+  plan.chunk_steps = std::min(chunk, input_steps);
+  plan.input_chunks = std::max<int64_t>(input_steps / plan.chunk_steps, 1);
+  return plan;
+}
+
+}  // namespace stacked_lstm

@@ -1,0 +1,462 @@
+// csrc/torch/bindings.cpp: the Python module _C: a call and a step without the dispatcher, and what is no tensor operator: plans,
+// schedules, facts about the build, and switches for tests.
+#include <ATen/Config.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "../cpu/fingerprint.h"
+#include "../cpu/kernels.h"
+#include "../cpu/stack_cpu.h"
+#include "../cpu/workspace.h"
+#include "../cuda/architectures.h"
+#include "../diagonal/diagonal.h"
+#include "../driver/gate_kernels.h"
+#include "../persistent/bindings.h"
+#include "../persistent/persistent.h"
+#include "../stack/stack.h"
+#include "../stack/wavefront.h"
+#include "cpu_call.h"
+#include "eager.h"
+#include "last_run.h"
+#include "packed_cache.h"
+#include "prepare.h"
+#include "step.h"
+
+namespace stacked_lstm {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+namespace py = pybind11;
+
+py::dict describe(const Schedule& schedule, int64_t directions) {
+  py::list phases;
+  for (int64_t p = 0; p < schedule.phases; ++p) {
+    const Phase& phase = schedule.phase[p];
+    phases.append(py::dict(py::arg("first_layer") = phase.first_layer, py::arg("last_layer") = phase.last_layer,
+                           py::arg("layer_groups") = phase.layer_groups, py::arg("unit_slices") = phase.unit_slices));
+  }
+  std::string why = "one worker: more would cost more than they save";
+  if (schedule.batch_slices > 1) {
+    why = "the batch is shared out: the slices need nothing of each other";
+  } else if (schedule.phase[0].layer_groups > 1) {
+    why = directions == 2 ? "the two directions of a layer run side by side" : "layers run side by side, a chunk apart";
+  } else if (schedule.phase[0].unit_slices > 1) {
+    why = "the units of each layer are shared out";
+  }
+  return py::dict(py::arg("backend") = "cpu", py::arg("isa") = cpu::isa(), py::arg("threads") = schedule.workers(),
+                  py::arg("batch_slices") = schedule.batch_slices, py::arg("chunk_steps") = schedule.chunk_steps,
+                  py::arg("fill_steps") = schedule.fill_steps(directions), py::arg("phases") = phases,
+                  py::arg("predicted_us") = schedule.predicted_us, py::arg("binds") = schedule.binds,
+                  py::arg("why") = why);
+}
+
+py::dict describe(const diagonal::Counts& counts) {
+  const Diagonals& schedule = counts.schedule;
+  const std::string why = schedule.directions == 2
+                              ? "the two directions of a layer run side by side, the layers in turn"
+                          : schedule.depth == 1 ? "one layer: its steps in turn"
+                                                : "all layers side by side, each a chunk behind the one below";
+  return py::dict(py::arg("backend") = "diagonal", py::arg("chunk_steps") = schedule.chunk_steps,
+                  py::arg("input_steps") = schedule.input_chunks * schedule.chunk_steps,
+                  py::arg("diagonals") = schedule.diagonals(), py::arg("launches") = counts.launches,
+                  py::arg("products") = counts.products, py::arg("why") = why,
+                  py::arg("binds") = "two launches a diagonal");
+}
+
+const char* name_of(persistent::Product product, at::ScalarType type) {
+  if (type != at::kFloat) return "tensor cores";
+  return product == persistent::Product::tensor ? "tensor cores, as TF32" : "multiply-adds of float32";
+}
+
+// A pass of a plan, as what runs: which blocks each layer has, how h (or dh) goes from block to block, and when it is handed on.
+py::dict describe_launches(const persistent::Pass& pass, const StackShape& shape, bool backward) {
+  const persistent::Cut& cut = pass.cut;
+  const int64_t last = pass.last_layer - 1, lanes = (pass.last_layer - pass.first_layer) * shape.directions;
+  py::list layers;
+  for (int64_t layer = pass.first_layer; layer <= last; ++layer) {  // backward begins at the top
+    const int64_t before = (backward ? last - layer : layer - pass.first_layer) * shape.directions;
+    layers.append(py::dict(py::arg("layer") = layer, py::arg("first_block") = before * cut.blocks,
+                           py::arg("blocks") = shape.directions * cut.blocks));
+  }
+  py::dict described(
+      py::arg("first_layer") = pass.first_layer, py::arg("last_layer") = pass.last_layer, py::arg("layers") = layers,
+      py::arg("exchange") = cut.exchange == persistent::Exchange::cluster ? "cluster" : "l2",
+      py::arg("blocks") = pass.copies * lanes * cut.blocks, py::arg("blocks_lane") = cut.blocks,
+      py::arg("units_block") = cut.block_units(), py::arg("splits") = cut.splits, py::arg("pieces") = cut.pieces,
+      py::arg("m_tiles") = cut.m_tiles, py::arg("tiles") = cut.tiles, py::arg("chunk_steps") = cut.chunk_steps,
+      py::arg("inputs_in_shared") = cut.inputs_in_shared, py::arg("batch_groups") = pass.batch_groups,
+      py::arg("copies") = pass.copies, py::arg("rounds") = pass.rounds);
+  if (backward) {
+    described["segment_steps"] = pass.segment_steps;
+    described["products_beside"] = pass.products_beside;
+  }
+  return described;
+}
+
+py::dict describe_launches(const persistent::Decision& decision, const StackShape& shape, at::ScalarType type,
+                           bool backward) {
+  const persistent::Plan& plan = decision.plan(backward);
+  py::list passes;
+  for (const persistent::Pass& pass : plan.passes) passes.append(describe_launches(pass, shape, backward));
+  return py::dict(py::arg("backend") = "persistent", py::arg("passes") = passes,
+                  py::arg("launches") = persistent::launches(plan, shape),
+                  py::arg("product") = name_of(decision.product, type), py::arg("predicted_us") = plan.predicted_us,
+                  py::arg("step_us") = plan.step_us, py::arg("binds") = plan.binds,
+                  py::arg("why") = decision.choice.reason);
+}
+
+persistent::Pass pass_of(const py::dict& d) {
+  const auto number = [&](const char* name, int64_t otherwise) {
+    return d.contains(name) ? d[name].cast<int64_t>() : otherwise;
+  };
+  const auto small = [&](const char* name, int otherwise) { return static_cast<int>(number(name, otherwise)); };
+  persistent::Pass pass;
+  pass.first_layer = number("first_layer", 0);
+  pass.last_layer = number("last_layer", 1);
+  pass.cut.product = number("exact", 0) ? persistent::Product::exact : persistent::Product::tensor;
+  pass.cut.exchange = number("l2", 0) ? persistent::Exchange::l2 : persistent::Exchange::cluster;
+  pass.cut.tiles = small("tiles", 1);
+  pass.cut.pieces = small("pieces", 2);
+  pass.cut.splits = small("splits", 1);
+  pass.cut.m_tiles = small("m_tiles", 0);
+  pass.cut.groups = small("groups", 1);
+  pass.cut.blocks = small("blocks", 1);
+  pass.cut.chunk_steps = small("chunk_steps", 1);
+  pass.cut.inputs_in_shared = number("inputs_in_shared", 1) != 0;
+  pass.batch_groups = number("batch_groups", 1);
+  pass.copies = number("copies", pass.batch_groups);
+  pass.rounds = (pass.batch_groups + pass.copies - 1) / std::max<int64_t>(pass.copies, 1);
+  pass.segment_steps = number("segment_steps", std::numeric_limits<int>::max());
+  pass.products_beside = number("products_beside", 0) != 0;
+  return pass;
+}
+
+at::ScalarType dtype_named(const std::string& name) {
+  if (name == "float32") return at::kFloat;
+  if (name == "float64") return at::kDouble;
+  if (name == "bfloat16") return at::kBFloat16;
+  TORCH_CHECK_VALUE(name == "float16", "dtype should be float32, float64, bfloat16 or float16, got: ", name);
+  return at::kHalf;
+}
+
+// What the operators' backends `persistent` and `auto` do with such a call.
+py::dict gpu_plan(int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional,
+                  int64_t seq_len, int64_t batch_size, const std::string& dtype, const std::string& device,
+                  const std::string& saving, double dropout) {
+  const StackShape shape =
+      padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+  const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving), false};
+  const at::ScalarType type = dtype_named(dtype);
+  const auto decision = persistent::decide({shape, options, type, at::Device(device)});
+  py::dict plan(py::arg("persistent") = decision->choice.persistent, py::arg("why_not") = decision->why_not,
+                py::arg("reason") = decision->choice.reason, py::arg("persistent_us") = decision->choice.persistent_us,
+                py::arg("diagonal_us") = decision->choice.diagonal_us);
+  if (decision->why_not.empty()) {
+    plan["forward"] = describe_launches(*decision, shape, type, false);
+    if (options.saving != Saving::none) plan["backward"] = describe_launches(*decision, shape, type, true);
+  }
+  return plan;
+}
+
+// Whether the first weights are those of a module of such sizes. Others may have been put into it, and would fit each other:
+// nn.LSTM refuses that by its own sizes.
+bool of_sizes(TensorList weights, int64_t input_size, int64_t hidden_size) {
+  return weights.size() > 1 && weights[0].dim() == 2 && weights[0].size(1) == input_size && weights[1].dim() == 2 &&
+         weights[1].size(0) == 4 * hidden_size;
+}
+
+// (output, h_n, c_n), or None where `step` (step.h) declines or an argument is no tensor, or of a class of its own, which
+// may override what torch's functions do.
+py::object step_once(const py::handle& input, const py::handle& h_0, const py::handle& c_0, const py::list& weights,
+                     int64_t input_size, int64_t hidden_size, bool bias, int64_t num_layers, int64_t proj_size,
+                     bool bf16_weights, bool frozen) {
+  thread_local std::vector<Tensor> tensors;  // keeps its memory, but no tensor
+  const struct Emptied {
+    ~Emptied() { tensors.clear(); }  // with the GIL
+  } emptied;
+  for (const py::handle& argument : {input, h_0, c_0}) {
+    if (!THPVariable_CheckExact(argument.ptr())) return py::none();
+    tensors.push_back(THPVariable_Unpack(argument.ptr()));
+  }
+  for (const py::handle weight : weights) {
+    if (!THPVariable_CheckExact(weight.ptr())) return py::none();
+    tensors.push_back(THPVariable_Unpack(weight.ptr()));
+  }
+  if (!of_sizes(TensorList(tensors).slice(3), input_size, hidden_size)) return py::none();
+  const StepArguments arguments{tensors[0], tensors[1],   tensors[2], TensorList(tensors).slice(3), bias, num_layers,
+                                proj_size,  bf16_weights, frozen};
+  std::optional<StepResults> results;
+  {
+    const py::gil_scoped_release others_may_run;
+    TorchPlatform platform;
+    results = step(arguments, free_threads(), platform);
+  }
+  if (!results) return py::none();
+  std::optional<Run>& last = last_run();
+  if (!last) last.emplace();
+  Run& run = *last;  // keeps its memory: a step allocates nothing but its results
+  run.how = results->schedule, run.device = "cpu", run.backward = false, run.saving = "none";
+  run.shape = *results->shape, run.type = tensors[0].scalar_type();
+  return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
+}
+
+// A call of the module by the short way of eager.h; None where it declines. `h_0` and `c_0` None: zeros.
+py::object call(const py::handle& input, const py::handle& batch_sizes, const py::handle& h_0, const py::handle& c_0,
+                const py::list& weights, const py::handle& seed, int64_t input_size, int64_t hidden_size, bool bias,
+                int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout, bool recompute,
+                std::string backend, bool bf16_weights, bool frozen) {
+  const EagerOptions options{bias,      num_layers,         bidirectional, proj_size, dropout,
+                             recompute, std::move(backend), bf16_weights,  frozen};
+  std::vector<Tensor> tensors;
+  tensors.reserve(weights.size());
+  for (const py::handle weight : weights) {
+    if (!THPVariable_CheckExact(weight.ptr())) return py::none();
+    tensors.push_back(THPVariable_Unpack(weight.ptr()));
+  }
+  const auto ordinary = [](const py::handle& tensor) {
+    return tensor.is_none() || THPVariable_CheckExact(tensor.ptr());
+  };
+  const auto optional = [](const py::handle& tensor) {
+    return tensor.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(tensor.ptr()));
+  };
+  if (!of_sizes(tensors, input_size, hidden_size)) return py::none();
+  if (!THPVariable_CheckExact(input.ptr()) || !ordinary(batch_sizes) || !ordinary(h_0) || !ordinary(c_0) ||
+      !ordinary(seed)) {
+    return py::none();
+  }
+  const EagerCall arguments{THPVariable_Unpack(input.ptr()),
+                            optional(batch_sizes),
+                            optional(h_0),
+                            optional(c_0),
+                            tensors,
+                            optional(seed),
+                            options};
+  std::optional<EagerResults> results;
+  {
+    const py::gil_scoped_release others_may_run;
+    results = call_eagerly(arguments);
+  }
+  if (!results) return py::none();
+  return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
+}
+
+// Has a backward pass that no kernel can do call `formula`, see ops.py.
+void set_python_formula(py::object formula) {
+  const auto* kept = new py::object(std::move(formula));  // never destroyed: the interpreter may end first
+  set_formula([kept](const std::array<Tensor, 3>& flowing, const EagerSaved& saved, const std::vector<bool>& needs) {
+    const py::gil_scoped_acquire gil;
+    const EagerOptions& o = saved.options;
+    const py::tuple found = (*kept)(
+        py::make_tuple(flowing[0], flowing[1], flowing[2]),
+        py::make_tuple(saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights, saved.seed), saved.output,
+        saved.reserve, needs, py::make_tuple(o.bias, o.num_layers, o.bidirectional, o.proj_size, o.dropout),
+        o.recompute ? "recompute" : "full", o.backend, o.bf16_weights);
+    std::vector<Tensor> gradients;
+    const auto add = [&](const py::handle& one) { gradients.push_back(one.is_none() ? Tensor() : one.cast<Tensor>()); };
+    for (size_t n = 0; n < 3; ++n) add(found[n]);
+    for (const py::handle one : found[3].cast<py::list>()) add(one);
+    return gradients;
+  });
+}
+
+py::dict build_info() {
+  py::list isas;
+  isas.append("default");
+  if (cpu::kernels_avx2<float>()) isas.append("avx2");
+  if (cpu::kernels_avx512<float>()) isas.append("avx512");
+  if (cpu::kernels_avx512_bf16<float>()) isas.append("avx512_bf16");
+  py::object cuda = py::none();
+  py::list archs;
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+  cuda = py::str(STACKED_LSTM_EXT_CUDA_VERSION);
+  for (const std::string& arch : split_archs(STACKED_LSTM_EXT_CUDA_ARCHS)) archs.append(arch);
+#endif
+#if defined(__clang__)
+  const std::string compiler = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  const std::string compiler = "gcc " __VERSION__;
+#else
+  const std::string compiler = "unknown";
+#endif
+  return py::dict(py::arg("version") = STACKED_LSTM_EXT_VERSION, py::arg("torch") = TORCH_VERSION,
+                  py::arg("compiler") = compiler, py::arg("cpp_standard") = static_cast<int64_t>(__cplusplus),
+                  py::arg("isas") = isas, py::arg("cuda") = cuda, py::arg("cuda_archs") = archs);
+}
+
+}  // namespace
+}  // namespace stacked_lstm
+
+PYBIND11_MODULE(_C, m) {
+  using namespace stacked_lstm;
+  m.def("build_info", &build_info);
+  m.def("isa", &cpu::isa);
+  m.def("cpu_plan", [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
+                       bool bidirectional, int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision,
+                       bool backward, bool bf16_weights) {
+    const StackShape shape =
+        padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP)
+    threads = 1;
+#endif
+    const cpu::Storage storage = bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same;
+    return describe(cpu::plan(shape, threads, double_precision ? 8 : 4, storage, backward), shape.directions);
+  });
+  m.def("share_batch", [](const std::vector<int64_t>& batch_sizes, int64_t slices) {
+    StackShape shape;
+    shape.steps = static_cast<int64_t>(batch_sizes.size());
+    shape.batch = batch_sizes.at(0);
+    shape.packed_rows.assign(1, 0);
+    for (const int64_t size : batch_sizes) shape.packed_rows.push_back(shape.packed_rows.back() + size);
+    return share_batch(shape, slices).first;
+  });
+  m.def("force_cpu_schedule", [](const py::object& wanted) {
+    force_cpu_schedule(std::nullopt);
+    if (wanted.is_none()) return;
+    Schedule schedule;
+    schedule.batch_slices = wanted["batch_slices"].cast<int64_t>();
+    schedule.chunk_steps = wanted["chunk_steps"].cast<int64_t>();
+    const auto phases = wanted["phases"].cast<std::vector<py::dict>>();
+    TORCH_CHECK_VALUE(phases.size() == 1 || phases.size() == 2, "phases should be 1 or 2, got: ", phases.size());
+    schedule.phases = static_cast<int64_t>(phases.size());
+    for (size_t p = 0; p < phases.size(); ++p) {
+      const auto field = [&](const char* name) { return phases[p][name].cast<int64_t>(); };
+      schedule.phase[p] = {field("first_layer"), field("last_layer"), field("layer_groups"), field("unit_slices")};
+    }
+    force_cpu_schedule(schedule);
+  });
+  // The whole schedule, for tests: every worker's chunks in its order, each with what it must wait for. Entries are
+  // (layer, direction, batch_slice, unit_slice, chunk, ((layer, direction, chunks), …)).
+  m.def("cpu_schedule",
+        [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional,
+           int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision, bool backward) {
+          const StackShape shape =
+              padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+          const Schedule schedule = cpu::plan(shape, threads, double_precision ? 8 : 4, cpu::Storage::same, backward);
+          const int64_t directions = shape.directions, lanes = shape.lanes();
+          py::list workers;
+          for (int64_t worker = 0; worker < schedule.workers(); ++worker) {
+            py::list tasks;
+            schedule.for_each_position(directions, worker, [&](int64_t position, const Place& place) {
+              const int64_t lane = lane_at(position, lanes, backward);
+              for (int64_t chunk = 0; chunk < schedule.chunks(seq_len); ++chunk) {
+                const Needs n = needs(schedule, seq_len, directions, position, chunk);
+                py::list waits;
+                for (int64_t p = n.first_position; p < n.first_position + n.positions; ++p) {
+                  const int64_t other = lane_at(p, lanes, backward);
+                  waits.append(py::make_tuple(other / directions, other % directions, n.chunks));
+                }
+                tasks.append(py::make_tuple(lane / directions, lane % directions, place.batch_slice, place.slice, chunk,
+                                            py::tuple(waits)));
+              }
+            });
+            workers.append(tasks);
+          }
+          return workers;
+        });
+  m.def("last_run", []() -> py::object {
+    if (!last_run()) return py::none();
+    const Run& last = *last_run();
+    py::dict run;
+    if (const auto* schedule = std::get_if<Schedule>(&last.how)) run = describe(*schedule, last.shape.directions);
+    if (const auto* counts = std::get_if<diagonal::Counts>(&last.how)) run = describe(*counts);
+    if (const auto* counts = std::get_if<persistent::Counts>(&last.how)) {
+      run = describe_launches(*counts->decision, last.shape, last.type, last.backward);
+      run["launches"] = counts->launches;
+      run["products"] = counts->products;
+    }
+    run["device"] = last.device;
+    run["pass"] = last.backward ? "backward" : "forward";
+    run["saving"] = last.saving;
+    run["layers"] = last.shape.depth();
+    run["seq_len"] = last.shape.steps;
+    run["batch_size"] = last.shape.batch;
+    return run;
+  });
+  m.def("cpu_workspace_bytes", &cpu::workspace_bytes);
+  m.def("step", &step_once);
+  m.def("call", &call);
+  m.def("set_formula", &set_python_formula);
+  m.def("clear_last_run", [] { last_run().reset(); });
+  m.def("drop_packed", [](uintptr_t first_weight) { drop_packed(reinterpret_cast<const void*>(first_weight)); });
+  m.def("packed_counts", [] {
+    const PackedCounts counts = packed_counts();
+    return py::dict(py::arg("stacks") = counts.stacks, py::arg("bytes") = counts.bytes, py::arg("noted") = counts.noted,
+                    py::arg("hits") = counts.hits);
+  });
+  m.def("diagonal_plan", [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
+                            bool bidirectional, int64_t seq_len, int64_t batch_size, bool double_precision,
+                            bool backward, const std::string& saving, double dropout) {
+    const StackShape shape =
+        padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+    const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving), false};
+    return describe(diagonal::predict(shape, options, double_precision ? 8 : 4, backward, true, true));
+  });
+  // What the persistent kernels would do on a GPU that need not be here, and what it is predicted to cost.
+  persistent::bind_persistent_plan(m);
+  m.def("force_diagonal_chunk", [](std::optional<int64_t> steps) {
+    TORCH_CHECK_VALUE(!steps || *steps > 0, "a chunk should have at least one step, got: ", steps.value_or(0));
+    diagonal::force_chunk(steps);
+  });
+  // Why a GPU of this compute capability cannot run kernels built for `archs` (those of this build when not given).
+  m.def(
+      "cuda_obstacle",
+      [](int major, int minor, const std::optional<std::string>& archs) {
+        if (archs) return cuda_obstacle(*archs, major, minor);
+#if defined(STACKED_LSTM_EXT_CUDA_VERSION)
+        return cuda_obstacle(STACKED_LSTM_EXT_CUDA_ARCHS, major, minor);
+#else
+        return std::string("this build has no CUDA kernels");
+#endif
+      },
+      py::arg("major"), py::arg("minor"), py::arg("archs") = py::none());
+  // For tests: the driver of the diagonal schedule runs these kernels on the CPU (the address of a gates::Table; 0: its
+  // own), so that the CUDA kernels, emulated, can be seen at work.
+  m.def("_use_gate_kernels",
+        [](uintptr_t table) { driver::use_host_gate_kernels(reinterpret_cast<const gates::Table*>(table)); });
+  // For tests: the persistent kernels' driver runs these on the CPU (the address of a persistent::Table; 0: none). `watchdog`:
+  // they tell of a wait that took too long.
+  m.def(
+      "_use_persistent_kernels",
+      [](uintptr_t table, bool watchdog) {
+        persistent::use_host_kernels(reinterpret_cast<const persistent::Table*>(table), watchdog);
+      },
+      py::arg("table"), py::arg("watchdog") = false);
+  m.def("gpu_plan", &gpu_plan);
+  m.def("force_persistent_device", [](const py::object& device) {
+    persistent::force_device(device.is_none() ? std::nullopt : std::optional(persistent::device_of(device)));
+  });
+  m.def("force_persistent_passes", [](bool backward, const std::optional<std::vector<py::dict>>& wanted) {
+    if (!wanted) return persistent::force_passes(backward, std::nullopt);
+    std::vector<persistent::Pass> passes;
+    for (const py::dict& pass : *wanted) passes.push_back(pass_of(pass));
+    persistent::force_passes(backward, std::move(passes));
+  });
+  // The contents of this memory, as a number: fingerprint.h.
+  m.def("fingerprint", [](const std::vector<std::pair<uintptr_t, int64_t>>& pieces, int64_t part, int64_t parts) {
+    std::vector<cpu::Bytes> memory;
+    for (const auto& [data, bytes] : pieces) memory.push_back({reinterpret_cast<const void*>(data), bytes});
+    const cpu::Fingerprint found = cpu::fingerprint(memory, part, parts);
+    return std::pair(found.low, found.high);
+  });
+  m.def("cpu_maths", [](uintptr_t x, int64_t n, uintptr_t sigmoid, uintptr_t tanh, bool double_precision) {
+    if (double_precision) {
+      cpu::kernels<double>().maths(reinterpret_cast<const double*>(x), n, reinterpret_cast<double*>(sigmoid),
+                                   reinterpret_cast<double*>(tanh));
+    } else {
+      cpu::kernels<float>().maths(reinterpret_cast<const float*>(x), n, reinterpret_cast<float*>(sigmoid),
+                                  reinterpret_cast<float*>(tanh));
+    }
+  });
+}

@@ -1,0 +1,67 @@
+// csrc/torch/eager.h: an ordinary, eager call of the module: the operator `forward`, and a node of the autograd graph whose
+// backward is the operator `backward`.
+//
+// torch calls an operator's registered autograd formula in Python, and passes it every tensor of a list by itself: for a
+// small stack that takes longer than the kernels. This is the same formula in C++, for the plain case (plain.h). For any
+// other, and for a backward pass that is itself to be differentiated or mapped, Python does it: see Formula.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../driver/call.h"
+
+namespace stacked_lstm {
+
+struct EagerOptions {
+  bool bias;
+  int64_t num_layers;
+  bool bidirectional;
+  int64_t proj_size;
+  double dropout;
+  bool recompute;  // where a backward pass may follow
+  std::string backend;
+  bool bf16_weights;
+  bool frozen;  // kept packed weights are taken on trust; says nothing to a backward pass
+};
+
+struct EagerCall {
+  const at::Tensor& input;  // (T, B, I), or, with batch_sizes, (rows, I)
+  OptionalTensor batch_sizes;
+  OptionalTensor h_0, c_0;  // both or neither: then zeros
+  at::TensorList weights;
+  OptionalTensor seed;
+  const EagerOptions& options;
+};
+
+struct EagerResults {
+  at::Tensor output, h_n, c_n;
+};
+
+// Nothing where a call is not the plain case, or its arguments do not fit each other: the caller knows better what to say.
+// Under autocast, tensors come as they are to be computed with.
+std::optional<EagerResults> call_eagerly(const EagerCall& call);
+
+// What a backward pass needs, as the forward pass left it.
+struct EagerSaved {
+  at::Tensor input;
+  OptionalTensor batch_sizes;
+  at::Tensor h_0, c_0;
+  std::vector<at::Tensor> weights;
+  OptionalTensor seed;
+  at::Tensor output, reserve;
+  const EagerOptions& options;
+};
+
+// The formula in Python, for a backward pass that no kernel can do: (gradients that flow in, what was saved, whether input,
+// h_0, c_0 and each weight need one) -> gradients in that order, undefined where there is none.
+using Formula = std::function<std::vector<at::Tensor>(const std::array<at::Tensor, 3>& flowing, const EagerSaved& saved,
+                                                      const std::vector<bool>& needs)>;
+void set_formula(Formula formula);
+
+}  // namespace stacked_lstm

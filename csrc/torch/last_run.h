@@ -1,0 +1,33 @@
+// csrc/torch/last_run.h: what a kernel ran last in this thread, for stacked_lstm_ext.last_run().
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <variant>
+
+#include "../diagonal/diagonal.h"
+#include "../driver/call.h"
+#include "../persistent/persistent.h"
+#include "../stack/stack.h"
+#include "../stack/wavefront.h"
+
+namespace stacked_lstm {
+
+// A call of a kernel.
+struct Run {
+  std::variant<Schedule, diagonal::Counts, persistent::Counts> how;
+  std::string device;
+  bool backward;
+  std::string saving;
+  StackShape shape;
+  at::ScalarType type;
+};
+
+// Of this thread; nothing: none since it was cleared.
+std::optional<Run>& last_run();
+
+void remember(decltype(Run::how) how, const Call& call, const std::string& saving, bool backward);
+
+}  // namespace stacked_lstm

@@ -1,0 +1,156 @@
+// csrc/torch/step.cpp: see step.h.
+#include "step.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/record_function.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+#include <array>
+#include <type_traits>
+#include <vector>
+
+#include "../cpu/step.h"
+#include "packed_cache.h"
+#include "plain.h"
+
+namespace stacked_lstm {
+namespace {
+
+using at::Tensor;
+
+// Fills `shape`; false where the arguments do not fit each other.
+bool shape_of(const StepArguments& a, StackShape& shape) {
+  const bool batched = a.input.dim() == 2;
+  const int64_t state_dims = batched ? 3 : 2;
+  if ((!batched && a.input.dim() != 1) || a.h_0.dim() != state_dims || a.c_0.dim() != state_dims) return false;
+  const int64_t hidden = a.c_0.size(-1), output = a.proj_size > 0 ? a.proj_size : hidden;
+  shape.steps = 1;
+  shape.batch = batched ? a.input.size(0) : 1;
+  shape.layers.clear();
+  if (!weights_fit(a.weights, a.bias, a.layers, 1, a.input.size(-1), hidden, a.proj_size)) return false;
+  for (int64_t k = 0; k < a.layers; ++k) {
+    shape.layers.push_back({k == 0 ? a.input.size(-1) : output, hidden, a.proj_size});
+  }
+  const auto is_state = [&](const Tensor& state, int64_t width) {
+    return state.size(0) == a.layers && (!batched || state.size(1) == shape.batch) && state.size(-1) == width;
+  };
+  return shape.batch > 0 && hidden > 0 && is_state(a.h_0, output) && is_state(a.c_0, hidden);
+}
+
+// A thread's memory for the fp32 numbers of 16-bit tensors. It only grows.
+class Floats {
+ public:
+  explicit Floats(int64_t count) {
+    if (static_cast<int64_t>(memory().size()) < count) memory().resize(static_cast<size_t>(count));
+    next_ = memory().data();
+  }
+  float* take(int64_t count) {
+    float* const place = next_;
+    next_ += count;
+    return place;
+  }
+  template <typename Narrow>
+  const float* widened(const Tensor& tensor, int64_t count) {
+    const Narrow* const from = tensor.const_data_ptr<Narrow>();
+    return std::copy(from, from + count, next_), take(count);
+  }
+
+ private:
+  static std::vector<float>& memory() {
+    thread_local std::vector<float> floats;
+    return floats;
+  }
+  float* next_;
+};
+
+// T: of the tensors. A: of the arithmetic.
+template <typename T, typename A>
+bool run(const StepArguments& a, const StackShape& shape, int64_t threads, cpu::Platform& platform,
+         StepResults& results) {
+  const bool bf16 = a.bf16_weights || std::is_same_v<T, at::BFloat16>;
+  const auto storage = bf16 ? cpu::Storage::bf16 : cpu::Storage::same;
+  const auto packed = peek_packed<A>(a.weights, shape.batch, storage);
+  if (!packed) return false;
+  int64_t source_bytes = 0;
+  for (const cpu::Bytes& source : packed->sources()) source_bytes += a.frozen ? 0 : source.count;
+  const int64_t workers = cpu::step_workers(shape, threads, sizeof(A), storage, source_bytes);
+  std::array<int64_t, 2> sizes{shape.batch, shape.layers.back().output()};
+  const auto type = a.input.scalar_type();
+  const at::IntArrayRef output_sizes = a.input.dim() == 2 ? at::IntArrayRef(sizes) : at::IntArrayRef(sizes).slice(1);
+  results.output = at::detail::empty_cpu(output_sizes, type);
+  results.h_n = at::detail::empty_cpu(a.h_0.sizes(), type);
+  results.c_n = at::detail::empty_cpu(a.c_0.sizes(), type);
+  T *const output = results.output.mutable_data_ptr<T>(), *const h_n = results.h_n.mutable_data_ptr<T>(),
+           *const c_n = results.c_n.mutable_data_ptr<T>();
+  const int64_t input_stride = a.input.dim() == 2 ? a.input.stride(0) : shape.layers[0].input;
+  std::optional<Schedule> schedule;
+  if constexpr (std::is_same_v<T, A>) {
+    const cpu::StepCall<A> call{shape,
+                                *packed,
+                                a.input.const_data_ptr<A>(),
+                                input_stride,
+                                a.h_0.const_data_ptr<A>(),
+                                a.c_0.const_data_ptr<A>(),
+                                output,
+                                h_n,
+                                c_n,
+                                false,
+                                !a.frozen};
+    schedule = cpu::step(call, workers, platform);
+  } else {
+    const int64_t inputs = a.input.numel(), outputs = results.output.numel(), hs = a.h_0.numel(), cs = a.c_0.numel();
+    Floats floats(inputs + outputs + 2 * (hs + cs));
+    const float *const x = floats.widened<T>(a.input, inputs), *const h_0 = floats.widened<T>(a.h_0, hs),
+                       *const c_0 = floats.widened<T>(a.c_0, cs);
+    float *const y = floats.take(outputs), *const h = floats.take(hs), *const c = floats.take(cs);
+    const cpu::StepCall<A> call{shape, *packed, x, shape.layers[0].input, h_0, c_0, y, h, c, bf16, !a.frozen};
+    schedule = cpu::step(call, workers, platform);
+    std::copy(y, y + outputs, output), std::copy(h, h + hs, h_n), std::copy(c, c + cs, c_n);
+  }
+  if (!schedule) return false;  // the call that follows forgets the stack
+  results.schedule = *schedule;
+  count_hit();
+  return true;
+}
+
+}  // namespace
+
+std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Platform& platform) {
+  const bool grad_mode = c10::GradMode::is_enabled();
+  const auto type = a.input.scalar_type();
+  const auto fits = [&](const Tensor& tensor) {
+    return is_plain(tensor) && tensor.is_cpu() && !(grad_mode && tensor.requires_grad()) &&
+           tensor.scalar_type() == type;
+  };
+  if (somebody_watches() || at::autocast::is_autocast_enabled(at::kCPU) || !fits(a.input) || !fits(a.h_0) ||
+      !fits(a.c_0) || !std::all_of(a.weights.begin(), a.weights.end(), fits)) {
+    return {};
+  }
+  // Rows may be apart, but only where they are not copied anyway.
+  const bool wide = type == at::kFloat || type == at::kDouble;
+  const bool rows_stand = wide ? a.input.dim() > 0 && a.input.stride(-1) == 1 : a.input.is_contiguous();
+  if (!rows_stand || !a.h_0.is_contiguous() || !a.c_0.is_contiguous()) return {};
+  if (a.bf16_weights && type != at::kFloat) return {};
+  thread_local StackShape shape;  // keeps its memory
+  if (!shape_of(a, shape)) return {};
+
+  RECORD_FUNCTION("stacked_lstm_ext::step", {});  // for the profiler, as in eager.cpp
+  StepResults results;
+  results.shape = &shape;
+  bool done = false;
+  if (type == at::kFloat) {
+    done = run<float, float>(a, shape, threads, platform, results);
+  } else if (type == at::kDouble) {
+    done = run<double, double>(a, shape, threads, platform, results);
+  } else if (type == at::kBFloat16) {
+    done = run<at::BFloat16, float>(a, shape, threads, platform, results);
+  } else if (type == at::kHalf) {
+    done = run<at::Half, float>(a, shape, threads, platform, results);
+  }
+  if (!done) return {};
+  return results;
+}
+
+}  // namespace stacked_lstm
