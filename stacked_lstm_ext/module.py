@@ -196,10 +196,17 @@ class StackedLSTM(nn.RNNBase):
         options = "".join(f", {name}=True" for name in ("recompute", "bf16_weights") if getattr(self, name))
         return super().extra_repr() + options
 
+    def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """The shape that ``h_0`` must have: ``(D·num_layers, N, proj_size or hidden_size)``."""
+        return self._expected_size(input, batch_sizes, self.proj_size or self.hidden_size)
+
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
         """The shape that ``c_0`` must have: ``(D·num_layers, N, hidden_size)``."""
-        layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
-        return layers, batch, self.hidden_size
+        return self._expected_size(input, batch_sizes, self.hidden_size)
+
+    def _expected_size(self, input: Tensor, batch_sizes: Tensor | None, width: int) -> tuple[int, int, int]:
+        batch = input.size(0 if self.batch_first else 1) if batch_sizes is None else _int_of(batch_sizes[0])
+        return self.num_layers * (2 if self.bidirectional else 1), batch, width
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # nn.RNNBase looks at the cached list of weights, which lags behind while functional_call, a parametrization
@@ -215,6 +222,22 @@ class StackedLSTM(nn.RNNBase):
             raise RuntimeError(f"input must have {expected_dim} dimensions, got {input.dim()}")
         if self.input_size != input.size(-1):
             raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}")
+
+    def check_hidden_size(
+        self, hx: Tensor, expected_hidden_size: tuple[int, int, int], msg: str = "Expected hidden size {}, got {}"
+    ) -> None:
+        if torch.compiler.is_compiling() and hx.dim() == 3:
+            from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true  # loads much that only a compiler needs
+
+            # How many sequences a packed batch has is known from its data alone, which no guard can look at. So the
+            # compiled program checks that when it runs.
+            layers, batch, width = expected_hidden_size
+            fits = (hx.size(0), hx.size(2)) == (layers, width)
+            if fits and not guard_or_false(hx.size(1) == batch) and guard_or_true(hx.size(1) == batch):
+                same = torch.scalar_tensor(batch, dtype=torch.int64) == hx.size(1)
+                torch._assert_async(same, "Expected hidden states for as many sequences as the packed batch has")
+                return
+        super().check_hidden_size(hx, expected_hidden_size, msg)
 
     def check_forward_args(  # type: ignore[override]
         self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
@@ -348,7 +371,7 @@ class StackedLSTM(nn.RNNBase):
         # Unlike torch, which checks nothing here and reads on with a wrong feature size.
         if hx is None:
             self.check_input(data, batch_sizes)
-            hidden = self._zero_states(data, int(batch_sizes[0]))
+            hidden = self._zero_states(data, _int_of(batch_sizes[0]))
         else:
             hidden = _pair(hx)
             self.check_forward_args(data, hidden, batch_sizes)
@@ -492,6 +515,12 @@ class StackedLSTM(nn.RNNBase):
             batch_size=batch_size,
             threads=torch.get_num_threads() if threads is None else threads,
         )
+
+
+def _int_of(scalar: Tensor) -> int:
+    """Its value; in a program that is being compiled or exported, what stands for it (``int`` would ask for the number)."""
+    value: int = scalar.item()  # type: ignore[assignment]
+    return value
 
 
 def _pair(hx: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
