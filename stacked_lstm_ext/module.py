@@ -13,13 +13,13 @@ from torch.nn.utils.rnn import PackedSequence
 from . import ops
 from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan, runs_on_cpu, stores_bf16
 from .reference import round_to_bf16
-from .transplant import obstacle_to_replacing, transplant
+from .transplant import both, obstacle_to_replacing, only_adds_a_constructor, original_class, transplant
 from .unusual import CHECKS, WATCHED, WEIGHT_METHODS, check_options, is_unusual, overrides, weight_names
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["StackedLSTM"]
+__all__ = ["StackedLSTM", "TorchStackedLSTM"]
 
 
 class StackedLSTM(nn.RNNBase):
@@ -33,7 +33,7 @@ class StackedLSTM(nn.RNNBase):
       whatever the number of threads (but not the bits of ``torch.nn.LSTM``).
     * A ``PackedSequence`` has its feature size and its initial states checked.
     * It is no ``nn.LSTM`` by ``isinstance``, since ``torch.compile`` refuses to trace those. :func:`.convert_lstm`
-      swaps the ones inside a model.
+      swaps the ones inside a model, and with ``as_lstm=True`` for modules that are both.
 
     A subclass may override what a subclass of ``nn.LSTM`` may (``check_input``, ``check_forward_args``,
     ``permute_hidden``, ...), and an instance may have such a method set. Options may be changed after construction:
@@ -123,7 +123,8 @@ class StackedLSTM(nn.RNNBase):
         for name, option in (("recompute", recompute), ("bf16_weights", bf16_weights)):
             if not isinstance(option, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(option).__name__}")
-        super().__init__(
+        nn.RNNBase.__init__(  # not that of nn.LSTM, which is next where as_lstm makes it a base
+            self,
             "LSTM",
             input_size,
             hidden_size,
@@ -144,22 +145,24 @@ class StackedLSTM(nn.RNNBase):
         """A new module that shares the very same ``Parameter`` objects with ``lstm``.
 
         Parametrizations, hooks (those of weight norm and pruning among them) and the training flag are taken over;
-        ``lstm`` itself is left as it is.
+        ``lstm`` itself is left as it is. What a subclass of ``nn.LSTM`` defines is kept as :func:`.convert_lstm` keeps
+        it, where this method is that of :class:`StackedLSTM` itself.
 
         Raises:
-            TypeError: if ``lstm`` is no ``nn.LSTM``, or of a subclass that overrides ``forward`` or defines anything
-                else beside a constructor.
+            TypeError: if ``lstm`` is no ``nn.LSTM``, or of a subclass that cannot be carried over: one that overrides
+                ``forward``, above all.
         """
         if not isinstance(lstm, nn.LSTM):
             raise TypeError(f"lstm should be a torch.nn.LSTM, got: {type(lstm).__name__}")
-        obstacle = obstacle_to_replacing(lstm, nn.LSTM)
+        obstacle = obstacle_to_replacing(lstm, nn.LSTM, carry=TorchStackedLSTM if cls is StackedLSTM else None)
         if obstacle:
             raise TypeError(f"cannot make a {cls.__name__} of this LSTM: {obstacle}")
-        return transplant(lstm, cls, options={"recompute": recompute, "bf16_weights": bf16_weights}, take_hooks=False)
+        target = stacked_class(lstm) if cls is StackedLSTM else cls
+        return transplant(lstm, target, options={"recompute": recompute, "bf16_weights": bf16_weights}, take_hooks=False)
 
     def to_torch(self) -> nn.LSTM:
         """A new ``torch.nn.LSTM`` that shares the very same ``Parameter`` objects: :meth:`from_torch` undone."""
-        return transplant(self, nn.LSTM, options={}, take_hooks=False)
+        return transplant(self, torch_class(self), options={}, take_hooks=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -595,6 +598,29 @@ class StackedLSTM(nn.RNNBase):
             batch_size=batch_size,
             threads=torch.get_num_threads() if threads is None else threads,
         )
+
+
+class TorchStackedLSTM(StackedLSTM, nn.LSTM):
+    """A :class:`StackedLSTM` that is a ``torch.nn.LSTM`` by ``isinstance``: ``convert_lstm(model, as_lstm=True)`` makes it.
+
+    ``torch.compile`` breaks the graph at it, as it does at an ``nn.LSTM``. All else is that of :class:`StackedLSTM`.
+    """
+
+    _made_for = nn.LSTM  # as both() has it in the classes it makes
+
+
+def stacked_class(lstm: nn.LSTM, *, as_lstm: bool = False) -> type[StackedLSTM]:
+    """The class that an ``nn.LSTM`` becomes: one that keeps what its own class defines."""
+    cls = original_class(lstm)
+    if only_adds_a_constructor(cls, nn.LSTM) and not (as_lstm and cls is not nn.LSTM):
+        return TorchStackedLSTM if as_lstm else StackedLSTM
+    return both(cls, TorchStackedLSTM)
+
+
+def torch_class(stacked: StackedLSTM) -> type[nn.LSTM]:
+    """The class that a ``StackedLSTM`` becomes: ``nn.LSTM``, or the subclass of it that it was converted from."""
+    cls = original_class(stacked)
+    return nn.LSTM if issubclass(cls, StackedLSTM) else cls  # type: ignore[return-value]
 
 
 def _int_of(scalar: Tensor) -> int:

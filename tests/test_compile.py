@@ -95,7 +95,7 @@ def test_unbatched_and_packed_input_compile_too():
     torch.testing.assert_close(function(torch.ones(4, 3)), module(torch.ones(4, 3)))
     packed = pack_padded_sequence(torch.randn(4, 3, 3), torch.tensor([4, 2, 1]))
 
-    @torch.compile(backend="aot_eager")  # a PackedSequence is taken apart in Python: breaks are allowed here
+    @torch.compile(backend="aot_eager", fullgraph=True)
     def call(data, batch_sizes):
         output, (h_n, _) = module(PackedSequence(data, batch_sizes))
         return output.data, h_n
@@ -244,6 +244,26 @@ def test_a_converted_model_compiles_where_nn_lstm_breaks_the_graph():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("make", [lambda: torch.nn.LSTM(4, 5, 2), lambda: WithHelper(4, 5, 2)], ids=["LSTM", "subclass"])
+def test_as_lstm_compiles_as_nn_lstm_does_with_a_graph_break(make):
+    model = convert_lstm(torch.nn.Sequential(torch.nn.Linear(3, 4), make()), as_lstm=True)
+    x = torch.randn(6, 2, 3, requires_grad=True)
+    function = torch.compile(model, backend="aot_eager")
+    for call in (lambda: None, model.eval):
+        call()
+        got, expected = function(x), model(x)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(y[0].square().sum(), [x, *model.parameters()]) for y in (got, expected)))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="RNN, GRU, or LSTM"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+
+
+class WithHelper(torch.nn.LSTM):
+    def helper(self):
+        return self.hidden_size
+
+
 @pytest.mark.slow
 def test_inductor_in_training_and_inference():
     """The default backend, around the operator: code is generated before and after it, with dynamic sizes."""
@@ -351,6 +371,20 @@ def test_export_of_packed_data_and_batch_sizes(options, is_sorted, with_states, 
     for states in (2, 5) if with_states else ():
         with pytest.raises(RuntimeError, match="hidden states for as many sequences as the packed batch has"):
             program(*arguments(3, states))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("as_lstm", [False, True], ids=["StackedLSTM", "as_lstm"])
+def test_export_warns_of_nothing(as_lstm, strict):
+    """nn.LSTM assigns _flat_weights anew in a call, of which torch.export warns."""
+    model = convert_lstm(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LSTM(4, 5, 2)), as_lstm=as_lstm)
+    if as_lstm and strict:
+        return  # torch refuses every nn.LSTM there
+    x = torch.randn(6, 2, 3)
+    model(x)
+    program = torch.export.export(model, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), model(x))
 
 
 def test_what_export_promises_beyond_stock():
