@@ -177,6 +177,12 @@ class StackedLSTM(nn.RNNBase):
     def _look_again(self) -> None:
         """Note what the instance itself has that the short ways of a call would pass by."""
         own = self.__dict__
+        if type(self).__module__ == __name__:
+            # torch.fx takes a module for a leaf by `module.__module__.startswith("torch.nn")`: nn.LSTM is one, its
+            # subclasses are not. An attribute of the instance says so, and leaves alone what pickle and repr read, that
+            # of the class. It is not "torch.nn.modules": torch.compile tells modules that it takes for one of those
+            # from the user's, and can be told to set no guards on their attributes.
+            own["__module__"] = "torch.nn"
         unusual = is_unusual(self)
         for flag, here in (("_unusual", unusual), ("_unusual_step", unusual or "forward" in own)):
             if here:
@@ -192,7 +198,7 @@ class StackedLSTM(nn.RNNBase):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for name in ("_unusual", "_unusual_step"):
+        for name in ("__module__", "_unusual", "_unusual_step"):
             state.pop(name, None)
         return state
 
