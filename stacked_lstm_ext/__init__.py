@@ -11,6 +11,7 @@ backend(name):`` forces it. ``python -m stacked_lstm_ext`` prints what was built
 from __future__ import annotations
 
 from .convert import LSTMReport, ReportedLSTM, convert_lstm, lstm_report, revert_lstm
+from .flops import register_flop_formulas
 from .module import StackedLSTM
 from .ops import _C
 from .plan import Plan, backend, last_run
@@ -27,5 +28,7 @@ __all__ = [
     "lstm_report",
     "revert_lstm",
 ]
+
+register_flop_formulas()
 
 __version__: str = _C.build_info()["version"]
