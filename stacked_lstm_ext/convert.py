@@ -177,7 +177,8 @@ def _examine(model: nn.Module, skip: Skip) -> list[tuple[nn.Module, ReportedLSTM
         scripted = _is_scripted_lstm(module)
         if not scripted and not isinstance(module, (nn.LSTM, StackedLSTM)):
             continue
-        cls = f"{module.original_name} ({type(module).__name__})" if scripted else f"{type(module).__module__}.{type(module).__qualname__}"
+        kind = type(module)
+        cls = f"{getattr(module, 'original_name', '')} ({kind.__name__})" if scripted else f"{kind.__module__}.{kind.__qualname__}"
         if isinstance(module, StackedLSTM):
             verdict = "converted", "it is a StackedLSTM"
         elif any(skipped(path, module) for path in paths):
@@ -195,7 +196,11 @@ def _examine(model: nn.Module, skip: Skip) -> list[tuple[nn.Module, ReportedLSTM
 
 
 def _is_scripted_lstm(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule) and str(getattr(module, "original_name", "")).endswith("LSTM")
+    """Whether it is an nn.LSTM, or a subclass, that was scripted, traced or loaded: its class is one of torch.jit's then."""
+    weight = getattr(module, "weight_hh_l0", None) if isinstance(module, torch.jit.ScriptModule) else None
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        return False
+    return hasattr(module, "weight_hr_l0") or weight.size(0) == 4 * weight.size(1)  # four gates: a GRU has three
 
 
 def _skipper(skip: Skip, known: set[str]) -> Callable[[str, nn.Module], bool]:

@@ -657,14 +657,24 @@ def test_the_report_says_what_becomes_of_each_lstm_and_why():
         lstm_report(None)
 
 
+class ConvLSTM(nn.Module):
+    """Only its name ends like one."""
+
+    def forward(self, x):
+        return x
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_traced_and_loaded_lstms_are_reported_too():
     traced = torch.jit.trace(nn.LSTM(3, 3), torch.randn(2, 1, 3))
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(nn.Sequential(nn.LSTM(3, 3))), file)
     file.seek(0)
-    report = lstm_report(nn.ModuleList([traced, torch.jit.load(file)]))
-    assert [(entry.paths, entry.status) for entry in report] == [(("0",), "refused"), (("1.0",), "refused")]
+    subclass = torch.jit.trace(Biased(3, 8), torch.randn(2, 1, 3))
+    projected = torch.jit.script(nn.LSTM(3, 4, proj_size=2))
+    others = [torch.jit.script(nn.GRU(3, 3)), torch.jit.script(ConvLSTM())]
+    report = lstm_report(nn.ModuleList([traced, torch.jit.load(file), subclass, projected, *others]))
+    assert [(entry.paths, entry.status) for entry in report] == [((path,), "refused") for path in ("0", "1.0", "2", "3")]
 
 
 # --------------------------------------------------------------------------------------------------------------------
