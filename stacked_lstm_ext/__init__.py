@@ -10,11 +10,25 @@ backend(name):`` forces it. ``python -m stacked_lstm_ext`` prints what was built
 
 from __future__ import annotations
 
-from .convert import convert_lstm, revert_lstm
+from .convert import LSTMReport, ReportedLSTM, convert_lstm, lstm_report, revert_lstm
+from .flops import register_flop_formulas
 from .module import StackedLSTM
 from .ops import _C
 from .plan import Plan, backend, last_run
 
-__all__ = ["Plan", "StackedLSTM", "__version__", "backend", "convert_lstm", "last_run", "revert_lstm"]
+__all__ = [
+    "LSTMReport",
+    "Plan",
+    "ReportedLSTM",
+    "StackedLSTM",
+    "__version__",
+    "backend",
+    "convert_lstm",
+    "last_run",
+    "lstm_report",
+    "revert_lstm",
+]
+
+register_flop_formulas()
 
 __version__: str = _C.build_info()["version"]

@@ -13,12 +13,13 @@ from torch.nn.utils.rnn import PackedSequence
 from . import ops
 from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan, runs_on_cpu, stores_bf16
 from .reference import round_to_bf16
-from .transplant import obstacle_to_replacing, transplant
+from .transplant import both, obstacle_to_replacing, only_adds_a_constructor, original_class, transplant
+from .unusual import CHECKS, WATCHED, WEIGHT_METHODS, check_options, is_unusual, overrides, weight_names
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["StackedLSTM"]
+__all__ = ["StackedLSTM", "TorchStackedLSTM"]
 
 
 class StackedLSTM(nn.RNNBase):
@@ -32,7 +33,11 @@ class StackedLSTM(nn.RNNBase):
       whatever the number of threads (but not the bits of ``torch.nn.LSTM``).
     * A ``PackedSequence`` has its feature size and its initial states checked.
     * It is no ``nn.LSTM`` by ``isinstance``, since ``torch.compile`` refuses to trace those. :func:`.convert_lstm`
-      swaps the ones inside a model.
+      swaps the ones inside a model, and with ``as_lstm=True`` for modules that are both.
+
+    A subclass may override what a subclass of ``nn.LSTM`` may (``check_input``, ``check_forward_args``,
+    ``permute_hidden``, ...), and an instance may have such a method set. Options may be changed after construction:
+    ``num_layers``, ``bias`` and ``bidirectional`` then say which of the weights are used.
 
     Args:
         input_size: features of the input.
@@ -68,9 +73,11 @@ class StackedLSTM(nn.RNNBase):
     Raises:
         ValueError: for sizes out of range, an input that is neither 2-D nor 3-D, or one whose dtype is not the
             weights'.
-        TypeError: for constructor arguments of the wrong type, or an ``hx`` that is neither a tuple nor a list.
-        RuntimeError: for sizes that do not fit, an empty sequence, tensors on several devices, a forced backend
-            (:func:`.backend`) that cannot run the call (ValueError where it is ``"persistent"``).
+        TypeError: for constructor arguments of the wrong type (``bidirectional``: at a call, as ``nn.LSTM``), or an
+            ``hx`` that is neither a tuple nor a list.
+        RuntimeError: for options that were changed to what the weights were not made for, and for sizes that do not
+            fit, an empty sequence, tensors on several devices, a forced backend (:func:`.backend`) that cannot run the
+            call (ValueError where it is ``"persistent"``).
 
     Example::
 
@@ -81,6 +88,21 @@ class StackedLSTM(nn.RNNBase):
     recompute: bool
     bf16_weights: bool
     _frozen = False
+    # Whether calls have to do as nn.LSTM does, step by step, because of what the class overrides or the instance has.
+    _unusual = False
+    _unusual_step = False  # that, or forward is another: step is one call of it
+    _overrides_weights = False  # the class brings _flat_weights up to date itself, and calls compute with that
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._note_overrides()
+
+    @classmethod
+    def _note_overrides(cls) -> None:
+        """Note what the class has from elsewhere that the short ways of a call would pass by."""
+        cls._overrides_weights = overrides(cls, StackedLSTM, WEIGHT_METHODS) or hasattr(cls, "_flat_weights")
+        cls._unusual = cls._overrides_weights or overrides(cls, StackedLSTM, CHECKS)
+        cls._unusual_step = cls._unusual or overrides(cls, StackedLSTM, ("forward",))
 
     def __init__(
         self,
@@ -101,7 +123,8 @@ class StackedLSTM(nn.RNNBase):
         for name, option in (("recompute", recompute), ("bf16_weights", bf16_weights)):
             if not isinstance(option, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(option).__name__}")
-        super().__init__(
+        nn.RNNBase.__init__(  # not that of nn.LSTM, which is next where as_lstm makes it a base
+            self,
             "LSTM",
             input_size,
             hidden_size,
@@ -122,22 +145,62 @@ class StackedLSTM(nn.RNNBase):
         """A new module that shares the very same ``Parameter`` objects with ``lstm``.
 
         Parametrizations, hooks (those of weight norm and pruning among them) and the training flag are taken over;
-        ``lstm`` itself is left as it is.
+        ``lstm`` itself is left as it is. What a subclass of ``nn.LSTM`` defines is kept as :func:`.convert_lstm` keeps
+        it, where this method is that of :class:`StackedLSTM` itself.
 
         Raises:
-            TypeError: if ``lstm`` is no ``nn.LSTM``, or of a subclass that overrides ``forward`` or defines anything
-                else beside a constructor.
+            TypeError: if ``lstm`` is no ``nn.LSTM``, or of a subclass that cannot be carried over: one that overrides
+                ``forward``, above all.
         """
         if not isinstance(lstm, nn.LSTM):
             raise TypeError(f"lstm should be a torch.nn.LSTM, got: {type(lstm).__name__}")
-        obstacle = obstacle_to_replacing(lstm, nn.LSTM)
+        obstacle = obstacle_to_replacing(lstm, nn.LSTM, carry=TorchStackedLSTM if cls is StackedLSTM else None)
         if obstacle:
             raise TypeError(f"cannot make a {cls.__name__} of this LSTM: {obstacle}")
-        return transplant(lstm, cls, options={"recompute": recompute, "bf16_weights": bf16_weights}, take_hooks=False)
+        target = stacked_class(lstm) if cls is StackedLSTM else cls
+        return transplant(lstm, target, options={"recompute": recompute, "bf16_weights": bf16_weights}, take_hooks=False)
 
     def to_torch(self) -> nn.LSTM:
         """A new ``torch.nn.LSTM`` that shares the very same ``Parameter`` objects: :meth:`from_torch` undone."""
-        return transplant(self, nn.LSTM, options={}, take_hooks=False)
+        return transplant(self, torch_class(self), options={}, take_hooks=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in WATCHED:
+            self._look_again()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name in WATCHED:
+            self._look_again()
+
+    def _look_again(self) -> None:
+        """Note what the instance itself has that the short ways of a call would pass by."""
+        own = self.__dict__
+        if type(self).__module__ == __name__:
+            # torch.fx takes a module for a leaf by `module.__module__.startswith("torch.nn")`: nn.LSTM is one, its
+            # subclasses are not. An attribute of the instance says so, and leaves alone what pickle and repr read, that
+            # of the class. It is not "torch.nn.modules": torch.compile tells modules that it takes for one of those
+            # from the user's, and can be told to set no guards on their attributes.
+            own["__module__"] = "torch.nn"
+        unusual = is_unusual(self)
+        for flag, here in (("_unusual", unusual), ("_unusual_step", unusual or "forward" in own)):
+            if here:
+                own[flag] = True
+            else:
+                own.pop(flag, None)  # what the class says counts
+
+    def _check_options(self) -> None:
+        """Refuse what the options were changed to, if no call can do it; take the short ways again where nothing is left to see."""
+        if "_unusual" in self.__dict__ and not torch.compiler.is_compiling():
+            self._look_again()
+        check_options(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        for name in ("__module__", "_unusual", "_unusual_step"):
+            state.pop(name, None)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -145,6 +208,7 @@ class StackedLSTM(nn.RNNBase):
         self.__dict__.setdefault("recompute", False)
         self.__dict__.setdefault("bf16_weights", False)
         self.__dict__.pop("_frozen", None)  # the promise was given for another module's weights
+        self._look_again()
 
     def flatten_parameters(self) -> None:
         """Nothing: no kernel here wants its weights in the one buffer that cuDNN does."""
@@ -196,10 +260,17 @@ class StackedLSTM(nn.RNNBase):
         options = "".join(f", {name}=True" for name in ("recompute", "bf16_weights") if getattr(self, name))
         return super().extra_repr() + options
 
+    def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """The shape that ``h_0`` must have: ``(D·num_layers, N, proj_size or hidden_size)``."""
+        return self._expected_size(input, batch_sizes, self.proj_size or self.hidden_size)
+
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
         """The shape that ``c_0`` must have: ``(D·num_layers, N, hidden_size)``."""
-        layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
-        return layers, batch, self.hidden_size
+        return self._expected_size(input, batch_sizes, self.hidden_size)
+
+    def _expected_size(self, input: Tensor, batch_sizes: Tensor | None, width: int) -> tuple[int, int, int]:
+        batch = input.size(0 if self.batch_first else 1) if batch_sizes is None else _int_of(batch_sizes[0])
+        return self.num_layers * (2 if self.bidirectional else 1), batch, width
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # nn.RNNBase looks at the cached list of weights, which lags behind while functional_call, a parametrization
@@ -215,6 +286,22 @@ class StackedLSTM(nn.RNNBase):
             raise RuntimeError(f"input must have {expected_dim} dimensions, got {input.dim()}")
         if self.input_size != input.size(-1):
             raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}")
+
+    def check_hidden_size(
+        self, hx: Tensor, expected_hidden_size: tuple[int, int, int], msg: str = "Expected hidden size {}, got {}"
+    ) -> None:
+        if torch.compiler.is_compiling() and hx.dim() == 3:
+            from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true  # loads much that only a compiler needs
+
+            # How many sequences a packed batch has is known from its data alone, which no guard can look at. So the
+            # compiled program checks that when it runs.
+            layers, batch, width = expected_hidden_size
+            fits = (hx.size(0), hx.size(2)) == (layers, width)
+            if fits and not guard_or_false(hx.size(1) == batch) and guard_or_true(hx.size(1) == batch):
+                same = torch.scalar_tensor(batch, dtype=torch.int64) == hx.size(1)
+                torch._assert_async(same, "Expected hidden states for as many sequences as the packed batch has")
+                return
+        super().check_hidden_size(hx, expected_hidden_size, msg)
 
     def check_forward_args(  # type: ignore[override]
         self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
@@ -241,7 +328,10 @@ class StackedLSTM(nn.RNNBase):
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        if not torch.compiler.is_compiling():
+        unusual = self._unusual
+        if unusual:
+            self._check_options()
+        elif not torch.compiler.is_compiling():
             result = self._fast_call(input, hx)
             if result is not None:
                 return result
@@ -252,8 +342,11 @@ class StackedLSTM(nn.RNNBase):
         if not is_batched:
             input = input.unsqueeze(batch_dim)
         if hx is None:
-            self.check_input(input, None)
+            if not unusual:
+                self.check_input(input, None)
             hidden = self._zero_states(input, input.size(batch_dim))
+            if unusual:
+                self.check_forward_args(input, hidden, None)
         else:
             hidden = _pair(hx)
             dims = hidden[0].dim(), hidden[1].dim()
@@ -264,13 +357,15 @@ class StackedLSTM(nn.RNNBase):
                     raise RuntimeError(f"For unbatched 2-D input, hx and cx should also be 2-D but got ({dims[0]}-D, {dims[1]}-D) tensors")
                 hidden = hidden[0].unsqueeze(1), hidden[1].unsqueeze(1)
             self.check_forward_args(input, hidden, None)
+            if unusual:
+                hidden = _pair(self.permute_hidden(hidden, None))
 
         output, h_n, c_n = self._run(input.transpose(0, 1) if self.batch_first else input, None, hidden)
         if self.batch_first:
             output = output.transpose(0, 1)
         if not is_batched:
-            return output.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
-        return output, (h_n, c_n)
+            output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
+        return output, self.permute_hidden((h_n, c_n), None) if unusual else (h_n, c_n)
 
     def _fast_call(self, input: Tensor, hx: Sequence[Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
         """The call by ``csrc/torch/eager.h``; nothing where that declines: a wrong call, above all, of which forward knows what to say."""
@@ -317,7 +412,7 @@ class StackedLSTM(nn.RNNBase):
             RuntimeError: for a bidirectional stack, whose second direction begins with the last step; and as a call.
             ValueError: for an input that is neither 1-D nor 2-D, and as a call.
         """
-        if hx is not None and not torch.compiler.is_compiling():
+        if hx is not None and not self._unusual_step and not torch.compiler.is_compiling():
             result = self._fast_step(input, hx)
             if result is not None:
                 output, h, c = result
@@ -334,7 +429,7 @@ class StackedLSTM(nn.RNNBase):
         """One step by ``csrc/torch/step.h``, or nothing where that declines; the common case, so every look-up counts."""
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             return None
-        if self.bidirectional or self._dropout_in_effect() or not runs_on_cpu():
+        if self.bidirectional or (self.training and self._dropout_in_effect()) or not runs_on_cpu():
             return None
         h, c = hx
         weights = self._current_weights()
@@ -345,14 +440,16 @@ class StackedLSTM(nn.RNNBase):
 
     def _forward_packed(self, packed: PackedSequence, hx: Sequence[Tensor] | None) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
+        if self._unusual:
+            self._check_options()
         # Unlike torch, which checks nothing here and reads on with a wrong feature size.
         if hx is None:
             self.check_input(data, batch_sizes)
-            hidden = self._zero_states(data, int(batch_sizes[0]))
+            hidden = self._zero_states(data, _int_of(batch_sizes[0]))
         else:
             hidden = _pair(hx)
             self.check_forward_args(data, hidden, batch_sizes)
-            hidden = self.permute_hidden(hidden, sorted_indices)
+            hidden = _pair(self.permute_hidden(hidden, sorted_indices))
         output, h_n, c_n = self._run(data, batch_sizes, hidden)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden((h_n, c_n), unsorted_indices)
@@ -364,7 +461,7 @@ class StackedLSTM(nn.RNNBase):
 
     def _run(self, input: Tensor, batch_sizes: Tensor | None, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Check what the shapes do not show, then run the operator or the reference on time-major or packed input."""
-        weights = self._current_weights()
+        weights = self._weights_in_use()
         self._check_devices(input, hidden, weights)
         if input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -396,7 +493,7 @@ class StackedLSTM(nn.RNNBase):
         return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options, *how, frozen=self._frozen)
 
     def _dropout_in_effect(self) -> float:
-        return self.dropout if self.training and self.num_layers > 1 else 0.0
+        return float(self.dropout) if self.training and self.num_layers > 1 else 0.0
 
     def _current_weights(self) -> list[Tensor]:
         """The weights as they are now, whoever swaps them: functional_call, a parametrization, weight norm, pruning."""
@@ -406,6 +503,18 @@ class StackedLSTM(nn.RNNBase):
             weight = parameters.get(name)
             weights.append(getattr(self, name) if weight is None else weight)
         return weights
+
+    def _weights_in_use(self) -> list[Tensor]:
+        """Those of :meth:`_current_weights` that the options ask for, or what the class brings up to date itself."""
+        if not self._unusual:
+            return self._current_weights()
+        names = weight_names(self)
+        if self._overrides_weights:
+            self._update_flat_weights()
+            if self._flat_weights_names == names:
+                flat: list[Any] = self._flat_weights
+                return list(flat)
+        return [getattr(self, name) for name in names]
 
     def _check_devices(self, input: Tensor, hidden: tuple[Tensor, Tensor], weights: list[Tensor]) -> None:
         device = input.device
@@ -424,8 +533,9 @@ class StackedLSTM(nn.RNNBase):
 
     def _check_dtypes(self, input: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor]) -> None:
         dtype = input.dtype
-        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+        for index, weight in enumerate(weights):
             if weight.dtype != dtype:
+                name = weight_names(self)[index]
                 raise RuntimeError(f"Expected {name} to have the input's dtype {dtype}, got {weight.dtype}")
         for index, state in enumerate((h_0, c_0)):
             if state.dtype != dtype:
@@ -464,7 +574,9 @@ class StackedLSTM(nn.RNNBase):
             raise ValueError(f"seq_len should be at least 1, got {seq_len}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads should be at least 1, got {threads}")
-        weights = self._current_weights()
+        if self._unusual:
+            self._check_options()
+        weights = self._weights_in_use()
         device = weights[0].device
         if dtype is None:
             dtype = weights[0].dtype
@@ -492,6 +604,35 @@ class StackedLSTM(nn.RNNBase):
             batch_size=batch_size,
             threads=torch.get_num_threads() if threads is None else threads,
         )
+
+
+class TorchStackedLSTM(StackedLSTM, nn.LSTM):
+    """A :class:`StackedLSTM` that is a ``torch.nn.LSTM`` by ``isinstance``: ``convert_lstm(model, as_lstm=True)`` makes it.
+
+    ``torch.compile`` breaks the graph at it, as it does at an ``nn.LSTM``. All else is that of :class:`StackedLSTM`.
+    """
+
+    _made_for = nn.LSTM  # as both() has it in the classes it makes
+
+
+def stacked_class(lstm: nn.LSTM, *, as_lstm: bool = False) -> type[StackedLSTM]:
+    """The class that an ``nn.LSTM`` becomes: one that keeps what its own class defines."""
+    cls = original_class(lstm)
+    if only_adds_a_constructor(cls, nn.LSTM) and not (as_lstm and cls is not nn.LSTM):
+        return TorchStackedLSTM if as_lstm else StackedLSTM
+    return both(cls, TorchStackedLSTM)
+
+
+def torch_class(stacked: StackedLSTM) -> type[nn.LSTM]:
+    """The class that a ``StackedLSTM`` becomes: ``nn.LSTM``, or the subclass of it that it was converted from."""
+    cls = original_class(stacked)
+    return nn.LSTM if issubclass(cls, StackedLSTM) else cls  # type: ignore[return-value]
+
+
+def _int_of(scalar: Tensor) -> int:
+    """Its value; in a program that is being compiled or exported, what stands for it (``int`` would ask for the number)."""
+    value: int = scalar.item()  # type: ignore[assignment]
+    return value
 
 
 def _pair(hx: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import types
 import weakref
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["obstacle_to_replacing", "transplant"]
+__all__ = ["both", "obstacle_to_replacing", "only_adds_a_constructor", "original_class", "transplant"]
 
 Target = TypeVar("Target", bound=nn.RNNBase)
 
@@ -25,12 +26,16 @@ _OWN_CONTAINERS = (
 )
 
 # Attributes of a StackedLSTM that an nn.LSTM does not have.
-_OWN_OPTIONS = ("recompute", "bf16_weights", "_frozen")
+_OWN_OPTIONS = ("recompute", "bf16_weights", "_frozen", "_unusual", "_unusual_step", "__module__")
 
 # What a class body holds by itself, and what cannot change how the module computes.
 _HARMLESS_ATTRIBUTES = frozenset(
     {
+        "__abstractmethods__",
+        "__annotate__",
+        "__annotate_func__",
         "__annotations__",
+        "__annotations_cache__",
         "__constants__",
         "__dict__",
         "__doc__",
@@ -41,32 +46,118 @@ _HARMLESS_ATTRIBUTES = frozenset(
         "__parameters__",
         "__qualname__",
         "__static_attributes__",
+        "__type_params__",
         "__weakref__",
+        "_abc_impl",
+        "_overrides_weights",
+        "_unusual",
+        "_unusual_step",
     }
 )
 
+# What decides how a module is called or copied. A subclass that has one of these does what no other class can take over.
+_NOT_CARRIED = frozenset(
+    {"forward", "__call__", "_call_impl", "_wrapped_call_impl", "__reduce__", "__reduce_ex__", "recompute", "bf16_weights"}
+)
 
-def obstacle_to_replacing(module: nn.RNNBase, known: type[nn.RNNBase]) -> str:
+# Where a class made by both() keeps the class it was made for.
+_MADE_FOR = "_made_for"
+
+
+def original_class(module: nn.RNNBase) -> type[nn.RNNBase]:
+    """The class of ``module`` without what parametrizations, or :func:`both`, made of it."""
+    bare: type[nn.RNNBase] = parametrize.type_before_parametrizations(module)
+    made_for: type[nn.RNNBase] = vars(bare).get(_MADE_FOR, bare)
+    return made_for
+
+
+def _added(cls: type[nn.RNNBase], known: type[nn.RNNBase]) -> dict[str, type]:
+    """What ``cls`` and its bases define before ``known`` comes, but for what is harmless, and who defines it."""
+    added: dict[str, type] = {}
+    for base in cls.__mro__[: cls.__mro__.index(known)]:
+        if not issubclass(known, base):
+            added.update({name: base for name in vars(base) if name not in _HARMLESS_ATTRIBUTES and name not in added})
+    return added
+
+
+def only_adds_a_constructor(cls: type[nn.RNNBase], known: type[nn.RNNBase]) -> bool:
+    return not _added(cls, known)
+
+
+def obstacle_to_replacing(module: nn.RNNBase, known: type[nn.RNNBase], *, carry: type[nn.RNNBase] | None = None) -> str:
     """Why ``module`` cannot become another class without losing behaviour, in words; empty if it can.
 
-    A subclass of ``known`` may add nothing but a constructor: whatever else it defines would be lost without a sign.
+    Args:
+        known: the class that is replaced. What a subclass adds to it, beside a constructor, would be lost ...
+        carry: ... unless a class can be made that is a ``carry`` as well (:func:`both`).
     """
     if module._compiled_call_impl is not None:
         return "it was compiled by Module.compile(); convert first, compile then"
-    bare = parametrize.type_before_parametrizations(module)
-    for cls in bare.__mro__:
-        if cls is known:
-            return ""
-        if "forward" in vars(cls):
-            return f"{_name(bare)} overrides forward"
-        added = sorted(set(vars(cls)) - _HARMLESS_ATTRIBUTES)
-        if added and not issubclass(known, cls):
-            return f"{_name(bare)} defines {', '.join(added)}, which would be lost"
-    return f"{_name(bare)} is not a {_name(known)}"
+    if "forward" in vars(module):
+        return "it has a forward of its own set on the instance"
+    cls = original_class(module)
+    was_made = cls is not parametrize.type_before_parametrizations(module)
+    if not issubclass(cls, known):
+        return "" if was_made else f"{_name(cls)} is not a {_name(known)}"
+    added = _added(cls, known)
+    if carry is None:
+        if "forward" in added:
+            return f"{_name(cls)} overrides forward"
+        return f"{_name(cls)} defines {', '.join(sorted(added))}, which would be lost" if added else ""
+    taken = {name for name in dir(carry) if name.startswith("_") and not name.startswith("__") and not hasattr(known, name)}
+    for name in sorted(added):
+        if name in _NOT_CARRIED:
+            return f"{_name(cls)} overrides {name}"
+        if name in taken:
+            return f"{_name(cls)} defines {name}, which {carry.__name__} needs for itself"
+    for name in sorted(vars(module)) if not was_made else ():
+        if name in taken or name in _OWN_OPTIONS:
+            return f"its attribute {name} is one that {carry.__name__} needs for itself"
+    if added:
+        try:
+            both(cls, carry)
+        except Exception as error:  # the metaclass and __init_subclass__ are the subclass's, and may raise anything
+            return f"no class can be made that is a {_name(cls)} as well: {error}"
+    return ""
 
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def both(cls: type[nn.RNNBase], stacked: type[Target]) -> type[Target]:
+    """A class that is a ``cls``, with all that it defines, and computes as a ``stacked``, which is an ``nn.LSTM`` itself.
+
+    In its order of bases ``stacked`` comes between ``cls`` and ``nn.LSTM``, so that ``super()`` in ``cls`` finds it.
+    Modules of such a class can be copied and pickled: the class is made again for ``cls``.
+    """
+    for known in cls.__subclasses__():
+        if vars(known).get(_MADE_FOR) is cls and issubclass(known, stacked):
+            return known
+    namespace = {
+        "__module__": cls.__module__,
+        "__qualname__": f"Stacked{cls.__qualname__}",
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": _reduce,
+    }
+    made: Any = types.new_class(f"Stacked{cls.__name__}", (cls, stacked), exec_body=lambda body: body.update(namespace))
+    setattr(made, _MADE_FOR, cls)  # not before: a class whose __init_subclass__ raised must not be found above
+    made._note_overrides()  # also where __init_subclass__ of cls does not call that of its bases
+    result: type[Target] = made
+    return result
+
+
+def _reduce(module: Any, protocol: int) -> Any:
+    made = type(module)
+    if _MADE_FOR not in vars(made):
+        return object.__reduce_ex__(module, protocol)
+    (stacked,) = made.__bases__[1:]
+    return _made_again, (vars(made)[_MADE_FOR], stacked), module.__getstate__()
+
+
+def _made_again(cls: type[nn.RNNBase], stacked: type[nn.RNNBase]) -> nn.RNNBase:
+    made = both(cls, stacked)
+    return object.__new__(made)
 
 
 def transplant(source: nn.RNNBase, target: type[Target], *, options: dict[str, bool], take_hooks: bool) -> Target:
@@ -83,13 +174,16 @@ def transplant(source: nn.RNNBase, target: type[Target], *, options: dict[str, b
     if parametrize.is_parametrized(source):
         # torch gives a parametrized module a class of its own, whose properties compute the tensors.
         own = {key: value for key, value in vars(type(source)).items() if key not in ("__dict__", "__weakref__")}
-        cls = type(f"Parametrized{target.__name__}", (target,), own)
-    module = cls.__new__(cls)
+        own = {key: value for key, value in own.items() if not key.startswith(("_overrides_", "_unusual"))}  # made anew
+        cls = types.new_class(f"Parametrized{target.__name__}", (target,), exec_body=lambda body: body.update(own))
+    module: Target = object.__new__(cls)
     state = dict(source.__dict__)
     for key, value in state.items():
         is_hooks = "_hooks" in key and isinstance(value, dict)
         if key in _OWN_CONTAINERS or (is_hooks and not take_hooks):
             state[key] = copy.copy(value)
+        elif isinstance(value, types.MethodType) and value.__self__ is source:
+            state[key] = types.MethodType(value.__func__, module)  # a method that was set on the instance
     for name in _OWN_OPTIONS:
         state.pop(name, None)
     state.update(options)
@@ -101,6 +195,9 @@ def transplant(source: nn.RNNBase, target: type[Target], *, options: dict[str, b
         module._modules["parametrizations"] = lists
     module._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in module._flat_weights]
     _rebind_hooks(module, source)
+    look_again = getattr(module, "_look_again", None)
+    if look_again is not None:
+        look_again()
     return module
 
 
@@ -113,11 +210,13 @@ def _shallow_copy(container: nn.Module) -> nn.Module:
 
 
 def _rebind_hooks(module: nn.Module, source: nn.Module) -> None:
-    """Hand ``module`` to those hooks that remember the module they were registered on (of ``load_state_dict``)."""
+    """Hand ``module`` to those hooks that remember the module they were registered on (of ``load_state_dict``, or its methods)."""
     for key, hooks in module.__dict__.items():
         if "_hooks" not in key or not isinstance(hooks, dict):
             continue
-        for number, hook in hooks.items():
+        for number, hook in list(hooks.items()):
             if getattr(hook, "with_module", False) is True and hook.module() is source:
                 hooks[number] = copy.copy(hook)
                 hooks[number].module = weakref.ref(module)
+            elif isinstance(hook, types.MethodType) and hook.__self__ is source:
+                hooks[number] = types.MethodType(hook.__func__, module)

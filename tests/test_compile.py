@@ -10,6 +10,7 @@ import torch
 from helpers import KERNELS, Case, assert_matches, case_tolerance, make_input, pair, results
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 from stacked_lstm_ext import StackedLSTM, convert_lstm, last_run
 from stacked_lstm_ext import backend as forced
@@ -89,20 +90,69 @@ def test_compiling_warns_of_nothing():
 
 
 def test_unbatched_and_packed_input_compile_too():
-    from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-
     module = StackedLSTM(3, 5, 2)
     function, _ = compiled(module)
     torch.testing.assert_close(function(torch.ones(4, 3)), module(torch.ones(4, 3)))
     packed = pack_padded_sequence(torch.randn(4, 3, 3), torch.tensor([4, 2, 1]))
 
-    @torch.compile(backend="aot_eager")  # a PackedSequence is taken apart in Python: breaks are allowed here
+    @torch.compile(backend="aot_eager", fullgraph=True)
     def call(data, batch_sizes):
         output, (h_n, _) = module(PackedSequence(data, batch_sizes))
         return output.data, h_n
 
     output, (h_n, _) = module(packed)
     torch.testing.assert_close(call(packed.data, packed.batch_sizes), (output.data, h_n))
+
+
+PACKED = [  # options, whether the sequences are sorted
+    ({}, True),
+    ({"num_layers": 2, "bidirectional": True}, False),
+    ({"proj_size": 3, "batch_first": True}, False),
+]
+
+
+def packed_input(batch, is_sorted=True, features=4):
+    sequences = [torch.randn(steps, features) for steps in range(batch + 1, 1, -1)]
+    return pack_sequence(sequences if is_sorted else sequences[::-1], enforce_sorted=is_sorted)
+
+
+def initial_states(module, batch, requires_grad=False):
+    lanes = module.num_layers * (2 if module.bidirectional else 1)
+    sizes = module.proj_size or module.hidden_size, module.hidden_size
+    return tuple(torch.randn(lanes, batch, size, requires_grad=requires_grad) for size in sizes)
+
+
+@pytest.mark.parametrize("options, is_sorted", PACKED, ids=["plain", "bidirectional-unsorted", "projected-unsorted"])
+def test_a_packed_batch_with_initial_states_is_one_graph(options, is_sorted):
+    """How many sequences there are stands in the data alone, and no guard can look there."""
+    module = StackedLSTM(4, 8, **options)
+
+    def call(packed, hx):
+        output, (h_n, c_n) = module(packed, hx)
+        return output.data, h_n, c_n
+
+    function, counter = compiled(call, dynamic=True)
+    compilations = []
+    for batch in (5, 7, 6):  # no two sizes alike: dynamo would take them for one
+        packed, hx = packed_input(batch, is_sorted), initial_states(module, batch, requires_grad=True)
+        got, expected = function(packed, hx), call(packed, hx)
+        torch.testing.assert_close(got, expected)
+        leaves = [*hx, *module.parameters()]
+        grads = [torch.autograd.grad(sum(t.square().sum() for t in results), leaves) for results in (got, expected)]
+        torch.testing.assert_close(*grads)
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1, f"recompiled: {compilations}"
+    for wrong in (4, 8):  # also where unsorted_indices would pick some of too many
+        with pytest.raises(RuntimeError, match="hidden states for as many sequences as the packed batch has"):
+            function(packed_input(6, is_sorted), initial_states(module, wrong))
+
+
+def test_other_sizes_of_the_states_of_a_packed_batch_are_found_while_compiling():
+    module = StackedLSTM(4, 8, proj_size=3)
+    function, _ = compiled(lambda packed, hx: module(packed, hx)[0].data)
+    for sizes in ((2, 2, 3), (1, 2, 4)):
+        with pytest.raises(Exception, match=r"Expected hidden\[0\] size"):
+            function(packed_input(2), (torch.zeros(sizes), torch.zeros(1, 2, 8)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -194,6 +244,26 @@ def test_a_converted_model_compiles_where_nn_lstm_breaks_the_graph():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("make", [lambda: torch.nn.LSTM(4, 5, 2), lambda: WithHelper(4, 5, 2)], ids=["LSTM", "subclass"])
+def test_as_lstm_compiles_as_nn_lstm_does_with_a_graph_break(make):
+    model = convert_lstm(torch.nn.Sequential(torch.nn.Linear(3, 4), make()), as_lstm=True)
+    x = torch.randn(6, 2, 3, requires_grad=True)
+    function = torch.compile(model, backend="aot_eager")
+    for call in (lambda: None, model.eval):
+        call()
+        got, expected = function(x), model(x)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(y[0].square().sum(), [x, *model.parameters()]) for y in (got, expected)))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="RNN, GRU, or LSTM"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+
+
+class WithHelper(torch.nn.LSTM):
+    def helper(self):
+        return self.hidden_size
+
+
 @pytest.mark.slow
 def test_inductor_in_training_and_inference():
     """The default backend, around the operator: code is generated before and after it, with dynamic sizes."""
@@ -268,6 +338,53 @@ def test_export_with_initial_states():
     program = torch.export.export(module, args, dynamic_shapes=shapes).module()
     other = (torch.randn(9, 7, 3), (torch.randn(2, 7, 5), torch.randn(2, 7, 5)))
     torch.testing.assert_close(program(*other), module(*other))
+
+
+class OfPackedParts(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.lstm = StackedLSTM(4, 8, **options)
+
+    def forward(self, data, batch_sizes, hx=None, sorted_indices=None, unsorted_indices=None):
+        output, (h_n, c_n) = self.lstm(PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices), hx)
+        return output.data, h_n, c_n
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("with_states", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("options, is_sorted", PACKED, ids=["plain", "bidirectional-unsorted", "projected-unsorted"])
+def test_export_of_packed_data_and_batch_sizes(options, is_sorted, with_states, strict):
+    model = OfPackedParts(**options)
+
+    def arguments(batch, states=None):
+        packed = packed_input(batch, is_sorted)
+        hx = initial_states(model.lstm, states or batch) if with_states else None
+        return packed.data, packed.batch_sizes, hx, packed.sorted_indices, packed.unsorted_indices
+
+    first, auto = {0: Dim.AUTO}, {1: Dim.AUTO}
+    indices = None if is_sorted else first
+    shapes = (first, first, (auto, auto) if with_states else None, indices, indices)
+    program = torch.export.export(model, arguments(4), dynamic_shapes=shapes, strict=strict).module()
+    for batch in (4, 3, 6):
+        inputs = arguments(batch)
+        torch.testing.assert_close(program(*inputs), model(*inputs))
+    for states in (2, 5) if with_states else ():
+        with pytest.raises(RuntimeError, match="hidden states for as many sequences as the packed batch has"):
+            program(*arguments(3, states))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("as_lstm", [False, True], ids=["StackedLSTM", "as_lstm"])
+def test_export_warns_of_nothing(as_lstm, strict):
+    """nn.LSTM assigns _flat_weights anew in a call, of which torch.export warns."""
+    model = convert_lstm(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LSTM(4, 5, 2)), as_lstm=as_lstm)
+    if as_lstm and strict:
+        return  # torch refuses every nn.LSTM there
+    x = torch.randn(6, 2, 3)
+    model(x)
+    program = torch.export.export(model, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), model(x))
 
 
 def test_what_export_promises_beyond_stock():

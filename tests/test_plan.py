@@ -397,11 +397,14 @@ def test_autocast_and_the_gradient_mode_show_in_the_plan():
 
 def test_the_public_names_are_these():
     assert set(stacked_lstm_ext.__all__) == {
+        "LSTMReport",
         "Plan",
+        "ReportedLSTM",
         "StackedLSTM",
         "__version__",
         "backend",
         "convert_lstm",
         "last_run",
+        "lstm_report",
         "revert_lstm",
     }
