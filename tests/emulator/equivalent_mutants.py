@@ -437,6 +437,15 @@ EQUIVALENT: list[Equivalent] = [
         near="if (",
     ),
     Equivalent(
+        file="csrc/persistent/backward_sums.cuh",
+        function="receive",
+        kind="guard",
+        change="always true",
+        code="cells.has(k)",
+        reason="likewise: a lane of one block is cut as those are that go through L2",
+        near="? sums_[",
+    ),
+    Equivalent(
         file="csrc/persistent/backward_lane.cuh",
         function="stage",
         kind="guard",

@@ -86,9 +86,6 @@ TARGETS = [
         thorough=("--order", "priorities"),
         stages=(None, "address"),  # its threads share nothing
     ),
-]
-# Kernels that nothing uses yet, whose mutants would take more time than all others together: `--target persistent`.
-ON_DEMAND = [
     Target(
         name="persistent",
         mutated=tuple(f"csrc/persistent/{part}.cuh" for part in ("block", "exchange", "products", "forward")),
@@ -363,8 +360,8 @@ def main() -> int:
     parser.add_argument("-j", "--jobs", type=int, default=0, help="runs at a time; default: one a processor")
     parser.add_argument("--thorough", action="store_true", help="more orders of the threads, and sanitizers for the listed mutants too")
     parser.add_argument("-v", "--verbose", action="store_true", help="print what became of every mutant, and why")
-    named = {target.name: target for target in [*TARGETS, *ON_DEMAND]}
-    parser.add_argument("--target", action="append", default=[], choices=named, help="default: what the tests run")
+    named = {target.name: target for target in TARGETS}
+    parser.add_argument("--target", action="append", default=[], choices=named, help="default: all")
     options = parser.parse_args()
     targets = [named[name] for name in options.target] or TARGETS
     if options.list:
