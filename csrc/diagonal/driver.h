@@ -71,7 +71,8 @@ class Driver {
         hidden_(call.shape.layers[0].hidden),
         projection_(call.shape.layers[0].projection),
         output_(call.shape.layers[0].output()),
-        padded_(call.shape.layers[0].padded_hidden()) {
+        padded_(call.shape.layers[0].padded_hidden()),
+        places_(call.shape, call.options.bias) {
     counts_.schedule = plan_;
     // No chunk has more rows: an earlier step never has fewer sequences than a later one.
     chunk_rows_ = shape_.first_row(std::min(plan_.chunk_steps, shape_.steps));
@@ -83,23 +84,19 @@ class Driver {
     return {width, directions_ * output_, padded_, directions_ * 4 * hidden_, mask_};
   }
 
-  const Tensor& weight(int64_t lane, int64_t which) const {
-    return call_.weights[static_cast<size_t>(lane * call_.options.weights_a_lane() + which)];
-  }
-  const Tensor& weight_ih(int64_t lane) const { return weight(lane, 0); }
+  const Tensor& weight(int64_t lane, Weight name) const { return call_.weights[places_.at(lane, name)]; }
 
   // One kind of weight of the lanes from `first` on: (lanes, …).
-  Tensor stacked(int64_t which, int64_t first = 0) const {
+  Tensor stacked(Weight name, int64_t first = 0) const {
     std::vector<Tensor> all;
-    for (int64_t lane = first; lane < lanes_; ++lane) all.push_back(weight(lane, which));
+    for (int64_t lane = first; lane < lanes_; ++lane) all.push_back(weight(lane, name));
     return at::stack(all);
   }
-  Tensor stacked_hr() const { return stacked(call_.options.weights_a_lane() - 1); }
 
   // b_ih + b_hh, (lanes, 4H), or undefined.
   Tensor stacked_bias() const {
     if (!call_.options.bias) return {};
-    return stacked(2).to(scalar_type<A>()).add_(stacked(3));
+    return stacked(Weight::bias_ih).to(scalar_type<A>()).add_(stacked(Weight::bias_hh));
   }
 
   int64_t time(int64_t lane, int64_t stage, int64_t s) const {
@@ -169,6 +166,7 @@ class Driver {
   const int64_t directions_, depth_, lanes_, batch_, rows_, hidden_, projection_, output_, padded_;
   int64_t chunk_rows_;
   Tensor input_;  // (rows, I)
+  const WeightPlaces places_;
   gates::Mask mask_;
 };
 

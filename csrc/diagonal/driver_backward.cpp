@@ -23,6 +23,7 @@ class Backward : Driver<T> {
   using Base::lanes_;
   using Base::output_;
   using Base::padded_;
+  using Base::places_;
   using Base::plan_;
   using Base::projection_;
   using Base::rows_;
@@ -74,20 +75,20 @@ class Backward : Driver<T> {
     // Zeros: the last product also takes rows and lanes that have had no step yet.
     grad_gates_ = at::zeros({lanes_, batch_, 4 * hidden_}, storage_);
     recurrent_ = at::empty({lanes_, batch_, output_}, accumulator_);
-    recurrent_product_ = LaneProduct(recurrent_, grad_gates_, Base::stacked(1));
+    recurrent_product_ = LaneProduct(recurrent_, grad_gates_, Base::stacked(Weight::hh));
     // Two directions: the layers take turns, and so do their gradients.
     all_grad_gates_ = at::empty({directions_ == 2 ? 1 : depth_, rows_, directions_ * 4 * hidden_}, storage_);
     if (depth_ > 1) {
       above_ = directions_ == 2 ? at::empty({1, rows_, 2 * output_}, accumulator_)
                                 : at::empty({depth_ - 1, chunk_rows_, output_}, accumulator_);
-      if (directions_ == 1) upper_weights_ = Base::stacked(0, 1);
+      if (directions_ == 1) upper_weights_ = Base::stacked(Weight::ih, 1);
     }
     if (projection_ > 0) {
       grad_h_ = at::empty({lanes_, batch_, projection_}, storage_);
       all_grad_h_ = at::empty({lanes_, rows_, projection_}, storage_);
       grad_cell_h_ = at::empty({lanes_, batch_, hidden_}, accumulator_);
       cell_h_ = at::empty({lanes_, rows_, hidden_}, storage_);
-      projection_product_ = LaneProduct(grad_cell_h_, grad_h_, Base::stacked_hr());
+      projection_product_ = LaneProduct(grad_cell_h_, grad_h_, Base::stacked(Weight::hr));
     }
     if (recompute_) {
       input_part_ = at::empty({lanes_, chunk_rows_, 4 * hidden_}, accumulator_);
@@ -164,7 +165,7 @@ class Backward : Driver<T> {
     if (directions_ == 2) {
       const int64_t layer = Base::layer_of(lanes.first);
       if (layer + 1 == depth_ || plan_.chunk_of(stage, lanes.first) + 1 < plan_.chunks()) return;
-      const Tensor weights = at::cat({Base::weight_ih(lanes.first + 2), Base::weight_ih(lanes.first + 3)});
+      const Tensor weights = at::cat({Base::weight(lanes.first + 2, Weight::ih), Base::weight(lanes.first + 3, Weight::ih)});
       Base::multiply(above_, all_grad_gates_, single(weights));
       return;
     }
@@ -198,9 +199,9 @@ class Backward : Driver<T> {
       const auto rows = Base::chunk_rows(lane, plan_.chunk_of(stage, lane));
       Base::multiply(input_part_.narrow(0, lane, 1).narrow(1, 0, rows.count),
                      single(input_of(Base::layer_of(lane)).narrow(0, rows.first, rows.count)),
-                     single(Base::weight_ih(lane).t()));
+                     single(Base::weight(lane, Weight::ih).t()));
       Base::multiply(recurrent_part_.narrow(0, lane, 1).narrow(1, 0, rows.count),
-                     previous_.narrow(0, lane, 1).narrow(1, rows.first, rows.count), single(Base::weight(lane, 1).t()));
+                     previous_.narrow(0, lane, 1).narrow(1, rows.first, rows.count), single(Base::weight(lane, Weight::hh).t()));
     }
   }
 
@@ -270,23 +271,24 @@ class Backward : Driver<T> {
 
   // The weight gradients of a lane that has had its last step: each one product over all rows.
   void finish(int64_t lane) {
-    Tensor* const grad = &result_.weights[static_cast<size_t>(lane * call_.options.weights_a_lane())];
+    const auto grad = [&](Weight name) -> Tensor& { return result_.weights[places_.at(lane, name)]; };
     const Tensor gates = grad_gates_of(lane), gates_t = single(gates.t());
-    Base::multiply_and_round(single(grad[0]), gates_t, single(input_of(Base::layer_of(lane))));
-    Base::multiply_and_round(single(grad[1]), gates_t, previous_.narrow(0, lane, 1));
+    Base::multiply_and_round(single(grad(Weight::ih)), gates_t, single(input_of(Base::layer_of(lane))));
+    Base::multiply_and_round(single(grad(Weight::hh)), gates_t, previous_.narrow(0, lane, 1));
     if (call_.options.bias) {
-      at::sum_out(grad[2], gates, at::IntArrayRef{0});
-      grad[3].copy_(grad[2]);
+      at::sum_out(grad(Weight::bias_ih), gates, at::IntArrayRef{0});
+      grad(Weight::bias_hh).copy_(grad(Weight::bias_ih));
     }
     if (projection_ > 0) {
-      Base::multiply_and_round(single(grad[call_.options.weights_a_lane() - 1]),
-                               single(all_grad_h_.select(0, lane).t()), cell_h_.narrow(0, lane, 1));
+      Base::multiply_and_round(single(grad(Weight::hr)), single(all_grad_h_.select(0, lane).t()),
+                               cell_h_.narrow(0, lane, 1));
     }
   }
 
   void finish_input() {
     result_.input = at::empty(call_.input.sizes(), storage_);
-    const Tensor weights = directions_ == 2 ? at::cat({Base::weight_ih(0), Base::weight_ih(1)}) : Base::weight_ih(0);
+    const Tensor& first = Base::weight(0, Weight::ih);
+    const Tensor weights = directions_ == 2 ? at::cat({first, Base::weight(1, Weight::ih)}) : first;
     Base::multiply_and_round(single(result_.input.view({rows_, call_.input.size(-1)})), all_grad_gates_.narrow(0, 0, 1),
                              single(weights));
   }

@@ -56,11 +56,11 @@ class Forward : Driver<T> {
 
     const Tensor recurrent = at::empty({lanes_, batch_, 4 * hidden_}, accumulator_);
     recurrent_ = data<A>(recurrent);
-    recurrent_product_ = LaneProduct(recurrent, h_, Base::stacked(1).transpose(1, 2));
+    recurrent_product_ = LaneProduct(recurrent, h_, Base::stacked(Weight::hh).transpose(1, 2));
     if (projection_ > 0) {
       cell_h_ = at::empty({lanes_, batch_, hidden_}, storage_);
       projected_ = at::empty({lanes_, batch_, projection_}, storage_);
-      projection_product_ = LaneProduct(projected_, cell_h_, Base::stacked_hr().transpose(1, 2));
+      projection_product_ = LaneProduct(projected_, cell_h_, Base::stacked(Weight::hr).transpose(1, 2));
     }
     const int64_t input_rows = shape_.first_row(std::min(plan_.input_chunks * plan_.chunk_steps, shape_.steps));
     first_input_ = at::empty({directions_, input_rows, 4 * hidden_}, accumulator_);
@@ -68,7 +68,7 @@ class Forward : Driver<T> {
       above_ = at::empty({depth_ - 1, chunk_rows_, output_}, storage_);
       const Tensor input = at::empty({depth_ - 1, chunk_rows_, 4 * hidden_}, accumulator_);
       upper_input_ = data<A>(input);
-      input_product_ = LaneProduct(input, above_, Base::stacked(0, 1).transpose(1, 2));
+      input_product_ = LaneProduct(input, above_, Base::stacked(Weight::ih, 1).transpose(1, 2));
     } else if (depth_ > 1) {
       above_ = at::empty({2, rows_, 2 * output_}, storage_);  // one is read while the other is written
     }
@@ -85,7 +85,7 @@ class Forward : Driver<T> {
         const int64_t slot = lane % directions_, layer = Base::layer_of(lane);
         const Tensor source = layer == 0 ? Base::input_ : above_.select(0, (layer - 1) % 2);
         Base::multiply(single(first_input_.select(0, slot).narrow(0, 0, rows.count)),
-                       single(source.narrow(0, rows.first, rows.count)), single(Base::weight_ih(lane).t()));
+                       single(source.narrow(0, rows.first, rows.count)), single(Base::weight(lane, Weight::ih).t()));
         first_input_row_[slot] = rows.first;
       }
     }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../stack/stack.h"
+#include "../stack/weights.h"
 
 namespace stacked_lstm {
 
@@ -25,7 +26,6 @@ struct Options {
   bool bf16_weights;  // the CPU kernels store them so
 
   int64_t directions() const { return bidirectional ? 2 : 1; }
-  int64_t weights_a_lane() const { return 2 + (bias ? 2 : 0) + (proj_size > 0 ? 1 : 0); }
 };
 
 // The arguments that forward and backward share.

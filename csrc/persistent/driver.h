@@ -89,6 +89,7 @@ class Driver {
         padded_(call.shape.layers[0].padded_hidden()),
         width_(call.shape.directions * call.shape.layers[0].hidden),
         mask_(mask_of(call)),
+        places_(call.shape, call.options.bias),
         first_rows_(rows_on_device(call.shape, call.input)) {
     for (const Tensor& weight : call.weights) weights_.push_back(weight.contiguous());
     if (watchdog_on(call.input.device())) {
@@ -96,18 +97,17 @@ class Driver {
     }
   }
 
-  const Tensor& weight(int64_t lane, int64_t which) const {
-    return weights_[static_cast<size_t>(lane * call_.options.weights_a_lane() + which)];
-  }
-  const T* bias(int64_t lane, int64_t which) const {
-    return call_.options.bias ? const_data<T>(weight(lane, 2 + which)) : nullptr;
+  const Tensor& weight(int64_t lane, Weight name) const { return weights_[places_.at(lane, name)]; }
+  // Null where the lane has no such weight.
+  const T* weight_data(int64_t lane, Weight name) const {
+    return places_.has(lane, name) ? const_data<T>(weight(lane, name)) : nullptr;
   }
   int64_t column_of(int64_t lane) const { return lane % directions_ * hidden_; }
 
   // The rows of W_ih of both directions of a layer, one below the other: (D·4H, input).
   Tensor input_weights(int64_t layer) const {
     const int64_t lane = layer * directions_;
-    return directions_ == 2 ? at::cat({weight(lane, 0), weight(lane + 1, 0)}) : weight(lane, 0);
+    return directions_ == 2 ? at::cat({weight(lane, Weight::ih), weight(lane + 1, Weight::ih)}) : weight(lane, Weight::ih);
   }
 
   // The arguments of all launches of a pass, but for the rounds and what is a lane's.
@@ -190,6 +190,7 @@ class Driver {
   const int64_t directions_, depth_, lanes_, batch_, rows_, hidden_, padded_;
   const int64_t width_;  // of a layer's output
   const gates::Mask mask_;
+  const WeightPlaces places_;
   const Tensor first_rows_;
   std::vector<Tensor> weights_;
   Tensor watchdog_;

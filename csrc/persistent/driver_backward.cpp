@@ -100,6 +100,7 @@ class Backward : Driver<T> {
   using Base::lanes_;
   using Base::mask_;
   using Base::padded_;
+  using Base::places_;
   using Base::plan_;
   using Base::products_;
   using Base::rows_;
@@ -178,7 +179,7 @@ class Backward : Driver<T> {
         describe_lane(l, lane);
         if (layer + 1 < pass.last_layer) {
           l.over = static_cast<int>(n - 1);
-          l.weight_ih_above = const_data<T>(Base::weight(lane + directions_, 0));
+          l.weight_ih_above = Base::weight_data(lane + directions_, Weight::ih);
         } else if (layer + 1 < depth_) {
           l.grad_above = const_data<float>(grad_above_) + l.h_column;
         }
@@ -234,12 +235,15 @@ class Backward : Driver<T> {
 
   void describe_lane(BackwardLane<T>& l, int64_t lane) const {
     const int64_t layer = lane / directions_, states = lane * batch_ * hidden_;
-    l.weight_hh = const_data<T>(Base::weight(lane, 1));
+    l.weight_hh = Base::weight_data(lane, Weight::hh);
     l.h_column = Base::column_of(lane);
     if (layer + 1 == depth_ && grad_output_.defined()) l.grad_output = const_data<T>(grad_output_) + l.h_column;
     if (!recompute_) l.gates = parts_.gates + 4 * lane * rows_ * padded_;
     l.c = parts_.c + lane * rows_ * padded_;
-    if (recompute_) l.bias_ih = Base::bias(lane, 0), l.bias_hh = Base::bias(lane, 1);
+    if (recompute_) {
+      l.bias_ih = Base::weight_data(lane, Weight::bias_ih);
+      l.bias_hh = Base::weight_data(lane, Weight::bias_hh);
+    }
     l.c_0 = const_data<T>(c_0_) + states;
     if (grad_h_n_.defined()) l.grad_h_n = const_data<T>(grad_h_n_) + states;
     if (grad_c_n_.defined()) l.grad_c_n = const_data<T>(grad_c_n_) + states;
@@ -269,8 +273,8 @@ class Backward : Driver<T> {
     const Rows rows = rows_of(lane, first_step, last_step);
     const Tensor sum = preactivations_.narrow(0, number, 1).narrow(1, 0, rows.count);
     const Tensor recurrent = recurrent_part_.narrow(1, 0, rows.count);
-    products_.multiply(sum, single(rows.of(input_at(lane))), single(Base::weight(lane, 0).t()));
-    products_.multiply(recurrent, single(rows.of(previous_at(lane))), single(Base::weight(lane, 1).t()));
+    products_.multiply(sum, single(rows.of(input_at(lane))), single(Base::weight(lane, Weight::ih).t()));
+    products_.multiply(recurrent, single(rows.of(previous_at(lane))), single(Base::weight(lane, Weight::hh).t()));
     sum.add_(recurrent);
     return const_data<float>(sum) - rows.first * 4 * hidden_;
   }
@@ -314,31 +318,36 @@ class Backward : Driver<T> {
   // What the steps of a segment, or all of them, give to a lane's weight gradients: a product each. Segments come from the
   // last to the first; their sums are float32 until all are there.
   void add_gradients(int64_t lane, int64_t first_step, int64_t last_step) {
-    const auto place = static_cast<size_t>(lane * call_.options.weights_a_lane());
-    Tensor* const grad = &result_.weights[place];
     const Rows rows = rows_of(lane, first_step, last_step);
     const Tensor gates = rows.of(grad_gates_of(lane)), gates_t = single(gates.t());
-    const Tensor operands[] = {rows.of(input_at(lane)), rows.of(previous_at(lane))};
+    constexpr Weight kProducts[] = {Weight::ih, Weight::hh};
+    const ByWeight<Tensor> operands{{rows.of(input_at(lane)), rows.of(previous_at(lane))}};
     const bool begins = last_step == shape_.steps, ends = first_step == 0;
+    const auto at = [&](std::vector<Tensor>& list, Weight name) -> Tensor& { return list[places_.at(lane, name)]; };
+    const auto grad = [&](Weight name) -> Tensor& { return at(result_.weights, name); };
     if (begins && ends) {
-      for (int n : {0, 1}) products_.multiply_and_round(single(grad[n]), gates_t, single(operands[n]));
-      if (call_.options.bias) at::sum_out(grad[2], gates, at::IntArrayRef{0});
+      for (const Weight name : kProducts) {
+        products_.multiply_and_round(single(grad(name)), gates_t, single(operands[name]));
+      }
+      if (call_.options.bias) at::sum_out(grad(Weight::bias_ih), gates, at::IntArrayRef{0});
     } else {
       sums_.resize(result_.weights.size());
-      Tensor* const sum = &sums_[place];
-      for (int n : {0, 1}) {
-        const Tensor part = at::empty(grad[n].sizes(), floats_);
-        products_.multiply(single(part), gates_t, single(operands[n]));
-        sum[n] = begins ? part : sum[n].add_(part);
+      const auto add = [&](Weight name, const Tensor& part) {
+        Tensor& sum = at(sums_, name);
+        sum = begins ? part : sum.add_(part);
+        if (ends) grad(name).copy_(sum), sum = Tensor();
+      };
+      for (const Weight name : kProducts) {
+        const Tensor part = at::empty(grad(name).sizes(), floats_);
+        products_.multiply(single(part), gates_t, single(operands[name]));
+        add(name, part);
       }
       if (call_.options.bias) {
-        const Tensor part = at::sum(gates, at::IntArrayRef{0}, /*keepdim=*/false, at::kFloat);
-        sum[2] = begins ? part : sum[2].add_(part);
+        add(Weight::bias_ih, at::sum(gates, at::IntArrayRef{0}, /*keepdim=*/false, at::kFloat));
       }
       if (!ends) return;
-      for (int n = 0; n < (call_.options.bias ? 3 : 2); ++n) grad[n].copy_(sum[n]), sum[n] = Tensor();
     }
-    if (call_.options.bias) grad[3].copy_(grad[2]);
+    if (call_.options.bias) grad(Weight::bias_hh).copy_(grad(Weight::bias_ih));
   }
 
   const Tensor reserve_;

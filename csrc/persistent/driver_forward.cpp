@@ -61,10 +61,10 @@ class Forward : Driver<T> {
       for (int64_t direction = 0; direction < directions_; ++direction) {
         const int64_t lane = layer * directions_ + direction, number = lane - pass.first_layer * directions_;
         ForwardLane<T>& l = arguments.lane[number];
-        l.weight_ih = const_data<T>(Base::weight(lane, 0));
-        l.weight_hh = const_data<T>(Base::weight(lane, 1));
-        l.bias_ih = Base::bias(lane, 0);
-        l.bias_hh = Base::bias(lane, 1);
+        l.weight_ih = Base::weight_data(lane, Weight::ih);
+        l.weight_hh = Base::weight_data(lane, Weight::hh);
+        l.bias_ih = Base::weight_data(lane, Weight::bias_ih);
+        l.bias_hh = Base::weight_data(lane, Weight::bias_hh);
         l.x = source.x;
         l.x_step_stride = source.step_stride;
         l.x_row_stride = source.row_stride;

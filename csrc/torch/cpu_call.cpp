@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cpu/workspace.h"
+#include "../stack/weights.h"
 #include "last_run.h"
 #include "packed_cache.h"
 #include "prepare.h"
@@ -60,6 +61,25 @@ cpu::Workers workers_for(const StackShape& shape) {
   return {threads, &*forced_schedule};
 }
 
+// A struct of pointers for every lane, from a pointer for every place in the list of weights. Where a layer has no such
+// weight, the pointer is null.
+template <typename Lane, typename Pointer, typename PointerAt>
+std::vector<Lane> by_lane(const Call& call, PointerAt&& pointer_at) {
+  std::vector<ByWeight<Pointer>> found(static_cast<size_t>(call.shape.lanes()));
+  all_weights(
+      call.shape.lanes(), call.options.bias,
+      [&](int64_t lane) -> const LayerShape& { return call.shape.of_lane(lane); },
+      [&](int64_t lane, Weight weight, int64_t place) {
+        found[static_cast<size_t>(lane)][weight] = pointer_at(place);
+        return true;
+      });
+  std::vector<Lane> lanes;
+  for (const ByWeight<Pointer>& w : found) {
+    lanes.push_back({w[Weight::ih], w[Weight::hh], w[Weight::bias_ih], w[Weight::bias_hh], w[Weight::hr]});
+  }
+  return lanes;
+}
+
 // Tensors in the arithmetic's dtype, contiguous, kept alive as long as a call points into them.
 template <typename T>
 class Operands {
@@ -84,15 +104,8 @@ class Operands {
     return {x.const_data_ptr<T>(), packed ? 0 : x.stride(0), x.stride(-2)};
   }
 
-  std::vector<LaneWeights<T>> weights(TensorList tensors, const Options& options) {
-    std::vector<LaneWeights<T>> lanes;
-    const int64_t a_lane = options.weights_a_lane();
-    for (int64_t n = 0; n < static_cast<int64_t>(tensors.size()); n += a_lane) {
-      const Tensor* w = &tensors[n];
-      lanes.push_back({take(w[0]), take(w[1]), options.bias ? take(w[2]) : nullptr, options.bias ? take(w[3]) : nullptr,
-                       options.proj_size > 0 ? take(w[a_lane - 1]) : nullptr});
-    }
-    return lanes;
+  std::vector<LaneWeights<T>> weights(const Call& call) {
+    return by_lane<LaneWeights<T>, const T*>(call, [&](int64_t place) { return take(call.weights[place]); });
   }
 
  private:
@@ -155,7 +168,7 @@ Results run_forward(const Call& call, const std::string& saving) {
     }
   }
   if (!done) {
-    kernel.weights = operands.weights(call.weights, call.options);
+    kernel.weights = operands.weights(call);
     done = cpu::forward(kernel, workers, platform, packed.get());
     if (packed) keep_packed(call.weights, shape, packed);
   }
@@ -178,7 +191,7 @@ Gradients run_backward(const Call& call, const Kept& kept, const IncomingGradien
   BackwardCall<T> kernel;
   kernel.shape = shape;
   kernel.input = operands.rows(call.input, call.packed);
-  kernel.weights = operands.weights(call.weights, options);
+  kernel.weights = operands.weights(call);
   kernel.h_0 = operands.take(call.h_0);
   kernel.c_0 = operands.take(call.c_0);
   kernel.dropout = dropout_on_host(call);
@@ -202,14 +215,9 @@ Gradients run_backward(const Call& call, const Kept& kept, const IncomingGradien
   std::vector<Tensor> grad_weights;
   if (weight_grad) {
     for (const Tensor& w : call.weights) grad_weights.push_back(empty(w.sizes(), floats));
-    const int64_t a_lane = options.weights_a_lane();
-    for (int64_t lane = 0; lane < shape.lanes(); ++lane) {
-      const auto at = [&](int64_t n) {
-        return grad_weights[static_cast<size_t>(lane * a_lane + n)].template mutable_data_ptr<T>();
-      };
-      kernel.gradients.push_back({at(0), at(1), options.bias ? at(2) : nullptr, options.bias ? at(3) : nullptr,
-                                  options.proj_size > 0 ? at(a_lane - 1) : nullptr});
-    }
+    kernel.gradients = by_lane<LaneGradients<T>, T*>(call, [&](int64_t place) {
+      return grad_weights[static_cast<size_t>(place)].template mutable_data_ptr<T>();
+    });
   }
 
   kernel.bf16_weights = options.bf16_weights;

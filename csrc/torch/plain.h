@@ -7,6 +7,8 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include "../stack/weights.h"
+
 namespace stacked_lstm {
 
 // A dense tensor that nothing but autograd and autocast could want to see.
@@ -21,24 +23,20 @@ inline bool somebody_watches() {
          torch::jit::tracer::isTracing();
 }
 
-// Whether the weights are those of a stack of these sizes, in the operators' order.
+// Whether the list holds the weights of a stack of these sizes, in the operators' order.
 inline bool weights_fit(at::TensorList weights, bool bias, int64_t layers, int64_t directions, int64_t input,
                         int64_t hidden, int64_t projection) {
-  const int64_t a_lane = 2 + (bias ? 2 : 0) + (projection > 0 ? 1 : 0), output = projection > 0 ? projection : hidden;
-  if (layers < 1 || static_cast<int64_t>(weights.size()) != layers * directions * a_lane) return false;
-  for (int64_t lane = 0; lane < layers * directions; ++lane) {
-    const at::Tensor* w = &weights[static_cast<size_t>(lane * a_lane)];
-    const auto is = [](const at::Tensor& tensor, int64_t rows, int64_t columns) {
-      return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
-    };
-    const auto is_bias = [&](const at::Tensor& tensor) { return tensor.dim() == 1 && tensor.size(0) == 4 * hidden; };
-    if (!is(w[0], 4 * hidden, lane < directions ? input : directions * output) || !is(w[1], 4 * hidden, output)) {
-      return false;
-    }
-    if (bias && (!is_bias(w[2]) || !is_bias(w[3]))) return false;
-    if (projection > 0 && !is(w[a_lane - 1], output, hidden)) return false;
-  }
-  return true;
+  const LayerShape above{directions * (projection > 0 ? projection : hidden), hidden, projection};
+  const LayerShape lowest{input, hidden, projection};
+  const int64_t lanes = layers * directions;
+  if (layers < 1 || static_cast<int64_t>(weights.size()) != lanes * weights_of_lane(lowest, bias)) return false;
+  const auto layer_of_lane = [&](int64_t lane) -> const LayerShape& { return lane < directions ? lowest : above; };
+  return all_weights(lanes, bias, layer_of_lane, [&](int64_t lane, Weight name, int64_t place) {
+    const at::Tensor& weight = weights[static_cast<size_t>(place)];
+    const WeightSizes sizes = sizes_of(layer_of_lane(lane), name);
+    return weight.dim() == (sizes.vector() ? 1 : 2) && weight.size(0) == sizes.rows &&
+           (sizes.vector() || weight.size(1) == sizes.columns);
+  });
 }
 
 }  // namespace stacked_lstm

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "../cuda/architectures.h"
+#include "../stack/weights.h"
 
 namespace stacked_lstm {
 
@@ -84,12 +85,14 @@ StackShape shape_of(const Tensor& input, const OptionalTensor& batch_sizes, cons
                    "input should be float32, float64, bfloat16 or float16, got: ", type);
   TORCH_CHECK_VALUE(input.dim() == (batch_sizes ? 2 : 3), "input should have ", batch_sizes ? 2 : 3,
                     " dimensions, got: ", input.dim());
-  const int64_t lanes = options.layers * directions, a_lane = options.weights_a_lane();
-  TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == lanes * a_lane, "weights should be ", lanes * a_lane,
+  const int64_t lanes = options.layers * directions;
+  const int64_t expected = lanes * weights_of_lane({0, 0, options.proj_size}, options.bias);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == expected, "weights should be ", expected,
                     " tensors, got: ", weights.size());
-  TORCH_CHECK_VALUE(weights[1].dim() == 2 && weights[1].size(0) > 0 && weights[1].size(0) % 4 == 0,
-                    "weight_hh should have shape (4*hidden_size, ...), got: ", weights[1].sizes());
-  const int64_t hidden = weights[1].size(0) / 4;
+  const Tensor& first_hh = weights[place_in_lane({}, options.bias, Weight::hh)];
+  TORCH_CHECK_VALUE(first_hh.dim() == 2 && first_hh.size(0) > 0 && first_hh.size(0) % 4 == 0,
+                    "weight_hh should have shape (4*hidden_size, ...), got: ", first_hh.sizes());
+  const int64_t hidden = first_hh.size(0) / 4;
   TORCH_CHECK_VALUE(options.proj_size < hidden, "proj_size should be smaller than hidden_size, ", hidden,
                     ", got: ", options.proj_size);
 
@@ -99,20 +102,16 @@ StackShape shape_of(const Tensor& input, const OptionalTensor& batch_sizes, cons
   for (int64_t k = 0; k < options.layers; ++k) {
     shape.layers.push_back({k == 0 ? input.size(-1) : directions * output, hidden, options.proj_size});
   }
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    const LayerShape& layer = shape.of_lane(lane);
-    const Tensor* w = &weights[lane * a_lane];
-    const char* const direction = lane % directions ? "_reverse" : "";
-    const auto check = [&](const Tensor& weight, at::IntArrayRef sizes, const char* name) {
-      check_same(weight, input, "every weight");
-      check_shape(weight, sizes, name, direction, lane / directions);
-    };
-    check(w[0], {4 * hidden, layer.input}, "weight_ih");
-    check(w[1], {4 * hidden, output}, "weight_hh");
-    if (options.bias) check(w[2], {4 * hidden}, "bias_ih");
-    if (options.bias) check(w[3], {4 * hidden}, "bias_hh");
-    if (options.proj_size > 0) check(w[a_lane - 1], {output, hidden}, "weight_hr");
-  }
+  const auto layer_of_lane = [&](int64_t lane) -> const LayerShape& { return shape.of_lane(lane); };
+  all_weights(lanes, options.bias, layer_of_lane, [&](int64_t lane, Weight name, int64_t place) {
+    const Tensor& weight = weights[place];
+    const WeightSizes sizes = sizes_of(layer_of_lane(lane), name);
+    const int64_t dimensions[] = {sizes.rows, sizes.columns};
+    check_same(weight, input, "every weight");
+    check_shape(weight, at::IntArrayRef(dimensions, sizes.vector() ? 1 : 2), name_of(name),
+                lane % directions ? "_reverse" : "", lane / directions);
+    return true;
+  });
 
   check_same(h_0, input, "h_0");
   check_same(c_0, input, "c_0");
