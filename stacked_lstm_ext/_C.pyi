@@ -7,25 +7,33 @@ from torch import Tensor
 
 def build_info() -> dict[str, Any]: ...
 def isa() -> str: ...
+class StackOptions:
+    """What a stack is (``csrc/stack/options.h``); ``stacked_lstm_ext.options.StackOptions`` has the fields' meaning."""
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    bidirectional: bool
+    proj_size: int
+    dropout: float
+    recompute: bool
+    bf16_weights: bool
+    def __init__(self, **options: Any) -> None: ...
+    @staticmethod
+    def fields() -> list[str]: ...
+
 def cpu_plan(
-    input_size: int,
-    hidden_size: int,
-    proj_size: int,
-    num_layers: int,
-    bidirectional: bool,
+    options: StackOptions,
     seq_len: int,
     batch_size: int,
     threads: int,
     double_precision: bool,
     backward: bool,
-    bf16_weights: bool,
+    bf16_storage: bool,
 ) -> dict[str, Any]: ...
 def cpu_schedule(
-    input_size: int,
-    hidden_size: int,
-    proj_size: int,
-    num_layers: int,
-    bidirectional: bool,
+    options: StackOptions,
     seq_len: int,
     batch_size: int,
     threads: int,
@@ -46,17 +54,12 @@ def cpu_workspace_bytes() -> int:
     """The workspace that the last call of the CPU kernels on this thread took; 0 where the thread did not keep it."""
 
 def diagonal_plan(
-    input_size: int,
-    hidden_size: int,
-    proj_size: int,
-    num_layers: int,
-    bidirectional: bool,
+    options: StackOptions,
     seq_len: int,
     batch_size: int,
     double_precision: bool,
     backward: bool,
     saving: str,
-    dropout: float,
 ) -> dict[str, Any]: ...
 def force_diagonal_chunk(steps: int | None) -> None:
     """Run the diagonals of this thread in chunks of so many steps; ``None`` goes back to the chunks as planned."""
@@ -131,17 +134,12 @@ def _use_persistent_kernels(table: int, watchdog: bool = False) -> None:
     ``watchdog`` they tell of a wait that took too long."""
 
 def gpu_plan(
-    input_size: int,
-    hidden_size: int,
-    proj_size: int,
-    num_layers: int,
-    bidirectional: bool,
+    options: StackOptions,
     seq_len: int,
     batch_size: int,
     dtype: str,
     device: str,
     saving: str,
-    dropout: float,
 ) -> dict[str, Any]:
     """What the operators' backends ``persistent`` and ``auto`` do with such a call; see ``plan.gpu_plan``."""
 
@@ -176,16 +174,9 @@ def call(
     c_0: Tensor | None,
     weights: list[Tensor],
     seed: Tensor | None,
-    input_size: int,
-    hidden_size: int,
-    bias: bool,
-    num_layers: int,
-    bidirectional: bool,
-    proj_size: int,
+    options: StackOptions,
     dropout: float,
-    recompute: bool,
     backend: str,
-    bf16_weights: bool,
     frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """``(output, h_n, c_n)`` by the short way of csrc/torch/eager.h, or ``None`` where it declines. Without states they are zeros.
@@ -199,12 +190,7 @@ def step(
     h_0: Tensor,
     c_0: Tensor,
     weights: list[Tensor],
-    input_size: int,
-    hidden_size: int,
-    bias: bool,
-    num_layers: int,
-    proj_size: int,
-    bf16_weights: bool,
+    options: StackOptions,
     frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """``(output, h_n, c_n)`` of one step, or ``None`` where ``csrc/torch/step.h`` declines."""

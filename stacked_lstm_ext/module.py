@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
@@ -11,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
+from .options import StackOptions
 from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan, runs_on_cpu, stores_bf16
 from .reference import round_to_bf16
 from .transplant import both, obstacle_to_replacing, only_adds_a_constructor, original_class, transplant
@@ -88,6 +90,7 @@ class StackedLSTM(nn.RNNBase):
     recompute: bool
     bf16_weights: bool
     _frozen = False
+    _kept_options: StackOptions | None = None
     # Whether calls have to do as nn.LSTM does, step by step, because of what the class overrides or the instance has.
     _unusual = False
     _unusual_step = False  # that, or forward is another: step is one call of it
@@ -177,6 +180,7 @@ class StackedLSTM(nn.RNNBase):
     def _look_again(self) -> None:
         """Note what the instance itself has that the short ways of a call would pass by."""
         own = self.__dict__
+        own.pop("_kept_options", None)
         if type(self).__module__ == __name__:
             # torch.fx takes a module for a leaf by `module.__module__.startswith("torch.nn")`: nn.LSTM is one, its
             # subclasses are not. An attribute of the instance says so, and leaves alone what pickle and repr read, that
@@ -198,7 +202,7 @@ class StackedLSTM(nn.RNNBase):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for name in ("__module__", "_unusual", "_unusual_step"):
+        for name in ("__module__", "_kept_options", "_unusual", "_unusual_step"):
             state.pop(name, None)
         return state
 
@@ -377,10 +381,9 @@ class StackedLSTM(nn.RNNBase):
         weights = self._current_weights()
         if _transform((input, *(hx or ()), *weights)) or _autocast_dtype(input.device.type) is not None:
             return None
-        sizes = (self.input_size, self.hidden_size, self.bias, self.num_layers, self.bidirectional, self.proj_size)
+        options = self._kept_options or self._stack_options()
         time_major = input.transpose(0, 1) if self.batch_first else input
-        options = (0.0, self.recompute, "cpu", self.bf16_weights, self._frozen)
-        result = ops.call(time_major, None, h_0, c_0, weights, None, *sizes, *options)
+        result = ops.call(time_major, None, h_0, c_0, weights, None, options.native, 0.0, "cpu", self._frozen)
         if result is None:
             return None
         ops.drop_packed_with(self, weights[0])
@@ -435,8 +438,8 @@ class StackedLSTM(nn.RNNBase):
         weights = self._current_weights()
         if _transform((input, h, c, *weights)):
             return None
-        sizes = (self.input_size, self.hidden_size, self.bias, self.num_layers, self.proj_size)
-        return ops.step(input, h, c, weights, *sizes, self.bf16_weights, self._frozen)
+        options = self._kept_options or self._stack_options()
+        return ops.step(input, h, c, weights, options.native, self._frozen)
 
     def _forward_packed(self, packed: PackedSequence, hx: Sequence[Tensor] | None) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
@@ -480,17 +483,48 @@ class StackedLSTM(nn.RNNBase):
 
         tensors = (input, h_0, c_0, *weights)
         name, reason = choose_backend(input.device, input.dtype, _transform(tensors))
-        options = (self.bias, self.num_layers, self.bidirectional, self.proj_size, dropout)
+        # Compiled code must not depend on what eager calls have kept: it would be compiled again after the first of them.
+        options = (None if torch.compiler.is_compiling() else self._kept_options) or self._stack_options()
         bf16_kernels = self.bf16_weights and stores_bf16(name, input.dtype)
         if self.bf16_weights and not bf16_kernels:
             weights = round_to_bf16(weights)
         if name == "reference":
-            return ops.run_reference(input, batch_sizes, h_0, c_0, weights, seed, *options, reason=reason)
+            stack = (options.bias, options.num_layers, options.bidirectional, options.proj_size, dropout)
+            return ops.run_reference(input, batch_sizes, h_0, c_0, weights, seed, *stack, reason=reason)
         saving = choose_saving(_needs_grad(tensors), self.recompute)
         if saving == "none" and not torch.compiler.is_compiling():
             ops.drop_packed_with(self, weights[0])
-        how = (saving, kernel_backend(name), bf16_kernels)
-        return ops.run_kernel(input, batch_sizes, h_0, c_0, weights, seed, *options, *how, frozen=self._frozen)
+        return ops.run_kernel(
+            input,
+            batch_sizes,
+            h_0,
+            c_0,
+            weights,
+            seed,
+            options,
+            dropout=dropout,
+            saving=saving,
+            backend=kernel_backend(name),
+            bf16_weights=bf16_kernels,
+            frozen=self._frozen,
+        )
+
+    def _stack_options(self) -> StackOptions:
+        """What the attributes say, which may have been changed. Kept until one of them is set, where all are of the usual types."""
+        options = StackOptions(
+            input_size=int(self.input_size),
+            hidden_size=int(self.hidden_size),
+            num_layers=int(self.num_layers),
+            bias=self.bias,
+            bidirectional=self.bidirectional,
+            proj_size=int(self.proj_size),
+            dropout=float(self.dropout),
+            recompute=self.recompute,
+            bf16_weights=self.bf16_weights,
+        )
+        if not self._unusual and not torch.compiler.is_compiling():
+            self.__dict__["_kept_options"] = options
+        return options
 
     def _dropout_in_effect(self) -> float:
         return float(self.dropout) if self.training and self.num_layers > 1 else 0.0
@@ -590,16 +624,7 @@ class StackedLSTM(nn.RNNBase):
             device=device,
             dtype=dtype,
             needs_grad=training,
-            recompute=self.recompute,
-            bf16_weights=self.bf16_weights,
-            dropout=self._dropout_in_effect(),
-            sizes={
-                "input_size": self.input_size,
-                "hidden_size": self.hidden_size,
-                "proj_size": self.proj_size,
-                "num_layers": self.num_layers,
-                "bidirectional": self.bidirectional,
-            },
+            options=dataclasses.replace(self._stack_options(), dropout=self._dropout_in_effect()),
             seq_len=seq_len,
             batch_size=batch_size,
             threads=torch.get_num_threads() if threads is None else threads,

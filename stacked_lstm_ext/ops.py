@@ -9,31 +9,19 @@ pass itself (``create_graph=True``), it differentiates :mod:`.reference` instead
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._native import _C as _C
+from .options import StackOptions
 from .reference import lstm_reference, round_to_bf16
-
-try:
-    from . import _C as _C
-except ImportError as error:
-    here = Path(__file__).resolve().parent
-    if not any(here.glob("_C*.so")):
-        raise ImportError(
-            f"nothing is compiled in {here}, a folder of sources that hides any installed stacked_lstm_ext from a Python "
-            "started beside it: start Python elsewhere, or compile in place: pip install --no-build-isolation -e ."
-        ) from error
-    raise ImportError(
-        f"the compiled part of stacked_lstm_ext did not load beside torch {torch.__version__}: {error}. It has to be "
-        "built in the environment it runs in: pip install --no-build-isolation --force-reinstall --no-deps ."
-    ) from error
 
 __all__ = [
     "KERNEL_BACKENDS",
@@ -425,25 +413,32 @@ def run_kernel(
     c_0: Tensor,
     weights: list[Tensor],
     seed: Tensor | None,
-    *options: Any,
+    options: StackOptions,
+    *,
+    dropout: float,
+    saving: str,
+    backend: str,
+    bf16_weights: bool,
     frozen: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``forward`` without its reserve, in the cheapest way that this moment allows.
 
     Args:
-        options: what follows ``seed`` in the operator's schema; the last are the saving mode, the backend and
-            ``bf16_weights``.
+        options: of the stack.
+        dropout: the rate in effect.
+        saving: ``"none"``, ``"full"`` or ``"recompute"``.
+        backend: one of ``KERNEL_BACKENDS``.
+        bf16_weights: whether the kernels round the weights. If not, the caller has rounded them where the options ask for it.
         frozen: whether packed weights that are kept may be taken for those of the module without looking.
     """
     if not torch.compiler.is_compiling():
-        bias, num_layers, bidirectional, proj_size, dropout, saving, backend, bf16_weights = options
-        widths = input.size(-1), weights[1].size(0) // 4
-        recompute = saving == "recompute"
-        sizes = (*widths, bias, num_layers, bidirectional, proj_size)
-        results = call(input, batch_sizes, h_0, c_0, weights, seed, *sizes, dropout, recompute, backend, bf16_weights, frozen)
+        if bf16_weights != options.bf16_weights:
+            options = dataclasses.replace(options, bf16_weights=bf16_weights)
+        results = call(input, batch_sizes, h_0, c_0, weights, seed, options.native, dropout, backend, frozen)
         if results is not None:
             return results
-    output, h_n, c_n, _ = forward(input, batch_sizes, h_0, c_0, weights, seed, *options)
+    stack = (options.bias, options.num_layers, options.bidirectional, options.proj_size, dropout)
+    output, h_n, c_n, _ = forward(input, batch_sizes, h_0, c_0, weights, seed, *stack, saving, backend, bf16_weights)
     return output, h_n, c_n
 
 

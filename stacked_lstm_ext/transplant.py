@@ -26,7 +26,7 @@ _OWN_CONTAINERS = (
 )
 
 # Attributes of a StackedLSTM that an nn.LSTM does not have.
-_OWN_OPTIONS = ("recompute", "bf16_weights", "_frozen", "_unusual", "_unusual_step", "__module__")
+_OWN_OPTIONS = ("recompute", "bf16_weights", "_frozen", "_kept_options", "_unusual", "_unusual_step", "__module__")
 
 # What a class body holds by itself, and what cannot change how the module computes.
 _HARMLESS_ATTRIBUTES = frozenset(

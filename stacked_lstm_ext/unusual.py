@@ -31,7 +31,7 @@ _FLAGS = ("bias", "batch_first", "bidirectional", "training")
 _SIZES = ("input_size", "hidden_size", "num_layers", "proj_size")
 
 # The attributes of an instance that may make it unusual when they are set.
-WATCHED = frozenset((*CHECKS, *WEIGHT_METHODS, *_FLAGS, *_SIZES, "dropout", "forward"))
+WATCHED = frozenset((*CHECKS, *WEIGHT_METHODS, *_FLAGS, *_SIZES, "dropout", "forward", "recompute", "bf16_weights"))
 
 
 def overrides(cls: type, base: type, names: tuple[str, ...]) -> bool:

@@ -36,6 +36,7 @@ from test_kernels import AWKWARD, LAYOUTS, TARGETS, strided
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from stacked_lstm_ext import _C, StackedLSTM, backend
+from stacked_lstm_ext.options import StackOptions
 
 ops = torch.ops.stacked_lstm_ext
 SAVING = ["full", "recompute"]
@@ -536,19 +537,20 @@ COSTED = [Case(3, 4, 11, 5, 7), Case(4, 3, 7, 5, 8, proj=3), Case(3, 4, 9, 5, 7,
 @pytest.mark.parametrize("case", COSTED, ids=str)
 def test_launches_and_products_are_as_many_as_planned_and_as_reported(case, chunk, saving, emulated):
     arguments = diagonal_arguments(case, torch.float32, saving, dropout=0.5, seed=3)
-    sizes = (case.input_size, case.hidden, case.proj, case.layers, case.bidirectional, case.steps, case.batch)
+    sizes = {"bidirectional": case.bidirectional, "proj_size": case.proj, "dropout": 0.5}
+    options = StackOptions(case.input_size, case.hidden, case.layers, **sizes).native
     counted = ("diagonals", "launches", "products", "chunk_steps", "input_steps")
     with chunks_of(chunk):
         kept = []
         products, _ = profiled(lambda: kept.extend(ops.forward(*arguments)))
-        run, planned = _C.last_run(), _C.diagonal_plan(*sizes, False, False, saving, 0.5)
+        run, planned = _C.last_run(), _C.diagonal_plan(options, case.steps, case.batch, False, False, saving)
         assert {n: run[n] for n in counted} == {n: planned[n] for n in counted}
         assert (emulated.emulated_gate_calls(), products) == (run["launches"], run["products"])
 
         output, h_n, c_n, reserve = kept
         upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, torch.float32)
         products, _ = profiled(lambda: ops.backward(*backward_arguments(upstream, arguments, output, reserve)))
-        run, planned = _C.last_run(), _C.diagonal_plan(*sizes, False, True, saving, 0.5)
+        run, planned = _C.last_run(), _C.diagonal_plan(options, case.steps, case.batch, False, True, saving)
         assert {n: run[n] for n in counted} == {n: planned[n] for n in counted}
         assert (emulated.emulated_gate_calls(), products) == (run["launches"], run["products"])
     extra = (1 + (case.proj > 0)) * run["diagonals"]

@@ -36,6 +36,7 @@ from test_kernels import AWKWARD, LAYOUTS, TARGETS, strided
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from stacked_lstm_ext import _C, StackedLSTM, backend, last_run
+from stacked_lstm_ext.options import StackOptions
 from stacked_lstm_ext.plan import gpu_plan, make_plan
 
 ops = torch.ops.stacked_lstm_ext
@@ -436,16 +437,14 @@ def test_a_plan_prints_its_launches():
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
-def make(sizes, seq_len, batch_size, dtype=torch.float32, needs_grad=True):
+def make(options, seq_len, batch_size, dtype=torch.float32, needs_grad=True):
     """The plan of a call on a GPU, of which there may be none."""
     return make_plan(
         choice=("auto", "the tensors are on a GPU"),
         device=torch.device("cpu"),
         dtype=dtype,
         needs_grad=needs_grad,
-        recompute=False,
-        dropout=0.0,
-        sizes=sizes,
+        options=options,
         seq_len=seq_len,
         batch_size=batch_size,
         threads=1,
@@ -456,8 +455,7 @@ def make(sizes, seq_len, batch_size, dtype=torch.float32, needs_grad=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_auto_takes_what_the_plan_says(case, dtype):
     """The operators' backend of GPUs, here with tensors of the CPU."""
-    sizes = {n: v for n, v in case.arguments().items() if n != "bias"}
-    plan = make(sizes, case.steps, case.batch, dtype)
+    plan = make(StackOptions(**case.arguments()), case.steps, case.batch, dtype)
     actual = run_operators(forward_arguments(case, dtype, backend="auto"))
     run = last_run()
     runs_persistent = dtype != torch.float64 and not case.proj and case.batch > 0
@@ -476,11 +474,11 @@ def test_auto_takes_what_is_predicted_to_be_faster():
     found = set()
     for sms, batch in ((132, 8), (8, 8), (8, 2048)):
         with planned_for({"like": "h100", "sms": sms, "gpcs": sms // 4, "sms_gpc": 4, "max_cluster": 4}):
-            sizes = {"input_size": 64, "hidden_size": 128, "proj_size": 0, "num_layers": 2, "bidirectional": False}
-            plan = gpu_plan(sizes, 64, batch, torch.float32, torch.device("cpu"), "full", 0.0)
+            options = StackOptions(64, 128, 2)
+            plan = gpu_plan(options, 64, batch, torch.float32, torch.device("cpu"), "full")
             assert plan["why_not"] == ""
             assert plan["persistent"] == (plan["persistent_us"] <= plan["diagonal_us"])
-            assert make(sizes, 64, batch).backend == ("persistent" if plan["persistent"] else "diagonal")
+            assert make(options, 64, batch).backend == ("persistent" if plan["persistent"] else "diagonal")
         found.add(plan["persistent"])
     assert found == {True, False}
 
@@ -522,9 +520,8 @@ def test_without_kernels_for_the_device_it_is_refused():
 def test_a_gpu_too_old_or_a_layer_too_wide_is_refused_with_the_reason():
     with planned_for(SMALL):
         plan = gpu_plan(
-            {"input_size": 8, "hidden_size": 4096, "proj_size": 0, "num_layers": 1, "bidirectional": False},
-            8, 1, torch.bfloat16, torch.device("cpu"), "none", 0.0,
-        )  # fmt: skip
+            StackOptions(8, 4096), 8, 1, torch.bfloat16, torch.device("cpu"), "none"
+        )
     assert not plan["persistent"] and "4096" in plan["why_not"] and "forward" not in plan
 
 
@@ -582,8 +579,8 @@ def test_decisions_are_made_by_several_threads_at_once():
     def decide(number):
         try:
             for hidden in range(8, 72, 8):
-                sizes = {"input_size": 8, "hidden_size": hidden, "proj_size": 0, "num_layers": 2, "bidirectional": False}
-                plan = gpu_plan(sizes, 8, 4, torch.bfloat16, torch.device("cpu"), "full", 0.0)
+                options = StackOptions(8, hidden, 2)
+                plan = gpu_plan(options, 8, 4, torch.bfloat16, torch.device("cpu"), "full")
                 found.setdefault(hidden, []).append(plan)
         except Exception as error:
             failed.append(error)
@@ -823,9 +820,9 @@ def test_a_longer_sequence_allocates_no_more_tensors(options):
 
 def test_recomputing_keeps_its_buffer_small_beside_what_it_saves():
     """The gates of a pass are made again in segments: no more of them at once than a share of what "full" would keep."""
-    sizes = {"input_size": 512, "hidden_size": 512, "proj_size": 0, "num_layers": 8, "bidirectional": False}
+    options = StackOptions(512, 512, 8)
     steps, batch = 2048, 32
-    plan = gpu_plan(sizes, steps, batch, torch.bfloat16, torch.device("cpu"), "recompute", 0.0)
+    plan = gpu_plan(options, steps, batch, torch.bfloat16, torch.device("cpu"), "recompute")
     full = steps * batch * 8 * 4 * 512 * 4
     for part in plan["backward"]["passes"]:
         lanes = part["last_layer"] - part["first_layer"]

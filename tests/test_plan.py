@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stacked_lstm_ext
 from stacked_lstm_ext import _C, Plan, StackedLSTM, backend, last_run
+from stacked_lstm_ext.options import StackOptions
 
 SHAPES = [
     Case(1, 1, 1, 1, 1),
@@ -146,7 +147,7 @@ def test_the_planner_knows_what_is_stored_as_bfloat16():
 
 def test_layers_that_overflow_the_shared_cache_are_not_run_side_by_side():
     """Two layers' weights read in turn at every step are more than one layer's, shared out."""
-    schedule = _C.cpu_plan(8192, 8192, 0, 2, False, 100, 1, 2, False, False, False)
+    schedule = _C.cpu_plan(StackOptions(8192, 8192, 2).native, 100, 1, 2, False, False, False)
     assert schedule["phases"] == [{"first_layer": 0, "last_layer": 2, "layer_groups": 1, "unit_slices": 2}]
 
 

@@ -276,10 +276,11 @@ def test_impossible_sizes_are_refused_not_overflowed():
 PLANNED = """
     import resource
     from stacked_lstm_ext import _C
+    from stacked_lstm_ext.options import StackOptions
 
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     for steps, batch, hidden, layers in {sizes}:
-        schedule = _C.cpu_plan(4, hidden, 0, layers, False, steps, batch, 2, False, True, False)
+        schedule = _C.cpu_plan(StackOptions(4, hidden, layers).native, steps, batch, 2, False, True, False)
         cells = steps * batch * layers * hidden
         assert cells * 1e-6 < schedule["predicted_us"] < float("inf"), "a million cells a microsecond is out of reach"
         assert 1 <= schedule["chunk_steps"] <= steps and 1 <= schedule["batch_slices"] <= batch

@@ -19,6 +19,7 @@ from helpers import (
 )
 
 from stacked_lstm_ext import _C, StackedLSTM, last_run
+from stacked_lstm_ext.options import StackOptions
 
 
 @pytest.fixture(autouse=True)
@@ -185,18 +186,8 @@ SHAPES = [
 
 
 def tasks(case, threads, backward):
-    return _C.cpu_schedule(
-        case.input_size,
-        case.hidden,
-        case.proj,
-        case.layers,
-        case.bidirectional,
-        case.steps,
-        case.batch,
-        threads,
-        False,
-        backward,
-    )
+    options = StackOptions(case.input_size, case.hidden, case.layers, bidirectional=case.bidirectional, proj_size=case.proj)
+    return _C.cpu_schedule(options.native, case.steps, case.batch, threads, False, backward)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -27,6 +27,7 @@ from benchmarks.contestants import PEERS, Contestant, Prepared, StackedLSTM, Ten
 from benchmarks.gpu import cells, machine, results, timing
 from benchmarks.gpu.parts import Exit
 from benchmarks.verify import reference, verify
+from stacked_lstm_ext.options import StackOptions
 from stacked_lstm_ext.plan import choose_saving, gpu_plan
 
 TIMING_S = (0.8, 3.0)  # for one row, least and most
@@ -408,11 +409,12 @@ def profile(prepared: Prepared, most: int = 12) -> list[results.Result]:
 def predicted(target: cells.Target, mode: Mode, device: torch.device) -> results.Result:
     """What the cost model says of both schedules, in µs, and which of them `auto` takes; or why it says nothing."""
     case = target.case
-    sizes = {name: getattr(case, name) for name in ("input_size", "hidden_size", "proj_size", "bidirectional")}
-    sizes["num_layers"] = case.layers
+    options = StackOptions(
+        case.input_size, case.hidden_size, case.layers, bidirectional=case.bidirectional, proj_size=case.proj_size
+    )
     saving = choose_saving(mode == "training", recompute=False)
     try:
-        found = gpu_plan(sizes, case.steps, case.batch, target.precision.dtype, device, saving, 0.0)
+        found = gpu_plan(options, case.steps, case.batch, target.precision.dtype, device, saving)
     except Exception as error:
         return {"error": results.scrub(f"{type(error).__name__}: {error}"[:500])}
     return {key: found[key] for key in ("persistent_us", "diagonal_us", "reason", "why_not")}

@@ -22,7 +22,7 @@ Diagonals plan(const StackShape& shape, int64_t accumulator_bytes) {
 
 void force_chunk(std::optional<int64_t> steps) { forced_chunk = steps; }
 
-Counts predict(const StackShape& shape, const Options& options, int64_t accumulator_bytes, bool backward,
+Counts predict(const StackShape& shape, const StackOptions& options, Saving saving, int64_t accumulator_bytes, bool backward,
                bool weight_grad, bool input_grad) {
   const Diagonals schedule = plan(shape, accumulator_bytes);
   const int64_t lanes = shape.lanes(), projected = options.proj_size > 0 ? 1 : 0, two = shape.directions == 2 ? 1 : 0;
@@ -38,7 +38,7 @@ Counts predict(const StackShape& shape, const Options& options, int64_t accumula
       if (!two && some.first + some.count > 1) ++counts.products;
       continue;
     }
-    if (options.saving == Saving::recompute) counts.products += 2 * some.count;
+    if (saving == Saving::recompute) counts.products += 2 * some.count;
     if (two) {
       if (some.first / 2 + 1 < shape.depth() && chunk + 1 == schedule.chunks()) ++counts.products;
       if (chunk + 1 == schedule.chunks()) --counts.products;  // nothing comes back to a layer's last step
@@ -53,7 +53,7 @@ Counts predict(const StackShape& shape, const Options& options, int64_t accumula
   if (!backward) return counts;
   ++counts.products;  // what comes back to h_0
   const auto launches = [](int64_t cells) { return (cells + driver::kCopiesALaunch - 1) / driver::kCopiesALaunch; };
-  if (weight_grad || options.saving == Saving::recompute) {
+  if (weight_grad || saving == Saving::recompute) {
     counts.launches += launches(lanes * (shape.steps > 1 ? 2 : 1));
     if (options.dropout > 0) counts.launches += launches(shape.depth() - 1);
   }

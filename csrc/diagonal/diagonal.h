@@ -22,7 +22,7 @@ Diagonals plan(const StackShape& shape, int64_t accumulator_bytes);
 void force_chunk(std::optional<int64_t> steps);
 
 // What forward or backward will come to, without running it.
-Counts predict(const StackShape& shape, const Options& options, int64_t accumulator_bytes, bool backward,
+Counts predict(const StackShape& shape, const StackOptions& options, Saving saving, int64_t accumulator_bytes, bool backward,
                bool weight_grad, bool input_grad);
 
 Results forward(const Call& call, Counts& counts);

@@ -37,7 +37,7 @@ class Backward : Driver<T> {
            Counts& counts)
       : Base(call, counts),
         reserve_(kept.reserve.contiguous()),
-        parts_(reserve_, call.shape, call.options.saving),
+        parts_(reserve_, call.shape, call.saving),
         top_(kept.output.contiguous()),
         grad_output_(contiguous(incoming.output)),
         grad_h_n_(contiguous(incoming.h_n)),
@@ -46,7 +46,7 @@ class Backward : Driver<T> {
         incoming_(incoming),
         input_grad_(input_grad),
         weight_grad_(weight_grad),
-        recompute_(call.options.saving == Saving::recompute) {}
+        recompute_(call.saving == Saving::recompute) {}
 
   Gradients run() {
     allocate();
@@ -150,7 +150,7 @@ class Backward : Driver<T> {
   Tensor input_of(int64_t layer) const {
     if (layer == 0) return Base::input_;
     if (masked_.defined()) return masked_.select(0, layer - 1);
-    return h_in_reserve<T>(reserve_, shape_, call_.options.saving, layer - 1);
+    return h_in_reserve<T>(reserve_, shape_, call_.saving, layer - 1);
   }
 
   // Gradients of all steps of a lane's gates: (rows, 4H), rows D·4H apart.

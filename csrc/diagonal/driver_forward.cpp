@@ -46,7 +46,7 @@ class Forward : Driver<T> {
  private:
   void allocate() {
     output_all_ = at::empty(call_.output_sizes(), storage_);
-    const Saving saving = call_.options.saving;
+    const Saving saving = call_.saving;
     const int64_t kept = reserve_elements(shape_, saving, sizeof(T), sizeof(A));
     // Padding is written by nobody; zeros there make a reserve the same bits every time.
     reserve_ = hidden_ == padded_ ? at::empty({kept}, accumulator_) : at::zeros({kept}, accumulator_);
@@ -117,10 +117,10 @@ class Forward : Driver<T> {
       cell.recurrent_part = recurrent_ + lane * batch_ * 4 * hidden_;
       cell.bias = bias_.defined() ? data<A>(bias_) + lane * 4 * hidden_ : nullptr;
       cell.c = data<A>(c_) + lane * batch_ * hidden_;
-      if (call_.options.saving != Saving::none) {
+      if (call_.saving != Saving::none) {
         A* const c = data<A>(reserve_);
         cell.saved_c = c + (lane * rows_ + row) * padded_;
-        if (call_.options.saving == Saving::full) {
+        if (call_.saving == Saving::full) {
           cell.saved_gates = c + (lanes_ * rows_ + 4 * (lane * rows_ + row)) * padded_;
         }
       }
@@ -159,8 +159,8 @@ class Forward : Driver<T> {
   T* output_row(int64_t lane, int64_t row) const {
     const int64_t layer = Base::layer_of(lane), stride = directions_ * output_;
     if (layer + 1 == depth_) return data<T>(output_all_) + row * stride + Base::column_of(lane);
-    if (call_.options.saving == Saving::none) return nullptr;
-    T* const h = const_cast<T*>(Parts<T>(reserve_, shape_, call_.options.saving).h);
+    if (call_.saving == Saving::none) return nullptr;
+    T* const h = const_cast<T*>(Parts<T>(reserve_, shape_, call_.saving).h);
     return h + (layer * rows_ + row) * stride + Base::column_of(lane);
   }
   // Where it goes for the layer above: a chunk of one direction, or all steps of two.

@@ -9,24 +9,13 @@
 #include <tuple>
 #include <vector>
 
+#include "../stack/options.h"
 #include "../stack/stack.h"
 #include "../stack/weights.h"
 
 namespace stacked_lstm {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-struct Options {
-  bool bias;
-  int64_t layers;
-  bool bidirectional;
-  int64_t proj_size;
-  double dropout;
-  Saving saving;
-  bool bf16_weights;  // the CPU kernels store them so
-
-  int64_t directions() const { return bidirectional ? 2 : 1; }
-};
 
 // The arguments that forward and backward share.
 struct Call {
@@ -36,7 +25,9 @@ struct Call {
   const at::Tensor& c_0;
   at::TensorList weights;
   OptionalTensor seed;  // set when there is dropout to do
-  const Options& options;
+  const StackOptions& options;
+  Saving saving;
+  bool stores_bf16;  // the CPU kernels store packed weights in 16 bits
   const StackShape& shape;
 
   std::vector<int64_t> output_sizes() const {

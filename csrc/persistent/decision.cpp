@@ -170,14 +170,14 @@ Decision make_decision(const Question& q, const Table& table, const Device& devi
   Ask ask;
   ask.bytes = sizeof(T);
   ask.product = decision.product;
-  ask.saving = q.options.saving;
+  ask.saving = q.saving;
   ask.forward = kernels.forward_instances, ask.forward_count = kernels.forward_count;
   ask.backward = kernels.backward_instances, ask.backward_count = kernels.backward_count;
   ask.capacity = [&](bool backward, const Cut& cut, int most_inputs, int hidden, bool over) {
     return backward ? kernels.backward_capacity(cut, hidden, over) : kernels.forward_capacity(cut, most_inputs, hidden);
   };
   decision.choice = choose(q.shape, device, Costs{}, ask);
-  const bool trains = q.options.saving != Saving::none;
+  const bool trains = q.saving != Saving::none;
   for (const bool backward : {false, true}) {
     if (backward && !trains) continue;
     Plan& plan = backward ? decision.choice.backward : decision.choice.forward;
@@ -230,7 +230,7 @@ std::shared_ptr<const Decision> decide(const Question& q) {
                               q.device.index(),
                               static_cast<int64_t>(q.type),
                               static_cast<int64_t>(product_for(q.type)),
-                              static_cast<int64_t>(q.options.saving),
+                              static_cast<int64_t>(q.saving),
                               q.options.dropout > 0,
                               q.shape.directions,
                               q.shape.steps,

@@ -114,7 +114,7 @@ class Backward : Driver<T> {
            const IncomingGradients& incoming, bool input_grad, bool weight_grad)
       : Base(call, plan, table, counts),
         reserve_(kept.reserve.contiguous()),
-        parts_(reserve_, call.shape, call.options.saving),
+        parts_(reserve_, call.shape, call.saving),
         top_(kept.output.contiguous()),
         grad_output_(contiguous(incoming.output)),
         grad_h_n_(contiguous(incoming.h_n)),
@@ -123,7 +123,7 @@ class Backward : Driver<T> {
         c_0_(call.c_0.contiguous()),
         input_grad_(input_grad),
         weight_grad_(weight_grad),
-        recompute_(call.options.saving == Saving::recompute),
+        recompute_(call.saving == Saving::recompute),
         beside_(call.input.device()) {}
 
   Gradients run() {
@@ -282,7 +282,7 @@ class Backward : Driver<T> {
   // h of a layer, all rows: (rows, D·H).
   Tensor h_of(int64_t layer) const {
     if (layer + 1 == depth_) return top_.view({rows_, width_});
-    return h_in_reserve<T>(reserve_, shape_, call_.options.saving, layer);
+    return h_in_reserve<T>(reserve_, shape_, call_.saving, layer);
   }
 
   // h(t-1) of every row of a lane: (rows, H).

@@ -26,7 +26,7 @@ class Forward : Driver<T> {
   Forward(const Call& call, const Plan& plan, const Table& table, Counts& counts) : Base(call, plan, table, counts) {}
 
   Results run() {
-    const Saving saving = call_.options.saving;
+    const Saving saving = call_.saving;
     result_.output = at::empty(call_.output_sizes(), storage_);
     result_.h_n = at::empty({lanes_, batch_, hidden_}, storage_);
     result_.c_n = at::empty({lanes_, batch_, hidden_}, storage_);
@@ -76,10 +76,10 @@ class Forward : Driver<T> {
         l.c_0 = const_data<T>(c_0_) + states;
         l.h_n = data<T>(result_.h_n) + states;
         l.c_n = data<T>(result_.c_n) + states;
-        if (call_.options.saving != Saving::none) {
+        if (call_.saving != Saving::none) {
           float* const c = data<float>(result_.reserve);
           l.saved_c = c + lane * rows_ * padded_;
-          if (call_.options.saving == Saving::full) l.saved_gates = c + (lanes_ + 4 * lane) * rows_ * padded_;
+          if (call_.saving == Saving::full) l.saved_gates = c + (lanes_ + 4 * lane) * rows_ * padded_;
         }
         l.inputs = static_cast<int>(shape_.layers[static_cast<size_t>(layer)].input);
         l.below = layer > pass.first_layer ? static_cast<int>(number - 1) : -1;
@@ -102,8 +102,8 @@ class Forward : Driver<T> {
   // Where h of a layer goes: to the caller, for backward, or no further than the layer above.
   Tensor output_of(int64_t layer) const {
     if (layer + 1 == depth_) return result_.output;
-    if (call_.options.saving == Saving::none) return at::empty({rows_, width_}, storage_);
-    return h_in_reserve<T>(result_.reserve, shape_, call_.options.saving, layer);
+    if (call_.saving == Saving::none) return at::empty({rows_, width_}, storage_);
+    return h_in_reserve<T>(result_.reserve, shape_, call_.saving, layer);
   }
 
   Results result_;

@@ -17,7 +17,8 @@ namespace stacked_lstm::persistent {
 // What a call is to be decided by.
 struct Question {
   const StackShape& shape;
-  const Options& options;
+  const StackOptions& options;
+  Saving saving;
   at::ScalarType type;
   at::Device device;
 };

@@ -1,6 +1,7 @@
 // csrc/torch/bindings.cpp: the Python module _C: a call and a step without the dispatcher, and what is no tensor operator: plans,
 // schedules, facts about the build, and switches for tests.
 #include <ATen/Config.h>
+#include <pybind11/operators.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -152,36 +153,25 @@ at::ScalarType dtype_named(const std::string& name) {
 }
 
 // What the operators' backends `persistent` and `auto` do with such a call.
-py::dict gpu_plan(int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional,
-                  int64_t seq_len, int64_t batch_size, const std::string& dtype, const std::string& device,
-                  const std::string& saving, double dropout) {
-  const StackShape shape =
-      padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
-  const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving), false};
+py::dict gpu_plan(const StackOptions& options, int64_t seq_len, int64_t batch_size, const std::string& dtype,
+                  const std::string& device, const std::string& saving) {
+  const StackShape shape = prepare(options, seq_len, batch_size);
   const at::ScalarType type = dtype_named(dtype);
-  const auto decision = persistent::decide({shape, options, type, at::Device(device)});
+  const auto decision = persistent::decide({shape, options, saving_of(saving), type, at::Device(device)});
   py::dict plan(py::arg("persistent") = decision->choice.persistent, py::arg("why_not") = decision->why_not,
                 py::arg("reason") = decision->choice.reason, py::arg("persistent_us") = decision->choice.persistent_us,
                 py::arg("diagonal_us") = decision->choice.diagonal_us);
   if (decision->why_not.empty()) {
     plan["forward"] = describe_launches(*decision, shape, type, false);
-    if (options.saving != Saving::none) plan["backward"] = describe_launches(*decision, shape, type, true);
+    if (saving_of(saving) != Saving::none) plan["backward"] = describe_launches(*decision, shape, type, true);
   }
   return plan;
-}
-
-// Whether the first weights are those of a module of such sizes. Others may have been put into it, and would fit each other:
-// nn.LSTM refuses that by its own sizes.
-bool of_sizes(TensorList weights, int64_t input_size, int64_t hidden_size) {
-  return weights.size() > 1 && weights[0].dim() == 2 && weights[0].size(1) == input_size && weights[1].dim() == 2 &&
-         weights[1].size(0) == 4 * hidden_size;
 }
 
 // (output, h_n, c_n), or None where `step` (step.h) declines or an argument is no tensor, or of a class of its own, which
 // may override what torch's functions do.
 py::object step_once(const py::handle& input, const py::handle& h_0, const py::handle& c_0, const py::list& weights,
-                     int64_t input_size, int64_t hidden_size, bool bias, int64_t num_layers, int64_t proj_size,
-                     bool bf16_weights, bool frozen) {
+                     const StackOptions& options, bool frozen) {
   thread_local std::vector<Tensor> tensors;  // keeps its memory, but no tensor
   const struct Emptied {
     ~Emptied() { tensors.clear(); }  // with the GIL
@@ -194,9 +184,7 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
     if (!THPVariable_CheckExact(weight.ptr())) return py::none();
     tensors.push_back(THPVariable_Unpack(weight.ptr()));
   }
-  if (!of_sizes(TensorList(tensors).slice(3), input_size, hidden_size)) return py::none();
-  const StepArguments arguments{tensors[0], tensors[1],   tensors[2], TensorList(tensors).slice(3), bias, num_layers,
-                                proj_size,  bf16_weights, frozen};
+  const StepArguments arguments{tensors[0], tensors[1], tensors[2], TensorList(tensors).slice(3), options, frozen};
   std::optional<StepResults> results;
   {
     const py::gil_scoped_release others_may_run;
@@ -207,18 +195,18 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
   std::optional<Run>& last = last_run();
   if (!last) last.emplace();
   Run& run = *last;  // keeps its memory: a step allocates nothing but its results
-  run.how = results->schedule, run.device = "cpu", run.backward = false, run.saving = "none";
+  run.how = results->schedule, run.device = "cpu", run.backward = false, run.saving = Saving::none;
   run.shape = *results->shape, run.type = tensors[0].scalar_type();
   return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
 }
 
-// A call of the module by the short way of eager.h; None where it declines. `h_0` and `c_0` None: zeros.
+// A call of the module by the short way of eager.h; None where it declines. `h_0` and `c_0` None: zeros. `dropout`: the rate
+// in effect.
 py::object call(const py::handle& input, const py::handle& batch_sizes, const py::handle& h_0, const py::handle& c_0,
-                const py::list& weights, const py::handle& seed, int64_t input_size, int64_t hidden_size, bool bias,
-                int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout, bool recompute,
-                std::string backend, bool bf16_weights, bool frozen) {
-  const EagerOptions options{bias,      num_layers,         bidirectional, proj_size, dropout,
-                             recompute, std::move(backend), bf16_weights,  frozen};
+                const py::list& weights, const py::handle& seed, const StackOptions& options, double dropout,
+                const std::string& backend, bool frozen) {
+  StackOptions in_effect = options;
+  in_effect.dropout = dropout;
   std::vector<Tensor> tensors;
   tensors.reserve(weights.size());
   for (const py::handle weight : weights) {
@@ -231,7 +219,6 @@ py::object call(const py::handle& input, const py::handle& batch_sizes, const py
   const auto optional = [](const py::handle& tensor) {
     return tensor.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(tensor.ptr()));
   };
-  if (!of_sizes(tensors, input_size, hidden_size)) return py::none();
   if (!THPVariable_CheckExact(input.ptr()) || !ordinary(batch_sizes) || !ordinary(h_0) || !ordinary(c_0) ||
       !ordinary(seed)) {
     return py::none();
@@ -242,7 +229,9 @@ py::object call(const py::handle& input, const py::handle& batch_sizes, const py
                             optional(c_0),
                             tensors,
                             optional(seed),
-                            options};
+                            in_effect,
+                            backend,
+                            frozen};
   std::optional<EagerResults> results;
   {
     const py::gil_scoped_release others_may_run;
@@ -257,17 +246,40 @@ void set_python_formula(py::object formula) {
   const auto* kept = new py::object(std::move(formula));  // never destroyed: the interpreter may end first
   set_formula([kept](const std::array<Tensor, 3>& flowing, const EagerSaved& saved, const std::vector<bool>& needs) {
     const py::gil_scoped_acquire gil;
-    const EagerOptions& o = saved.options;
+    const StackOptions& o = saved.options;
     const py::tuple found = (*kept)(
         py::make_tuple(flowing[0], flowing[1], flowing[2]),
         py::make_tuple(saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights, saved.seed), saved.output,
         saved.reserve, needs, py::make_tuple(o.bias, o.num_layers, o.bidirectional, o.proj_size, o.dropout),
-        o.recompute ? "recompute" : "full", o.backend, o.bf16_weights);
+        o.recompute ? "recompute" : "full", saved.backend, o.bf16_weights);
     std::vector<Tensor> gradients;
     const auto add = [&](const py::handle& one) { gradients.push_back(one.is_none() ? Tensor() : one.cast<Tensor>()); };
     for (size_t n = 0; n < 3; ++n) add(found[n]);
     for (const py::handle one : found[3].cast<py::list>()) add(one);
     return gradients;
+  });
+}
+
+// What a stack is: stack/options.h. Python's StackOptions (stacked_lstm_ext/options.py) makes one of these for itself.
+void bind_options(py::module_& m) {
+  py::class_<StackOptions> options(m, "StackOptions");
+  options.def(py::init([](const py::kwargs& given) {
+    StackOptions made;
+    size_t known = 0;
+    for_each_option([&](const char* name, auto field) {
+      if (!given.contains(name)) return;
+      made.*field = given[name].cast<std::remove_reference_t<decltype(made.*field)>>();
+      ++known;
+    });
+    if (known != given.size()) throw py::type_error("an option that no stack has, in " + py::repr(given).cast<std::string>());
+    return made;
+  }));
+  options.def(py::self == py::self);
+  for_each_option([&](const char* name, auto field) { options.def_readonly(name, field); });
+  options.def_static("fields", [] {
+    std::vector<std::string> names;
+    for_each_option([&](const char* name, auto) { names.emplace_back(name); });
+    return names;
   });
 }
 
@@ -300,17 +312,16 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace stacked_lstm;
+  bind_options(m);
   m.def("build_info", &build_info);
   m.def("isa", &cpu::isa);
-  m.def("cpu_plan", [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
-                       bool bidirectional, int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision,
-                       bool backward, bool bf16_weights) {
-    const StackShape shape =
-        padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+  m.def("cpu_plan", [](const StackOptions& options, int64_t seq_len, int64_t batch_size, int64_t threads,
+                       bool double_precision, bool backward, bool bf16_storage) {
+    const StackShape shape = prepare(options, seq_len, batch_size);
 #if AT_PARALLEL_OPENMP && !defined(_OPENMP)
     threads = 1;
 #endif
-    const cpu::Storage storage = bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same;
+    const cpu::Storage storage = bf16_storage ? cpu::Storage::bf16 : cpu::Storage::same;
     return describe(cpu::plan(shape, threads, double_precision ? 8 : 4, storage, backward), shape.directions);
   });
   m.def("share_batch", [](const std::vector<int64_t>& batch_sizes, int64_t slices) {
@@ -339,10 +350,9 @@ PYBIND11_MODULE(_C, m) {
   // The whole schedule, for tests: every worker's chunks in its order, each with what it must wait for. Entries are
   // (layer, direction, batch_slice, unit_slice, chunk, ((layer, direction, chunks), …)).
   m.def("cpu_schedule",
-        [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional,
-           int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision, bool backward) {
-          const StackShape shape =
-              padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
+        [](const StackOptions& options, int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision,
+           bool backward) {
+          const StackShape shape = prepare(options, seq_len, batch_size);
           const Schedule schedule = cpu::plan(shape, threads, double_precision ? 8 : 4, cpu::Storage::same, backward);
           const int64_t directions = shape.directions, lanes = shape.lanes();
           py::list workers;
@@ -378,7 +388,7 @@ PYBIND11_MODULE(_C, m) {
     }
     run["device"] = last.device;
     run["pass"] = last.backward ? "backward" : "forward";
-    run["saving"] = last.saving;
+    run["saving"] = name_of(last.saving);
     run["layers"] = last.shape.depth();
     run["seq_len"] = last.shape.steps;
     run["batch_size"] = last.shape.batch;
@@ -395,13 +405,11 @@ PYBIND11_MODULE(_C, m) {
     return py::dict(py::arg("stacks") = counts.stacks, py::arg("bytes") = counts.bytes, py::arg("noted") = counts.noted,
                     py::arg("hits") = counts.hits);
   });
-  m.def("diagonal_plan", [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
-                            bool bidirectional, int64_t seq_len, int64_t batch_size, bool double_precision,
-                            bool backward, const std::string& saving, double dropout) {
-    const StackShape shape =
-        padded_shape(input_size, hidden_size, proj_size, num_layers, bidirectional, seq_len, batch_size);
-    const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving), false};
-    return describe(diagonal::predict(shape, options, double_precision ? 8 : 4, backward, true, true));
+  m.def("diagonal_plan", [](const StackOptions& options, int64_t seq_len, int64_t batch_size, bool double_precision,
+                            bool backward, const std::string& saving) {
+    const StackShape shape = prepare(options, seq_len, batch_size);
+    const int64_t bytes = double_precision ? 8 : 4;
+    return describe(diagonal::predict(shape, options, saving_of(saving), bytes, backward, true, true));
   });
   // What the persistent kernels would do on a GPU that need not be here, and what it is predicted to cost.
   persistent::bind_persistent_plan(m);

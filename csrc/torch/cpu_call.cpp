@@ -127,33 +127,33 @@ Tensor empty_reserve(int64_t elements, const at::TensorOptions& options) {
 }
 
 template <typename T>
-Results run_forward(const Call& call, const std::string& saving) {
+Results run_forward(const Call& call) {
   const auto type = arithmetic_type(call.input);
   const auto floats = call.input.options().dtype(type);
   const bool keep_top = type != call.input.scalar_type();
   const StackShape& shape = call.shape;
   const Tensor output = empty(call.output_sizes(), floats);
   const Tensor h_n = empty(call.h_0.sizes(), floats), c_n = empty(call.c_0.sizes(), floats);
-  const Tensor reserve = empty_reserve(reserve_size(shape, call.options.saving, keep_top).total(), floats);
+  const Tensor reserve = empty_reserve(reserve_size(shape, call.saving, keep_top).total(), floats);
 
   Operands<T> operands(type);
   ForwardCall<T> kernel;
   kernel.shape = shape;
   kernel.input = operands.rows(call.input, call.packed);
-  const cpu::Storage storage = call.options.bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same;
-  const bool may_keep = call.options.saving == Saving::none;  // training changes the weights at every step
+  const cpu::Storage storage = call.stores_bf16 ? cpu::Storage::bf16 : cpu::Storage::same;
+  const bool may_keep = call.saving == Saving::none;  // training changes the weights at every step
   std::shared_ptr<cpu::PackedStack<T>> packed;
   if (may_keep) packed = find_packed<T>(call.weights, shape, storage);
   kernel.h_0 = operands.take(call.h_0);
   kernel.c_0 = operands.take(call.c_0);
   kernel.dropout = dropout_on_host(call);
-  kernel.saving = call.options.saving;
+  kernel.saving = call.saving;
   kernel.keep_top = keep_top;
   kernel.output = output.mutable_data_ptr<T>();
   kernel.h_n = h_n.mutable_data_ptr<T>();
   kernel.c_n = c_n.mutable_data_ptr<T>();
   kernel.reserve = reserve.mutable_data_ptr<T>();
-  kernel.bf16_weights = call.options.bf16_weights;
+  kernel.bf16_weights = call.stores_bf16;
   kernel.bf16_activations = call.input.scalar_type() == at::kBFloat16;
   const cpu::Workers workers = workers_for(shape);
   TorchPlatform platform;
@@ -172,8 +172,8 @@ Results run_forward(const Call& call, const std::string& saving) {
     done = cpu::forward(kernel, workers, platform, packed.get());
     if (packed) keep_packed(call.weights, shape, packed);
   }
-  remember(*done, call, saving, false);
-  if (keep_top && call.options.saving != Saving::none) {  // the last part of the reserve; see stack.h
+  remember(*done, call, false);
+  if (keep_top && call.saving != Saving::none) {  // the last part of the reserve; see stack.h
     reserve.narrow(0, reserve.numel() - output.numel(), output.numel()).copy_(output.flatten());
   }
   const auto out = call.input.scalar_type();
@@ -181,12 +181,11 @@ Results run_forward(const Call& call, const std::string& saving) {
 }
 
 template <typename T>
-Gradients run_backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, const std::string& saving,
-                       bool input_grad, bool weight_grad) {
+Gradients run_backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
+                       bool weight_grad) {
   const auto type = arithmetic_type(call.input);
   const auto floats = call.input.options().dtype(type);
   const StackShape& shape = call.shape;
-  const Options& options = call.options;
   Operands<T> operands(type);
   BackwardCall<T> kernel;
   kernel.shape = shape;
@@ -195,7 +194,7 @@ Gradients run_backward(const Call& call, const Kept& kept, const IncomingGradien
   kernel.h_0 = operands.take(call.h_0);
   kernel.c_0 = operands.take(call.c_0);
   kernel.dropout = dropout_on_host(call);
-  kernel.saving = options.saving;
+  kernel.saving = call.saving;
   kernel.keep_top = type != call.input.scalar_type();
   kernel.output = kernel.keep_top ? nullptr : operands.take(kept.output);
   kernel.reserve = operands.take(kept.reserve);
@@ -220,10 +219,10 @@ Gradients run_backward(const Call& call, const Kept& kept, const IncomingGradien
     });
   }
 
-  kernel.bf16_weights = options.bf16_weights;
+  kernel.bf16_weights = call.stores_bf16;
   kernel.bf16_activations = call.input.scalar_type() == at::kBFloat16;
   TorchPlatform platform;
-  remember(cpu::backward(kernel, workers_for(shape), platform), call, saving, true);
+  remember(cpu::backward(kernel, workers_for(shape), platform), call, true);
   const auto out = call.input.scalar_type();
   if (!input_grad) grad_input[0] = empty({0}, floats);
   if (input_grad && shape.directions == 2) grad_input[0].add_(grad_input[1]);
@@ -235,16 +234,15 @@ Gradients run_backward(const Call& call, const Kept& kept, const IncomingGradien
 
 void force_cpu_schedule(std::optional<Schedule> schedule) { forced_schedule = std::move(schedule); }
 
-Results forward_cpu(const Call& call, const std::string& saving) {
-  return arithmetic_type(call.input) == at::kDouble ? run_forward<double>(call, saving)
-                                                    : run_forward<float>(call, saving);
+Results forward_cpu(const Call& call) {
+  return arithmetic_type(call.input) == at::kDouble ? run_forward<double>(call) : run_forward<float>(call);
 }
 
-Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradients& incoming, const std::string& saving,
-                       bool input_grad, bool weight_grad) {
+Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
+                       bool weight_grad) {
   return arithmetic_type(call.input) == at::kDouble
-             ? run_backward<double>(call, kept, incoming, saving, input_grad, weight_grad)
-             : run_backward<float>(call, kept, incoming, saving, input_grad, weight_grad);
+             ? run_backward<double>(call, kept, incoming, input_grad, weight_grad)
+             : run_backward<float>(call, kept, incoming, input_grad, weight_grad);
 }
 
 }  // namespace stacked_lstm

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
-#include <string>
 
 #include "../cpu/stack_cpu.h"
 #include "../driver/call.h"
@@ -25,8 +24,8 @@ int64_t free_threads();
 // Calls of this thread run with this schedule; nothing: with the cheapest.
 void force_cpu_schedule(std::optional<Schedule> schedule);
 
-Results forward_cpu(const Call& call, const std::string& saving);
-Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradients& incoming, const std::string& saving,
-                       bool input_grad, bool weight_grad);
+Results forward_cpu(const Call& call);
+Gradients backward_cpu(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
+                       bool weight_grad);
 
 }  // namespace stacked_lstm

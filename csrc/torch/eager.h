@@ -18,25 +18,15 @@
 
 namespace stacked_lstm {
 
-struct EagerOptions {
-  bool bias;
-  int64_t num_layers;
-  bool bidirectional;
-  int64_t proj_size;
-  double dropout;
-  bool recompute;  // where a backward pass may follow
-  std::string backend;
-  bool bf16_weights;
-  bool frozen;  // kept packed weights are taken on trust; says nothing to a backward pass
-};
-
 struct EagerCall {
   const at::Tensor& input;  // (T, B, I), or, with batch_sizes, (rows, I)
   OptionalTensor batch_sizes;
   OptionalTensor h_0, c_0;  // both or neither: then zeros
   at::TensorList weights;
   OptionalTensor seed;
-  const EagerOptions& options;
+  const StackOptions& options;
+  const std::string& backend;
+  bool frozen;  // kept packed weights are taken on trust; says nothing to a backward pass
 };
 
 struct EagerResults {
@@ -55,7 +45,8 @@ struct EagerSaved {
   std::vector<at::Tensor> weights;
   OptionalTensor seed;
   at::Tensor output, reserve;
-  const EagerOptions& options;
+  const StackOptions& options;
+  const std::string& backend;
 };
 
 // The formula in Python, for a backward pass that no kernel can do: (gradients that flow in, what was saved, whether input,

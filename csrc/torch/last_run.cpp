@@ -10,8 +10,8 @@ std::optional<Run>& last_run() {
   return run;
 }
 
-void remember(decltype(Run::how) how, const Call& call, const std::string& saving, bool backward) {
-  last_run() = Run{std::move(how), call.input.device().str(), backward, saving, call.shape, call.input.scalar_type()};
+void remember(decltype(Run::how) how, const Call& call, bool backward) {
+  last_run() = Run{std::move(how), call.input.device().str(), backward, call.saving, call.shape, call.input.scalar_type()};
 }
 
 }  // namespace stacked_lstm

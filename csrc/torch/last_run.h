@@ -20,7 +20,7 @@ struct Run {
   std::variant<Schedule, diagonal::Counts, persistent::Counts> how;
   std::string device;
   bool backward;
-  std::string saving;
+  Saving saving;
   StackShape shape;
   at::ScalarType type;
 };
@@ -28,6 +28,6 @@ struct Run {
 // Of this thread; nothing: none since it was cleared.
 std::optional<Run>& last_run();
 
-void remember(decltype(Run::how) how, const Call& call, const std::string& saving, bool backward);
+void remember(decltype(Run::how) how, const Call& call, bool backward);
 
 }  // namespace stacked_lstm

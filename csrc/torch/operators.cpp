@@ -6,7 +6,9 @@
 #include <torch/library.h>
 
 #include <memory>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "../diagonal/diagonal.h"
 #include "../driver/driver.h"
@@ -26,91 +28,116 @@ namespace {
 // ValueError where the persistent kernels are asked for and cannot run it: nothing is allocated or launched by then.
 std::shared_ptr<const persistent::Decision> persistent_decision(Backend kind, const Call& call) {
   if (kind != Backend::persistent && kind != Backend::automatic) return nullptr;
-  auto decision = persistent::decide({call.shape, call.options, call.input.scalar_type(), call.input.device()});
+  auto decision = persistent::decide(
+      {call.shape, call.options, call.saving, call.input.scalar_type(), call.input.device()});
   if (kind == Backend::automatic) return decision->choice.persistent ? decision : nullptr;
   TORCH_CHECK_VALUE(decision->why_not.empty(), "the persistent kernel cannot run this call: ", decision->why_not);
   return decision;
 }
 
+Arguments tensors_of(const OperatorArguments& a) {
+  return {a.input, a.batch_sizes ? &*a.batch_sizes : nullptr, &a.h_0, &a.c_0, a.weights, a.options};
+}
+
 }  // namespace
 
-ForwardResult forward(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0,
-                      TensorList weights, const OptionalTensor& seed, bool bias, int64_t num_layers, bool bidirectional,
-                      int64_t proj_size, double dropout, const std::string& saving, const std::string& backend,
-                      bool bf16_weights) {
-  const Backend kind = backend_of(backend, input.device());
-  const Options options{bias,
-                        num_layers,
-                        bidirectional,
-                        proj_size,
-                        dropout,
-                        saving_of(saving),
-                        stores_bf16(bf16_weights, backend, kind, input)};
-  const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
-  const Call call{input, batch_sizes.has_value(), h_0, c_0, weights, seed_of(seed, input, options), options, shape};
-  Results results;
+Results forward(const OperatorArguments& a, const StackShape* checked) {
+  const Backend kind = backend_of(a.backend, a.input.device());
+  const bool stores = stores_bf16(a.options.bf16_weights, a.backend, kind, a.input);
+  StackShape made;
+  if (!checked) prepare(tensors_of(a), Misfit::raises, made);
+  const Call call{a.input,   a.batch_sizes.has_value(),           a.h_0,     a.c_0,    a.weights,
+                  seed_of(a.seed, a.input, a.options), a.options, a.saving, stores, checked ? *checked : made};
   if (auto decision = persistent_decision(kind, call)) {
     persistent::Counts counts;
-    results = persistent::forward(call, std::move(decision), counts);
-    remember(counts, call, saving, false);
-  } else if (kind != Backend::cpu) {
-    diagonal::Counts counts;
-    results = diagonal::forward(call, counts);
-    remember(counts, call, saving, false);
-  } else {
-    results = forward_cpu(call, saving);
+    Results results = persistent::forward(call, std::move(decision), counts);
+    remember(counts, call, false);
+    return results;
   }
-  return {results.output, results.h_n, results.c_n, results.reserve};
+  if (kind == Backend::cpu) return forward_cpu(call);
+  diagonal::Counts counts;
+  Results results = diagonal::forward(call, counts);
+  remember(counts, call, false);
+  return results;
 }
 
-BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                        const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& batch_sizes,
-                        const Tensor& h_0, const Tensor& c_0, TensorList weights, const OptionalTensor& seed,
-                        const Tensor& output, const Tensor& reserve, bool bias, int64_t num_layers, bool bidirectional,
-                        int64_t proj_size, double dropout, const std::string& saving, bool input_grad, bool weight_grad,
-                        const std::string& backend, bool bf16_weights) {
-  const Backend kind = backend_of(backend, input.device());
-  const Options options{bias,
-                        num_layers,
-                        bidirectional,
-                        proj_size,
-                        dropout,
-                        saving_of(saving),
-                        stores_bf16(bf16_weights, backend, kind, input)};
-  TORCH_CHECK_VALUE(options.saving != Saving::none,
-                    "backward needs a forward with saving \"full\" or \"recompute\", got: ", saving);
-  const StackShape shape = shape_of(input, batch_sizes, h_0, c_0, weights, options);
-  const Call call{input, batch_sizes.has_value(), h_0, c_0, weights, seed_of(seed, input, options), options, shape};
+Gradients backward(const OperatorArguments& a, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
+                   bool weight_grad) {
+  const Tensor& input = a.input;
+  const Backend kind = backend_of(a.backend, input.device());
+  const bool stores = stores_bf16(a.options.bf16_weights, a.backend, kind, input);
+  TORCH_CHECK_VALUE(a.saving != Saving::none,
+                    "backward needs a forward with saving \"full\" or \"recompute\", got: ", name_of(a.saving));
+  StackShape shape;
+  prepare(tensors_of(a), Misfit::raises, shape);
+  const Call call{input,   a.batch_sizes.has_value(),           a.h_0,     a.c_0,    a.weights,
+                  seed_of(a.seed, input, a.options), a.options, a.saving, stores, shape};
   const auto type = arithmetic_type(input);
   const auto sizes = call.output_sizes();
-  check_same(output, input, "output");
-  check_shape(output, sizes, "output");
+  const Tensor& reserve = kept.reserve;
+  check_same(kept.output, input, "output");
+  check_shape(kept.output, sizes, "output");
   TORCH_CHECK_VALUE(reserve.scalar_type() == type && reserve.device() == input.device(), "reserve should be ", type,
                     " on ", input.device(), ", got: ", reserve.scalar_type(), " on ", reserve.device());
-  const int64_t kept = kind != Backend::cpu
-                           ? driver::reserve_elements(shape, options.saving, static_cast<int64_t>(input.element_size()),
-                                                      static_cast<int64_t>(reserve.element_size()))
-                           : reserve_size(shape, options.saving, type != input.scalar_type()).total();
-  check_shape(reserve, {kept}, "reserve");
-  const IncomingGradients incoming{grad_output, grad_h_n, grad_c_n};
-  if (grad_output) check_same(*grad_output, input, "grad_output"), check_shape(*grad_output, sizes, "grad_output");
-  if (grad_h_n) check_same(*grad_h_n, input, "grad_h_n"), check_shape(*grad_h_n, h_0.sizes(), "grad_h_n");
-  if (grad_c_n) check_same(*grad_c_n, input, "grad_c_n"), check_shape(*grad_c_n, c_0.sizes(), "grad_c_n");
-  Gradients gradients;
+  const int64_t elements = kind != Backend::cpu
+                               ? driver::reserve_elements(shape, a.saving, static_cast<int64_t>(input.element_size()),
+                                                          static_cast<int64_t>(reserve.element_size()))
+                               : reserve_size(shape, a.saving, type != input.scalar_type()).total();
+  check_shape(reserve, {elements}, "reserve");
+  const auto check = [&](const OptionalTensor& gradient, at::IntArrayRef expected, const char* name) {
+    if (gradient) check_same(*gradient, input, name), check_shape(*gradient, expected, name);
+  };
+  check(incoming.output, sizes, "grad_output");
+  check(incoming.h_n, a.h_0.sizes(), "grad_h_n");
+  check(incoming.c_n, a.c_0.sizes(), "grad_c_n");
   if (auto decision = persistent_decision(kind, call)) {
     persistent::Counts counts;
-    gradients =
-        persistent::backward(call, {output, reserve}, incoming, input_grad, weight_grad, std::move(decision), counts);
-    remember(counts, call, saving, true);
-  } else if (kind != Backend::cpu) {
-    diagonal::Counts counts;
-    gradients = diagonal::backward(call, {output, reserve}, incoming, input_grad, weight_grad, counts);
-    remember(counts, call, saving, true);
-  } else {
-    gradients = backward_cpu(call, {output, reserve}, incoming, saving, input_grad, weight_grad);
+    Gradients gradients =
+        persistent::backward(call, kept, incoming, input_grad, weight_grad, std::move(decision), counts);
+    remember(counts, call, true);
+    return gradients;
   }
-  return {gradients.input, gradients.h_0, gradients.c_0, std::move(gradients.weights)};
+  if (kind == Backend::cpu) return backward_cpu(call, kept, incoming, input_grad, weight_grad);
+  diagonal::Counts counts;
+  Gradients gradients = diagonal::backward(call, kept, incoming, input_grad, weight_grad, counts);
+  remember(counts, call, true);
+  return gradients;
 }
+
+namespace {
+
+// The operators as their schemas have them. The tensors say the sizes that the schemas do not.
+
+StackOptions options_of(bool bias, int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout,
+                        bool bf16_weights) {
+  StackOptions options;
+  options.bias = bias, options.num_layers = num_layers, options.bidirectional = bidirectional;
+  options.proj_size = proj_size, options.dropout = dropout, options.bf16_weights = bf16_weights;
+  return options;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_operator(
+    const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0, TensorList weights,
+    const OptionalTensor& seed, bool bias, int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout,
+    const std::string& saving, const std::string& backend, bool bf16_weights) {
+  const StackOptions options = options_of(bias, num_layers, bidirectional, proj_size, dropout, bf16_weights);
+  Results r = forward({input, batch_sizes, h_0, c_0, weights, seed, options, saving_of(saving), backend});
+  return {std::move(r.output), std::move(r.h_n), std::move(r.c_n), std::move(r.reserve)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward_operator(
+    const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
+    const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0, TensorList weights,
+    const OptionalTensor& seed, const Tensor& output, const Tensor& reserve, bool bias, int64_t num_layers,
+    bool bidirectional, int64_t proj_size, double dropout, const std::string& saving, bool input_grad, bool weight_grad,
+    const std::string& backend, bool bf16_weights) {
+  const StackOptions options = options_of(bias, num_layers, bidirectional, proj_size, dropout, bf16_weights);
+  Gradients g = backward({input, batch_sizes, h_0, c_0, weights, seed, options, saving_of(saving), backend},
+                         {output, reserve}, {grad_output, grad_h_n, grad_c_n}, input_grad, weight_grad);
+  return {std::move(g.input), std::move(g.h_0), std::move(g.c_0), std::move(g.weights)};
+}
+
+}  // namespace
 
 }  // namespace stacked_lstm
 
@@ -130,13 +157,13 @@ TORCH_LIBRARY(stacked_lstm_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(stacked_lstm_ext, CPU, m) {
-  m.impl("forward", &stacked_lstm::forward);
-  m.impl("backward", &stacked_lstm::backward);
+  m.impl("forward", &stacked_lstm::forward_operator);
+  m.impl("backward", &stacked_lstm::backward_operator);
 }
 
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)
 TORCH_LIBRARY_IMPL(stacked_lstm_ext, CUDA, m) {
-  m.impl("forward", &stacked_lstm::forward);
-  m.impl("backward", &stacked_lstm::backward);
+  m.impl("forward", &stacked_lstm::forward_operator);
+  m.impl("backward", &stacked_lstm::backward_operator);
 }
 #endif

@@ -1,31 +1,33 @@
-// csrc/torch/operators.h: the operators stacked_lstm_ext::forward and ::backward, as C++ functions. Arguments as in their schemas
-// (operators.cpp); they check all of them.
+// csrc/torch/operators.h: what the operators stacked_lstm_ext::forward and ::backward do, for callers in C++.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <string>
-#include <tuple>
-#include <vector>
 
 #include "../driver/call.h"
 
 namespace stacked_lstm {
 
-using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+// What both operators are given: their schemas in operators.cpp say which tensors.
+struct OperatorArguments {
+  const at::Tensor& input;
+  const OptionalTensor& batch_sizes;
+  const at::Tensor& h_0;
+  const at::Tensor& c_0;
+  at::TensorList weights;
+  const OptionalTensor& seed;
+  const StackOptions& options;
+  Saving saving;
+  const std::string& backend;
+};
 
-ForwardResult forward(const at::Tensor& input, const OptionalTensor& batch_sizes, const at::Tensor& h_0,
-                      const at::Tensor& c_0, at::TensorList weights, const OptionalTensor& seed, bool bias,
-                      int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout,
-                      const std::string& saving, const std::string& backend, bool bf16_weights);
+// Runs a forward pass. `checked`: the shape that prepare() has made of these arguments; null: they are checked here, and
+// ValueError or TypeError says what is wrong.
+Results forward(const OperatorArguments& arguments, const StackShape* checked = nullptr);
 
-BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                        const OptionalTensor& grad_c_n, const at::Tensor& input, const OptionalTensor& batch_sizes,
-                        const at::Tensor& h_0, const at::Tensor& c_0, at::TensorList weights,
-                        const OptionalTensor& seed, const at::Tensor& output, const at::Tensor& reserve, bool bias,
-                        int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout,
-                        const std::string& saving, bool input_grad, bool weight_grad, const std::string& backend,
-                        bool bf16_weights);
+// Runs a backward pass, after checking all arguments.
+Gradients backward(const OperatorArguments& arguments, const Kept& kept, const IncomingGradients& incoming,
+                   bool input_grad, bool weight_grad);
 
 }  // namespace stacked_lstm

@@ -24,6 +24,10 @@ Saving saving_of(const std::string& name) {
   return Saving::recompute;
 }
 
+const char* name_of(Saving saving) {
+  return saving == Saving::none ? "none" : saving == Saving::full ? "full" : "recompute";
+}
+
 namespace {
 
 constexpr std::pair<const char*, Backend> kBackends[] = {{"cpu", Backend::cpu},
@@ -73,87 +77,163 @@ void check_shape(const Tensor& tensor, at::IntArrayRef shape, const char* name, 
                     " should have shape ", shape, ", got: ", tensor.sizes());
 }
 
-StackShape shape_of(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0,
-                    TensorList weights, const Options& options) {
-  const int64_t directions = options.directions();
-  TORCH_CHECK_VALUE(options.layers > 0, "num_layers should be greater than zero, got: ", options.layers);
-  TORCH_CHECK_VALUE(options.dropout >= 0 && options.dropout <= 1,
-                    "dropout should be in [0, 1], got: ", options.dropout);
-  TORCH_CHECK_VALUE(options.proj_size >= 0, "proj_size should not be negative, got: ", options.proj_size);
-  const auto type = input.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-                   "input should be float32, float64, bfloat16 or float16, got: ", type);
-  TORCH_CHECK_VALUE(input.dim() == (batch_sizes ? 2 : 3), "input should have ", batch_sizes ? 2 : 3,
-                    " dimensions, got: ", input.dim());
-  const int64_t lanes = options.layers * directions;
-  const int64_t expected = lanes * weights_of_lane({0, 0, options.proj_size}, options.bias);
-  TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == expected, "weights should be ", expected,
-                    " tensors, got: ", weights.size());
-  const Tensor& first_hh = weights[place_in_lane({}, options.bias, Weight::hh)];
-  TORCH_CHECK_VALUE(first_hh.dim() == 2 && first_hh.size(0) > 0 && first_hh.size(0) % 4 == 0,
-                    "weight_hh should have shape (4*hidden_size, ...), got: ", first_hh.sizes());
-  const int64_t hidden = first_hh.size(0) / 4;
-  TORCH_CHECK_VALUE(options.proj_size < hidden, "proj_size should be smaller than hidden_size, ", hidden,
-                    ", got: ", options.proj_size);
+namespace {
 
-  StackShape shape;
-  shape.directions = directions;
-  const int64_t output = options.proj_size > 0 ? options.proj_size : hidden;
-  for (int64_t k = 0; k < options.layers; ++k) {
-    shape.layers.push_back({k == 0 ? input.size(-1) : directions * output, hidden, options.proj_size});
+// What becomes of a condition that does not hold: an error with these words, or false.
+class Fit {
+ public:
+  explicit Fit(Misfit misfit) : raises_(misfit == Misfit::raises) {}
+
+  template <typename... Words>
+  bool value(bool holds, const Words&... words) const {
+    if (!holds && raises_) TORCH_CHECK_VALUE(false, words...);
+    return holds;
   }
+  template <typename... Words>
+  bool type(bool holds, const Words&... words) const {
+    if (!holds && raises_) TORCH_CHECK_TYPE(false, words...);
+    return holds;
+  }
+  // As check_same and check_shape say it. Of a caller that declines, all tensors are known to be alike.
+  bool same(const Tensor& tensor, const Tensor& input, const char* name) const {
+    if (raises_) check_same(tensor, input, name);
+    return true;
+  }
+  bool shape(const Tensor& tensor, at::IntArrayRef sizes, const char* name, const char* direction = "",
+             int64_t layer = -1) const {
+    if (raises_) check_shape(tensor, sizes, name, direction, layer);
+    return tensor.sizes() == sizes;
+  }
+
+ private:
+  const bool raises_;
+};
+
+bool options_fit(const StackOptions& options, const Fit& fit) {
+  return fit.value(options.num_layers > 0, "num_layers should be greater than zero, got: ", options.num_layers) &&
+         fit.value(options.dropout >= 0 && options.dropout <= 1, "dropout should be in [0, 1], got: ",
+                   options.dropout) &&
+         fit.value(options.proj_size >= 0, "proj_size should not be negative, got: ", options.proj_size);
+}
+
+bool weights_fit(const Arguments& a, const StackShape& shape, const Fit& fit) {
   const auto layer_of_lane = [&](int64_t lane) -> const LayerShape& { return shape.of_lane(lane); };
-  all_weights(lanes, options.bias, layer_of_lane, [&](int64_t lane, Weight name, int64_t place) {
-    const Tensor& weight = weights[place];
+  return all_weights(shape.lanes(), a.options.bias, layer_of_lane, [&](int64_t lane, Weight name, int64_t place) {
+    const Tensor& weight = a.weights[static_cast<size_t>(place)];
     const WeightSizes sizes = sizes_of(layer_of_lane(lane), name);
     const int64_t dimensions[] = {sizes.rows, sizes.columns};
-    check_same(weight, input, "every weight");
-    check_shape(weight, at::IntArrayRef(dimensions, sizes.vector() ? 1 : 2), name_of(name),
-                lane % directions ? "_reverse" : "", lane / directions);
-    return true;
+    return fit.same(weight, a.input, "every weight") &&
+           fit.shape(weight, at::IntArrayRef(dimensions, sizes.vector() ? 1 : 2), name_of(name),
+                     lane % shape.directions ? "_reverse" : "", lane / shape.directions);
   });
+}
 
-  check_same(h_0, input, "h_0");
-  check_same(c_0, input, "c_0");
-  if (batch_sizes) {
-    const Tensor& sizes = *batch_sizes;
-    TORCH_CHECK_VALUE(sizes.device().is_cpu() && sizes.scalar_type() == at::kLong && sizes.dim() == 1,
-                      "batch_sizes should be a one-dimensional int64 tensor on the CPU, got: ", sizes.dim(),
-                      " dimensions of ", sizes.scalar_type(), " on ", sizes.device());
-    const Tensor contiguous = sizes.contiguous();
-    const int64_t* size = contiguous.const_data_ptr<int64_t>();
-    shape.steps = sizes.numel();
-    TORCH_CHECK_VALUE(shape.steps > 0, "batch_sizes should have at least one element");
-    shape.batch = size[0];
-    TORCH_CHECK_VALUE(h_0.dim() == 3 && shape.batch == h_0.size(1), "batch_sizes should start with the batch of h_0, ",
-                      h_0.sizes(), ", got: ", shape.batch);
-    shape.packed_rows.assign(1, 0);
-    for (int64_t t = 0; t < shape.steps; ++t) {
-      TORCH_CHECK_VALUE(size[t] >= 1 && size[t] <= (t == 0 ? size[0] : size[t - 1]),
-                        "batch_sizes should be at least 1 and never grow, got: ", size[t], " at step ", t);
-      shape.packed_rows.push_back(shape.packed_rows.back() + size[t]);
+// T, B and the rows of a packed batch.
+bool packed_rows_fit(const Arguments& a, const Fit& fit, StackShape& shape) {
+  const Tensor &sizes = *a.batch_sizes, &h_0 = *a.h_0;
+  if (!fit.value(sizes.device().is_cpu() && sizes.scalar_type() == at::kLong && sizes.dim() == 1,
+                 "batch_sizes should be a one-dimensional int64 tensor on the CPU, got: ", sizes.dim(),
+                 " dimensions of ", sizes.scalar_type(), " on ", sizes.device())) {
+    return false;
+  }
+  const Tensor contiguous = sizes.contiguous();
+  const int64_t* size = contiguous.const_data_ptr<int64_t>();
+  shape.steps = sizes.numel();
+  if (!fit.value(shape.steps > 0, "batch_sizes should have at least one element")) return false;
+  shape.batch = size[0];
+  if (!fit.value(h_0.dim() == 3 && shape.batch == h_0.size(1), "batch_sizes should start with the batch of h_0, ",
+                 h_0.sizes(), ", got: ", shape.batch)) {
+    return false;
+  }
+  shape.packed_rows.assign(1, 0);
+  for (int64_t t = 0; t < shape.steps; ++t) {
+    if (!fit.value(size[t] >= 1 && size[t] <= (t == 0 ? size[0] : size[t - 1]),
+                   "batch_sizes should be at least 1 and never grow, got: ", size[t], " at step ", t)) {
+      return false;
     }
-    TORCH_CHECK_VALUE(input.size(0) == shape.rows(), "input should have as many rows as batch_sizes add up to, ",
-                      shape.rows(), ", got: ", input.size(0));
+    shape.packed_rows.push_back(shape.packed_rows.back() + size[t]);
+  }
+  return fit.value(a.input.size(0) == shape.rows(), "input should have as many rows as batch_sizes add up to, ",
+                   shape.rows(), ", got: ", a.input.size(0));
+}
+
+}  // namespace
+
+bool prepare(const Arguments& a, Misfit misfit, StackShape& shape) {
+  const Fit fit(misfit);
+  const Tensor& input = a.input;
+  StackOptions options = a.options;
+  if (!options_fit(options, fit)) return false;
+  const auto type = input.scalar_type();
+  if (!fit.type(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+                "input should be float32, float64, bfloat16 or float16, got: ", type)) {
+    return false;
+  }
+  const bool unbatched = a.one_step && input.dim() == 1;
+  const int64_t dimensions = unbatched ? 1 : a.batch_sizes || a.one_step ? 2 : 3;
+  if (!fit.value(input.dim() == dimensions, "input should have ", dimensions, " dimensions, got: ", input.dim())) {
+    return false;
+  }
+  const int64_t expected = options.lanes() * weights_of_lane({0, 0, options.proj_size}, options.bias);
+  if (!fit.value(static_cast<int64_t>(a.weights.size()) == expected, "weights should be ", expected,
+                 " tensors, got: ", a.weights.size())) {
+    return false;
+  }
+  const Tensor& first_hh = a.weights[static_cast<size_t>(place_in_lane({}, options.bias, Weight::hh))];
+  if (!fit.value(first_hh.dim() == 2 && first_hh.size(0) > 0 && first_hh.size(0) % 4 == 0,
+                 "weight_hh should have shape (4*hidden_size, ...), got: ", first_hh.sizes())) {
+    return false;
+  }
+  if (options.hidden_size == 0) options.hidden_size = first_hh.size(0) / 4;
+  if (options.input_size == 0) options.input_size = input.size(-1);
+  if (!fit.value(options.proj_size < options.hidden_size, "proj_size should be smaller than hidden_size, ",
+                 options.hidden_size, ", got: ", options.proj_size) ||
+      !fit.value(input.size(-1) == options.input_size, "input should have ", options.input_size, " features, got: ",
+                 input.size(-1))) {
+    return false;
+  }
+
+  set_layers(options, shape);
+  if (!weights_fit(a, shape, fit)) return false;
+  if (a.h_0 && (!fit.same(*a.h_0, input, "h_0") || !fit.same(*a.c_0, input, "c_0"))) return false;
+  shape.packed_rows.clear();
+  if (a.batch_sizes) {
+    if (!a.h_0 || !packed_rows_fit(a, fit, shape)) return false;
   } else {
-    shape.steps = input.size(0);
-    shape.batch = input.size(1);
-    TORCH_CHECK_VALUE(shape.steps > 0, "input should have at least one step");
+    shape.steps = a.one_step ? 1 : input.size(0);
+    shape.batch = unbatched ? 1 : input.size(-2);
+    if (!fit.value(shape.steps > 0, "input should have at least one step")) return false;
   }
   // No buffer is larger than all rows of a whole reserve; with this, none of the arithmetic on sizes can overflow.
+  const int64_t lanes = shape.lanes();
   const double elements = static_cast<double>(shape.steps) * static_cast<double>(std::max<int64_t>(shape.batch, 1)) *
-                          static_cast<double>(lanes) * 6 * static_cast<double>(round_up(hidden, kUnitPadding));
-  TORCH_CHECK_VALUE(elements < 1e17, "the sizes are too large: ", shape.steps, " steps, batch ", shape.batch, ", ",
-                    lanes, " layers and directions, hidden_size ", hidden);
-  check_shape(h_0, {lanes, shape.batch, output}, "h_0");
-  check_shape(c_0, {lanes, shape.batch, hidden}, "c_0");
+                          static_cast<double>(lanes) * 6 *
+                          static_cast<double>(round_up(options.hidden_size, kUnitPadding));
+  if (!fit.value(elements < 1e17, "the sizes are too large: ", shape.steps, " steps, batch ", shape.batch, ", ", lanes,
+                 " layers and directions, hidden_size ", options.hidden_size)) {
+    return false;
+  }
+  if (!a.h_0) return true;
+  const auto state_fits = [&](const Tensor& state, int64_t width, const char* name) {
+    const int64_t sizes[] = {lanes, shape.batch, width}, without_batch[] = {lanes, width};
+    return fit.shape(state, unbatched ? at::IntArrayRef(without_batch) : at::IntArrayRef(sizes), name);
+  };
+  return state_fits(*a.h_0, options.output_size(), "h_0") && state_fits(*a.c_0, options.hidden_size, "c_0");
+}
+
+StackShape prepare(const StackOptions& options, int64_t seq_len, int64_t batch_size) {
+  options_fit(options, Fit(Misfit::raises));
+  StackShape shape;
+  shape.steps = seq_len;
+  shape.batch = batch_size;
+  set_layers(options, shape);
   return shape;
 }
 
 // The seed of the masks, where there are masks to draw.
-OptionalTensor seed_of(const OptionalTensor& seed, const Tensor& input, const Options& options) {
-  if (options.dropout == 0 || options.layers == 1) return std::nullopt;
-  TORCH_CHECK_VALUE(seed.has_value(), "seed is needed with dropout ", options.dropout, " and ", options.layers,
+OptionalTensor seed_of(const OptionalTensor& seed, const Tensor& input, const StackOptions& options) {
+  if (options.dropout == 0 || options.num_layers == 1) return std::nullopt;
+  TORCH_CHECK_VALUE(seed.has_value(), "seed is needed with dropout ", options.dropout, " and ", options.num_layers,
                     " layers");
   TORCH_CHECK_VALUE(seed->numel() == 1 && seed->scalar_type() == at::kLong,
                     "seed should be an int64 tensor of one element, got: ", seed->numel(), " of ", seed->scalar_type());
@@ -164,19 +244,6 @@ OptionalTensor seed_of(const OptionalTensor& seed, const Tensor& input, const Op
 
 at::ScalarType arithmetic_type(const Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-StackShape padded_shape(int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
-                        bool bidirectional, int64_t seq_len, int64_t batch_size) {
-  StackShape shape;
-  shape.steps = seq_len;
-  shape.batch = batch_size;
-  shape.directions = bidirectional ? 2 : 1;
-  const int64_t output = proj_size > 0 ? proj_size : hidden_size;
-  for (int64_t k = 0; k < num_layers; ++k) {
-    shape.layers.push_back({k == 0 ? input_size : shape.directions * output, hidden_size, proj_size});
-  }
-  return shape;
 }
 
 }  // namespace stacked_lstm

@@ -14,30 +14,12 @@
 #include "../cpu/step.h"
 #include "packed_cache.h"
 #include "plain.h"
+#include "prepare.h"
 
 namespace stacked_lstm {
 namespace {
 
 using at::Tensor;
-
-// Fills `shape`; false where the arguments do not fit each other.
-bool shape_of(const StepArguments& a, StackShape& shape) {
-  const bool batched = a.input.dim() == 2;
-  const int64_t state_dims = batched ? 3 : 2;
-  if ((!batched && a.input.dim() != 1) || a.h_0.dim() != state_dims || a.c_0.dim() != state_dims) return false;
-  const int64_t hidden = a.c_0.size(-1), output = a.proj_size > 0 ? a.proj_size : hidden;
-  shape.steps = 1;
-  shape.batch = batched ? a.input.size(0) : 1;
-  shape.layers.clear();
-  if (!weights_fit(a.weights, a.bias, a.layers, 1, a.input.size(-1), hidden, a.proj_size)) return false;
-  for (int64_t k = 0; k < a.layers; ++k) {
-    shape.layers.push_back({k == 0 ? a.input.size(-1) : output, hidden, a.proj_size});
-  }
-  const auto is_state = [&](const Tensor& state, int64_t width) {
-    return state.size(0) == a.layers && (!batched || state.size(1) == shape.batch) && state.size(-1) == width;
-  };
-  return shape.batch > 0 && hidden > 0 && is_state(a.h_0, output) && is_state(a.c_0, hidden);
-}
 
 // A thread's memory for the fp32 numbers of 16-bit tensors. It only grows.
 class Floats {
@@ -69,7 +51,7 @@ class Floats {
 template <typename T, typename A>
 bool run(const StepArguments& a, const StackShape& shape, int64_t threads, cpu::Platform& platform,
          StepResults& results) {
-  const bool bf16 = a.bf16_weights || std::is_same_v<T, at::BFloat16>;
+  const bool bf16 = a.options.bf16_weights || std::is_same_v<T, at::BFloat16>;
   const auto storage = bf16 ? cpu::Storage::bf16 : cpu::Storage::same;
   const auto packed = peek_packed<A>(a.weights, shape.batch, storage);
   if (!packed) return false;
@@ -132,9 +114,13 @@ std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Pl
   const bool wide = type == at::kFloat || type == at::kDouble;
   const bool rows_stand = wide ? a.input.dim() > 0 && a.input.stride(-1) == 1 : a.input.is_contiguous();
   if (!rows_stand || !a.h_0.is_contiguous() || !a.c_0.is_contiguous()) return {};
-  if (a.bf16_weights && type != at::kFloat) return {};
+  if (a.options.bf16_weights && type != at::kFloat) return {};
   thread_local StackShape shape;  // keeps its memory
-  if (!shape_of(a, shape)) return {};
+  if (a.options.bidirectional ||
+      !prepare({a.input, nullptr, &a.h_0, &a.c_0, a.weights, a.options, true}, Misfit::declines, shape) ||
+      shape.batch == 0) {
+    return {};
+  }
 
   RECORD_FUNCTION("stacked_lstm_ext::step", {});  // for the profiler, as in eager.cpp
   StepResults results;

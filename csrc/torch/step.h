@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "../cpu/stack_cpu.h"
+#include "../stack/options.h"
 #include "../stack/wavefront.h"
 
 namespace stacked_lstm {
@@ -19,10 +20,7 @@ struct StepArguments {
   const at::Tensor& h_0;    // (L, B, P or H) or (L, P or H)
   const at::Tensor& c_0;    // (L, B, H) or (L, H)
   at::TensorList weights;   // as the operators'
-  bool bias;
-  int64_t layers;
-  int64_t proj_size;
-  bool bf16_weights;
+  const StackOptions& options;
   bool frozen;  // kept packed weights are taken on trust
 };
 

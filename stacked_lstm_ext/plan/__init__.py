@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..ops import _C, reference_run, reserve_numel
+from ..options import StackOptions
 
 __all__ = [
     "BACKENDS",
@@ -133,31 +134,19 @@ def kernel_backend(choice: str) -> str:
 
 
 def gpu_plan(
-    sizes: dict[str, Any], seq_len: int, batch_size: int, dtype: torch.dtype, device: torch.device, saving: str, dropout: float
+    options: StackOptions, seq_len: int, batch_size: int, dtype: torch.dtype, device: torch.device, saving: str
 ) -> dict[str, Any]:
     """What the operators' backends ``"auto"`` and ``"persistent"`` do with a call: the very decision that they make.
 
     Args:
-        sizes: ``input_size``, ``hidden_size``, ``proj_size``, ``num_layers`` and ``bidirectional``.
+        options: of the stack, with the dropout in effect.
 
     Returns:
         ``persistent``: whether ``"auto"`` runs the persistent kernels; ``reason``: why, or why not; ``why_not``: why they
         cannot run it at all, or an empty string; ``persistent_us`` and ``diagonal_us``: predictions; and, where they
         can run it, ``forward`` and (when training) ``backward``: their launches.
     """
-    return _C.gpu_plan(
-        sizes["input_size"],
-        sizes["hidden_size"],
-        sizes["proj_size"],
-        sizes["num_layers"],
-        sizes["bidirectional"],
-        seq_len,
-        batch_size,
-        str(dtype).removeprefix("torch."),
-        str(device),
-        saving,
-        dropout,
-    )
+    return _C.gpu_plan(options.native, seq_len, batch_size, str(dtype).removeprefix("torch."), str(device), saving)
 
 
 def gpu_obstacle(device: torch.device) -> str:
@@ -276,10 +265,7 @@ def make_plan(
     device: torch.device,
     dtype: torch.dtype,
     needs_grad: bool,
-    recompute: bool,
-    bf16_weights: bool = False,
-    dropout: float,
-    sizes: dict[str, Any],
+    options: StackOptions,
     seq_len: int,
     batch_size: int,
     threads: int,
@@ -289,22 +275,20 @@ def make_plan(
     Args:
         choice: what :func:`choose_backend` returned.
         needs_grad: whether a backward pass will follow.
-        bf16_weights: whether the products see weights rounded to bfloat16.
-        dropout: the rate in effect.
-        sizes: ``input_size``, ``hidden_size``, ``proj_size``, ``num_layers`` and ``bidirectional``.
+        options: of the stack, with the dropout in effect.
     """
     name, reason = choice
     gpu: dict[str, Any] = {}
     if name in ("auto", "persistent"):
-        gpu = gpu_plan(sizes, seq_len, batch_size, dtype, device, choose_saving(needs_grad, recompute), dropout)
+        gpu = gpu_plan(options, seq_len, batch_size, dtype, device, choose_saving(needs_grad, options.recompute))
         if name == "persistent" and gpu["why_not"]:
             raise ValueError(f"the persistent kernel cannot run this call: {gpu['why_not']}")
         if name == "auto":
             name = "persistent" if gpu["persistent"] else "diagonal"
             reason += f"; {gpu['reason']}"
-    if bf16_weights and stores_bf16(name, dtype):
+    if options.bf16_weights and stores_bf16(name, dtype):
         reason += "; weights are packed as bfloat16"
-    elif bf16_weights and name != "meta" and dtype != torch.bfloat16:
+    elif options.bf16_weights and name != "meta" and dtype != torch.bfloat16:
         reason += f"; every call rounds the weights to bfloat16 first, and reads them as {str(dtype).removeprefix('torch.')}"
     isa = None
     schedule: dict[str, Any] = {}
@@ -315,15 +299,15 @@ def make_plan(
         forward = "plain torch operations, layer by layer and step by step"
         backward = "torch's autograd through those operations"
     else:
-        saving = choose_saving(needs_grad, recompute)
+        saving = choose_saving(needs_grad, options.recompute)
         numel = reserve_numel(
             seq_len * batch_size,
             seq_len,
             batch_size,
-            sizes["hidden_size"],
-            sizes["num_layers"],
-            sizes["bidirectional"],
-            sizes["proj_size"],
+            options.hidden_size,
+            options.num_layers,
+            options.bidirectional,
+            options.proj_size,
             dtype,
             saving,
             kernel_backend(name),
@@ -335,19 +319,11 @@ def make_plan(
         def ask(backward: bool) -> dict[str, Any]:
             if name == "persistent":
                 return gpu["backward" if backward else "forward"]
-            shape = (
-                sizes["input_size"],
-                sizes["hidden_size"],
-                sizes["proj_size"],
-                sizes["num_layers"],
-                sizes["bidirectional"],
-                seq_len,
-                batch_size,
-            )
+            shape = (options.native, seq_len, batch_size)
             double_precision = dtype == torch.float64
             if name == "diagonal":
-                return _C.diagonal_plan(*shape, double_precision, backward, saving, dropout)
-            halves = dtype == torch.bfloat16 or (bf16_weights and stores_bf16(name, dtype))
+                return _C.diagonal_plan(*shape, double_precision, backward, saving)
+            halves = dtype == torch.bfloat16 or (options.bf16_weights and stores_bf16(name, dtype))
             return _C.cpu_plan(*shape, threads, double_precision, backward, halves)
 
         describe = {"cpu": _describe_wavefront, "diagonal": _describe_diagonals, "persistent": _describe_launches}[name]
