@@ -15,9 +15,9 @@
 //      steps, from right to left          A block is whole steps with at most kGradientRows rows together, or one step.
 //   ┄┄┄┬───────┬─────────┬┄┄┄┄┄┄┄┄┄┄┄     The blocks depend on the call's shape alone. So do the bits of the weight
 //      │ chunk │ block   │ blocks that    gradients, which add up the blocks' sums from the last block to the first. A
-//      │       │         │ are summed     ring holds the rows of dG (with a projection, also those of dh and o·tanh(c)):
-//   ┄┄┄┴───────┴─────────┴┄┄┄┄┄┄┄┄┄┄┄     as many rows as a block and a chunk have. If it can hold all rows of the
-//                                         call, the workers meet only at the end.
+//      │       │         │ are summed     ring holds the rows of dG (with a projection, of dh and o·tanh(c) too): as
+//   ┄┄┄┴───────┴─────────┴┄┄┄┄┄┄┄┄┄┄┄     many rows as a block and a chunk have. If it can hold all rows of the call,
+//                                         the workers meet only at the end.
 //
 // Recomputation. A stretch is a run of steps that starts after a kept c, or at step 0. When a worker comes to the last
 // step of a stretch, it first recomputes what was not kept (Reserve in stack.h) of all steps of the stretch: the gates,
