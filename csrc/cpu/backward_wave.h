@@ -28,9 +28,9 @@
 // Hazards.
 //   dG(s) overwrites the rows that are a ring's length back. The products of a block's chunks and the sums over the
 //   block read its rows. Both are done once every worker of the lane has published the block (Progress::blocks), with
-//   one exception: the step before the block's first step reads that first step's rows later, and belongs to the next
-//   block. So make_room() counts these rows as rows of the next block. (Unit slices are never more than a step apart.
-//   Batch slices can be, and in a packed batch the rows of one batch slice overwrite rows of another.)
+//   one exception: the rows of the block's first step are read once more by the step before it, which belongs to the
+//   next block. So make_room() counts these rows as rows of the next block. (Unit slices are never more than a step
+//   apart. Batch slices can be, and in a packed batch the rows of one batch slice overwrite rows of another.)
 //   A worker that waits for room waits neither for itself nor for a worker that waits for it. The ring holds a block
 //   and a chunk, so the block that it waits for was complete at the end of an earlier chunk. This worker has published
 //   that block, and the other workers need no more of this worker than that earlier chunk to publish the block too.

@@ -10,8 +10,9 @@
 // Hazards.
 //   h has two buffers a lane. A worker writes h(s) over h(s-2) only after every slice has handed over h(s-1), and a
 //   slice does that only after it has read h(s-2).
-//   In inference the layers share two buffers of y. Lane k+2 writes chunk c over lane k's only after lane k+1 has
-//   published chunk c, and lane k+1 does that after it has staged lane k's chunk c.
+//   In inference the layers share two buffers of y. Layer k+2 writes chunk c over layer k's only after layer k+1 has
+//   published chunk c, and layer k+1 does that after it has staged layer k's chunk c. (A bidirectional layer waits for
+//   all chunks.)
 #include "wave.h"
 
 namespace stacked_lstm::cpu {

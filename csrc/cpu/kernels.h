@@ -25,8 +25,8 @@
 // low may have different signs, and because infinity times a low part of zero is NaN.
 //
 // Gates. The activations of the gates (`gates` buffers, saved or not) have the gate order, too:
-// [row][unit block][gate][lane], 4·padded_hidden numbers a row. The gradients of the pre-activations have torch's order:
-// [row][gate][padded_hidden].
+// [row][unit block][gate][lane], 4·padded_hidden numbers a row. The gradients of the pre-activations have torch's
+// order: [row][gate][padded_hidden].
 //
 // Bits. The order of every sum depends on sizes of the whole call alone, never on how rows or columns are shared out.
 // `unroll_rows` tells a product how many rows the whole call has at this point; this picks the number of partial sums.

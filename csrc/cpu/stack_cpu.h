@@ -40,10 +40,11 @@ template <typename T>
 class PackedStack;  // packed.h
 
 // Fill what the call points to, and return the schedule that was run. It is not the planned one if fewer threads came.
-// Throw std::runtime_error when there is no memory for the workspace, before anything is written. With `packed`,
-// forward reads the packed weights there; the first call with it packs them there. Without it, forward packs them for
-// itself. With `check`, forward compares packed weights that are ready with their sources, by fingerprint, before it
-// uses them. If the sources have changed, forward returns nothing and has computed nothing.
+// Throw std::runtime_error when there is no memory for the workspace, before anything is written.
+// With `packed`, forward reads the packed weights there; the first call with it packs them there. Without it, forward
+// packs them for itself.
+// With `check`, forward compares packed weights that are ready with their sources, by fingerprint, before it uses them.
+// If the sources have changed, forward returns nothing and has computed nothing.
 template <typename T>
 std::optional<Schedule> forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform,
                                 PackedStack<T>* packed = nullptr, bool check = true);

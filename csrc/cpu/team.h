@@ -1,8 +1,8 @@
 // csrc/cpu/team.h: threads that work together on one call, and how they wait for each other.
 //
-// A call asks a thread pool for workers, and may get fewer: in a nested region, by another library's limit, from a busy
-// pool. A schedule in which workers hand data to each other must know which workers are really there. So the workers
-// muster first, and the schedule is made for those that came.
+// A call asks a thread pool for workers, and may get fewer: in a nested region, under another library's limit, from a
+// busy pool. A schedule in which workers hand data to each other must know which workers are really there. So the
+// workers muster first, and the schedule is made for those that came.
 #pragma once
 
 #include <atomic>

@@ -92,7 +92,7 @@ INLINE IntVec<float> round_row(Vec<float> x) {
 INLINE IntVec<float> round_rows(Vec<float> first, Vec<float> second) {
   return round_row(first) | (round_row(second) << 16);
 }
-// x minus its rounded numbers, which are half number `half` of `pairs`. The difference is exact. It is zero for
+// x minus its rounded numbers, which are in half 0 or 1 (`half`) of `pairs`. The difference is exact. It is zero for
 // infinities and NaNs.
 template <int half>
 INLINE Vec<float> rest_of(Vec<float> x, IntVec<float> pairs) {
@@ -171,8 +171,8 @@ struct Exp2 {
 };
 
 // Splits y into an integer n and a rest r, and returns 2^n in `power` and 2^n·(2^r - 1) in `rest`. So
-// 2^y = power + rest, and 2^y - 1 loses no precision where y is small. |y| must be at most 127 (1023 in double). If y is
-// NaN, `rest` is NaN.
+// 2^y = power + rest, and 2^y - 1 loses no precision where y is small. |y| must be at most 127 (1023 in double). If y
+// is NaN, `rest` is NaN.
 template <typename T>
 INLINE void exp2_parts(Vec<T> y, Vec<T>& power, Vec<T>& rest) {
   using E = Exp2<T>;

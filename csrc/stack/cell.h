@@ -70,9 +70,9 @@ STACKED_LSTM_HOST_DEVICE Gates<T> cell_backward(const Gates<T>& y, const T& c, c
 template <typename T>
 struct CellSlopes {
   T c_next;   // d c'/d h: o·(1 - tanh²c')
-  T i, f, g;  // of dc', the whole gradient of c'
-  T o;        // of dh
-  T c;        // of dc'
+  T i, f, g;  // factors of dc', the whole gradient of c'
+  T o;        // factor of dh
+  T c;        // factor of dc'
 };
 template <typename Math, typename T>
 STACKED_LSTM_HOST_DEVICE CellSlopes<T> cell_slopes(const Gates<T>& y, const T& c, const T& c_next) {
