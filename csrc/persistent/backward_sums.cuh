@@ -77,7 +77,7 @@ class ClusterSums {
       mbarrier_init(arrived_, 1);
       mbarrier_init(arrived_ + 8, 1);
     }
-    // With the barrier, makes the initialised mbarriers visible to the pushes of all peers, which begin after the
+    // The fence and the barrier make the initialised mbarriers visible to all peers' pushes, which begin after the
     // barrier.
     mbarrier_init_fence();
     cluster_barrier();

@@ -81,7 +81,7 @@ class ClusterExchange : Exchanged<T> {
       mbarrier_init(arrived + 8, 1);
       mbarrier_arrive(arrived);  // ends the first phase: that of h(-1), which is here
     }
-    // With the barrier, makes the initialised mbarriers visible to the pushes of all peers, which begin after the
+    // The fence and the barrier make the initialised mbarriers visible to all peers' pushes, which begin after the
     // barrier.
     mbarrier_init_fence();
     // The barrier also orders the zeros that all threads of this block have written to h[1] before any peer's push
