@@ -45,7 +45,8 @@ struct GroupWarp {
   int column;      // the thread's first of two, in every tile of 8 batch columns
 
   __device__ __forceinline__ GroupWarp(const Cut& cut, const Place& place)
-      // Neighbouring warps are on different schedulers. So the warps of split 0, which compute gates, are neighbours.
+      // Neighbouring warps are on different schedulers. In this order the warps of split 0, which compute gates, are
+      // neighbours.
       : group(place.warp % cut.groups),
         split(place.warp / cut.groups),
         first_unit((place.rank * cut.groups + group) * kGroupUnits),
@@ -535,7 +536,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   const int saves = in_register((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0) |
                                 (has_reader ? kChunks : 0));
   // The row of column 0 at this step, and the distance to its row at the next step. In a packed batch the row is read
-  // anew every step.
+  // again every step.
   int64_t row = sequences.row(time_of(sizes, lane.reverse, 0));
   const int row_step = kept(lane.reverse ? -sizes.batch : sizes.batch);
   Meeting<T, Tiles> meeting(cut, place, warp, shared);

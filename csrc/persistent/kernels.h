@@ -178,7 +178,7 @@ struct ForwardArguments {
 };
 
 // Backward. dh(s) of a lane = grad_output + mask ∘ (grad_above, or the lane above's W_ihᵀ·dgates(s))
-//                             + W_hhᵀ·dgates(s+1), or grad_h_n where the sequence has no step s+1.
+//                             + W_hhᵀ·dgates(s+1), or grad_h_n if the sequence has no step s+1.
 template <typename T>
 struct BackwardLane {
   const T* weight_hh;        // (4H, H)
@@ -290,7 +290,7 @@ struct ForwardLayout {
   uint32_t
       projected;  // [warp][tile of the pass][gate tile][lane] of 4: W_ih·x + b, the warp's part of K, as accumulators
   uint32_t x;     // [column of the pass][x_pitch]
-  uint32_t weights;  // [group][piece][gate tile][upper, lower][lane] of 16 bytes: W_ih, where cut.inputs_in_shared
+  uint32_t weights;  // [group][piece][gate tile][upper, lower][lane] of 16 bytes: W_ih, if cut.inputs_in_shared
   uint32_t bytes;
 
   STACKED_LSTM_HOST_DEVICE ForwardLayout(const Cut& cut, int inputs) {
@@ -324,7 +324,7 @@ struct BackwardLayout {
   uint32_t grad_gates;  // [step mod 2][column][pitch]: K of the block's product
   uint32_t above;       // [step of the chunk][column][pitch]: the same of the lane above
   uint32_t from_above;  // [step of the chunk][batch tile][m_tile][thread] of 4 sums: start values of dh's accumulators
-  uint32_t weights;     // [m_tile][piece][upper, lower][thread] of 16 bytes, where cut.inputs_in_shared
+  uint32_t weights;     // [m_tile][piece][upper, lower][thread] of 16 bytes, if cut.inputs_in_shared
   uint32_t bytes;
 
   STACKED_LSTM_HOST_DEVICE BackwardLayout(const Cut& cut, bool over) {

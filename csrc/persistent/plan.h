@@ -1,4 +1,4 @@
-// csrc/persistent/plan.h: a plan of the persistent kernels: which blocks own what of a stack, what lives where on the
+// csrc/persistent/plan.h: a plan of the persistent kernels: which blocks own what of a stack, what is kept where on the
 // chip, and what it is predicted to cost on a GPU. No CUDA, no torch. planner.h makes it, by the model of cost.h.
 //
 //            t →  chunk 0  chunk 1  chunk 2  chunk 3        One launch, a block an SM. A layer is owned by a few blocks
