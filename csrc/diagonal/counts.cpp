@@ -1,4 +1,4 @@
-// csrc/diagonal/counts.cpp: the schedule of a call in diagonals, and its numbers of products and launches, without running it.
+// csrc/diagonal/counts.cpp: the schedule of a call in diagonals, and how many products and launches it will take.
 #include <algorithm>
 
 #include "../driver/driver.h"

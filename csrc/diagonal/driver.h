@@ -6,13 +6,13 @@
 //   layer 1             ▪▪▪▪▪▪    ▪▪▪▪▪▪    ▪▪▪▪▪▪ …     recurrent product of all layers, and one launch for all of
 //   layer 2                       ▪▪▪▪▪▪    ▪▪▪▪▪▪ …     their cells. wavefront.h says which lanes are in a stage.
 //
-// Nothing here waits for the device or reads a tensor's contents. So the same calls are queued every time, and a CUDA graph
-// can hold them. The few buffers are allocated before the first stage. The same code runs on the CPU, with gates_host.cpp
-// in place of the CUDA kernels.
+// Nothing here waits for the device or reads a tensor's contents. So the same calls are queued every time, and a CUDA
+// graph can hold them. The few buffers are allocated before the first stage. The same code runs on the CPU, with
+// gates_host.cpp in place of the CUDA kernels.
 //
-// Hazard: lanes of a packed batch have different numbers of rows at one diagonal, and a product takes as many rows as the
-// largest lane has. The surplus rows of the other lanes are stale or were never written. Nothing reads the results of these
-// rows.
+// Hazard: lanes of a packed batch have different numbers of rows at one diagonal, and a product takes as many rows as
+// the largest lane has. The surplus rows of the other lanes are stale or were never written. Nothing reads the results
+// of these rows.
 #pragma once
 
 #include <ATen/ops/stack.h>
@@ -135,7 +135,7 @@ class Driver {
                 error);
   }
 
-  // A product over consecutive lanes and the first rows of each lane. The views are made again only when lanes or rows change.
+  // A product over consecutive lanes and the first rows of each. Its views are made again only when these change.
   class LaneProduct {
    public:
     LaneProduct() = default;

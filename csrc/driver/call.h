@@ -1,5 +1,5 @@
-// csrc/driver/call.h: the checked arguments of an operator, as tensors: the form in which torch/operators.cpp passes them to a
-// driver.
+// csrc/driver/call.h: the checked arguments of an operator, as tensors: the form in which torch/operators.cpp passes
+// them to a driver.
 #pragma once
 
 #include <ATen/core/Tensor.h>

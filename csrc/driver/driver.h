@@ -65,8 +65,8 @@ struct Guards {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   c10::DeviceGuard device_guard;
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)
-  // The first call of a process may be captured. It then creates cuBLAS's handle and loads kernels. That takes CUDA calls that
-  // a capture forbids by default (pytorch issue 99397), although they are not part of the captured graph.
+  // The first call of a process may be captured. It then creates cuBLAS's handle and loads kernels. That takes CUDA
+  // calls that a capture forbids by default (pytorch issue 99397), although they are not part of the captured graph.
   std::optional<c10::cuda::CUDAStreamCaptureModeGuard> relaxed;
 #endif
 };
@@ -99,8 +99,8 @@ class Products {
     }
   }
 
-  // The same, rounded to T at the end. `wide`: the sums are rounded after the product, not by it. A product that rounds may
-  // split its sums over many rows and round the parts (torch's allow_bf16_reduced_precision_reduction).
+  // The same, rounded to T at the end. `wide`: the sums are rounded after the product, not by it. A product that rounds
+  // may split its sums over many rows and round the parts (torch's allow_bf16_reduced_precision_reduction).
   void multiply_and_round(const Tensor& result, const Tensor& a, const Tensor& b, bool wide = true) const {
     if (std::is_same_v<T, A>) return multiply(result, a, b);
     if (wide || !a.is_cuda()) {
@@ -128,8 +128,8 @@ inline int64_t reserve_elements(const StackShape& shape, Saving saving, int64_t 
   return cells * (saving == Saving::full ? 5 : 1) + (h * storage_bytes + accumulator_bytes - 1) / accumulator_bytes;
 }
 
-// The parts of a reserve: [lane][row] c and (unless backward computes them again) the gates, in units padded to kUnitPadding,
-// then [layer][row] h of the layers below the top layer, as T.
+// The parts of a reserve: [lane][row] c and (unless backward computes them again) the gates, in units padded to
+// kUnitPadding, then [layer][row] h of the layers below the top layer, as T.
 template <typename T>
 struct Parts {
   using A = Accumulator<T>;
@@ -164,8 +164,8 @@ inline int64_t continued_rows(const StackShape& shape, int64_t lane, int64_t t) 
   return t + 1 < shape.steps ? shape.active(t + 1) : 0;
 }
 
-// Calls add(cell) for each copy that is needed to make h(t-1) of every row of a lane. `h`: where the lane's direction begins
-// in its layer's output; `h_0`, `target`: (B, output) and (rows, output) of the lane.
+// Calls add(cell) for each copy that is needed to make h(t-1) of every row of a lane. `h`: where the lane's direction
+// begins in its layer's output; `h_0`, `target`: (B, output) and (rows, output) of the lane.
 template <typename T, typename Add>
 void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const T* h_0, T* target, Add&& add) {
   const int64_t output = shape.of_lane(lane).output(), stride = shape.directions * output;
@@ -185,8 +185,8 @@ void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const
   }
 }
 
-// Calls add(cell) for each copy that is needed to make the input that the layer above `layer` has read: the output `h` of
-// `layer` (rows, D·output), masked by dropout.
+// Calls add(cell) for each copy that is needed to make the input that the layer above `layer` has read: the output `h`
+// of `layer` (rows, D·output), masked by dropout.
 template <typename T, typename Add>
 void copies_of_masked(const StackShape& shape, int64_t layer, const T* h, T* target, Add&& add) {
   const int64_t stride = shape.directions * shape.layers[0].output();

@@ -1,5 +1,5 @@
-// csrc/torch/bindings.cpp: the Python module _C: a call and a step without the dispatcher, and everything that is not a tensor
-// operator: plans, schedules, facts about the build, and switches for tests.
+// csrc/torch/bindings.cpp: the Python module _C: a call and a step without the dispatcher, and everything that is not a
+// tensor operator: plans, schedules, facts about the build, and switches for tests.
 #include <ATen/Config.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -80,7 +80,7 @@ const char* name_of(persistent::Product product, at::ScalarType type) {
   return product == persistent::Product::tensor ? "tensor cores, as TF32" : "multiply-adds of float32";
 }
 
-// Describes a pass of a plan: which blocks each layer has, how h (or dh) goes from block to block, and when it is handed on.
+// A pass of a plan: the blocks of each layer, how they exchange h (or dh), and when they hand it on.
 py::dict describe_launches(const persistent::Pass& pass, const StackShape& shape, bool backward) {
   const persistent::Cut& cut = pass.cut;
   const int64_t last = pass.last_layer - 1, lanes = (pass.last_layer - pass.first_layer) * shape.directions;
@@ -170,15 +170,15 @@ py::dict gpu_plan(int64_t input_size, int64_t hidden_size, int64_t proj_size, in
   return plan;
 }
 
-// Whether the first weights fit the sizes of the module. Weights of other sizes may have been put into the module and may fit
-// each other; nn.LSTM refuses them by its own sizes, so this must, too.
+// Whether the first weights fit the sizes of the module. Weights of other sizes may have been put into the module and
+// may fit each other; nn.LSTM refuses them by its own sizes, so this must, too.
 bool of_sizes(TensorList weights, int64_t input_size, int64_t hidden_size) {
   return weights.size() > 1 && weights[0].dim() == 2 && weights[0].size(1) == input_size && weights[1].dim() == 2 &&
          weights[1].size(0) == 4 * hidden_size;
 }
 
-// (output, h_n, c_n), or None if `step` (step.h) declines, or if an argument is not a tensor or is of a subclass, which may
-// override what torch's functions do.
+// (output, h_n, c_n), or None if `step` (step.h) declines, or if an argument is not a tensor or is of a subclass, which
+// may override what torch's functions do.
 py::object step_once(const py::handle& input, const py::handle& h_0, const py::handle& c_0, const py::list& weights,
                      int64_t input_size, int64_t hidden_size, bool bias, int64_t num_layers, int64_t proj_size,
                      bool bf16_weights, bool frozen) {
@@ -336,8 +336,8 @@ PYBIND11_MODULE(_C, m) {
     }
     force_cpu_schedule(schedule);
   });
-  // The whole schedule, for tests: each worker's chunks in the order in which it takes them, each chunk with what it must wait
-  // for. Entries are (layer, direction, batch_slice, unit_slice, chunk, ((layer, direction, chunks), …)).
+  // The whole schedule, for tests: each worker's chunks in the order in which it takes them, each chunk with what it
+  // must wait for. Entries are (layer, direction, batch_slice, unit_slice, chunk, ((layer, direction, chunks), …)).
   m.def("cpu_schedule",
         [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional,
            int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision, bool backward) {
@@ -421,12 +421,12 @@ PYBIND11_MODULE(_C, m) {
 #endif
       },
       py::arg("major"), py::arg("minor"), py::arg("archs") = py::none());
-  // For tests: the driver of the diagonal schedule runs these kernels on the CPU (`table`: the address of a gates::Table; 0:
-  // the usual kernels). So a test can run it with the CUDA kernels on the emulator.
+  // For tests: the driver of the diagonal schedule runs these kernels on the CPU (`table`: the address of a
+  // gates::Table; 0: the usual kernels). So a test can run it with the CUDA kernels on the emulator.
   m.def("_use_gate_kernels",
         [](uintptr_t table) { driver::use_host_gate_kernels(reinterpret_cast<const gates::Table*>(table)); });
-  // For tests: the persistent kernels' driver runs these kernels on the CPU (`table`: the address of a persistent::Table; 0:
-  // none). `watchdog`: the kernels report a wait that took too long.
+  // For tests: the persistent kernels' driver runs these kernels on the CPU (`table`: the address of a
+  // persistent::Table; 0: none). `watchdog`: the kernels report a wait that took too long.
   m.def(
       "_use_persistent_kernels",
       [](uintptr_t table, bool watchdog) {

@@ -60,7 +60,7 @@ cpu::Workers workers_for(const StackShape& shape) {
   return {threads, &*forced_schedule};
 }
 
-// Tensors in the dtype of the arithmetic, contiguous. Copies live as long as this object, since a call points into them.
+// Tensors in the dtype of the arithmetic, contiguous. Copies live as long as this object: a call points into them.
 template <typename T>
 class Operands {
  public:

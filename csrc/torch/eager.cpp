@@ -40,7 +40,7 @@ EagerOptions from_value(const c10::IValue& value) {
 }
 constexpr const char* kOptions = "options";
 
-// While an object lives, calls go to the kernels, below autograd and autocast. The caller has already cast for autocast.
+// While an object lives, operators run below autograd and autocast. The caller has already cast for autocast.
 struct Below {
   at::AutoDispatchBelowADInplaceOrView autograd;
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};

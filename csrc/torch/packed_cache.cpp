@@ -23,8 +23,8 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// The most notes that are kept. Notes are small, and a lost note only makes a later call pack again. Without a limit, weights
-// at ever new places of one storage would leave ever more notes.
+// The most notes that are kept. Notes are small, and a lost note only makes a later call pack again. Without a limit,
+// weights at ever new places of one storage would leave ever more notes.
 constexpr int64_t kNotes = 256;
 
 bool keepable(const Tensor& weight) { return weight.is_contiguous() && weight.numel() > 0 && weight.has_storage(); }
@@ -140,7 +140,7 @@ struct Table {
   }
 };
 
-// Entries are taken out of the tables under the lock and destroyed after it is released, since freeing large memory is slow.
+// Entries that are taken out of the tables under the lock and destroyed after it: freeing large memory is slow.
 struct Removed {
   std::vector<Entry<float>> floats;
   std::vector<Entry<double>> doubles;
@@ -187,7 +187,7 @@ class Cache {
 
   Cache() {
 #if defined(__unix__) || defined(__APPLE__)
-    // The forking thread holds the lock during the fork. So the child's copy is complete, and its lock is free afterwards.
+    // The forking thread holds the lock during the fork. So the child's copy is complete, and its lock is free.
     pthread_atfork([] { instance().mutex.lock(); }, [] { instance().mutex.unlock(); },
                    [] { instance().mutex.unlock(); });
 #endif

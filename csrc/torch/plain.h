@@ -1,5 +1,5 @@
-// csrc/torch/plain.h: whether a call is the plain case, which the fast paths (step.h, eager.h) serve: ordinary tensors, and no
-// mode or tracer that has to see the operators. In every other case, Python calls the operators themselves.
+// csrc/torch/plain.h: whether a call is the plain case, which the fast paths (step.h, eager.h) serve: ordinary tensors,
+// and no mode or tracer that has to see the operators. In every other case, Python calls the operators themselves.
 #pragma once
 
 #include <ATen/PythonTorchFunctionTLS.h>

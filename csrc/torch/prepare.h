@@ -1,5 +1,5 @@
-// csrc/torch/prepare.h: checks the arguments of a call: saving mode, backend, shape, seed. Everything that a kernel relies on is
-// checked here, before anything is allocated.
+// csrc/torch/prepare.h: checks the arguments of a call: saving mode, backend, shape, seed. Everything that a kernel
+// relies on is checked here, before anything is allocated.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,15 +19,15 @@ enum class Backend { cpu, diagonal, persistent, automatic };
 // Checks that there may be kernels of this backend for the tensors' device.
 Backend backend_of(const std::string& name, const at::Device& device);
 
-// Whether the CPU kernels are to store packed weights in 16 bits: if the caller asks for rounded weights, or if the weights
-// are bfloat16 already and lose nothing.
+// Whether the CPU kernels are to store packed weights in 16 bits: if the caller asks for rounded weights, or if the
+// weights are bfloat16 already and lose nothing.
 bool stores_bf16(bool asked, const std::string& backend, Backend kind, const at::Tensor& input);
 
 // ValueError if a tensor is on another device than the input or has another dtype; `name` is in the message.
 void check_same(const at::Tensor& tensor, const at::Tensor& input, const char* name);
 
-// ValueError if a tensor has another shape. The weight's name (`name`, `layer`, `direction`) is built only when the check
-// fails: a deep stack has many weights.
+// ValueError if a tensor has another shape. The weight's name (`name`, `layer`, `direction`) is built only when the
+// check fails: a deep stack has many weights.
 void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* name, const char* direction = "",
                  int64_t layer = -1);
 

@@ -1,7 +1,7 @@
 // csrc/torch/step.h: one time step of a stack whose packed weights are kept (packed_cache.h), for StackedLSTM.step.
 //
-// It serves only the plain case, and serves it fast: no dispatcher, no autograd, no allocation but the results. It declines
-// every other case. The caller then uses the operator, which also reports what is wrong with a wrong call.
+// It serves only the plain case, and serves it fast: no dispatcher, no autograd, no allocation but the results. It
+// declines every other case. The caller then uses the operator, which also reports what is wrong with a wrong call.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -32,8 +32,8 @@ struct StepResults {
   const StackShape* shape;  // of the calling thread, until its next step
 };
 
-// Returns nothing if a gradient may be wanted, a mode or subclass has to see the call, the arguments do not fit each other or
-// are not contiguous, or the weights are not kept (yet) or have changed since they were packed.
+// Returns nothing if a gradient may be wanted, a mode or subclass has to see the call, the arguments do not fit each
+// other or are not contiguous, or the weights are not kept (yet) or have changed since they were packed.
 std::optional<StepResults> step(const StepArguments& arguments, int64_t threads, cpu::Platform& platform);
 
 }  // namespace stacked_lstm
