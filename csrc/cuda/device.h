@@ -3,7 +3,7 @@
 // Limits and rates are published. SMs, L2, clocks (boost), memory and dense tensor rates: NVIDIA's A100 white paper and data
 // sheet (80 GB SXM), H100 white paper (SXM5), H200 and L4 data sheets, Ada white paper (RTX 4090), HGX B200 data sheet.
 // Registers and shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". A rate of
-// multiply-adds a clock is the dense tensor rate over 2 · SMs · clock.
+// multiply-adds per clock is the dense tensor rate over 2 · SMs · clock.
 //
 // Clusters of an H100 (an H200 has the same chip) were observed by others, not by us. On an H100, a grid of clusters of
 // 8 blocks reached 120 of the 132 SMs (accel-sim/gpu-app-collection, pull request 87): 15 clusters at once. So one of
@@ -36,10 +36,10 @@ struct Device {
   int64_t gpcs = 1, sms_gpc = 1, short_gpcs = 0, sms_short_gpc = 0;
   double clock_mhz = 0;
   double memory_gb_s = 0;
-  double mma_rate = 0;  // multiply-adds a clock an SM, 16-bit operands, sums in float32; half of that for TF32
+  double mma_rate = 0;  // multiply-adds per clock and SM, 16-bit operands, sums in float32; half of that for TF32
   // The share of mma_rate that mma.sync reaches. Hopper: published (about 0.6). Others: predicted, to be measured.
   double mma_share = 0;
-  double fma_rate = 0;  // multiply-adds a clock an SM of float32, one lane each
+  double fma_rate = 0;  // multiply-adds of float32 per clock and SM, one lane each
 
   // How many clusters of `size` blocks, one block on an SM, are resident at once.
   int64_t clusters(int64_t size) const {
@@ -134,18 +134,18 @@ inline constexpr int64_t kRegisterGrain = 8;  // registers of a thread are alloc
 // time where a figure is in µs, and the same number of cycles where it is in cycles (predicted).
 // benchmarks/primitives.cu measures most figures; `python -m stacked_lstm_ext.plan --costs` uses what it has measured.
 struct Costs {
-  // Published: a DSMEM access takes 180-210 cycles, 0.3-0.4 µs a step for the exchange in all. Predicted: the part of it
+  // Published: a DSMEM access takes 180-210 cycles, the whole exchange 0.3-0.4 µs per step. Predicted: the part of it
   // that does not grow with the bytes.
   double cluster_us = 0.25;
-  double cluster_rate = 32;  // bytes a clock pushed into an SM by its peers. Predicted; the first to be measured
-  // Published: 0.4-0.6 µs a step by tagged words through L2. Predicted: the part that does not grow with the bytes.
+  double cluster_rate = 32;  // bytes per clock that its peers push into an SM. Predicted; the first to be measured
+  // Published: 0.4-0.6 µs per step by tagged words through L2. Predicted: the part that does not grow with the bytes.
   double l2_us = 0.45;
-  double l2_rate = 32;          // bytes a clock an SM reads from L2, all reading. Predicted (from published 5.5 TB/s)
+  double l2_rate = 32;          // bytes per clock and SM from L2, all SMs reading. Predicted (from published 5.5 TB/s)
   double l2_latency = 270;      // cycles of a read. Published (Hopper)
   double hand_over_us = 0.6;    // published: store + load through global memory, 0.55-0.63
   double launch_us = 4;         // of a cooperative launch. To be measured
-  double shared_rate = 128;     // bytes a clock an SM. Published
-  double shared_latency = 30;   // cycles until the first fragment of h is there. Published
+  double shared_rate = 128;     // bytes per clock and SM. Published
+  double shared_latency = 30;   // cycles until the first fragment of h has arrived. Published
   double mma_latency = 33;      // cycles of one mma.sync after another on the same sums. Published (Hopper)
   double fma_share = 0.7;       // share of fma_rate that exact products reach. Predicted
   double product_share = 0.65;  // share of mma_rate that large products reach. Predicted
@@ -154,12 +154,12 @@ struct Costs {
   double beside_share = 0.7;
   double barrier = 40;  // cycles, of a block. Predicted
   double mufu =
-      160;  // cycles of a scheduler for 20 MUFU of a warp: two cells a thread. Published rate: 4 lanes a clock
+      160;  // cycles of a scheduler for 20 MUFU of a warp: two cells a thread. Published rate: 4 lanes per clock
   double accurate = 400;     // the same in float32, where σ and tanh are accurate: slots. Predicted
   double gate_latency = 60;  // cycles of the chain of operations in a cell, forward; predicted
   double backward_gates =
       110;                   // cycles from dh to gate gradients in shared memory, for each cell of a thread; predicted
-  double add = 4;            // cycles of a float32 addition after another. Published
+  double add = 4;            // cycles of one float32 addition after another. Published
   double reduce = 60;        // cycles for warps that share a group to meet; predicted
   double reduce_words = 10;  // cycles more for each tile's sums of each further warp; predicted
   double save = 12;          // slots to save a thread's two cells for backward; predicted

@@ -2,8 +2,9 @@
 //
 //   grid   x: rows of a cell, blockDim.y at a time    y: units, blockDim.x · V at a time    z: the cells
 //
-// A thread computes V neighbouring units of one row, all four gates of each, with 16-byte accesses. Threads share
-// nothing, so no thread waits. If a width, a stride or a pointer is not a multiple of 16 bytes, V is 1.
+// A thread computes V neighbouring units of one row, all four gates of each: 16 bytes of float32 or float64 at a time,
+// 8 bytes of 16-bit numbers. Threads share nothing, so no thread waits. If a width, a stride or a pointer is not a
+// multiple of V elements, V is 1.
 #include <algorithm>
 #include <limits>
 

@@ -597,7 +597,7 @@ __device__ __forceinline__ uint32_t cluster_size() {
 
 // The halves of a barrier of all threads of the cluster that have not exited, in converged warps. After its wait, each
 // thread sees what any thread wrote before its arrive: in its own or a peer's shared memory, or in global memory.
-// Hazard: one must follow the last access to a peer's shared memory, since that memory is gone when the peer exits.
+// Hazard: a barrier must follow the last access to a peer's shared memory: the memory is gone when the peer exits.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

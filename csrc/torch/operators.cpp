@@ -23,8 +23,8 @@ using at::TensorList;
 namespace {
 
 // Decides what runs a call of the backends `persistent` and `auto`; null: the diagonal schedule. Both have the same
-// reserve. ValueError if the persistent kernels are asked for and cannot run the call, before anything is allocated or
-// launched.
+// reserve. ValueError, before any allocation or launch, if the persistent kernels are asked for and cannot run the
+// call.
 std::shared_ptr<const persistent::Decision> persistent_decision(Backend kind, const Call& call) {
   if (kind != Backend::persistent && kind != Backend::automatic) return nullptr;
   auto decision = persistent::decide({call.shape, call.options, call.input.scalar_type(), call.input.device()});

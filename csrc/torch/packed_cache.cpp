@@ -23,7 +23,7 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// The most notes that are kept. Notes are small, and a lost note only makes a later call pack again. Without a limit,
+// The most notes that are kept. Notes are small, and a lost note only delays packing by a call. Without a limit,
 // weights at ever new places of one storage would leave ever more notes.
 constexpr int64_t kNotes = 256;
 
@@ -102,7 +102,7 @@ struct Entry {
 
 template <typename T>
 struct Table {
-  // By the place of the first weight.
+  // By the address of the first weight.
   std::unordered_map<const void*, std::vector<Entry<T>>> entries;
 
   Entry<T>* find(TensorList weights, const Form& form) {
