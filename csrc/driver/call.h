@@ -1,4 +1,5 @@
-// csrc/driver/call.h: what an operator was asked, checked, as tensors: the form in which torch/operators.cpp hands it to a driver.
+// csrc/driver/call.h: the checked arguments of an operator, as tensors: the form in which torch/operators.cpp passes
+// them to a driver.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,10 +25,10 @@ struct Call {
   const at::Tensor& h_0;
   const at::Tensor& c_0;
   at::TensorList weights;
-  OptionalTensor seed;  // set when there is dropout to do
+  OptionalTensor seed;  // set if dropout is in effect
   const StackOptions& options;
   Saving saving;
-  bool stores_bf16;  // the CPU kernels store packed weights in 16 bits
+  bool stores_bf16;  // the CPU kernels store packed weights as bfloat16
   const StackShape& shape;
 
   std::vector<int64_t> output_sizes() const {

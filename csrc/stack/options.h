@@ -23,11 +23,13 @@ struct StackOptions {
   int64_t directions() const { return bidirectional ? 2 : 1; }
   int64_t lanes() const { return num_layers * directions(); }
   int64_t output_size() const { return proj_size > 0 ? proj_size : hidden_size; }  // of one direction
-  LayerShape layer(int64_t k) const { return {k == 0 ? input_size : directions() * output_size(), hidden_size, proj_size}; }
+  LayerShape layer(int64_t k) const {
+    return {k == 0 ? input_size : directions() * output_size(), hidden_size, proj_size};
+  }
 };
 
-// Calls visit(name, pointer to member) for every field. What handles each field, the Python class, the value that a node of
-// the autograd graph keeps, goes by this list: a field that is added here reaches all of them.
+// Calls visit(name, pointer to member) for every field. The Python class and the value that a node of the autograd graph
+// keeps are made from this list, so a new field has to be added in no other place in C++.
 template <typename Visit>
 constexpr void for_each_option(Visit&& visit) {
   visit("input_size", &StackOptions::input_size);

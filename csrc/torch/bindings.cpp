@@ -1,5 +1,5 @@
-// csrc/torch/bindings.cpp: the Python module _C: a call and a step without the dispatcher, and what is no tensor operator: plans,
-// schedules, facts about the build, and switches for tests.
+// csrc/torch/bindings.cpp: the Python module _C: a call and a step without the dispatcher, and everything that is not a
+// tensor operator: plans, schedules, facts about the build, and switches for tests.
 #include <ATen/Config.h>
 #include <pybind11/operators.h>
 #include <pybind11/pybind11.h>
@@ -81,7 +81,7 @@ const char* name_of(persistent::Product product, at::ScalarType type) {
   return product == persistent::Product::tensor ? "tensor cores, as TF32" : "multiply-adds of float32";
 }
 
-// A pass of a plan, as what runs: which blocks each layer has, how h (or dh) goes from block to block, and when it is handed on.
+// A pass of a plan: the blocks of each layer, how they exchange h (or dh), and when they hand it on.
 py::dict describe_launches(const persistent::Pass& pass, const StackShape& shape, bool backward) {
   const persistent::Cut& cut = pass.cut;
   const int64_t last = pass.last_layer - 1, lanes = (pass.last_layer - pass.first_layer) * shape.directions;
@@ -152,7 +152,7 @@ at::ScalarType dtype_named(const std::string& name) {
   return at::kHalf;
 }
 
-// What the operators' backends `persistent` and `auto` do with such a call.
+// What the operators' backends `persistent` and `auto` do with a call of such a stack.
 py::dict gpu_plan(const StackOptions& options, int64_t seq_len, int64_t batch_size, const std::string& dtype,
                   const std::string& device, const std::string& saving) {
   const StackShape shape = prepare(options, seq_len, batch_size);
@@ -168,13 +168,13 @@ py::dict gpu_plan(const StackOptions& options, int64_t seq_len, int64_t batch_si
   return plan;
 }
 
-// (output, h_n, c_n), or None where `step` (step.h) declines or an argument is no tensor, or of a class of its own, which
+// (output, h_n, c_n), or None if `step` (step.h) declines, or if an argument is not a tensor or is of a subclass, which
 // may override what torch's functions do.
 py::object step_once(const py::handle& input, const py::handle& h_0, const py::handle& c_0, const py::list& weights,
                      const StackOptions& options, bool frozen) {
-  thread_local std::vector<Tensor> tensors;  // keeps its memory, but no tensor
+  thread_local std::vector<Tensor> tensors;  // keeps its memory between calls, but no tensors
   const struct Emptied {
-    ~Emptied() { tensors.clear(); }  // with the GIL
+    ~Emptied() { tensors.clear(); }  // while this thread holds the GIL
   } emptied;
   for (const py::handle& argument : {input, h_0, c_0}) {
     if (!THPVariable_CheckExact(argument.ptr())) return py::none();
@@ -200,7 +200,7 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
   return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
 }
 
-// A call of the module by the short way of eager.h; None where it declines. `h_0` and `c_0` None: zeros. `dropout`: the rate
+// A call of the module by the fast path of eager.h; None if that declines. `h_0` and `c_0` None: zeros. `dropout`: the rate
 // in effect.
 py::object call(const py::handle& input, const py::handle& batch_sizes, const py::handle& h_0, const py::handle& c_0,
                 const py::list& weights, const py::handle& seed, const StackOptions& options, double dropout,
@@ -241,7 +241,7 @@ py::object call(const py::handle& input, const py::handle& batch_sizes, const py
   return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
 }
 
-// Has a backward pass that no kernel can do call `formula`, see ops.py.
+// Sets the `formula` that a backward pass calls if no kernel can compute it; see ops.py.
 void set_python_formula(py::object formula) {
   const auto* kept = new py::object(std::move(formula));  // never destroyed: the interpreter may end first
   set_formula([kept](const std::array<Tensor, 3>& flowing, const EagerSaved& saved, const std::vector<bool>& needs) {
@@ -271,7 +271,8 @@ void bind_options(py::module_& m) {
       made.*field = given[name].cast<std::remove_reference_t<decltype(made.*field)>>();
       ++known;
     });
-    if (known != given.size()) throw py::type_error("an option that no stack has, in " + py::repr(given).cast<std::string>());
+    if (known != given.size())
+      throw py::type_error("an option that no stack has, in " + py::repr(given).cast<std::string>());
     return made;
   }));
   options.def(py::self == py::self);
@@ -347,34 +348,33 @@ PYBIND11_MODULE(_C, m) {
     }
     force_cpu_schedule(schedule);
   });
-  // The whole schedule, for tests: every worker's chunks in its order, each with what it must wait for. Entries are
-  // (layer, direction, batch_slice, unit_slice, chunk, ((layer, direction, chunks), …)).
-  m.def("cpu_schedule",
-        [](const StackOptions& options, int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision,
-           bool backward) {
-          const StackShape shape = prepare(options, seq_len, batch_size);
-          const Schedule schedule = cpu::plan(shape, threads, double_precision ? 8 : 4, cpu::Storage::same, backward);
-          const int64_t directions = shape.directions, lanes = shape.lanes();
-          py::list workers;
-          for (int64_t worker = 0; worker < schedule.workers(); ++worker) {
-            py::list tasks;
-            schedule.for_each_position(directions, worker, [&](int64_t position, const Place& place) {
-              const int64_t lane = lane_at(position, lanes, backward);
-              for (int64_t chunk = 0; chunk < schedule.chunks(seq_len); ++chunk) {
-                const Needs n = needs(schedule, seq_len, directions, position, chunk);
-                py::list waits;
-                for (int64_t p = n.first_position; p < n.first_position + n.positions; ++p) {
-                  const int64_t other = lane_at(p, lanes, backward);
-                  waits.append(py::make_tuple(other / directions, other % directions, n.chunks));
-                }
-                tasks.append(py::make_tuple(lane / directions, lane % directions, place.batch_slice, place.slice, chunk,
-                                            py::tuple(waits)));
-              }
-            });
-            workers.append(tasks);
+  // The whole schedule, for tests: each worker's chunks in the order in which it takes them, each chunk with what it
+  // must wait for. Entries are (layer, direction, batch_slice, unit_slice, chunk, ((layer, direction, chunks), …)).
+  m.def("cpu_schedule", [](const StackOptions& options, int64_t seq_len, int64_t batch_size, int64_t threads,
+                           bool double_precision, bool backward) {
+    const StackShape shape = prepare(options, seq_len, batch_size);
+    const Schedule schedule = cpu::plan(shape, threads, double_precision ? 8 : 4, cpu::Storage::same, backward);
+    const int64_t directions = shape.directions, lanes = shape.lanes();
+    py::list workers;
+    for (int64_t worker = 0; worker < schedule.workers(); ++worker) {
+      py::list tasks;
+      schedule.for_each_position(directions, worker, [&](int64_t position, const Place& place) {
+        const int64_t lane = lane_at(position, lanes, backward);
+        for (int64_t chunk = 0; chunk < schedule.chunks(seq_len); ++chunk) {
+          const Needs n = needs(schedule, seq_len, directions, position, chunk);
+          py::list waits;
+          for (int64_t p = n.first_position; p < n.first_position + n.positions; ++p) {
+            const int64_t other = lane_at(p, lanes, backward);
+            waits.append(py::make_tuple(other / directions, other % directions, n.chunks));
           }
-          return workers;
-        });
+          tasks.append(py::make_tuple(lane / directions, lane % directions, place.batch_slice, place.slice, chunk,
+                                      py::tuple(waits)));
+        }
+      });
+      workers.append(tasks);
+    }
+    return workers;
+  });
   m.def("last_run", []() -> py::object {
     if (!last_run()) return py::none();
     const Run& last = *last_run();
@@ -411,13 +411,13 @@ PYBIND11_MODULE(_C, m) {
     const int64_t bytes = double_precision ? 8 : 4;
     return describe(diagonal::predict(shape, options, saving_of(saving), bytes, backward, true, true));
   });
-  // What the persistent kernels would do on a GPU that need not be here, and what it is predicted to cost.
+  // What the persistent kernels would do on a GPU that need not be present, and the predicted time.
   persistent::bind_persistent_plan(m);
   m.def("force_diagonal_chunk", [](std::optional<int64_t> steps) {
     TORCH_CHECK_VALUE(!steps || *steps > 0, "a chunk should have at least one step, got: ", steps.value_or(0));
     diagonal::force_chunk(steps);
   });
-  // Why a GPU of this compute capability cannot run kernels built for `archs` (those of this build when not given).
+  // Why a GPU of this compute capability cannot run kernels built for `archs` (by default, those of this build).
   m.def(
       "cuda_obstacle",
       [](int major, int minor, const std::optional<std::string>& archs) {
@@ -429,12 +429,12 @@ PYBIND11_MODULE(_C, m) {
 #endif
       },
       py::arg("major"), py::arg("minor"), py::arg("archs") = py::none());
-  // For tests: the driver of the diagonal schedule runs these kernels on the CPU (the address of a gates::Table; 0: its
-  // own), so that the CUDA kernels, emulated, can be seen at work.
+  // For tests: the driver of the diagonal schedule runs these kernels on the CPU (`table`: the address of a
+  // gates::Table; 0: the usual kernels). So a test can run it with the CUDA kernels on the emulator.
   m.def("_use_gate_kernels",
         [](uintptr_t table) { driver::use_host_gate_kernels(reinterpret_cast<const gates::Table*>(table)); });
-  // For tests: the persistent kernels' driver runs these on the CPU (the address of a persistent::Table; 0: none). `watchdog`:
-  // they tell of a wait that took too long.
+  // For tests: the persistent kernels' driver runs these kernels on the CPU (`table`: the address of a
+  // persistent::Table; 0: none). `watchdog`: the kernels report a wait that took too long.
   m.def(
       "_use_persistent_kernels",
       [](uintptr_t table, bool watchdog) {
@@ -451,7 +451,7 @@ PYBIND11_MODULE(_C, m) {
     for (const py::dict& pass : *wanted) passes.push_back(pass_of(pass));
     persistent::force_passes(backward, std::move(passes));
   });
-  // The contents of this memory, as a number: fingerprint.h.
+  // The fingerprint (cpu/fingerprint.h) of the contents of this memory.
   m.def("fingerprint", [](const std::vector<std::pair<uintptr_t, int64_t>>& pieces, int64_t part, int64_t parts) {
     std::vector<cpu::Bytes> memory;
     for (const auto& [data, bytes] : pieces) memory.push_back({reinterpret_cast<const void*>(data), bytes});

@@ -24,13 +24,13 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Never destroyed: it may hold what belongs to an interpreter that ends first.
+// Never destroyed: it may hold objects of a Python interpreter that ends first.
 Formula& formula() {
   static Formula& kept = *new Formula;
   return kept;
 }
 
-// As a value that compiled autograd can take for a key: the fields of the options in their order, then the backend.
+// The options as a value that compiled autograd can use as a key: the fields in their order, then the backend.
 c10::IValue to_value(const StackOptions& options, const std::string& backend) {
   std::vector<c10::IValue> elements;
   for_each_option([&](const char*, auto field) { elements.emplace_back(options.*field); });
@@ -48,7 +48,7 @@ std::pair<StackOptions, std::string> from_value(const c10::IValue& value) {
 }
 constexpr const char* kOptions = "options";
 
-// Where kernels work. Whoever casts for autocast has done so.
+// While an object lives, operators run below autograd and autocast. The caller has already cast for autocast.
 struct Below {
   at::AutoDispatchBelowADInplaceOrView autograd;
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
@@ -60,21 +60,15 @@ OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? Option
 Saving saving_of(const StackOptions& options) { return options.recompute ? Saving::recompute : Saving::full; }
 
 struct StackedLSTMBackward : torch::autograd::Function<StackedLSTMBackward> {
-  // Tensors that have gradients are arguments of their own; the others come with the call.
+  // Tensors that can have gradients are separate arguments; the others come with `call`.
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& h_0, const Tensor& c_0,
                                at::TensorList weights, const EagerCall* call, const StackShape* shape) {
     const StackOptions& options = call->options;
     const Below below;
-    Results results = stacked_lstm::forward({input, call->batch_sizes, h_0, c_0, weights, call->seed, options,
-                                             saving_of(options), call->backend},
-                                            shape);
-    variable_list saved{input,
-                        defined_or_empty(call->batch_sizes),
-                        h_0,
-                        c_0,
-                        defined_or_empty(call->seed),
-                        results.output,
-                        std::move(results.reserve)};
+    Results results = stacked_lstm::forward(
+        {input, call->batch_sizes, h_0, c_0, weights, call->seed, options, saving_of(options), call->backend}, shape);
+    variable_list saved{input,          defined_or_empty(call->batch_sizes), h_0, c_0, defined_or_empty(call->seed),
+                        results.output, std::move(results.reserve)};
     saved.insert(saved.end(), weights.begin(), weights.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data[kOptions] = to_value(options, call->backend);
@@ -104,10 +98,10 @@ struct StackedLSTMBackward : torch::autograd::Function<StackedLSTMBackward> {
     const bool any_weight = std::find(needs.begin() + 3, needs.end(), true) != needs.end();
     const OptionalTensor grad_output = optional(flowing[0]), grad_h_n = optional(flowing[1]),
                          grad_c_n = optional(flowing[2]);
-    Gradients found = stacked_lstm::backward({saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights,
-                                              saved.seed, options, saving_of(options), backend},
-                                             {saved.output, saved.reserve}, {grad_output, grad_h_n, grad_c_n}, needs[0],
-                                             any_weight);
+    Gradients found =
+        stacked_lstm::backward({saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights, saved.seed,
+                                options, saving_of(options), backend},
+                               {saved.output, saved.reserve}, {grad_output, grad_h_n, grad_c_n}, needs[0], any_weight);
     if (needs[0]) gradients[0] = std::move(found.input);
     if (needs[1]) gradients[1] = std::move(found.h_0);
     if (needs[2]) gradients[2] = std::move(found.c_0);
@@ -147,7 +141,7 @@ std::optional<EagerResults> call_eagerly(const EagerCall& call) {
     return {};
   }
 
-  RECORD_FUNCTION("stacked_lstm_ext::forward", {});  // for the profiler: no dispatcher is asked, which would do it
+  RECORD_FUNCTION("stacked_lstm_ext::forward", {});  // for the profiler: this call bypasses the dispatcher
   Tensor h_0, c_0;
   if (call.h_0) {
     h_0 = *call.h_0, c_0 = *call.c_0;

@@ -11,7 +11,8 @@ std::optional<Run>& last_run() {
 }
 
 void remember(decltype(Run::how) how, const Call& call, bool backward) {
-  last_run() = Run{std::move(how), call.input.device().str(), backward, call.saving, call.shape, call.input.scalar_type()};
+  last_run() =
+      Run{std::move(how), call.input.device().str(), backward, call.saving, call.shape, call.input.scalar_type()};
 }
 
 }  // namespace stacked_lstm

@@ -24,12 +24,13 @@ using at::TensorList;
 
 namespace {
 
-// What runs a call of the backends `persistent` and `auto`; null: the diagonal schedule. Both have the same reserve.
-// ValueError where the persistent kernels are asked for and cannot run it: nothing is allocated or launched by then.
+// Decides what runs a call of the backends `persistent` and `auto`; null: the diagonal schedule. Both have the same
+// reserve. ValueError, before any allocation or launch, if the persistent kernels are asked for and cannot run the
+// call.
 std::shared_ptr<const persistent::Decision> persistent_decision(Backend kind, const Call& call) {
   if (kind != Backend::persistent && kind != Backend::automatic) return nullptr;
-  auto decision = persistent::decide(
-      {call.shape, call.options, call.saving, call.input.scalar_type(), call.input.device()});
+  auto decision =
+      persistent::decide({call.shape, call.options, call.saving, call.input.scalar_type(), call.input.device()});
   if (kind == Backend::automatic) return decision->choice.persistent ? decision : nullptr;
   TORCH_CHECK_VALUE(decision->why_not.empty(), "the persistent kernel cannot run this call: ", decision->why_not);
   return decision;
@@ -46,8 +47,11 @@ Results forward(const OperatorArguments& a, const StackShape* checked) {
   const bool stores = stores_bf16(a.options.bf16_weights, a.backend, kind, a.input);
   StackShape made;
   if (!checked) prepare(tensors_of(a), Misfit::raises, made);
-  const Call call{a.input,   a.batch_sizes.has_value(),           a.h_0,     a.c_0,    a.weights,
-                  seed_of(a.seed, a.input, a.options), a.options, a.saving, stores, checked ? *checked : made};
+  const Call call{a.input,   a.batch_sizes.has_value(),
+                  a.h_0,     a.c_0,
+                  a.weights, seed_of(a.seed, a.input, a.options),
+                  a.options, a.saving,
+                  stores,    checked ? *checked : made};
   if (auto decision = persistent_decision(kind, call)) {
     persistent::Counts counts;
     Results results = persistent::forward(call, std::move(decision), counts);
@@ -70,8 +74,11 @@ Gradients backward(const OperatorArguments& a, const Kept& kept, const IncomingG
                     "backward needs a forward with saving \"full\" or \"recompute\", got: ", name_of(a.saving));
   StackShape shape;
   prepare(tensors_of(a), Misfit::raises, shape);
-  const Call call{input,   a.batch_sizes.has_value(),           a.h_0,     a.c_0,    a.weights,
-                  seed_of(a.seed, input, a.options), a.options, a.saving, stores, shape};
+  const Call call{input,     a.batch_sizes.has_value(),
+                  a.h_0,     a.c_0,
+                  a.weights, seed_of(a.seed, input, a.options),
+                  a.options, a.saving,
+                  stores,    shape};
   const auto type = arithmetic_type(input);
   const auto sizes = call.output_sizes();
   const Tensor& reserve = kept.reserve;
@@ -106,7 +113,7 @@ Gradients backward(const OperatorArguments& a, const Kept& kept, const IncomingG
 
 namespace {
 
-// The operators as their schemas have them. The tensors say the sizes that the schemas do not.
+// The operators with the arguments of their schemas. The schemas have no hidden_size and no input_size: the tensors say them.
 
 StackOptions options_of(bool bias, int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout,
                         bool bf16_weights) {
@@ -116,10 +123,12 @@ StackOptions options_of(bool bias, int64_t num_layers, bool bidirectional, int64
   return options;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_operator(
-    const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0, TensorList weights,
-    const OptionalTensor& seed, bool bias, int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout,
-    const std::string& saving, const std::string& backend, bool bf16_weights) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_operator(const Tensor& input, const OptionalTensor& batch_sizes,
+                                                            const Tensor& h_0, const Tensor& c_0, TensorList weights,
+                                                            const OptionalTensor& seed, bool bias, int64_t num_layers,
+                                                            bool bidirectional, int64_t proj_size, double dropout,
+                                                            const std::string& saving, const std::string& backend,
+                                                            bool bf16_weights) {
   const StackOptions options = options_of(bias, num_layers, bidirectional, proj_size, dropout, bf16_weights);
   Results r = forward({input, batch_sizes, h_0, c_0, weights, seed, options, saving_of(saving), backend});
   return {std::move(r.output), std::move(r.h_n), std::move(r.c_n), std::move(r.reserve)};

@@ -71,7 +71,7 @@ void check_same(const Tensor& tensor, const Tensor& input, const char* name) {
                     input.scalar_type(), ", got: ", tensor.scalar_type());
 }
 
-// The parts of a weight's name are put together where it is wrong: a deep stack has many weights.
+// The weight's name is built only when the check fails: a deep stack has many weights.
 void check_shape(const Tensor& tensor, at::IntArrayRef shape, const char* name, const char* direction, int64_t layer) {
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, layer < 0 ? std::string() : "_l" + std::to_string(layer), direction,
                     " should have shape ", shape, ", got: ", tensor.sizes());
@@ -79,7 +79,7 @@ void check_shape(const Tensor& tensor, at::IntArrayRef shape, const char* name, 
 
 namespace {
 
-// What becomes of a condition that does not hold: an error with these words, or false.
+// Checks conditions. If one does not hold, it raises an error with these words, or returns false.
 class Fit {
  public:
   explicit Fit(Misfit misfit) : raises_(misfit == Misfit::raises) {}
@@ -94,7 +94,7 @@ class Fit {
     if (!holds && raises_) TORCH_CHECK_TYPE(false, words...);
     return holds;
   }
-  // As check_same and check_shape say it. Of a caller that declines, all tensors are known to be alike.
+  // check_same() and check_shape(). A caller that declines has compared dtypes and devices already.
   bool same(const Tensor& tensor, const Tensor& input, const char* name) const {
     if (raises_) check_same(tensor, input, name);
     return true;
@@ -111,8 +111,8 @@ class Fit {
 
 bool options_fit(const StackOptions& options, const Fit& fit) {
   return fit.value(options.num_layers > 0, "num_layers should be greater than zero, got: ", options.num_layers) &&
-         fit.value(options.dropout >= 0 && options.dropout <= 1, "dropout should be in [0, 1], got: ",
-                   options.dropout) &&
+         fit.value(options.dropout >= 0 && options.dropout <= 1,
+                   "dropout should be in [0, 1], got: ", options.dropout) &&
          fit.value(options.proj_size >= 0, "proj_size should not be negative, got: ", options.proj_size);
 }
 
@@ -188,8 +188,8 @@ bool prepare(const Arguments& a, Misfit misfit, StackShape& shape) {
   if (options.input_size == 0) options.input_size = input.size(-1);
   if (!fit.value(options.proj_size < options.hidden_size, "proj_size should be smaller than hidden_size, ",
                  options.hidden_size, ", got: ", options.proj_size) ||
-      !fit.value(input.size(-1) == options.input_size, "input should have ", options.input_size, " features, got: ",
-                 input.size(-1))) {
+      !fit.value(input.size(-1) == options.input_size, "input should have ", options.input_size,
+                 " features, got: ", input.size(-1))) {
     return false;
   }
 
@@ -204,7 +204,7 @@ bool prepare(const Arguments& a, Misfit misfit, StackShape& shape) {
     shape.batch = unbatched ? 1 : input.size(-2);
     if (!fit.value(shape.steps > 0, "input should have at least one step")) return false;
   }
-  // No buffer is larger than all rows of a whole reserve; with this, none of the arithmetic on sizes can overflow.
+  // No buffer is larger than all rows of a whole reserve. So if this check passes, no arithmetic on sizes can overflow.
   const int64_t lanes = shape.lanes();
   const double elements = static_cast<double>(shape.steps) * static_cast<double>(std::max<int64_t>(shape.batch, 1)) *
                           static_cast<double>(lanes) * 6 *
@@ -230,7 +230,7 @@ StackShape prepare(const StackOptions& options, int64_t seq_len, int64_t batch_s
   return shape;
 }
 
-// The seed of the masks, where there are masks to draw.
+// The seed of the masks if there are masks to draw, otherwise nullopt.
 OptionalTensor seed_of(const OptionalTensor& seed, const Tensor& input, const StackOptions& options) {
   if (options.dropout == 0 || options.num_layers == 1) return std::nullopt;
   TORCH_CHECK_VALUE(seed.has_value(), "seed is needed with dropout ", options.dropout, " and ", options.num_layers,

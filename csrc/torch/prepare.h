@@ -1,5 +1,5 @@
-// csrc/torch/prepare.h: what a call says of itself, checked: saving mode, backend, shape, seed. Everything that a kernel relies
-// on is checked here, before anything is allocated.
+// csrc/torch/prepare.h: checks the arguments of a call: saving mode, backend, shape, seed. Everything that a kernel
+// relies on is checked here, before anything is allocated.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,38 +20,41 @@ enum class Backend { cpu, diagonal, persistent, automatic };
 // Checks that there may be kernels of this backend for the tensors' device.
 Backend backend_of(const std::string& name, const at::Device& device);
 
-// Whether the CPU kernels are to store packed weights in 16 bits: where the caller asks to have them rounded so, and
-// where they are bfloat16 anyway and lose nothing.
+// Whether the CPU kernels are to store packed weights in 16 bits: if the caller asks for rounded weights, or if the
+// weights are bfloat16 already and lose nothing.
 bool stores_bf16(bool asked, const std::string& backend, Backend kind, const at::Tensor& input);
 
-// ValueError where a tensor is on another device than the input, of another dtype or of another shape; `name` is in the message.
+// ValueError if a tensor is on another device than the input or has another dtype; `name` is in the message.
 void check_same(const at::Tensor& tensor, const at::Tensor& input, const char* name);
 
-// The parts of a weight's name are put together where it is wrong: a deep stack has many weights.
+// ValueError if a tensor has another shape. The weight's name (`name`, `layer`, `direction`) is built only when the
+// check fails: a deep stack has many weights.
 void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* name, const char* direction = "",
                  int64_t layer = -1);
 
-// The tensors of a call, and what their stack is said to be.
+// The tensors of a call, and the options that their stack is said to have.
 struct Arguments {
-  const at::Tensor& input;            // (T, B, I); with batch_sizes, (rows, I); of one step, (B, I) or (I)
-  const at::Tensor* batch_sizes;      // or null
-  const at::Tensor *h_0, *c_0;        // (lanes, B, output) and (lanes, B, hidden); without B where the input has none; or both null
-  at::TensorList weights;             // in the order of stack/weights.h
-  const StackOptions& options;        // hidden_size and input_size may be 0: then the tensors say them
+  const at::Tensor& input;        // (T, B, I); with batch_sizes, (rows, I); of one step, (B, I) or (I)
+  const at::Tensor* batch_sizes;  // or null
+  const at::Tensor* h_0;          // (lanes, B, output), without B if the input has none; or null
+  const at::Tensor* c_0;          // (lanes, B, hidden), likewise; null if h_0 is
+  at::TensorList weights;         // in the order of stack/weights.h
+  const StackOptions& options;    // if hidden_size or input_size is 0, the tensors say it
   bool one_step = false;
 };
 
 enum class Misfit { raises, declines };
 
-// Checks that all of it fits, and makes the shape of the call, in memory that may be used again. Where it does not fit, a call
-// that raises says what is wrong in a ValueError or TypeError; one that declines returns false, and its caller finds a way
-// that raises. A stack without states has zeros for them, and no batch_sizes.
+// Checks that the arguments fit each other and the options, and makes the shape of the call, in memory that the caller may
+// use again. If they do not fit: with Misfit::raises, a ValueError or TypeError says what is wrong; with Misfit::declines,
+// the result is false, and the caller takes a path that raises. A call without h_0 and c_0 has zeros in their place; it
+// cannot have batch_sizes.
 bool prepare(const Arguments& arguments, Misfit misfit, StackShape& shape);
 
-// The shape of a padded batch that is to be planned. ValueError where no stack has such options.
+// The shape of a padded batch, for a plan. ValueError if no stack can have these options.
 StackShape prepare(const StackOptions& options, int64_t seq_len, int64_t batch_size);
 
-// The seed of the masks, where there are masks to draw.
+// The seed of the masks if there are masks to draw, otherwise nullopt.
 OptionalTensor seed_of(const OptionalTensor& seed, const at::Tensor& input, const StackOptions& options);
 
 // The kernels compute in float32 or float64; 16-bit tensors are converted on their way in and out.
