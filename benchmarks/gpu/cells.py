@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.cases import Case, Mode
+from benchmarks.cases import Case
+from benchmarks.results import MODES, Mode
 
 STEPS = 256
 BATCHES = (1, 8, 32, 64, 256)
@@ -62,7 +63,7 @@ class Target:
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        return ("inference", "training")
+        return MODES
 
 
 def grid(layers: int, batch: int, width: int) -> Case:

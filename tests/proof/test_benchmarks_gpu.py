@@ -20,12 +20,14 @@ import torch
 pytest.importorskip("rich")  # of benchmarks.compare
 
 from benchmarks import compare, contestants, verify
+from benchmarks import results as result_files
 from benchmarks.cases import Case
 from benchmarks.contestants import PEERS, Prepared, StackedLSTM, TorchLSTM
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import build, cells, check, machine, measure, occupancy, parts, primitives, program, report, results, sanitize, timing
 from benchmarks.gpu import test as test_part
 from benchmarks.gpu.parts import Exit, Part
+from benchmarks.timing import MIN_ROUNDS, interleave, summarise
 
 CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).parents[2]
@@ -525,20 +527,20 @@ def test_contestants_take_turns(monkeypatch):
     """Each in every round, and what is measured of each comes from its own calls."""
     calls = []
 
-    def entrant(name, pause):
+    def party(name, pause):
         def step():
             calls.append(name)
             time.sleep(pause)
 
-        return timing.Entrant(Prepared(step, lambda _: {}))
+        return timing.CallsOnGpu(Prepared(step, lambda _: {}), CPU)
 
-    entrants = {"A": entrant("A", 0.001), "B": entrant("B", 0.004)}
-    timing.run(entrants, CPU, seconds=0.3)
+    rounds = interleave({"A": party("A", 0.001), "B": party("B", 0.004)}, seconds=0.3, most_rounds=timing.MOST_ROUNDS)
     turns = "".join(name for name, before in zip(calls, [None, *calls]) if name != before)
-    assert turns == "AB" * entrants["A"].rounds
-    a, b = (timing.summary(entrants[name]) for name in "AB")
+    # Once to size the blocks, then A B, B A, A B, …: who ends a round begins the next one, and its two turns show as one.
+    assert turns == ("AB" * len(turns))[: len(rounds) + 3]
+    a, b = (summarise(name, rounds) for name in "AB")
     assert a["median"] < b["median"] and a["host_us"]["median"] <= 1e3 * a["median"] * 1.01
-    assert a["rounds"] >= timing.MIN_ROUNDS and a["gpu_median"] is None
+    assert MIN_ROUNDS <= a["rounds"] <= timing.MOST_ROUNDS and a["gpu_median"] is None
 
 
 class FakedGPU:
@@ -851,8 +853,10 @@ def target_row(layers, batch, steps, hidden, precision, mode, ours, theirs, ran=
 def made_up_result(*rows):
     result = results.new(dict(ENVIRONMENT), "cuda", quick=False)
     result["rows"] = list(rows)
-    measure.add_ratios(result["rows"])
-    result["failures"] = measure.failures(result["rows"])
+    for made in rows:
+        result_files.add_ratios(made)
+        measure.add_packed_ratios(made)
+    result["failures"] = result_files.failures(rows)
     return result
 
 
@@ -989,7 +993,7 @@ def test_peers_stand_beside_ours_and_who_did_not_run_is_named_once():
         made["contestants"][name] = entry
     anchor = row("L4 B32 T30 H128 float32", group="anchors", theirs=3.0)
     lines = report.peers_table(made_up_result(made, plain, anchor))
-    assert "| L, B, T, H | | StackedLSTM | nn.LSTM | TorchRL (Triton) |" in lines
+    assert "| L, B, T, H |  | StackedLSTM | nn.LSTM | TorchRL (Triton) |" in lines
     assert "| 1, 16, 1024, 768 | bfloat16 inference | 1.00 (0.500) | 2.00 (1.00) | 5.00 (2.50) |" in lines
     assert "| 4, 8, 256, 256 | float32 inference | 1.00 (0.500) | 3.00 (1.50) | – |" in lines
     assert "haste: no bfloat16." in lines and "FlashRNN (cuda): h_n is off by 0.3." in lines
