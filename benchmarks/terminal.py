@@ -27,7 +27,8 @@ def coloured(cell: str) -> Text:
 def show(table: Table, console: Console) -> None:
     drawn = Drawn(title=table.title, box=box.SIMPLE_HEAD, title_justify="left")
     for column, name in enumerate(table.head):
-        drawn.add_column(name, justify="left" if column in table.words else "right")
+        figures = column not in table.words
+        drawn.add_column(name, justify="right" if figures else "left", no_wrap=figures or column == 0)
     for number, cells in enumerate(table.rows):
         if number in table.breaks:
             drawn.add_section()

@@ -577,6 +577,25 @@ def test_asking_for_a_gpu_that_is_not_there_says_so():
     assert "Traceback" not in ran.stderr
 
 
+def test_an_interrupted_run_leaves_what_it_has_measured_and_names_the_rest(monkeypatch, tmp_path, capsys):
+    real, begun = suite.measure_cell, []
+
+    def measure_cell(cell, *arguments):
+        if begun:
+            raise KeyboardInterrupt
+        begun.append(cell.name)
+        return real(cell, *arguments)
+
+    monkeypatch.setattr(suite, "measure_cell", measure_cell)
+    arguments = [*QUICKLY, "--only", "grid", "--contestants", "^StackedLSTM$", "--out", str(tmp_path)]
+    assert command.main(arguments) == 130
+    (path,) = tmp_path.glob("*")
+    assert f"interrupted; what was measured is in {path}" in capsys.readouterr().out.replace("\n", "")
+    left = results.load(path)
+    assert [row["mode"] for row in left["rows"]] == ["inference"] and begun == ["grid: L2 B3 T5 H8 inference 1 thread"]
+    assert left["left_out"] == ["grid: L2 B3 T5 H8 training 1 thread"]
+
+
 # What is made of a result -------------------------------------------------------------------------------------------
 
 
@@ -593,6 +612,29 @@ def test_a_comparison_shows_what_moved_and_what_differs(result, capsys):
     assert "10.00×" in shown
     assert shown.count("×") == 1, "only one timing has moved"
     assert f"torch: {torch.__version__}, now 9.9" in shown
+
+
+def test_every_committed_result_is_read_and_of_each_suite_and_dtype_there_is_one():
+    read = [results.load(path) for path in (REPOSITORY / "benchmarks" / "results").glob("*.json")]
+    kinds = [(result["suite"], result["device"], result["dtype"]) for result in read if result["suite"] != "gpu"]
+    assert {suite for suite, _, _ in kinds} == {"quick", "options", "streaming", "floors"}
+    assert len(set(kinds)) == len(kinds), "an older one of the same kind is superseded, and goes"
+
+
+NO_RESULTS = [  # what a file holds, what the reader says
+    ("[]", "is not a benchmark result of schema 1"),
+    ('{"schema": 2, "rows": []}', "is not a benchmark result of schema 1"),
+    ("{", "Expecting property name"),
+    ('{"threads": 2, "environment": {}, "rows": {"a floor": {}}}', "holds floors, which are ratios, and no timings to compare"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), NO_RESULTS, ids=[text[:12] for text, _ in NO_RESULTS])
+def test_what_cannot_be_compared_is_refused_in_words(text, message, tmp_path, capsys):
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    assert compare.main([str(path), str(path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_table_stands_between_the_markers_and_names_the_machine(result, tmp_path):

@@ -12,6 +12,7 @@ sanitize.py     compute-sanitizer over sanitized.py
 primitives.py   what flags, barriers, exchanges and launches cost
 check.py        one forward and backward at H = 64, by cluster and through L2, in the build with a watchdog
 measure.py      ours on each schedule, cuDNN, the peers and the ladder, verified and then timed
+claims.py       what the targets and the floors are
 cells.py        which shapes, in which precision, in order of importance
 timing.py       what takes turns in benchmarks/timing.py: wall clock, host cost, GPU time and CUDA graphs
 report.py       the tables that a GPU's result has beside those of benchmarks/report.py

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.cells import (
+from benchmarks.gpu.claims import (
     DEPTH_BATCH,
     DEPTH_WIDTH,
     DEPTHS,

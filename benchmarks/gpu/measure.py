@@ -7,7 +7,6 @@ behind it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
@@ -23,7 +22,7 @@ from benchmarks import ladder, suite
 from benchmarks.cases import Case, Problem
 from benchmarks.contestants import PEERS, Contestant, Prepared, StackedLSTM, Tensors, TorchLSTM
 from benchmarks.gpu import cells, machine, results, timing
-from benchmarks.gpu.parts import Exit
+from benchmarks.gpu.parts import Exit, arguments_parser
 from benchmarks.results import OURS, Mode, at, failures, raised
 from benchmarks.timing import Party, interleave, summarise
 from benchmarks.verify import reference, verify
@@ -449,10 +448,7 @@ def line(row: results.Result) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.measure", description=__doc__.splitlines()[0])
-    parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = arguments_parser("measure", __doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--first", action="store_true", help="few shapes, and no profile")
     parser.add_argument("--backends", default="auto")

@@ -8,6 +8,25 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+from benchmarks.gpu.claims import (
+    DEPTH_ENDS,
+    DEPTH_MOST,
+    FLASHRNN,
+    FLASHRNN_LEAST,
+    FLOOR_LAYERS,
+    HOST_MOST_US,
+    ONE_LAYER,
+    ONE_LAYER_MS,
+    PACKED_MOST,
+    SIXTEEN_BITS,
+    TARGET_BATCHES,
+    TARGET_LAYERS,
+    TARGET_LEAST,
+    TARGET_MEAN,
+    TARGET_ROWS,
+    TARGET_STEPS,
+    TARGET_WIDTHS,
+)
 from benchmarks.report import (
     NOTHING,
     Table,
@@ -26,21 +45,6 @@ from benchmarks.report import (
     wall,
 )
 from benchmarks.results import BASELINE, MODES, OURS, Result, at, load
-
-FLOOR_LAYERS, FLOOR_PRECISIONS = 4, ("bfloat16", "float16")
-# What the persistent kernel is to reach; the shapes are those of cells.py.
-ONE_LAYER = (1, 16, 1024, 768)  # L, B, T, H
-ONE_LAYER_MS = {"inference": (1.5, 1.0), "training": (4.2, 3.0)}  # at most; and what it aims at
-GRID_ROWS = 36  # of a mode, in two precisions
-GRID_LAYERS, GRID_STEPS = (4, 8), 512
-GRID_WIDTHS, GRID_BATCHES = (256, 512, 1024), (1, 8, 32)
-GRID_LEAST, GRID_MEAN = 2.0, 4.0  # times as fast as nn.LSTM: everywhere, and as geometric mean
-DEPTH_ENDS = ((1, 8, 512, 256), (16, 8, 512, 256))
-DEPTH_MOST = 1.5  # the deeper one's time over the other's
-FLASHRNN = "FlashRNN (cuda_fused)"
-FLASHRNN_LEAST = 3.0
-HOST_MOST_US = 60.0
-PACKED_MOST = 1.2
 
 
 def markdown(result: Result) -> str:
@@ -240,7 +244,7 @@ def peer_cell(entry: Result) -> str:
 
 def floors(result: Result) -> list[str]:
     """How the floors stand, as far as they were measured."""
-    rows = [row for row in result["rows"] if row["group"] == "gpu" and row["precision"] in FLOOR_PRECISIONS]
+    rows = [row for row in result["rows"] if row["group"] == "gpu" and row["precision"] in SIXTEEN_BITS]
     deep = [row for row in rows if (size(row) or (0,))[0] >= FLOOR_LAYERS]
     packed = [row for row in result["rows"] if row["group"] == "packed"]
     if result["device"] != "cuda" or not (rows or packed):
@@ -311,28 +315,28 @@ def targets_table(result: Result) -> list[str]:
 
     def rows_of(mode: str, *shapes: tuple[int, ...], precision: str = "") -> list[Result]:
         wanted = [row for row in result["rows"] if row["mode"] == mode and size(row) in shapes]
-        precisions = (precision,) if precision else FLOOR_PRECISIONS
+        precisions = (precision,) if precision else SIXTEEN_BITS
         return [row for row in wanted if row["precision"] in precisions and row["group"] == "targets"]
 
     for mode, (most, aim) in ONE_LAYER_MS.items():
-        for precision in FLOOR_PRECISIONS:
+        for precision in SIXTEEN_BITS:
             rows = rows_of(mode, ONE_LAYER, precision=precision)
             add(
                 f"one layer, H 768, B 16, T 1024, {precision}, {mode}, ms",
                 f"≤ {most} (aim {aim})",
                 partial(one_layer, rows, most=most),
             )
-    grid = [(n, b, GRID_STEPS, h) for n in GRID_LAYERS for b in GRID_BATCHES for h in GRID_WIDTHS]
+    grid = [(n, b, TARGET_STEPS, h) for n in TARGET_LAYERS for b in TARGET_BATCHES for h in TARGET_WIDTHS]
     for mode in MODES:
         rows = rows_of(mode, *grid)
         add(
             f"L 4 and 8, H 256 to 1024, B 1 to 32, T 512, {mode}: × nn.LSTM, the least",
-            f"≥ {GRID_LEAST:g}",
+            f"≥ {TARGET_LEAST:g}",
             partial(least, rows),
         )
-        add(f"their geometric mean, {mode}", f"≥ {GRID_MEAN:g}", partial(mean, rows))
+        add(f"their geometric mean, {mode}", f"≥ {TARGET_MEAN:g}", partial(mean, rows))
     for mode in MODES:
-        for precision in FLOOR_PRECISIONS:
+        for precision in SIXTEEN_BITS:
             rows = rows_of(mode, *DEPTH_ENDS, precision=precision)
             add(
                 f"H 256, B 8, T 512, {precision}, {mode}: time of L 16 / L 1",
@@ -386,9 +390,9 @@ def least(rows: Sequence[Result], key: str) -> str:
     if not found:
         return why_not(rows)
     ratio, name = min(found)
-    word = verdict(ratio >= GRID_LEAST, times(ratio), len(found), GRID_ROWS)
-    enough = sum(number >= GRID_LEAST for number, _ in found)
-    return f"{word}, at {name}; {enough} of {len(found)} rows reach it, of {GRID_ROWS}"
+    word = verdict(ratio >= TARGET_LEAST, times(ratio), len(found), TARGET_ROWS)
+    enough = sum(number >= TARGET_LEAST for number, _ in found)
+    return f"{word}, at {name}; {enough} of {len(found)} rows reach it, of {TARGET_ROWS}"
 
 
 def mean(rows: Sequence[Result], key: str) -> str:
@@ -396,7 +400,7 @@ def mean(rows: Sequence[Result], key: str) -> str:
     if not found:
         return why_not(rows)
     ratio = geometric_mean(number for number, _ in found) or 0.0
-    return f"{verdict(ratio >= GRID_MEAN, times(ratio), len(found), GRID_ROWS)}, over {len(found)} rows of {GRID_ROWS}"
+    return f"{verdict(ratio >= TARGET_MEAN, times(ratio), len(found), TARGET_ROWS)}, over {len(found)} rows of {TARGET_ROWS}"
 
 
 def growth(rows: Sequence[Result], key: str) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from benchmarks import results
 from benchmarks.gpu.report import markdown
 from benchmarks.results import ROOT, Result, load, scrub
 
-__all__ = ["ROOT", "Result", "load", "new", "path_for", "save", "scrub"]
+__all__ = ["ROOT", "Result", "load", "new", "path_for", "put", "save", "scrub"]
 
 
 def new(environment: Result, device: str, quick: bool) -> Result:
@@ -29,3 +30,8 @@ def path_for(folder: Path, environment: Result, device: str) -> Path:
 def save(path: Path, result: Result) -> None:
     """Write the file and, made from it alone, its Markdown."""
     results.save(path, result, {".md": markdown(result)})
+
+
+def put(path: Path, section: str, **facts: Any) -> None:
+    """Replace one section of the file by what a part has found so far."""
+    save(path, load(path) | {section: facts})
