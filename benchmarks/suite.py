@@ -25,7 +25,7 @@ from benchmarks.results import Mode, Result, add_ratios, raised
 from benchmarks.timing import LIMIT, Calls, Limit, Party, interleave, share_of_limit, summarise, summarise_limit
 from benchmarks.verify import Verdict, reference, verify
 
-LONG_STEP_S = 1.0  # a step that is verified once, not twice
+LONG_STEP_S = 1.0  # on the CPU, a step that is verified once, not twice
 
 
 class Budget:
@@ -106,17 +106,9 @@ def measure_cell(
     entries: dict[str, Result] = {}
     correct: dict[str, Prepared] = {}
     for contestant in contestants:
-        try:
-            if reason := contestant.obstacle(case, mode, problem.dtype, device):
-                entries[contestant.name] = {"status": "skipped", "reason": reason}
-                continue
-            report(cell, f"verifying {contestant.name}")
-            prepared, verdict, facts = check(contestant, problem, mode, cell.threads, expected)
-        except Exception as error:  # whatever a contestant raises belongs into the report
-            entries[contestant.name] = raised(error)
-            continue
-        entries[contestant.name] = verified(verdict, facts)
-        if verdict.correct:
+        entry, prepared = admit(contestant, problem, mode, cell.threads, expected, device, lambda doing: report(cell, doing))
+        entries[contestant.name] = entry
+        if prepared:
             correct[contestant.name] = prepared
     report(cell, "timing")
     of_row: Result = {"limit_ms": None}
@@ -125,8 +117,6 @@ def measure_cell(
         timings, of_row = race(correct, contestants, device, left, cell.threads, probe)
         for name, timing in timings.items():
             entries[name] |= timing
-    for contestant in contestants:
-        entries[contestant.name]["ours"] = contestant.ours
     return row_of(case, mode, cell.threads, entries, **of_row)
 
 
@@ -164,6 +154,32 @@ def race(
     return {name: summarise(name, rounds) | share_of_limit(name, rounds) for name in prepared}, summarise_limit(rounds)
 
 
+def admit(
+    contestant: Contestant,
+    problem: Problem,
+    mode: Mode,
+    threads: int,
+    expected: dict[str, torch.Tensor],
+    device: torch.device,
+    say: Callable[[str], None],
+    least_eps: float = 0.0,
+    watch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> tuple[Result, Prepared | None]:
+    """The entry of a contestant that has been verified and, where it was right, what may be timed; see `check`."""
+    ours = {"ours": contestant.ours}
+    try:
+        if reason := contestant.obstacle(problem.case, mode, problem.dtype, device):
+            return {"status": "skipped", "reason": reason} | ours, None
+        say(f"verifying {contestant.name}")
+        prepared, verdict, facts = check(contestant, problem, mode, threads, expected, least_eps, watch)
+    except torch.OutOfMemoryError:
+        return {"status": "skipped", "reason": "out of memory"} | ours, None
+    except Exception as error:  # whatever a contestant raises belongs into the report
+        return raised(error) | ours, None
+    entry = {"status": "ok" if verdict.correct else "wrong", **facts, **figures(verdict)} | ours
+    return entry, prepared if verdict.correct else None
+
+
 def check(
     contestant: Contestant,
     problem: Problem,
@@ -175,8 +191,9 @@ def check(
 ) -> tuple[Prepared, Verdict, Result]:
     """Prepare a contestant and hold two of its steps against the reference: the second finds what the first left.
 
-    One has to do where a step takes `LONG_STEP_S` or more; the smaller cases of the suite have seen two. `least_eps` is that of
-    products which are narrower than the dtype for everybody, `watch` is entered around each step.
+    On the CPU one has to do where a step takes `LONG_STEP_S` or more; the smaller cases of the suite have seen two. (On a GPU a
+    first step may compile.) `least_eps` is that of products which are narrower than the dtype for everybody, `watch` is entered
+    around each step.
     """
     gc.collect()
     eps = max(contestant.eps(problem.case, mode, problem.dtype) or 0.0, least_eps) or None
@@ -188,19 +205,12 @@ def check(
                 results = prepared.step()
             prepared.step_s = time.perf_counter() - started
             verdict = verify(problem.case, problem.dtype, mode, prepared.tensors(results), expected, eps)
-            if not verdict.correct or prepared.step_s >= LONG_STEP_S:
+            if not verdict.correct or (problem.device.type == "cpu" and prepared.step_s >= LONG_STEP_S):
                 break
         return prepared, verdict, prepared.facts()
 
 
-def verified(verdict: Verdict, facts: Result) -> Result:
-    """The entry of a contestant that has been verified."""
-    entry: Result = {
-        "status": "ok" if verdict.correct else "wrong",
-        **facts,
-        "error": verdict.error,
-        "tolerance": verdict.tolerance,
-        "furthest": verdict.tensor,
-        "rms": verdict.rms,
-    }
-    return entry | ({"reason": verdict.reason} if verdict.reason else {})
+def figures(verdict: Verdict) -> Result:
+    """What an entry says of a verification."""
+    said: Result = {"error": verdict.error, "tolerance": verdict.tolerance, "furthest": verdict.tensor, "rms": verdict.rms}
+    return said | ({"reason": verdict.reason} if verdict.reason else {})

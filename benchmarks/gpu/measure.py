@@ -229,31 +229,18 @@ class Measurement:
             if entrant.unless and at(entries, OURS, "ran", "backend") == entrant.unless:
                 continue
             self.note.write(target.name, mode, who.name)
-            try:
-                if reason := who.obstacle(entrant.problem.case, mode, entrant.problem.dtype, self.device):
-                    entries[who.name] = {"status": "skipped", "reason": reason, "ours": who.ours}
-                    continue
-                self.say(f"{target.name} {mode}: verifying {who.name}")
-                with self.patience(who):
-                    prepared, entry = self.check(entrant, mode, target.precision.eps)
-            except torch.OutOfMemoryError:
-                entries[who.name] = {"status": "skipped", "reason": "out of memory", "ours": who.ours}
-                continue
-            except Exception as error:  # whatever it raises belongs into the report
-                entries[who.name] = raised(error) | {"ours": who.ours}
+            entry, prepared = self.admit(entrant, mode, target)
+            entries[who.name] = entry
+            if entry["status"] == "failed":
                 sound = self.sound()
-                if not sound:
-                    break
-                continue
-            entries[who.name] = entry | {"ours": who.ours}
-            if entry["status"] == "ok":
+            elif prepared:
                 replay = None
                 if entrant.graph and self.captures(who):
-                    replay, entries[who.name]["graph"] = self.capture(entrant, mode, target.precision.eps)
+                    replay, entry["graph"] = self.capture(entrant, mode, target.precision.eps)
                     sound = self.sound()
-                    if not sound:
-                        break
                 racing[who.name] = timing.CallsOnGpu(prepared, self.device, replay)
+            if not sound:
+                break
         if sound and racing:
             self.note.write(target.name, mode, "timing")
             try:
@@ -294,8 +281,8 @@ class Measurement:
         finally:
             done.set()
 
-    def check(self, entrant: Field, mode: Mode, eps: float) -> tuple[Prepared, results.Result]:
-        """The contestant, and its entry: verified, and on a GPU with the memory that a step takes."""
+    def admit(self, entrant: Field, mode: Mode, target: cells.Target) -> tuple[results.Result, Prepared | None]:
+        """The entry of a contestant that has been verified, with the memory that its step takes, and what may be timed."""
         peak = 0
 
         @contextlib.contextmanager
@@ -305,11 +292,15 @@ class Measurement:
             yield
             peak = self.memory() - before
 
-        prepared, verdict, facts = suite.check(
-            entrant.contestant, entrant.problem, mode, 0, entrant.expected, eps, watch
-        )
-        entry = suite.verified(verdict, facts)
-        return prepared, entry | ({"peak_mib": round(peak / 2**20, 1)} if self.device.type == "cuda" else {})
+        def say(doing: str) -> None:
+            self.say(f"{target.name} {mode}: {doing}")
+
+        who, eps = entrant.contestant, target.precision.eps
+        with self.patience(who):
+            entry, prepared = suite.admit(who, entrant.problem, mode, 0, entrant.expected, self.device, say, eps, watch)
+        if self.device.type == "cuda" and entry["status"] in ("ok", "wrong"):
+            entry["peak_mib"] = round(peak / 2**20, 1)
+        return entry, prepared
 
     def capture(self, entrant: Field, mode: Mode, eps: float) -> tuple[Prepared | None, results.Result]:
         """A CUDA graph of the step, verified: a replay has to write what has been overwritten with NaN."""
