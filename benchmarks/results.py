@@ -1,7 +1,8 @@
 """The result file of every suite and of the GPU run: how it is begun, named, written and read, and what its rows imply.
 
 It is one JSON, rewritten after every figure, so that a run which is killed leaves what it has. docs/benchmarks.md says what it
-holds. This module needs the standard library alone: whoever reads or writes a result need not be able to import torch.
+holds. This module needs the standard library alone: a process can read and write a result without torch, which may hang where a
+driver is broken.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ RATIOS = {  # key of an entry: where the figure is that it is the ratio of
 
 
 def add_ratios(row: Result) -> None:
-    """How many times as fast as `BASELINE` everybody is: by wall clock, on the GPU, as a CUDA graph, as far as it was timed."""
+    """How many times as fast as `BASELINE` each contestant is: by wall clock, on the GPU, as a CUDA graph, as far as it was timed."""
     baseline = row["contestants"].get(BASELINE)
     for entry in row["contestants"].values():
         for name, figure in RATIOS.items():

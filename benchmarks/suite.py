@@ -143,7 +143,7 @@ def race(
     threads: int,
     probe: Probe | None = None,
 ) -> tuple[dict[str, Result], Result]:
-    """Everybody's calls, and the limit, in interleaved rounds: what goes into the entries, and into the row; see timing.py."""
+    """Time the contestants, and probe the limit, in turns: what goes into the entries, and into the row; see timing.py."""
     settle = {contestant.name: contestant.settle_s for contestant in contestants} if threads > 1 else {}
     parties: dict[str, Party] = {}
     for name, one in prepared.items():
@@ -192,8 +192,8 @@ def check(
     """Prepare a contestant and hold two of its steps against the reference: the second finds what the first left.
 
     On the CPU one has to do where a step takes `LONG_STEP_S` or more; the smaller cases of the suite have seen two. (On a GPU a
-    first step may compile.) `least_eps` is that of products which are narrower than the dtype for everybody, `watch` is entered
-    around each step.
+    first step may compile.) `least_eps` is that of products which are narrower than the dtype for all contestants, `watch` is
+    entered around each step.
     """
     gc.collect()
     eps = max(contestant.eps(problem.case, mode, problem.dtype) or 0.0, least_eps) or None

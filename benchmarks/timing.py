@@ -1,12 +1,12 @@
-"""How long they take: everybody in interleaved rounds (A B C, B C A, …), medians over calls, disturbed rounds left out.
+"""How long they take: interleaved rounds of all parties (A B C, B C A, …), medians over calls, disturbed rounds left out.
 
-Interleaving puts a drift of the machine (clock, temperature, neighbours) on everybody alike, and so does the order, another one
-in each round, with what one leaves behind for the next: memory that it has freed, above all, which a virtual machine may have to
-ask its host for again. On Linux a round also counts the processor time that other processes took meanwhile; rounds with more
+Interleaving puts a drift of the machine (clock, temperature, neighbours) on all parties alike. The order is another one in each
+round, so that what a party leaves behind meets all of them too: memory that it has freed, above all, which a virtual machine may
+have to ask its host for again. On Linux a round also counts the processor time that other processes took meanwhile; rounds with more
 than a trace of it are left out where enough quiet ones remain.
 
-A party is whoever takes turns: the calls of a contestant on the CPU (`Calls`), its calls on a GPU and replays of its CUDA graph
-(``benchmarks/gpu/timing.py``), the physical limit (`Limit`), of which a share is a ratio of one round.
+A party is one of three: a contestant's calls on the CPU (`Calls`); its calls on a GPU and replays of its CUDA graph
+(``benchmarks/gpu/timing.py``); the probes of the physical limit (`Limit`). A share of the limit is a ratio within one round.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Series = dict[str, list[float]]  # of each kind, in the order of the calls: "wal
 
 
 class Party:
-    """Who takes turns."""
+    """What has a turn in every round."""
 
     settle_s = 0.0  # idle after its turn
     blocks = 1  # in its turn, one after the other
@@ -72,14 +72,17 @@ class Calls(Party):
         return max(1, min(self.most, round(block_s * 1e3 / max(min(time_calls(prepared.step, 2, self.wait)["wall"]), 1e-3))))
 
     def block(self, prepared: Prepared, calls: int) -> Series:
-        """So many calls, after one that is not counted: caches and worker threads are the predecessor's. (A long one is alone.)"""
+        """Time so many calls, after one that is not counted: at first, caches and worker threads are another party's.
+
+        A call that fills the block alone has no such call before it.
+        """
         if calls > 1:
             prepared.step()
         self.wait()
         return time_calls(prepared.step, calls, self.wait)
 
     def wait(self) -> None:
-        """Until the results of a call are there: on the CPU they are."""
+        """Wait for the results of a call. On the CPU they are there when it returns."""
 
 
 class Limit(Party):
@@ -99,7 +102,7 @@ class Limit(Party):
 
 @dataclass
 class Round:
-    """One turn of everybody."""
+    """One turn of every party."""
 
     disturbed: bool
     taken: dict[str, Series] = field(default_factory=dict)
@@ -108,7 +111,7 @@ class Round:
 def interleave(
     parties: Mapping[str, Party], seconds: float, min_rounds: int | None = None, most_rounds: int | None = None
 ) -> list[Round]:
-    """Rounds for about `seconds` in all, but at least `min_rounds` (default: `MIN_ROUNDS`), and at most `most_rounds` where said."""
+    """Rounds for about `seconds` in all: at least `min_rounds` (default: `MIN_ROUNDS`), at most `most_rounds` (default: any number)."""
     least, most = min_rounds or MIN_ROUNDS, most_rounds or math.inf
     end = time.perf_counter() + seconds
     blocks = sum(party.blocks for party in parties.values())
