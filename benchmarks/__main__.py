@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import Impossible, compare, limits, results, suite
 from benchmarks.cases import DTYPES, SUITES, Cell
 from benchmarks.contestants import Contestant, all_contestants
-from benchmarks.environment import cores, describe, load
+from benchmarks.environment import choose_device, cores, describe, load
 from benchmarks.report import entry_text
 from benchmarks.results import MODES, Result
 from benchmarks.terminal import coloured, print_report
@@ -58,13 +58,6 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show what moved since an older result")
     parser.add_argument("--list", action="store_true", help="print the names of the cells and stop")
     return parser
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        built = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}, and no GPU is seen"
-        raise Impossible(f"--device cuda needs a GPU: this torch, {torch.__version__}, is built {built}")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def choose_threads(text: str | None, suite_name: str, device: torch.device) -> list[int]:

@@ -218,10 +218,8 @@ def arguments_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace, rungs: Sequence[Rung] = RUNGS) -> int:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise Impossible(f"--device cuda needs a GPU, and torch {torch.__version__} sees none")
-    name = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = environment.choose_device(options.device)
+    name = device.type
     asked = {size: getattr(options, size) for size in SIZES[name]}
     chosen = [int(default if asked[size] is None else asked[size]) for size, default in SIZES[name].items()]
     layers, batch, steps, hidden = chosen
