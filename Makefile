@@ -1,4 +1,4 @@
-# `make` lists the targets. Each does all it needs, from an empty machine on, and does nothing twice.
+# `make` lists the targets. Each target makes all that it needs, also on an empty machine, and makes nothing twice.
 
 TORCH      ?= 2.13.0
 CUDA_TORCH ?= 2.14.1
@@ -9,7 +9,7 @@ ifeq ($(origin CXX),default)
 CXX := c++
 endif
 
-# What is installed and built lies in .venv and build; the name of each stamp tells from what it was made.
+# What is installed and built is in .venv and build; the name of each stamp says from what it was made.
 python_version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 build_settings := $(CURDIR) $(CXX) $(CXXFLAGS) $(CUDA_HOME) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(STACKED_LSTM_EXT_WERROR) $(STACKED_LSTM_EXT_WATCHDOG)
 build_key      := $(firstword $(shell echo '$(build_settings)' | cksum))
@@ -27,7 +27,7 @@ machine_path := $(PATH)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# A test a core, and whoever is done takes from the others. OpenMP's threads must not spin for work then: they share the cores.
+# One worker for each core; a worker without tests left takes some from another. OpenMP's threads must not spin, since they share the cores.
 in_parallel = OMP_WAIT_POLICY=passive $(py) -m pytest -n auto --dist worksteal --durations=10
 
 .NOTPARALLEL:
@@ -49,7 +49,7 @@ build: $(BUILT)  ## compile the extension and install the package, editable, int
 test: $(BUILT) lint  ## lint, then the tests of everything that the package does
 	@$(in_parallel) --ignore=tests/proof $(ARGS)
 
-# cuda-link builds for one architecture: cuda-check has compiled for all of them, and here the linking counts.
+# cuda-link builds for one architecture: cuda-check has compiled for all of them, and cuda-link only has to show that linking works.
 proof: $(BUILT)  ## what proves the kernels, in half an hour: cuda-check, ptx, cuda-link, then tests/proof (emulator, sanitizers, mutants, builds)
 	@$(MAKE) --no-print-directory ARGS= cuda-check ptx
 	@TORCH_CUDA_ARCH_LIST=9.0a $(MAKE) --no-print-directory ARGS= cuda-link
@@ -83,7 +83,7 @@ ptx: $(CUDA_READY)  ## run the compiled CUDA kernels, as PTX, on the host: again
 cuda-link: $(READY)  ## build against a CUDA build of torch (CUDA_TORCH, in .venv-cuda), check its symbols, run tests there
 	@$(py) -m tests.cuda_link --torch $(CUDA_TORCH) --python $(PYTHON) $(ARGS)
 
-# With the torch that the machine has; where it has none, with that of .venv (from PyPI, a CUDA build on Linux).
+# With the torch of the machine; if it has none, with the torch of .venv (from PyPI, a CUDA build on Linux).
 gpu:  ## on a GPU, in 8 minutes: build, test, sanitize and measure (ARGS=--first: the first 3 minutes); see benchmarks/results
 	@export PATH='$(machine_path)'; \
 	  if $(GPU_PYTHON) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then exec $(GPU_PYTHON) -m benchmarks.gpu $(ARGS); fi; \
@@ -95,7 +95,7 @@ clean:  ## remove what was built, keep .venv
 distclean: clean  ## remove .venv and .venv-cuda too
 	rm -rf $(VENV) .venv-cuda
 
-# torch goes in by exact release, in the same call as all else: pip never gets to choose one.
+# torch is installed by its exact release, in the same call of pip as everything else, so that pip never chooses a release.
 $(READY): $(filter-out requirements/cuda.txt,$(wildcard requirements/*.txt))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo "error: '$(PYTHON)' is $$($(PYTHON) -V 2>&1 || true); Python 3.10 or newer is needed: make PYTHON=python3.12 …" >&2; exit 1; }
@@ -107,7 +107,7 @@ $(READY): $(filter-out requirements/cuda.txt,$(wildcard requirements/*.txt))
 	@$(py) -m pip install torch==$(TORCH) $(foreach file,$(sort $^),-r $(file))
 	@touch $@
 
-# nvcc and the disassemblers from PyPI, whatever torch there is.
+# nvcc and the disassemblers from PyPI, for any torch.
 $(CUDA_READY): requirements/cuda.txt $(READY)
 	@$(py) -m pip install -r $<
 	@touch $@

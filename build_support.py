@@ -1,7 +1,7 @@
-"""What setup.py has to find out before it can compile: sources, flags, and whether the CUDA part can be built.
+"""What setup.py must find out before it can compile: sources, flags, and whether the CUDA part can be built.
 
-Nothing here imports torch or setuptools. Facts about torch come in as arguments, so the tests run every case with a
-fake nvcc and a made-up torch in milliseconds.
+Nothing here imports torch or setuptools. Facts about torch are arguments, so the tests run every case in milliseconds,
+with a fake nvcc and a made-up torch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 
 MIN_TORCH = (2, 11)
 
-# For a build on a machine where no GPU is seen and TORCH_CUDA_ARCH_LIST is unset: Ampere to Blackwell, and PTX for
-# whatever comes after.
+# For a build on a machine where no GPU is seen and TORCH_CUDA_ARCH_LIST is unset: Ampere to Blackwell, and PTX for later
+# architectures.
 DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 
 
@@ -51,10 +51,10 @@ def headers(root: Path) -> list[str]:
 
 
 def link_order(objects: Iterable[str]) -> list[str]:
-    """``objects`` as they must reach the linker: baseline code first, then AVX2, AVX-512, and AVX-512 with BF16.
+    """``objects`` in the order for the linker: baseline code first, then AVX2, AVX-512, and AVX-512 with BF16.
 
-    Hazard: of an inline function that several objects hold, the linker keeps the first copy. Were that one compiled
-    for AVX-512, the baseline code would call it too, and die with SIGILL on a processor without AVX-512.
+    Hazard: if several objects hold an inline function, the linker keeps the first copy. If that copy were compiled for
+    AVX-512, the baseline code would call it too and die with SIGILL on a processor without AVX-512.
     """
 
     def instruction_set(path: str) -> int:
@@ -68,7 +68,7 @@ def link_order(objects: Iterable[str]) -> list[str]:
 
 
 def switched_on(environ: Mapping[str, str], name: str) -> bool | None:
-    """The environment's ``name`` as a switch: True, False, or None where it is unset or empty."""
+    """The environment variable ``name`` as a switch: True, False, or None if it is unset or empty."""
     value = environ.get(name, "").strip().lower()
     if value in ("1", "on", "true", "yes"):
         return True
@@ -80,7 +80,7 @@ def switched_on(environ: Mapping[str, str], name: str) -> bool | None:
 
 
 def compiler_macros(compiler: str) -> dict[str, str]:
-    """The macros that ``compiler`` predefines in C++20; BuildError where it is missing or has no C++20."""
+    """The macros that ``compiler`` predefines in C++20; BuildError if it is missing or has no C++20."""
     command = [*compiler.split(), "-std=c++20", "-dM", "-E", "-x", "c++", os.devnull]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -94,42 +94,43 @@ def compiler_macros(compiler: str) -> dict[str, str]:
 def openmp_flags(platform: str, macros: Mapping[str, str], torch_include: Path) -> tuple[list[str], str]:
     """Flags with which at::parallel_for, a template in torch's headers, runs on torch's threads; and a remark or "".
 
-    They go to the compiler, never to the linker: the calls resolve to the OpenMP runtime that libtorch_cpu already
-    brings, so that the process has one pool, and torch.set_num_threads governs it. A second runtime would start a
-    pool of its own.
+    The flags go to the compiler, never to the linker. The calls then resolve to the OpenMP runtime that libtorch_cpu
+    already loads, so the process has one pool of threads, and torch.set_num_threads governs it. A second runtime would
+    start a pool of its own.
     """
     if platform == "darwin":
         return (["-Xpreprocessor", "-fopenmp"], "") if (torch_include / "omp.h").exists() else ([], "")
     if "__clang__" in macros:
-        # clang's -fopenmp calls __kmpc_*, which GCC's runtime, the one that torch brings on Linux, does not have.
+        # clang's -fopenmp calls __kmpc_*. On Linux torch brings GCC's runtime, which does not have these functions.
         return [], "built by clang, so the kernels run on one thread: torch's OpenMP runtime is GCC's (CXX=g++ fits it)"
     return ["-fopenmp"], ""
 
 
 def cxx_flags(openmp: Sequence[str], system_includes: Sequence[str], werror: bool) -> list[str]:
-    """Flags for every C++ file. Instruction sets are no flags: each kernel file chooses its own by pragma."""
+    """Flags for every C++ file. There are none for instruction sets: each kernel file chooses its own by pragma."""
     flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *openmp]
-    for path in system_includes:  # as system headers: -Wextra is meant for our code, not for torch's
+    for path in system_includes:  # as system headers: -Wextra is for our code, not for torch's
         flags += ["-isystem", path]
     return flags + (["-Werror"] if werror else [])
 
 
 def nvcc_flags(werror: bool) -> list[str]:
-    """Flags for every CUDA file, less the architectures, which torch's BuildExtension adds."""
+    """Flags for every CUDA file, without the architectures, which torch's BuildExtension adds."""
     flags = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]
     return flags + (["-Werror", "all-warnings"] if werror else [])
 
 
 # -- compiling, on all cores ------------------------------------------------------------------------------------------
 
-# What a source costs, in the order in which compilers are started: the longest first, so that none of them runs alone at
-# the end. The persistent kernels have dozens of instances each; the drivers and csrc/torch include torch's headers.
+# The sources that take longest to compile, the longest first. Compilers are started in this order, so that no long
+# compilation runs alone at the end. The persistent kernels have dozens of instances each; the drivers and csrc/torch include
+# torch's headers.
 COSTS = (r"persistent/(forward|backward)_\w+\.cu$", r"csrc/(driver|diagonal|persistent|torch)/\w+\.cpp$")
 
 
 @dataclass(frozen=True)
 class Compilation:
-    """One source's compiler call, which writes ``object`` and, as Make reads it, what the object was made from."""
+    """The compiler call for one source. It writes ``object``, and a list of what the object was made from, in Make's form."""
 
     source: str
     object: Path
@@ -141,9 +142,9 @@ class Compilation:
 
     @property
     def record(self) -> Path:
-        """Written when the compiler has ended well: the command, at the time when it was started.
+        """Written when the compiler has succeeded: holds the command, and has the time when the command was started.
 
-        A compiler that is killed may leave half an object. The object without a record does not count.
+        A compiler that is killed may leave half an object. An object without a record does not count.
         """
         return self.object.with_name(self.object.name + ".made")
 
@@ -152,17 +153,17 @@ class Compilation:
         return next((n for n, pattern in enumerate(COSTS) if re.search(pattern, self.source)), len(COSTS))
 
     def is_current(self) -> bool:
-        """Whether the object was made by this command, and all it was made from is older."""
+        """Whether the object was made by this command, and everything that it was made from is older."""
         try:
             if self.record.read_text() != shlex.join(self.command) or not self.object.exists():
                 return False
             made = self.record.stat().st_mtime_ns
             return all(os.stat(path).st_mtime_ns < made for path in dependencies(self.depfile.read_text()))
-        except OSError:  # no record yet; or a header is gone
+        except OSError:  # no record yet, or a header no longer exists
             return False
 
     def run(self) -> tuple[int, str]:
-        """Exit status of the compiler, and what it said."""
+        """Run the compiler; return its exit status and its output."""
         self.object.parent.mkdir(parents=True, exist_ok=True)
         self.record.unlink(missing_ok=True)
         begun = self.record.with_suffix(".begun")
@@ -173,18 +174,18 @@ class Compilation:
         except OSError as error:
             return 127, f"{command[0]}: {error.strerror}"
         if ran.returncode == 0:
-            os.replace(begun, self.record)  # keeps the time: what is edited while the compiler runs is newer
+            os.replace(begun, self.record)  # keeps the time, so a file that is edited while the compiler runs is newer
         return ran.returncode, ran.stdout
 
 
 def dependencies(rule: str) -> list[str]:
-    """The files behind the colon of a rule as compilers write it for Make."""
+    """The files after the colon of a rule that a compiler wrote for Make."""
     _, _, files = rule.replace("\\\n", " ").partition(": ")
     return [name.replace("\\ ", " ").replace("$$", "$") for name in re.findall(r"(?:\\ |\S)+", files)]
 
 
 def jobs(environ: Mapping[str, str]) -> int:
-    """How many compilers run at once: MAX_JOBS, or one a core that this process may use."""
+    """How many compilers run at once: MAX_JOBS, or one for each core that this process may use."""
     wanted = environ.get("MAX_JOBS", "").strip()
     if wanted and not (wanted.isdecimal() and int(wanted) > 0):
         raise BuildError(f"MAX_JOBS must be a number of compilers, 1 or more, got {wanted!r}")
@@ -195,10 +196,10 @@ def jobs(environ: Mapping[str, str]) -> int:
 def compile_all(compilations: Sequence[Compilation], workers: int, tell: Callable[[str], None]) -> None:
     """Compile what is not current, ``workers`` at a time, the longest first.
 
-    Objects that were done count when the build is begun again, whatever ended it.
+    However a build ends, the next one does not compile the finished objects again.
 
     Raises:
-        BuildError: a compiler failed. No further one is started; those at work are waited for.
+        BuildError: a compiler failed. No further compiler is started; the running ones are waited for.
     """
     stale = sorted((one for one in compilations if not one.is_current()), key=lambda one: one.rank)
     if len(stale) < len(compilations):
@@ -225,8 +226,8 @@ def compile_all(compilations: Sequence[Compilation], workers: int, tell: Callabl
 # -- CUDA -------------------------------------------------------------------------------------------------------------
 
 
-# requirements/cuda.txt: nvcc from PyPI, for the CUDA that PyPI's builds of torch are made for. Of older CUDAs PyPI has no
-# complete nvcc.
+# requirements/cuda.txt: nvcc from PyPI, for the CUDA version that PyPI's builds of torch are made for. PyPI has no complete
+# nvcc of older CUDA versions.
 PYPI_CUDA = "13.0"
 
 
@@ -234,7 +235,7 @@ PYPI_CUDA = "13.0"
 class Nvcc:
     """A CUDA compiler that runs: its toolkit's folder (``home``/bin/nvcc exists) and its release, like "13.0".
 
-    ``trouble``: why it compiles nothing, or "".
+    ``trouble``: why it cannot compile anything, or "".
     """
 
     home: Path
@@ -248,7 +249,7 @@ class Nvcc:
 
 @dataclass(frozen=True)
 class CudaPlan:
-    """Whether the CUDA part is built (``nvcc`` is set, ``archs`` tells for what), and otherwise ``why_not``."""
+    """Whether the CUDA part is built: then ``nvcc`` is set, and ``archs`` says for what; otherwise ``why_not`` says why not."""
 
     nvcc: Nvcc | None
     archs: str = ""
@@ -265,7 +266,7 @@ def _toolkit_of(nvcc: Path) -> Path:
     home = real.parent.parent
     if (home / "include" / "cuda_runtime.h").exists():
         return home
-    # A wrapper script: nvcc itself knows where it lies.
+    # It is a wrapper script: nvcc itself knows its folder.
     try:
         dryrun = subprocess.run(
             [str(real), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False, timeout=60
@@ -279,7 +280,7 @@ def _toolkit_of(nvcc: Path) -> Path:
 
 
 def _release_of(nvcc: Path) -> str | None:
-    """What ``nvcc --version`` calls its release, or None where it does not run."""
+    """The release that ``nvcc --version`` reports, or None if nvcc does not run."""
     try:
         run = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -288,7 +289,7 @@ def _release_of(nvcc: Path) -> str | None:
     return release.group(1) if release and run.returncode == 0 else None
 
 
-# Which of NVIDIA's wheels a file belongs to that nvcc may find missing; the first that is named counts.
+# Files that nvcc may not find, and NVIDIA's wheel that each belongs to. The first file that nvcc's message names counts.
 WHEEL_OF = {
     "cicc": "nvidia-nvvm",
     "ptxas": "nvidia-cuda-nvcc",
@@ -300,8 +301,8 @@ WHEEL_OF = {
 def nvcc_trouble(nvcc: Path) -> str:
     """Why ``nvcc`` cannot compile an empty file, in one line, or "".
 
-    An nvcc that can tell its version may still lack its other half, which comes in wheels of its own, or may not like
-    the C++ compiler that it finds.
+    An nvcc that reports its version may still lack other parts, which come in separate wheels, or may not support the
+    C++ compiler that it finds.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "empty.cu"
@@ -322,9 +323,9 @@ def nvidia_wheels() -> list[Path]:
 
 
 def nvcc_candidates(torch_cuda: str, environ: Mapping[str, str], wheels: Sequence[Path], default: Path) -> list[Path]:
-    """Where an nvcc may lie, best first. A CUDA_HOME (or CUDA_PATH) that is set is the only place.
+    """Where an nvcc may be, the best place first. If CUDA_HOME (or CUDA_PATH) is set, that is the only place.
 
-    Of the wheels only those of torch's major version count: others came along with other packages.
+    Only wheels of torch's major version count: others came with other packages.
     """
     home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     if home:
@@ -342,7 +343,7 @@ def find_nvcc(
     wheels: Sequence[Path] | None = None,
     default: Path = Path("/usr/local/cuda"),
 ) -> Nvcc | None:
-    """The first nvcc of torch's major version that compiles, else the first of that version, else any, else None."""
+    """The first nvcc of torch's major version that compiles; else the first of that version; else any nvcc; else None."""
     troubled = other = None
     for candidate in nvcc_candidates(torch_cuda, environ, nvidia_wheels() if wheels is None else wheels, default):
         if not os.access(candidate, os.X_OK):
@@ -368,7 +369,7 @@ def wants_compiler(
     wheels: Sequence[Path] | None = None,
     default: Path = Path("/usr/local/cuda"),
 ) -> bool:
-    """Whether a build would gain from the nvcc of requirements/cuda.txt: torch has that CUDA, and no nvcc here fits it."""
+    """Whether a build would gain from the nvcc of requirements/cuda.txt: it fits torch's CUDA, and no nvcc that is here does."""
     if torch_cuda is None or _major(torch_cuda) != _major(PYPI_CUDA) or not sources:
         return False
     if switched_on(environ, "FORCE_CUDA") is False or environ.get("CUDA_HOME") or environ.get("CUDA_PATH"):
@@ -378,7 +379,7 @@ def wants_compiler(
 
 
 def installed_torch_cuda() -> str | None:
-    """The CUDA version that the installed torch is built for, read without importing it; None without either."""
+    """The CUDA version that the installed torch is built for, read without importing torch; None without torch or CUDA."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -404,7 +405,7 @@ def plan_cuda(
             TORCH_CUDA_ARCH_LIST are read.
         torch_cuda: the CUDA version that torch is built for, or None.
         visible_archs: compute capabilities of the GPUs in this machine, like "9.0".
-        sources: the CUDA sources there are.
+        sources: the CUDA sources that exist.
         wheels, default: where to look besides the environment; the tests set them.
     Raises:
         BuildError: nvcc's major version is not torch's; or FORCE_CUDA=1 and something is missing.
@@ -417,7 +418,8 @@ def plan_cuda(
     nvcc = None
     if torch_cuda is None:
         missing.append(f"a CUDA build of torch (torch {torch_version} is built without CUDA)")
-    # Without a CUDA torch there is no version to choose nvcc by; it is still looked for, to name all that is missing.
+    # Without a CUDA build of torch there is no version to choose nvcc by. It is still looked for, so that the message names
+    # all that is missing.
     nvcc = find_nvcc(torch_cuda or "", environ, wheels, default)
     if nvcc is None:
         home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
@@ -443,9 +445,9 @@ def plan_cuda(
 
 
 def cuda_includes(nvcc: Nvcc, wheels: Sequence[Path] | None = None) -> list[Path]:
-    """Folders with CUDA's headers: the toolkit's, then that of the wheels that torch brought.
+    """Folders with CUDA's headers: that of the toolkit, then those of the wheels that torch brought.
 
-    torch's own headers include those of cuBLAS and its kind, which a small toolkit lacks.
+    torch's own headers include those of cuBLAS and similar libraries, which a small toolkit lacks.
     """
     places = nvidia_wheels() if wheels is None else wheels
     found = [nvcc.home / "include", *(place / f"cu{_major(nvcc.release)}" / "include" for place in places)]
@@ -455,7 +457,7 @@ def cuda_includes(nvcc: Nvcc, wheels: Sequence[Path] | None = None) -> list[Path
 def cudart_link_args(home: Path, major: str) -> tuple[list[str], list[str]]:
     """(library folders, linker arguments) for the CUDA runtime in ``home``.
 
-    NVIDIA's wheels hold libcudart.so.13 but no libcudart.so, so the library is named in full there.
+    NVIDIA's wheels hold libcudart.so.13 but no libcudart.so, so there the library is linked by its full name.
     """
     for folder in (home / "lib64", home / "lib", home / "targets" / "x86_64-linux" / "lib"):
         if (folder / "libcudart.so").exists():
@@ -477,7 +479,7 @@ def say(text: str) -> None:
     print(f"stacked_lstm_ext: {text}", file=sys.stderr, flush=True)
 
 
-if __name__ == "__main__":  # the Makefile asks: exit status 0 where requirements/cuda.txt should be installed
+if __name__ == "__main__":  # for the Makefile: exit status 0 if requirements/cuda.txt should be installed
     if sys.argv[1:] != ["wants-compiler"]:
         sys.exit("usage: python build_support.py wants-compiler")
     sys.exit(not wants_compiler(installed_torch_cuda(), os.environ, cuda_sources(Path(__file__).parent)))

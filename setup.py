@@ -1,4 +1,4 @@
-"""Builds stacked_lstm_ext._C. What can be decided without torch is in build_support.py; metadata in pyproject.toml."""
+"""Builds stacked_lstm_ext._C. Decisions that do not need torch are in build_support.py, metadata in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ try:
     from torch.utils import cpp_extension
 
     NO_TORCH = ""
-    # Its other way to compile needs ninja, which a machine without a network may lack; see compile_on_all_cores.
+    # torch's other way to compile needs ninja, which a machine without a network may lack; see compile_on_all_cores.
     BuildExtension = cpp_extension.BuildExtension.with_options(use_ninja=False)
-except ImportError as error:  # an sdist needs no torch; a build says what to do, in BuildStackedLSTM.run
+except ImportError as error:  # an sdist needs no torch; for a build, BuildStackedLSTM.run says what to do
     from setuptools.command.build_ext import build_ext as BuildExtension
 
     NO_TORCH = str(error)
@@ -36,12 +36,12 @@ class BuildStackedLSTM(BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         if getattr(self, "editable_mode", False) and not NO_TORCH:
-            # `pip install -e` would compile everything in a throw-away folder, every time. Here the objects of the
-            # last build are found, and what has changed is compiled.
+            # `pip install -e` would compile everything in a temporary folder, every time. In this folder, a build finds the
+            # objects of the last one and compiles only what has changed.
             tag = f"editable-{sys.implementation.cache_tag}-torch-{torch.__version__}"
             self.build_temp = str(ROOT / "build" / tag)
         self.recompile = bool(self.force)  # --force
-        self.force = True  # else setuptools decides: everything, or nothing
+        self.force = True  # otherwise setuptools decides: everything or nothing
 
     def run(self) -> None:
         if sys.platform == "win32":
@@ -59,15 +59,15 @@ class BuildStackedLSTM(BuildExtension):
         except support.BuildError as error:
             sys.exit(f"stacked_lstm_ext: error: {error}")
         compiler = self.compiler
-        # torch checks this compiler and compiles with it. setuptools would take the one that built Python, by the flags of
-        # which Python's extensions are compiled: these are kept.
+        # Use the compiler that torch checks and compiles with. setuptools would use the one that built Python. The flags with
+        # which Python's extensions are compiled are kept.
         flags = list(itertools.dropwhile(lambda word: not word.startswith("-"), compiler.compiler_so))
         for which in ("compiler_so", "compiler_so_cxx"):
             compiler.set_executable(which, [*cpp_extension.get_cxx_compiler().split(), *flags])
         compile_in_turn, link = compiler.compile, compiler.link_shared_object
 
         def compile_on_all_cores(sources, *args, **kwargs):  # type: ignore[no-untyped-def]
-            """torch and setuptools make the command of each source; they are noted, then run side by side."""
+            """Let torch and setuptools make the command of each source, note the commands, then run them side by side."""
             commands: list[tuple[str, ...]] = []
             runs = "call" if hasattr(compiler, "call") else "spawn"  # setuptools' method that runs a command, new and old
             setattr(compiler, runs, lambda command, **_: commands.append(tuple(map(str, command))))
@@ -123,7 +123,7 @@ class BuildStackedLSTM(BuildExtension):
                 f"building version {version} with CUDA {plan.nvcc.release} ({plan.nvcc.path}) for {plan.archs}"
                 + (f"; {remark}" * bool(remark))
             )
-            # BuildExtension reads the toolkit's place and the architectures from these two.
+            # BuildExtension reads the toolkit's folder and the architectures from these two variables.
             cpp_extension.CUDA_HOME = str(plan.nvcc.home)
             os.environ["TORCH_CUDA_ARCH_LIST"] = plan.archs
             folders, arguments = support.cudart_link_args(plan.nvcc.home, plan.nvcc.release.split(".")[0])

@@ -36,11 +36,11 @@ def cpu_schedule(
     ``waits`` holds ``(layer, direction, chunks that must be done)``."""
 
 def share_batch(batch_sizes: list[int], slices: int) -> list[int]:
-    """The first sequence of every batch slice of a packed batch, sorted by length, and the number of sequences."""
+    """For a packed batch, sorted by length: the first sequence of every batch slice, then the number of sequences."""
 
 def force_cpu_schedule(schedule: dict[str, Any] | None) -> None:
-    """Run the CPU kernels of this thread with ``schedule`` (the form that ``cpu_plan`` returns; ``batch_slices``,
-    ``chunk_steps`` and ``phases`` count) instead of the cheapest; ``None`` goes back to that."""
+    """Run the CPU kernels of this thread with ``schedule`` instead of the cheapest one; ``None`` restores the cheapest.
+    ``schedule`` has the form that ``cpu_plan`` returns; only ``batch_slices``, ``chunk_steps`` and ``phases`` are read."""
 
 def cpu_workspace_bytes() -> int:
     """The workspace that the last call of the CPU kernels on this thread took; 0 where the thread did not keep it."""
@@ -59,21 +59,21 @@ def diagonal_plan(
     dropout: float,
 ) -> dict[str, Any]: ...
 def force_diagonal_chunk(steps: int | None) -> None:
-    """Run the diagonals of this thread in chunks of so many steps; ``None`` goes back to the chunks as planned."""
+    """Run the diagonals of this thread in chunks of ``steps`` steps; ``None`` restores the planned chunks."""
 
 def persistent_devices() -> list[dict[str, Any]]:
-    """The GPUs that the planner knows: ``csrc/cuda/device.h``, whose figures are published ones."""
+    """The GPUs that the planner knows, with published figures (``csrc/cuda/device.h``)."""
 
 def persistent_device_from(told: dict[str, Any]) -> dict[str, Any]:
-    """The GPU that a driver describes: ``told`` holds members of ``DeviceProperties`` (``csrc/cuda/device.h``); what is missing
-    is that of a known GPU of the name, or of the nearest architecture."""
+    """The GPU that a driver describes: ``told`` holds members of ``DeviceProperties`` (``csrc/cuda/device.h``). Members that are
+    missing come from a known GPU of the same name, or else of the nearest architecture."""
 
 def persistent_costs() -> dict[str, float]:
-    """The figures that the cost model plans with, where no others are given."""
+    """The figures that the cost model plans with by default."""
 
 def persistent_instances(element_bytes: int, backward: bool) -> list[dict[str, Any]]:
-    """The kernels that are compiled (``csrc/persistent/instances.h``), and how many registers a thread of each is
-    predicted to have: ``weight_registers`` of W_hh, ``registers_thread`` in all."""
+    """The kernels that are compiled (``csrc/persistent/instances.h``), and the predicted registers of a thread of each:
+    ``weight_registers`` for W_hh, ``registers_thread`` in all."""
 
 def persistent_plan(
     device: str | dict[str, Any],
@@ -91,11 +91,11 @@ def persistent_plan(
     costs: dict[str, float] = {},
     capacity: Callable[[bool, dict[str, Any], int, int, bool], int] | None = None,
 ) -> dict[str, Any]:
-    """What the persistent kernels do with a stack, forward or backward (``csrc/persistent/plan.h``), and the predicted time.
+    """The plan of the persistent kernels for a stack, forward or backward (``csrc/persistent/plan.h``), and its predicted time.
 
     ``device`` is a name of ``persistent_devices()``, such a dictionary, or ``{"like": name, ...}``. ``product``: "tensor"
     or "exact"; ``saving``: "none", "full" or "recompute". ``capacity(backward, cut, most_inputs, hidden, over)`` stands for
-    a driver that says how many blocks the device holds. ``why_not`` is one sentence if they cannot run the stack.
+    a driver that says how many blocks the device holds. ``why_not`` is one sentence if the kernels cannot run the stack.
     ``timeline`` asks for the entries ``(pass, batch_group, layer, direction, chunk, first_block, blocks, needs_layer,
     needs_chunks, start_us, end_us)``. ``ValueError`` for a device, product, saving or cost that is not known and for sizes
     below 1."""
@@ -115,20 +115,19 @@ def persistent_choice(
     costs: dict[str, float] = {},
     capacity: Callable[[bool, dict[str, Any], int, int, bool], int] | None = None,
 ) -> dict[str, Any]:
-    """Both plans, what the diagonal schedule is predicted to take, and which of the two is ``persistent``, with the
-    ``reason``. ``saving`` "none": no backward."""
+    """Both plans, the predicted time of the diagonal schedule, whether the persistent kernels are chosen (``persistent``),
+    and the ``reason``. ``saving`` "none": no backward."""
 
 def cuda_obstacle(major: int, minor: int, archs: str | None = None) -> str:
     """Why a GPU of this compute capability cannot run kernels built for ``archs`` (a ``TORCH_CUDA_ARCH_LIST``; of this
     build by default), in words; empty if it can."""
 
 def _use_gate_kernels(table: int) -> None:
-    """Put other kernels, the ``gates::Table`` at this address, in the place of those that run diagonals on the CPU; 0
-    restores them."""
+    """Run diagonals on the CPU with the kernels of the ``gates::Table`` at this address; 0 restores the usual kernels."""
 
 def _use_persistent_kernels(table: int, watchdog: bool = False) -> None:
-    """Let these persistent kernels, the ``persistent::Table`` at this address, run on CPU tensors; 0: none do. With
-    ``watchdog`` they tell of a wait that took too long."""
+    """Let the persistent kernels of the ``persistent::Table`` at this address run on CPU tensors; 0: none run. With
+    ``watchdog``, these kernels report a wait that took too long."""
 
 def gpu_plan(
     input_size: int,
@@ -146,12 +145,12 @@ def gpu_plan(
     """What the operators' backends ``persistent`` and ``auto`` do with such a call; see ``plan.gpu_plan``."""
 
 def force_persistent_device(device: str | dict[str, Any] | None) -> None:
-    """Plan the persistent kernels for this device, wherever the tensors are, in all threads: one that
-    ``persistent_devices`` names, or ``{"like": name, "sms": 4, ...}``; ``None``: for theirs."""
+    """In all threads, plan the persistent kernels for this device, wherever the tensors are: a name of
+    ``persistent_devices``, or ``{"like": name, "sms": 4, ...}``; ``None``: for the device of the tensors."""
 
 def force_persistent_passes(backward: bool, passes: list[dict[str, Any]] | None) -> None:
-    """Cut up the persistent kernels' forward (or backward) pass like this in all threads, where it can be; ``None``: as
-    planned. Keys are those of ``persistent::Pass`` and ``Cut``, and ``exact`` and ``l2``."""
+    """In all threads, divide the persistent kernels' forward (or backward) pass into ``passes`` where that is possible;
+    ``None``: as planned. Keys are those of ``persistent::Pass`` and ``Cut``, and ``exact`` and ``l2``."""
 
 def cpu_maths(x: int, n: int, sigmoid: int, tanh: int, double_precision: bool) -> None:
     """The kernels' sigmoid and tanh of ``n`` numbers; the arguments are addresses (``Tensor.data_ptr()``)."""
@@ -159,15 +158,15 @@ def cpu_maths(x: int, n: int, sigmoid: int, tanh: int, double_precision: bool) -
 def last_run() -> dict[str, Any] | None: ...
 def clear_last_run() -> None: ...
 def drop_packed(first_weight: int) -> None:
-    """Forget the packed weights of stacks whose first weight stands, or stood, at this ``data_ptr()``."""
+    """Forget the packed weights of stacks whose first weight is, or was, at this ``data_ptr()``."""
 
 def packed_counts() -> dict[str, int]:
-    """Packed weights in the cache: ``stacks`` kept, their ``bytes``, ``noted`` (seen once), ``hits`` (calls that used kept
-    ones) since the start."""
+    """Packed weights in the cache: ``stacks`` that are kept, their ``bytes``, stacks only ``noted`` (seen once), and ``hits``
+    (calls that used kept weights since the start)."""
 
 def fingerprint(memory: list[tuple[int, int]], part: int, parts: int) -> tuple[int, int]:
-    """The fingerprint (``csrc/cpu/fingerprint.h``) of pieces of memory, each ``(address, bytes)``, or a part of it: its lower
-    and its upper 64 bits."""
+    """The lower and the upper 64 bits of the fingerprint (``csrc/cpu/fingerprint.h``) of pieces of memory, each
+    ``(address, bytes)``, or of part ``part`` of ``parts`` of it."""
 
 def call(
     input: Tensor,
@@ -188,11 +187,11 @@ def call(
     bf16_weights: bool,
     frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``(output, h_n, c_n)`` by the short way of csrc/torch/eager.h, or ``None`` where it declines. Without states they are zeros.
-    ``frozen``: packed weights that are kept are used without a look at the weights."""
+    """``(output, h_n, c_n)`` by the fast path of ``csrc/torch/eager.h``, or ``None`` where that declines. States that are
+    ``None`` are zeros. ``frozen``: kept packed weights are used without comparing them with the weights."""
 
 def set_formula(formula: Callable[..., Any]) -> None:
-    """What computes the gradients of a :func:`call` whose backward pass no kernel can do: ``ops._formula``."""
+    """Set the function that computes the gradients of a :func:`call` if no kernel can run its backward pass: ``ops._formula``."""
 
 def step(
     input: Tensor,

@@ -23,10 +23,10 @@ class ReportedLSTM(NamedTuple):
     """One LSTM of a model.
 
     Attributes:
-        paths: where it stands in the model; several if it is shared, and ``""`` where it is the model.
+        paths: where it is in the model; several if it is shared, and ``""`` if it is the model itself.
         cls: the name of its class.
         status: ``"converted"`` (it is a :class:`.StackedLSTM`), ``"convertible"``, ``"skipped"`` or ``"refused"``.
-        reason: in words, why; empty where it is convertible.
+        reason: why, in words; empty if it is convertible.
     """
 
     paths: tuple[str, ...]
@@ -66,22 +66,23 @@ def convert_lstm(
     """Swap every ``torch.nn.LSTM`` inside ``model`` for a :class:`.StackedLSTM`, in place.
 
     The parameters stay the very same objects, so optimisers, tied weights and ``state_dict`` keys go on working.
-    Hooks of every kind, parametrizations, both weight norms, pruning and training flags stay too; a module that
-    stands in several places is one module afterwards as well. Call it before ``torch.compile``,
-    ``DistributedDataParallel`` and the like. :func:`lstm_report` says beforehand, and afterwards, what becomes of each.
+    Hooks of every kind, parametrizations, both weight norms, pruning and training flags stay too; a module that several
+    places share stays shared. Call this function before ``torch.compile``, ``DistributedDataParallel`` and the like.
+    :func:`lstm_report` says what becomes of each LSTM, before and after.
 
     An LSTM whose class only adds a constructor to ``nn.LSTM`` becomes a ``StackedLSTM``. A class that adds more (helper
-    methods, ``reset_parameters``, overridden checks, a mixin) is kept: its LSTMs get a class made on the fly that is
+    methods, ``reset_parameters``, overridden checks, a mixin) is kept: its LSTMs get a class made at run time that is
     both, so they are ``nn.LSTM`` by ``isinstance`` as with ``as_lstm``.
 
     Args:
         model: any module.
-        skip: what to leave as it is: paths (of an LSTM, or of what holds it), classes, or a function of path and module
-            that says whether to. A path or a class may stand alone. A shared module is left if one of its paths is.
-        as_lstm: whether the new modules are to be ``nn.LSTM`` by ``isinstance`` as well, for code that asks.
-            ``torch.compile`` breaks the graph at those, as it does at ``nn.LSTM``.
+        skip: the LSTMs to leave as they are: paths (of an LSTM, or of a module that contains it), classes, or a
+            function of path and module that returns whether to skip. A single path or class need not be in a list. A
+            shared module is skipped if one of its paths is.
+        as_lstm: whether the new modules are to be ``nn.LSTM`` by ``isinstance`` as well, for code that checks this.
+            ``torch.compile`` breaks the graph at such modules, as it does at ``nn.LSTM``.
         recompute: the saving mode of the new modules, as for :class:`.StackedLSTM`.
-        bf16_weights: whether their products see rounded weights, as for :class:`.StackedLSTM`.
+        bf16_weights: whether their products use rounded weights, as for :class:`.StackedLSTM`.
 
     Returns:
         ``model`` itself, or the new module when ``model`` is an ``nn.LSTM``.
@@ -90,9 +91,9 @@ def convert_lstm(
         UserWarning: for LSTMs that ``torch.jit`` has compiled: they stay as they are. ``skip`` silences it.
 
     Raises:
-        TypeError: for LSTMs that cannot be converted: of a subclass that overrides ``forward``, compiled ones, or those
-            that use a name which a ``StackedLSTM`` needs. All paths are named with the reason, and nothing has been
-            changed. Also for a ``model`` that is no module and a ``skip`` of another type.
+        TypeError: for LSTMs that cannot be converted: the class overrides ``forward``, the LSTM is compiled, or it uses
+            a name that a ``StackedLSTM`` needs. The message names all paths with the reasons, and nothing has been
+            changed. Also for a ``model`` that is not a module and a ``skip`` of another type.
         ValueError: for a path in ``skip`` that the model does not have.
     """
     for name, option in (("as_lstm", as_lstm), ("recompute", recompute), ("bf16_weights", bf16_weights)):
@@ -116,7 +117,7 @@ def convert_lstm(
 
 
 def lstm_report(model: nn.Module, *, skip: Skip = ()) -> LSTMReport:
-    """What :func:`convert_lstm` would do with each LSTM of ``model``, or has done, and why; nothing is changed.
+    """What :func:`convert_lstm` would do, or has done, with each LSTM of ``model``, and why; nothing is changed.
 
     Args:
         model: any module.
@@ -127,7 +128,7 @@ def lstm_report(model: nn.Module, *, skip: Skip = ()) -> LSTMReport:
         has compiled.
 
     Raises:
-        TypeError: for a ``model`` that is no module and a ``skip`` of another type.
+        TypeError: for a ``model`` that is not a module and a ``skip`` of another type.
         ValueError: for a path in ``skip`` that the model does not have.
     """
     return LSTMReport(entry for _, entry in _examine(model, skip))
@@ -140,8 +141,8 @@ def revert_lstm(model: Model) -> Model: ...
 def revert_lstm(model: nn.Module) -> nn.Module:
     """Swap every :class:`.StackedLSTM` inside ``model`` for a ``torch.nn.LSTM``, in place: undo :func:`convert_lstm`.
 
-    Everything stays that :func:`convert_lstm` keeps, and the classes that it made become what they were made for. The
-    settings that ``nn.LSTM`` lacks (``recompute``, ``bf16_weights``) are lost.
+    Everything that :func:`convert_lstm` keeps stays. An LSTM whose class :func:`convert_lstm` made gets back its own
+    class. The settings that ``nn.LSTM`` lacks (``recompute``, ``bf16_weights``) are lost.
 
     Returns:
         ``model`` itself, or the new module when ``model`` is a ``StackedLSTM``.
@@ -196,7 +197,7 @@ def _examine(model: nn.Module, skip: Skip) -> list[tuple[nn.Module, ReportedLSTM
 
 
 def _is_scripted_lstm(module: nn.Module) -> bool:
-    """Whether it is an nn.LSTM, or a subclass, that was scripted, traced or loaded: its class is one of torch.jit's then."""
+    """Whether ``module`` is an nn.LSTM, or of a subclass, that was scripted, traced or loaded. Its class is then one of torch.jit's."""
     weight = getattr(module, "weight_hh_l0", None) if isinstance(module, torch.jit.ScriptModule) else None
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         return False
@@ -227,8 +228,8 @@ def _where(entry: ReportedLSTM) -> str:
 
 
 def _swap(model: nn.Module, replacement: dict[int, Any]) -> nn.Module:
-    """Put each replacement in every place of what it replaces."""
-    # An LSTM may itself hold modules (parametrizations), so the new ones are looked through as well.
+    """Put each replacement in every place of the module that it replaces."""
+    # An LSTM may contain modules itself (parametrizations), so the replacements are searched as well.
     for parent in [*model.modules(), *replacement.values()]:
         for name, child in parent._modules.items():
             if child is not None and id(child) in replacement:

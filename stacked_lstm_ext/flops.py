@@ -1,7 +1,7 @@
 """What ``torch.utils.flop_counter`` counts for the operators: the products that ``torch.nn.LSTM`` is made of.
 
-The figures are those that torch counts for an ``nn.LSTM`` of the same sizes where that runs as single products (on the
-meta device, for one). Gates, biases and what ``saving="recompute"`` computes again are not counted.
+The figures are those that torch counts for an ``nn.LSTM`` of the same sizes when it runs as single products (for example
+on the meta device). Gates, biases and what ``saving="recompute"`` computes again are not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Shape = Sequence[int]
 
 
 def _rows(input: Shape, h_0: Shape) -> tuple[int, int]:
-    """Rows of all steps together, and those of the steps that begin from ``h_0``: the batch."""
+    """The number of rows of all steps, and the number of rows that begin from ``h_0`` (the batch)."""
     return prod(input[:-1]), h_0[1]
 
 
@@ -67,7 +67,7 @@ def _backward_flops(
         if place == 0:
             total += rows * product if input_grad or lane >= directions else 0
         elif place == 1:
-            total += (rows - batch) * product  # the gradient of h_0 is one that torch seldom computes
+            total += (rows - batch) * product  # without the gradient of h_0, which torch seldom computes
         else:
             total += rows * product
     return total
@@ -75,7 +75,7 @@ def _backward_flops(
 
 def register_flop_formulas() -> None:
     """Tell ``torch.utils.flop_counter`` of the operators."""
-    # Its import warns where torch has CUDA and there is no triton: of no interest to who merely imports this package.
+    # The import below warns if torch has CUDA but triton is missing. A user who only imports this package need not see that.
     log = logging.getLogger("torch.utils.flop_counter")
     was_disabled, log.disabled = log.disabled, True
     try:

@@ -32,11 +32,11 @@ class StackedLSTM(nn.RNNBase):
     * Dropout masks come from Philox, one draw for each element: the same ``torch.manual_seed`` gives the same bits
       whatever the number of threads (but not the bits of ``torch.nn.LSTM``).
     * A ``PackedSequence`` has its feature size and its initial states checked.
-    * It is no ``nn.LSTM`` by ``isinstance``, since ``torch.compile`` refuses to trace those. :func:`.convert_lstm`
-      swaps the ones inside a model, and with ``as_lstm=True`` for modules that are both.
+    * It is not an ``nn.LSTM`` by ``isinstance``, since ``torch.compile`` refuses to trace an ``nn.LSTM``.
+      :func:`.convert_lstm` swaps the LSTMs inside a model; with ``as_lstm=True`` the new modules are both.
 
-    A subclass may override what a subclass of ``nn.LSTM`` may (``check_input``, ``check_forward_args``,
-    ``permute_hidden``, ...), and an instance may have such a method set. Options may be changed after construction:
+    A subclass may override the same methods as a subclass of ``nn.LSTM`` (``check_input``, ``check_forward_args``,
+    ``permute_hidden``, ...), and such a method may be set on an instance. Options may be changed after construction:
     ``num_layers``, ``bias`` and ``bidirectional`` then say which of the weights are used.
 
     Args:
@@ -50,14 +50,14 @@ class StackedLSTM(nn.RNNBase):
         proj_size: if positive, h is projected to this many features.
         device: of the parameters.
         dtype: of the parameters. float32, float64, bfloat16 and float16 have kernels.
-        recompute: keep h and little else for the backward pass and compute the gates again there: two fifths of the
-            memory on the CPU, a third on a GPU, for at most one more product per layer.
-        bf16_weights: let the products see the weight matrices rounded to bfloat16. Parameters, gradients, biases,
-            states and all arithmetic stay in the module's dtype. The CPU kernels then read half the bytes of float32
-            weights, which is what a small batch of a wide stack waits for; elsewhere the numbers are the same and
-            nothing is gained. Each rounding is off by at most 2^-8 of the weight (docs/api.md has what that does to
-            results). A processor that multiplies bfloat16 itself sees the input of every layer rounded, too. A bfloat16
-            module gains as much without the option.
+        recompute: keep h and little else for the backward pass, which then computes the gates again. This takes two
+            fifths of the memory on the CPU and a third on a GPU, and costs at most one more product per layer.
+        bf16_weights: round the weight matrices to bfloat16 for the products. Parameters, gradients, biases, states and
+            all arithmetic stay in the module's dtype. The CPU kernels then read half the bytes of float32 weights;
+            a small batch of a wide stack spends its time on reading weights. On a GPU and in float64, the products use
+            the same rounded weights, but nothing is gained. The error of a rounding is at most 2^-8 of the weight
+            (docs/api.md says what that does to results). Where the processor multiplies bfloat16 itself, the input of
+            every layer is rounded, too. A bfloat16 module gains as much without the option.
 
     Inputs:
         * **input**: ``(T, N, input_size)``, ``(N, T, input_size)`` if ``batch_first``, ``(T, input_size)`` unbatched,
@@ -73,11 +73,11 @@ class StackedLSTM(nn.RNNBase):
     Raises:
         ValueError: for sizes out of range, an input that is neither 2-D nor 3-D, or one whose dtype is not the
             weights'.
-        TypeError: for constructor arguments of the wrong type (``bidirectional``: at a call, as ``nn.LSTM``), or an
-            ``hx`` that is neither a tuple nor a list.
-        RuntimeError: for options that were changed to what the weights were not made for, and for sizes that do not
-            fit, an empty sequence, tensors on several devices, a forced backend (:func:`.backend`) that cannot run the
-            call (ValueError where it is ``"persistent"``).
+        TypeError: for constructor arguments of the wrong type (``bidirectional`` is checked at a call, as in
+            ``nn.LSTM``), or an ``hx`` that is neither a tuple nor a list.
+        RuntimeError: for options that were changed to values that the weights were not made for, for sizes that do not
+            fit, an empty sequence, tensors on several devices, and for a forced backend (:func:`.backend`) that cannot
+            run the call (ValueError if that backend is ``"persistent"``).
 
     Example::
 
@@ -88,10 +88,11 @@ class StackedLSTM(nn.RNNBase):
     recompute: bool
     bf16_weights: bool
     _frozen = False
-    # Whether calls have to do as nn.LSTM does, step by step, because of what the class overrides or the instance has.
+    # Whether a call must call every check as a method and read every option, as nn.LSTM does: the class overrides one
+    # of these methods, or the instance has an unusual attribute.
     _unusual = False
-    _unusual_step = False  # that, or forward is another: step is one call of it
-    _overrides_weights = False  # the class brings _flat_weights up to date itself, and calls compute with that
+    _unusual_step = False  # _unusual, or forward is overridden: then step calls forward
+    _overrides_weights = False  # the class updates _flat_weights itself, and calls compute with that list
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,7 +100,7 @@ class StackedLSTM(nn.RNNBase):
 
     @classmethod
     def _note_overrides(cls) -> None:
-        """Note what the class has from elsewhere that the short ways of a call would pass by."""
+        """Note whether the class overrides anything that the fast paths of a call would ignore."""
         cls._overrides_weights = overrides(cls, StackedLSTM, WEIGHT_METHODS) or hasattr(cls, "_flat_weights")
         cls._unusual = cls._overrides_weights or overrides(cls, StackedLSTM, CHECKS)
         cls._unusual_step = cls._unusual or overrides(cls, StackedLSTM, ("forward",))
@@ -123,7 +124,7 @@ class StackedLSTM(nn.RNNBase):
         for name, option in (("recompute", recompute), ("bf16_weights", bf16_weights)):
             if not isinstance(option, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(option).__name__}")
-        nn.RNNBase.__init__(  # not that of nn.LSTM, which is next where as_lstm makes it a base
+        nn.RNNBase.__init__(  # not super(): with as_lstm, that is nn.LSTM.__init__
             self,
             "LSTM",
             input_size,
@@ -144,13 +145,13 @@ class StackedLSTM(nn.RNNBase):
     def from_torch(cls, lstm: nn.LSTM, *, recompute: bool = False, bf16_weights: bool = False) -> StackedLSTM:
         """A new module that shares the very same ``Parameter`` objects with ``lstm``.
 
-        Parametrizations, hooks (those of weight norm and pruning among them) and the training flag are taken over;
-        ``lstm`` itself is left as it is. What a subclass of ``nn.LSTM`` defines is kept as :func:`.convert_lstm` keeps
-        it, where this method is that of :class:`StackedLSTM` itself.
+        Parametrizations, hooks (also those of weight norm and pruning) and the training flag are taken over; ``lstm``
+        itself does not change. If this method is called on :class:`StackedLSTM` itself, not on a subclass, it keeps
+        what a subclass of ``nn.LSTM`` defines, as :func:`.convert_lstm` does.
 
         Raises:
-            TypeError: if ``lstm`` is no ``nn.LSTM``, or of a subclass that cannot be carried over: one that overrides
-                ``forward``, above all.
+            TypeError: if ``lstm`` is not an ``nn.LSTM``, or if its class cannot be carried over, for example because it
+                overrides ``forward``.
         """
         if not isinstance(lstm, nn.LSTM):
             raise TypeError(f"lstm should be a torch.nn.LSTM, got: {type(lstm).__name__}")
@@ -161,7 +162,7 @@ class StackedLSTM(nn.RNNBase):
         return transplant(lstm, target, options={"recompute": recompute, "bf16_weights": bf16_weights}, take_hooks=False)
 
     def to_torch(self) -> nn.LSTM:
-        """A new ``torch.nn.LSTM`` that shares the very same ``Parameter`` objects: :meth:`from_torch` undone."""
+        """A new ``torch.nn.LSTM`` that shares the very same ``Parameter`` objects; the inverse of :meth:`from_torch`."""
         return transplant(self, torch_class(self), options={}, take_hooks=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -175,23 +176,23 @@ class StackedLSTM(nn.RNNBase):
             self._look_again()
 
     def _look_again(self) -> None:
-        """Note what the instance itself has that the short ways of a call would pass by."""
+        """Note whether the instance has any attribute that the fast paths of a call would ignore."""
         own = self.__dict__
         if type(self).__module__ == __name__:
-            # torch.fx takes a module for a leaf by `module.__module__.startswith("torch.nn")`: nn.LSTM is one, its
-            # subclasses are not. An attribute of the instance says so, and leaves alone what pickle and repr read, that
-            # of the class. It is not "torch.nn.modules": torch.compile tells modules that it takes for one of those
-            # from the user's, and can be told to set no guards on their attributes.
+            # torch.fx treats a module as a leaf if `module.__module__.startswith("torch.nn")`. nn.LSTM passes this
+            # test, its subclasses do not; this attribute of the instance makes it pass. pickle and repr read
+            # __module__ of the class, which stays as it is. The value is not "torch.nn.modules": torch.compile
+            # distinguishes modules of that name from the user's, and can be set to put no guards on their attributes.
             own["__module__"] = "torch.nn"
         unusual = is_unusual(self)
         for flag, here in (("_unusual", unusual), ("_unusual_step", unusual or "forward" in own)):
             if here:
                 own[flag] = True
             else:
-                own.pop(flag, None)  # what the class says counts
+                own.pop(flag, None)  # then the flag of the class counts
 
     def _check_options(self) -> None:
-        """Refuse what the options were changed to, if no call can do it; take the short ways again where nothing is left to see."""
+        """Refuse options that no call can obey. If the instance is no longer unusual, take the fast paths again."""
         if "_unusual" in self.__dict__ and not torch.compiler.is_compiling():
             self._look_again()
         check_options(self)
@@ -204,51 +205,52 @@ class StackedLSTM(nn.RNNBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # The pickle of an nn.LSTM, or of this module before it had the settings.
+        # The pickle may be of an nn.LSTM, or of a version of this module that did not have these settings yet.
         self.__dict__.setdefault("recompute", False)
         self.__dict__.setdefault("bf16_weights", False)
-        self.__dict__.pop("_frozen", None)  # the promise was given for another module's weights
+        self.__dict__.pop("_frozen", None)  # freeze() made its promise for the weights of the module that was pickled
         self._look_again()
 
     def flatten_parameters(self) -> None:
-        """Nothing: no kernel here wants its weights in the one buffer that cuDNN does."""
+        """Do nothing: cuDNN needs all weights in one buffer, the kernels of this package do not."""
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """``torch.jit.script`` asks for this; left to itself, it would fail without saying why."""
+        """Refuse, with the reason. ``torch.jit.script`` calls this method; without it, it would fail and not say why."""
         raise RuntimeError(
             "torch.jit.script cannot compile a StackedLSTM: script revert_lstm(copy.deepcopy(model)), or use torch.export"
         )
 
     def drop_packed_weights(self) -> None:
-        """Free the weights that calls without gradients have packed for the CPU; the next ones pack them anew.
+        """Free the packed weights that CPU calls without gradients have kept; later calls pack them again.
 
-        Results never need this: every call makes sure that the packed weights are those of the module.
+        Results do not depend on this: every call makes sure that the packed weights are those of the module (after
+        :meth:`freeze`, with the limits stated there).
         """
         ops.drop_packed(self._current_weights()[0])
 
     def freeze(self) -> Self:
-        """Promise that the weights stay as they are until :meth:`unfreeze`, which spares calls from looking at them.
+        """Promise that the weights do not change until :meth:`unfreeze`, so that calls need not compare them.
 
-        Without it, every call without gradients on the CPU first compares all bytes of the weights with those that were
-        packed, so that no write is missed: not one through ``.data``, NumPy or another process. That reads the weights
-        once, which is little beside a sequence and about as much as a :meth:`step` itself.
+        Without this promise, every CPU call without gradients first compares all bytes of the weights with those that
+        were packed. So it notices every write, also a write through ``.data``, NumPy or another process. The comparison
+        reads the weights once: little beside a sequence, but about as much as a :meth:`step` itself.
 
-        A change that torch's version counters tell of (an in-place operation, ``load_state_dict``, ``.to()``, another
-        parameter in the place of one) still gives the right results. After any other write (through ``.data``, by a
-        fused optimiser), results are those of the old weights until :meth:`unfreeze` or another :meth:`freeze`.
+        A change that torch's version counters show (an in-place operation, ``load_state_dict``, ``.to()``, a parameter
+        put in the place of another) still gives the right results. After any other write (through ``.data``, by a fused
+        optimiser), results are those of the old weights until :meth:`unfreeze` or another :meth:`freeze`.
 
-        The promise does not touch ``requires_grad``; calls that record gradients, compiled ones and those on other
-        devices do not make use of it. Copies and pickles of the module, and what is converted from it, are not frozen.
+        The promise does not change ``requires_grad``. Calls that record gradients, compiled calls and calls on other
+        devices make no use of it. Copies and pickles of the module are not frozen, nor is a module converted from it.
 
         Returns:
             the module.
         """
-        self.drop_packed_weights()  # they may be out of date: no call has looked at the weights since their last change
+        self.drop_packed_weights()  # they may be out of date: perhaps no call has compared the weights since their last change
         self._frozen = True
         return self
 
     def unfreeze(self) -> Self:
-        """Take :meth:`freeze` back: calls look at the weights again.
+        """Undo :meth:`freeze`: calls compare the weights again.
 
         Returns:
             the module.
@@ -273,8 +275,8 @@ class StackedLSTM(nn.RNNBase):
         return self.num_layers * (2 if self.bidirectional else 1), batch, width
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        # nn.RNNBase looks at the cached list of weights, which lags behind while functional_call, a parametrization
-        # or a weight norm swaps them; and at autocast for any device, where only this input's counts.
+        # nn.RNNBase reads the cached list of weights, which is out of date while functional_call, a parametrization or
+        # a weight norm swaps them. It also asks for autocast on any device; only that of this input's device counts.
         dtype = getattr(self, self._flat_weights_names[0]).dtype
         if input.dtype != dtype and _autocast_dtype(input.device.type) is None:
             raise ValueError(
@@ -291,10 +293,10 @@ class StackedLSTM(nn.RNNBase):
         self, hx: Tensor, expected_hidden_size: tuple[int, int, int], msg: str = "Expected hidden size {}, got {}"
     ) -> None:
         if torch.compiler.is_compiling() and hx.dim() == 3:
-            from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true  # loads much that only a compiler needs
+            from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true  # a large import that only a compiler needs
 
-            # How many sequences a packed batch has is known from its data alone, which no guard can look at. So the
-            # compiled program checks that when it runs.
+            # The number of sequences of a packed batch is part of its data, which no guard can read. So the compiled
+            # program checks it when it runs.
             layers, batch, width = expected_hidden_size
             fits = (hx.size(0), hx.size(2)) == (layers, width)
             if fits and not guard_or_false(hx.size(1) == batch) and guard_or_true(hx.size(1) == batch):
@@ -368,7 +370,7 @@ class StackedLSTM(nn.RNNBase):
         return output, self.permute_hidden((h_n, c_n), None) if unusual else (h_n, c_n)
 
     def _fast_call(self, input: Tensor, hx: Sequence[Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-        """The call by ``csrc/torch/eager.h``; nothing where that declines: a wrong call, above all, of which forward knows what to say."""
+        """The call by ``csrc/torch/eager.h``; ``None`` where that declines. It declines wrong calls, too: forward reports the error."""
         if not isinstance(input, Tensor) or input.dim() != 3 or self._dropout_in_effect() or not runs_on_cpu():
             return None
         if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
@@ -388,20 +390,20 @@ class StackedLSTM(nn.RNNBase):
         return output.transpose(0, 1) if self.batch_first else output, (h_n, c_n)
 
     def step(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One time step, its state carried over: what streaming does, for which a call of the module is too slow.
+        """Run one time step and return the state for the next: for streaming, where a call of the module is too slow.
 
-        ``output, hx = lstm.step(x[t], hx)`` over all t gives what ``lstm(x, hx)`` gives, to rounding. It is the same
+        ``output, hx = lstm.step(x[t], hx)`` over all t gives what ``lstm(x, hx)`` gives, up to rounding. It is the same
         function, so it has gradients and works in ``torch.compile``, on a GPU and with every option but
-        ``bidirectional``; forward hooks, which belong to calls of the module, do not run.
+        ``bidirectional``. Forward hooks do not run, since they belong to calls of the module.
 
-        Where no gradient is recorded (``torch.no_grad``, ``torch.inference_mode``, or nothing requires one), CPU
-        tensors take a path of their own: it reads the packed weights that the first two steps leave behind, shares a
-        wide stack's units out to torch's threads, and allocates nothing but its results. It also reads the weights
-        themselves, to see whether they have changed, unless :meth:`freeze` has promised that they do not. That path
-        needs contiguous states and no dropout in effect; whatever else comes is served as an ordinary call of one step.
+        When no gradient is recorded (``torch.no_grad``, ``torch.inference_mode``, or nothing requires one), CPU tensors
+        take a fast path. It reads the packed weights that the first two steps leave behind, divides the units of a wide
+        stack among torch's threads, and allocates nothing but its results. It also reads the weights themselves to see
+        whether they have changed, unless :meth:`freeze` has promised that they do not. The fast path needs contiguous
+        states and no dropout in effect; any other step runs as an ordinary call of one step.
 
         Args:
-            input: ``(N, input_size)``, or ``(input_size,)`` unbatched, whatever ``batch_first``.
+            input: ``(N, input_size)``, or ``(input_size,)`` unbatched; ``batch_first`` makes no difference.
             hx: ``(h, c)`` as for a call; zeros by default.
 
         Returns:
@@ -426,7 +428,7 @@ class StackedLSTM(nn.RNNBase):
         return output.squeeze(time), state
 
     def _fast_step(self, input: Tensor, hx: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
-        """One step by ``csrc/torch/step.h``, or nothing where that declines; the common case, so every look-up counts."""
+        """One step by ``csrc/torch/step.h``; ``None`` where that declines. This is the common case, so each look-up costs."""
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             return None
         if self.bidirectional or (self.training and self._dropout_in_effect()) or not runs_on_cpu():
@@ -442,7 +444,7 @@ class StackedLSTM(nn.RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if self._unusual:
             self._check_options()
-        # Unlike torch, which checks nothing here and reads on with a wrong feature size.
+        # torch makes no checks here, and computes on with a wrong feature size.
         if hx is None:
             self.check_input(data, batch_sizes)
             hidden = self._zero_states(data, _int_of(batch_sizes[0]))
@@ -496,7 +498,7 @@ class StackedLSTM(nn.RNNBase):
         return float(self.dropout) if self.training and self.num_layers > 1 else 0.0
 
     def _current_weights(self) -> list[Tensor]:
-        """The weights as they are now, whoever swaps them: functional_call, a parametrization, weight norm, pruning."""
+        """The current weights, also while functional_call, a parametrization, weight norm or pruning swaps them."""
         parameters = self._parameters
         weights = []
         for name in self._flat_weights_names:
@@ -505,7 +507,7 @@ class StackedLSTM(nn.RNNBase):
         return weights
 
     def _weights_in_use(self) -> list[Tensor]:
-        """Those of :meth:`_current_weights` that the options ask for, or what the class brings up to date itself."""
+        """The current weights that the options ask for; from ``_flat_weights`` if the class overrides its update and the names fit."""
         if not self._unusual:
             return self._current_weights()
         names = weight_names(self)
@@ -550,17 +552,17 @@ class StackedLSTM(nn.RNNBase):
         dtype: torch.dtype | None = None,
         threads: int | None = None,
     ) -> Plan:
-        """What a call with such an input would run here and now, and why; nothing is run.
+        """What a call with such an input would run now, and why; nothing is run.
 
-        It is what the call obeys: the forced :func:`.backend`, autocast, the thread count and the gradient mode of this
-        moment count, as they would for the call. Sizes are those of a padded batch; the kernels may cut up a
-        ``PackedSequence`` otherwise.
+        A call obeys the same choice. As in a call, the current state counts: the forced :func:`.backend`, autocast, the
+        thread count and the gradient mode. Sizes are those of a padded batch; the kernels may divide a
+        ``PackedSequence`` differently.
 
         Args:
             batch_size: N, at least 0.
             seq_len: T, at least 1.
             training: whether a backward pass is to follow; by default, whether gradients are on and a parameter
-                requires one (an input that requires a gradient would make it so too).
+                requires one (in a call, an input that requires a gradient counts as well).
             dtype: of the computation; by default that of the parameters, or autocast's.
             threads: how many threads there are; by default ``torch.get_num_threads()``.
 
@@ -609,10 +611,10 @@ class StackedLSTM(nn.RNNBase):
 class TorchStackedLSTM(StackedLSTM, nn.LSTM):
     """A :class:`StackedLSTM` that is a ``torch.nn.LSTM`` by ``isinstance``: ``convert_lstm(model, as_lstm=True)`` makes it.
 
-    ``torch.compile`` breaks the graph at it, as it does at an ``nn.LSTM``. All else is that of :class:`StackedLSTM`.
+    ``torch.compile`` breaks the graph at it, as it does at an ``nn.LSTM``. Everything else is as in :class:`StackedLSTM`.
     """
 
-    _made_for = nn.LSTM  # as both() has it in the classes it makes
+    _made_for = nn.LSTM  # both() sets the same attribute in the classes that it makes
 
 
 def stacked_class(lstm: nn.LSTM, *, as_lstm: bool = False) -> type[StackedLSTM]:
@@ -630,7 +632,7 @@ def torch_class(stacked: StackedLSTM) -> type[nn.LSTM]:
 
 
 def _int_of(scalar: Tensor) -> int:
-    """Its value; in a program that is being compiled or exported, what stands for it (``int`` would ask for the number)."""
+    """The value of ``scalar``; in a program that is compiled or exported, a symbol for it (``int`` would need the number)."""
     value: int = scalar.item()  # type: ignore[assignment]
     return value
 
@@ -651,21 +653,21 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast as autocast does: whatever is floating, but for float64."""
+    """Cast as autocast does: every floating-point tensor except float64."""
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def _needs_grad(tensors: Sequence[Tensor]) -> bool:
-    """Whether a backward pass may follow. A trace outlives the gradient mode it was taken in, so that does not count."""
+    """Whether a backward pass may follow. The gradient mode does not count while tracing: the trace may run under another mode."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     return (torch.is_grad_enabled() or tracing) and any(tensor.requires_grad for tensor in tensors)
 
 
 def _transform(tensors: Sequence[Tensor]) -> str:
-    """What is being done to this call that a kernel cannot follow, in words; empty for nothing of the kind."""
+    """The transform of this call that a kernel cannot follow, in words; empty if there is none."""
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform (vmap, grad, jvp, ...) is active"
-    # Private, but read only to spare every ordinary call the loop; were it gone, the loop would run.
+    # _current_level is private to torch. It only spares ordinary calls the loop: if torch removes it, the loop runs.
     if getattr(forward_ad, "_current_level", 0) >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         return "forward-mode automatic differentiation is active"
     return ""

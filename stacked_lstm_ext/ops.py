@@ -54,13 +54,13 @@ call = _C.call
 forward = torch.ops.stacked_lstm_ext.forward.default
 backward = torch.ops.stacked_lstm_ext.backward.default
 
-# "auto" is whichever of "persistent" and "diagonal" is predicted to be faster for the sizes that a call turns out to have.
+# "auto" is "persistent" or "diagonal", whichever is predicted to be faster for the sizes of the call.
 KERNEL_BACKENDS = ("cpu", "diagonal", "persistent", "auto")
 
-# Rows of the unit dimension are padded in the reserve so that every one starts on a vector of the widest instruction
+# Rows of the unit dimension are padded in the reserve, so that every row starts on a vector of the widest instruction
 # set.
 _UNIT_PADDING = 16
-# With saving="recompute", the CPU kernels keep c after every so many steps, and one in so many rows of gates.
+# With saving="recompute", the CPU kernels keep c after every _CHECKPOINT_STEPS steps, and one in _KEPT_GATES rows of gates.
 _CHECKPOINT_STEPS, _KEPT_GATES = 8, 3
 
 
@@ -103,8 +103,8 @@ def reserve_numel(
     if dtype.itemsize > 2:
         return cells + outputs
     if backend != "cpu":
-        return cells + (outputs + 1) // 2  # h is rounded to 16 bits at every step: two in an element
-    return cells + outputs + rows * width  # h is not rounded inside, but the output is, so all of it is kept
+        return cells + (outputs + 1) // 2  # h is rounded to 16 bits at every step: two h fit in an element
+    return cells + outputs + rows * width  # h is not rounded inside, but the output is, so every h is kept
 
 
 def _check_arguments(
@@ -117,7 +117,7 @@ def _check_arguments(
     backend: str,
     bf16_weights: bool,
 ) -> None:
-    """What ``csrc/torch/prepare.cpp`` would refuse, refused by the fakes, in its words: while tracing, not when it runs."""
+    """Refuse in the fakes, with the same messages, what ``csrc/torch/prepare.cpp`` would refuse: while tracing, not in the run."""
     device = input.device
     if bf16_weights and (backend != "cpu" or input.dtype != torch.float32):
         raise ValueError(
@@ -246,7 +246,10 @@ def _formula(
     backend: str,
     bf16_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
-    """The kernel, or the reference where no kernel can do it. ``csrc/torch/eager.cpp`` has the plain case, and calls this for others."""
+    """The gradients by the kernel, or by the reference where no kernel can compute them.
+
+    ``csrc/torch/eager.cpp`` does the plain case itself and calls this function for all others.
+    """
     input, batch_sizes, h_0, c_0, weights, seed = inputs
     reason = "" if torch.compiler.is_compiling() else _obstacle_to_kernel(grad_outputs)
     if reason:
@@ -285,7 +288,7 @@ def _obstacle_to_kernel(grad_outputs: Sequence[Tensor | None]) -> str:
     """Why the reference has to do a backward pass, in words; empty if the kernel can."""
     if torch.is_grad_enabled():
         return "create_graph=True: the backward pass itself is to be differentiated"
-    # torch.autograd.grad(is_grads_batched=True) maps with torch's older vmap, which takes no rules from outside of torch.
+    # torch.autograd.grad(is_grads_batched=True) maps with torch's older vmap, which accepts no rules from outside torch.
     if any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grad_outputs):
         return "is_grads_batched=True: the backward pass is mapped over a batch of gradients"
     return ""
@@ -299,10 +302,11 @@ def _reference_gradients(
     bf16_weights: bool,
     reason: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
-    """The same gradients as functions of everything they depend on, by way of the reference.
+    """The same gradients by the reference, as functions of everything they depend on.
 
-    They are taken with respect to aliases. With respect to the saved tensors themselves they would be wrong where one
-    of those is computed from another (h_0 from the input, say, or one weight from another): its part would count twice.
+    They are taken with respect to aliases of the saved tensors. If one saved tensor is computed from another (h_0 from
+    the input, say, or one weight from another), gradients with respect to the tensors themselves would count its part
+    twice.
     """
     input, batch_sizes, h_0, c_0, weights, seed = inputs
     create_graph = torch.is_grad_enabled()
@@ -346,8 +350,8 @@ _C.set_formula(_formula)
 def _run_one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
     """A ``vmap`` rule that runs the operator once for each element of the mapped dimension.
 
-    It serves whoever maps an operator itself, or the backward pass of an ordinary call. A module called under
-    ``torch.func`` runs the reference.
+    It serves code that maps an operator itself, or the backward pass of an ordinary call. A module that is called under
+    ``torch.func`` runs the reference instead.
     """
 
     def select(argument: Any, dim: Any, index: int) -> Any:
@@ -376,7 +380,7 @@ torch.library.register_vmap("stacked_lstm_ext::backward", _run_one_by_one(backwa
 
 
 class _Owner(weakref.ref[Any]):
-    """A module whose packed weights go when it does."""
+    """A weak reference to a module. Its packed weights are freed when the module dies."""
 
     __slots__ = ("first_weights", "key")
     key: int
@@ -394,12 +398,12 @@ def _owner_died(owner: Any, owners: dict[int, _Owner] = _owners, drop: Callable[
 
 
 def drop_packed_with(module: Any, first_weight: Tensor) -> None:
-    """Have the packed weights of the stack that begins with this weight freed when ``module`` dies.
+    """When ``module`` dies, free the packed weights of the stack that begins with this weight.
 
-    Without, the cache frees them when it next meets weights that it does not know. The weight itself is not watched:
-    ``torch.utils.swap_tensors`` refuses tensors that have a weak reference.
+    Without this, the cache would free them later, when it sees weights that it does not know. The weight itself gets no
+    weak reference: ``torch.utils.swap_tensors`` refuses tensors that have one.
     """
-    if type(first_weight) not in _ORDINARY:  # the place of a fake one cannot be told
+    if type(first_weight) not in _ORDINARY:  # a fake tensor has no address
         return
     key = id(module)
     owner = _owners.get(key)
@@ -407,7 +411,7 @@ def drop_packed_with(module: Any, first_weight: Tensor) -> None:
         owner = _owners[key] = _Owner(module, _owner_died)
         owner.key = key
         owner.first_weights = set()
-    elif len(owner.first_weights) > 64:  # weights that live for one call, at ever new addresses: the cache will look
+    elif len(owner.first_weights) > 64:  # weights live for one call, each at a new address: the cache frees them itself
         owner.first_weights.clear()
     owner.first_weights.add(first_weight.data_ptr())
 
@@ -428,12 +432,12 @@ def run_kernel(
     *options: Any,
     frozen: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator ``forward`` without its reserve, in the cheapest way that this moment allows.
+    """The operator ``forward`` without its reserve; by the fast path (``csrc/torch/eager.h``) if that accepts the call.
 
     Args:
         options: what follows ``seed`` in the operator's schema; the last are the saving mode, the backend and
             ``bf16_weights``.
-        frozen: whether packed weights that are kept may be taken for those of the module without looking.
+        frozen: whether kept packed weights may be used without comparing them with the module's weights.
     """
     if not torch.compiler.is_compiling():
         bias, num_layers, bidirectional, proj_size, dropout, saving, backend, bf16_weights = options
@@ -484,7 +488,7 @@ def run_reference(
     direction: str = "forward",
     reason: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`.lstm_reference` out of autocast's reach, noted for :func:`stacked_lstm_ext.last_run`.
+    """Run :func:`.lstm_reference` with autocast off, and record it for :func:`stacked_lstm_ext.last_run`.
 
     Args:
         direction: the pass that this run belongs to, ``"forward"`` or ``"backward"``.

@@ -1,9 +1,9 @@
 """The definition: a stacked LSTM in plain torch operations.
 
-Every kernel of this package is held against :func:`lstm_reference` run in float64. It also serves what no kernel does:
-second derivatives, forward-mode differentiation, ``torch.func`` transforms, and dtypes that have no kernel. So it may
-use neither in-place operations nor control flow that looks into a tensor (``batch_sizes``, which lives on the CPU, is
-the one exception), and it is written to be read, not to be fast.
+Every kernel of this package is compared with :func:`lstm_reference` run in float64. The function also runs what no
+kernel can: second derivatives, forward-mode differentiation, ``torch.func`` transforms, and dtypes that have no kernel.
+So it may use neither in-place operations nor control flow that depends on a tensor's contents (the one exception is
+``batch_sizes``, which lives on the CPU). It is written to be read, not to be fast.
 
     i = σ(a_i)   f = σ(a_f)   g = tanh(a_g)   o = σ(a_o)      a = W_ih x + b_ih + W_hh h + b_hh, gate order i, f, g, o
     c' = f·c + i·g            h' = W_hr (o·tanh(c'))          W_hr only when proj_size > 0
@@ -38,8 +38,8 @@ def lstm_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a stacked LSTM; the arguments are those of the operator ``stacked_lstm_ext::forward``.
 
-    Dtypes of 32 bits and more are computed in themselves; narrower ones in float32 throughout, with one rounding of
-    each result at the end.
+    Tensors of 32 bits and more are computed in their own dtype; narrower ones in float32 throughout, with one rounding
+    of each result at the end.
 
     Args:
         input: ``(T, B, I)``, time-major; or, with ``batch_sizes``, the data ``(rows, I)`` of a ``PackedSequence``.
@@ -74,7 +74,7 @@ def lstm_reference(
     directions = 2 if bidirectional else 1
     per_direction = 2 + 2 * bias + (proj_size > 0)
 
-    # One row for each (step, sequence) that exists: padded and packed input are then the same thing.
+    # One row for each (step, sequence) that exists, so that padded and packed input are treated alike.
     rows = input if batch_sizes is not None else input.flatten(0, 1)
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
@@ -82,7 +82,7 @@ def lstm_reference(
         if layer > 0 and dropout > 0:
             assert seed is not None
             keep = dropout_mask(seed, layer - 1, _element_rows(sizes, batch, rows.device), rows.size(-1), dropout)
-            # A product, not a selection, so that NaN and Inf in a dropped element are seen, as in torch.
+            # A product, not a selection: NaN and Inf in a dropped element then show in the result, as in torch.
             rows = rows * (keep.to(rows.dtype) * (1 / (1 - dropout) if dropout < 1 else 0.0))
         halves = []
         for direction in range(directions):
@@ -153,7 +153,7 @@ def _element_rows(sizes: list[int], batch: int, device: torch.device) -> Tensor:
 
 
 def round_to_bf16(weights: Sequence[Tensor]) -> list[Tensor]:
-    """What the products of a stack with ``bf16_weights`` see: its matrices rounded to bfloat16, in their own dtype.
+    """The weights that the products of a stack with ``bf16_weights`` use: matrices rounded to bfloat16, in their own dtype.
 
     Biases stay as they are. The gradient of the rounded matrix is that of the matrix itself ("straight through"): the
     sum below differs from the matrix by a constant, and it is exact.
@@ -173,8 +173,8 @@ def dropout_mask(seed: Tensor, layer: int, element_rows: Tensor, width: int, dro
 
     Element j of the row numbered n draws word ``j % 4`` of the Philox block with the counter ``(e, e >> 32, layer,
     0)``, ``e = n·⌈width/4⌉ + j // 4``, under the key ``(seed, seed >> 32)``, and is kept if that word is at least
-    ``⌊dropout · 2³²⌋``. So a mask depends on the seed and the element's place alone: not on the schedule, nor on the
-    number of threads, nor on whether the batch is packed.
+    ``⌊dropout · 2³²⌋``. So a mask depends only on the seed and the element's position. It does not depend on the
+    schedule, on the number of threads, or on whether the batch is packed.
 
     Args:
         seed: one int64.

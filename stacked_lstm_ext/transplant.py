@@ -28,7 +28,7 @@ _OWN_CONTAINERS = (
 # Attributes of a StackedLSTM that an nn.LSTM does not have.
 _OWN_OPTIONS = ("recompute", "bf16_weights", "_frozen", "_unusual", "_unusual_step", "__module__")
 
-# What a class body holds by itself, and what cannot change how the module computes.
+# Names that every class body has, and names that cannot change how the module computes.
 _HARMLESS_ATTRIBUTES = frozenset(
     {
         "__abstractmethods__",
@@ -55,24 +55,24 @@ _HARMLESS_ATTRIBUTES = frozenset(
     }
 )
 
-# What decides how a module is called or copied. A subclass that has one of these does what no other class can take over.
+# Names that decide how a module is called or copied. If a subclass defines one, no other class can take over its behaviour.
 _NOT_CARRIED = frozenset(
     {"forward", "__call__", "_call_impl", "_wrapped_call_impl", "__reduce__", "__reduce_ex__", "recompute", "bf16_weights"}
 )
 
-# Where a class made by both() keeps the class it was made for.
+# The attribute in which a class made by both() keeps the class that it was made for.
 _MADE_FOR = "_made_for"
 
 
 def original_class(module: nn.RNNBase) -> type[nn.RNNBase]:
-    """The class of ``module`` without what parametrizations, or :func:`both`, made of it."""
+    """The class of ``module`` before parametrizations or :func:`both` replaced it."""
     bare: type[nn.RNNBase] = parametrize.type_before_parametrizations(module)
     made_for: type[nn.RNNBase] = vars(bare).get(_MADE_FOR, bare)
     return made_for
 
 
 def _added(cls: type[nn.RNNBase], known: type[nn.RNNBase]) -> dict[str, type]:
-    """What ``cls`` and its bases define before ``known`` comes, but for what is harmless, and who defines it."""
+    """The attributes that ``cls`` and its bases before ``known`` define, except the harmless ones, each with the class that defines it."""
     added: dict[str, type] = {}
     for base in cls.__mro__[: cls.__mro__.index(known)]:
         if not issubclass(known, base):
@@ -88,8 +88,9 @@ def obstacle_to_replacing(module: nn.RNNBase, known: type[nn.RNNBase], *, carry:
     """Why ``module`` cannot become another class without losing behaviour, in words; empty if it can.
 
     Args:
-        known: the class that is replaced. What a subclass adds to it, beside a constructor, would be lost ...
-        carry: ... unless a class can be made that is a ``carry`` as well (:func:`both`).
+        known: the class that is replaced. Without ``carry``, what a subclass adds to it, except a constructor, is lost.
+        carry: the class that the module is to become. What a subclass adds is kept if a class can be made that is both
+            (:func:`both`).
     """
     if module._compiled_call_impl is not None:
         return "it was compiled by Module.compile(); convert first, compile then"
@@ -126,10 +127,10 @@ def _name(cls: type) -> str:
 
 
 def both(cls: type[nn.RNNBase], stacked: type[Target]) -> type[Target]:
-    """A class that is a ``cls``, with all that it defines, and computes as a ``stacked``, which is an ``nn.LSTM`` itself.
+    """A subclass of ``cls`` that keeps all that ``cls`` defines and computes as ``stacked``, which is an ``nn.LSTM`` itself.
 
-    In its order of bases ``stacked`` comes between ``cls`` and ``nn.LSTM``, so that ``super()`` in ``cls`` finds it.
-    Modules of such a class can be copied and pickled: the class is made again for ``cls``.
+    In its method resolution order, ``stacked`` comes between ``cls`` and ``nn.LSTM``, so ``super()`` in ``cls`` finds
+    ``stacked``. Modules of such a class can be copied and pickled: the class is then made again from ``cls``.
     """
     for known in cls.__subclasses__():
         if vars(known).get(_MADE_FOR) is cls and issubclass(known, stacked):
@@ -141,8 +142,8 @@ def both(cls: type[nn.RNNBase], stacked: type[Target]) -> type[Target]:
         "__reduce_ex__": _reduce,
     }
     made: Any = types.new_class(f"Stacked{cls.__name__}", (cls, stacked), exec_body=lambda body: body.update(namespace))
-    setattr(made, _MADE_FOR, cls)  # not before: a class whose __init_subclass__ raised must not be found above
-    made._note_overrides()  # also where __init_subclass__ of cls does not call that of its bases
+    setattr(made, _MADE_FOR, cls)  # only now: the loop above must not find a class whose __init_subclass__ raised
+    made._note_overrides()  # for the case that __init_subclass__ of cls does not call that of its bases
     result: type[Target] = made
     return result
 
@@ -161,9 +162,9 @@ def _made_again(cls: type[nn.RNNBase], stacked: type[nn.RNNBase]) -> nn.RNNBase:
 
 
 def transplant(source: nn.RNNBase, target: type[Target], *, options: dict[str, bool], take_hooks: bool) -> Target:
-    """A module of class ``target`` with everything that ``source`` has, down to the very same ``Parameter`` objects.
+    """A module of class ``target`` with everything that ``source`` has; it shares the very same ``Parameter`` objects.
 
-    Parametrizations stay in force, and so do hooks, those of ``torch.nn.utils.weight_norm`` and ``prune`` among them.
+    Parametrizations and hooks stay in force, also those of ``torch.nn.utils.weight_norm`` and ``prune``.
 
     Args:
         options: the attributes of ``target`` that ``nn.LSTM`` does not have, to set on the new module.
@@ -174,7 +175,7 @@ def transplant(source: nn.RNNBase, target: type[Target], *, options: dict[str, b
     if parametrize.is_parametrized(source):
         # torch gives a parametrized module a class of its own, whose properties compute the tensors.
         own = {key: value for key, value in vars(type(source)).items() if key not in ("__dict__", "__weakref__")}
-        own = {key: value for key, value in own.items() if not key.startswith(("_overrides_", "_unusual"))}  # made anew
+        own = {key: value for key, value in own.items() if not key.startswith(("_overrides_", "_unusual"))}  # the new class gets its own
         cls = types.new_class(f"Parametrized{target.__name__}", (target,), exec_body=lambda body: body.update(own))
     module: Target = object.__new__(cls)
     state = dict(source.__dict__)
@@ -202,7 +203,7 @@ def transplant(source: nn.RNNBase, target: type[Target], *, options: dict[str, b
 
 
 def _shallow_copy(container: nn.Module) -> nn.Module:
-    """A container with the same contents, to which one may add, and from which one may remove, by itself."""
+    """A container with the same contents. Adding to the copy, or removing from it, does not change the original."""
     twin = copy.copy(container)
     for key in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[key] = copy.copy(container.__dict__[key])
@@ -210,7 +211,7 @@ def _shallow_copy(container: nn.Module) -> nn.Module:
 
 
 def _rebind_hooks(module: nn.Module, source: nn.Module) -> None:
-    """Hand ``module`` to those hooks that remember the module they were registered on (of ``load_state_dict``, or its methods)."""
+    """Bind to ``module`` those hooks that hold ``source``: hooks of ``load_state_dict``, and methods of ``source``."""
     for key, hooks in module.__dict__.items():
         if "_hooks" not in key or not isinstance(hooks, dict):
             continue

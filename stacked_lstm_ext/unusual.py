@@ -1,8 +1,8 @@
-"""What a subclass or an instance of :class:`.StackedLSTM` may do that the short ways of a call would pass by.
+"""What a subclass or an instance of :class:`.StackedLSTM` may change that the fast paths of a call would ignore.
 
-``torch.nn.LSTM`` calls its checks as methods, which a subclass may override and an instance may have set, and reads its
-options at each call, which may have been changed since it was made. :func:`is_unusual` finds out, when a class is made
-or an attribute is set, so that an ordinary call asks for one flag only.
+``torch.nn.LSTM`` calls its checks as methods: a subclass may override them, and they may be set on an instance. It also
+reads its options at each call: they may have been changed since construction. The functions here find this out when a
+class is made or an attribute is set, so that an ordinary call only reads one flag.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 __all__ = ["CHECKS", "WATCHED", "WEIGHT_METHODS", "check_options", "is_unusual", "overrides", "weight_names"]
 
-# The methods that nn.LSTM.forward calls, by way of each other, before and after it computes.
+# The methods that nn.LSTM.forward calls, directly or through each other, before and after it computes.
 CHECKS = (
     "check_forward_args",
     "check_hidden_size",
@@ -24,7 +24,7 @@ CHECKS = (
     "permute_hidden",
 )
 
-# Those by which nn.LSTM.forward brings self._flat_weights up to date, which it then computes with.
+# The methods with which nn.LSTM.forward updates self._flat_weights, the list that it then computes with.
 WEIGHT_METHODS = ("_init_flat_weights", "_update_flat_weights", "_weights_have_changed")
 
 _FLAGS = ("bias", "batch_first", "bidirectional", "training")
@@ -35,12 +35,12 @@ WATCHED = frozenset((*CHECKS, *WEIGHT_METHODS, *_FLAGS, *_SIZES, "dropout", "for
 
 
 def overrides(cls: type, base: type, names: tuple[str, ...]) -> bool:
-    """Whether ``cls`` has any of these methods from elsewhere than ``base`` does."""
+    """Whether ``cls`` overrides any of these methods of ``base``."""
     return any(getattr(cls, name) is not getattr(base, name) for name in names)
 
 
 def weight_names(module: nn.RNNBase) -> list[str]:
-    """The names of the weights that the options of this moment ask for, in the operators' order."""
+    """The names of the weights that the current options ask for, in the operators' order."""
     kinds = ["weight_ih", "weight_hh"]
     if module.bias:
         kinds += ["bias_ih", "bias_hh"]
@@ -51,7 +51,7 @@ def weight_names(module: nn.RNNBase) -> list[str]:
 
 
 def is_unusual(module: nn.RNNBase) -> bool:
-    """Whether calls of this module cannot take the short way, on account of what the instance itself has."""
+    """Whether calls of this module cannot take the fast path because of an attribute of the instance itself."""
     own = vars(module)
     if any(name in own for name in (*CHECKS, *WEIGHT_METHODS)):
         return True
@@ -61,7 +61,7 @@ def is_unusual(module: nn.RNNBase) -> bool:
         return True
     names = own.get("_flat_weights_names")
     if not names or "_all_weights" not in own or not own["_all_weights"]:
-        return False  # still being made
+        return False  # the constructor is still running
     if module.proj_size < 0 or names != weight_names(module):
         return True
     recurrent = own["_parameters"].get(names[1])
@@ -74,7 +74,7 @@ def _type(value: object) -> str:
 
 
 def check_options(module: nn.RNNBase) -> None:
-    """Refuse options that were changed to what no call can do.
+    """Refuse options that were changed to values that no call can obey.
 
     Raises:
         TypeError: for an option of the wrong type, as ``torch.nn.LSTM`` when it is called.

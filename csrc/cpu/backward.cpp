@@ -1,5 +1,5 @@
-// csrc/cpu/backward.cpp: a worker's way back through a lane: the gates again where they were not kept, the gradients of the gates
-// step by step, and the gradient of the lane's input. See backward_wave.h.
+// csrc/cpu/backward.cpp: one worker's backward pass through one lane: it recomputes the gates that were not kept, then
+// computes the gradients of the gates step by step, and the gradient of the lane's input. See backward_wave.h.
 #include "backward_wave.h"
 
 namespace stacked_lstm::cpu {
@@ -83,8 +83,8 @@ void BackwardWave<T>::LaneRun::stage_dy(const Range& steps) {
         if (dy.data) Base::copy_columns(dy.row(shape, time(s), sequences_.first + b) + offset, out, columns_);
         continue;
       }
-      // The mask goes by quadruples of features of the whole row; where this lane's columns start elsewhere than at
-      // a multiple of four, the row is masked as a whole.
+      // The mask is drawn for groups of four features of a whole row, and this lane's columns may start inside a group.
+      // So, with dropout, the whole row is staged and masked.
       T* sum = drops ? scratch_.staged : out - offset;
       const Range range = drops ? Range{0, width} : Range{offset + columns_.first, offset + columns_.last};
       const Rows above = w_.input_gradient(layer_index_ + 1, 0);

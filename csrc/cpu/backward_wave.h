@@ -1,41 +1,45 @@
-// csrc/cpu/backward_wave.h: the reverse wavefront on the CPU: its memory, and what a worker does in a lane. The lane's backward
-// is in backward.cpp, the weight gradients in weight_gradients.cpp.
+// csrc/cpu/backward_wave.h: the reverse wavefront on the CPU: its memory, and what a worker does in a lane. The lane's
+// backward is in backward.cpp, the weight gradients in weight_gradients.cpp.
 //
-// A worker takes its positions in turn, from the top layer down, and of each, chunk after chunk from the last to the
-// first:
-//   1. wait for the chunk of the layer above, and stage dL/dh of it: the sum over that layer's directions, through the
-//      dropout between the two;
-//   2. step after step back: dG(s+1)·W_hh, the cell's derivative, dG(s) handed to the other unit slices (and, with a
-//      projection, dh handed over first, then dh·W_hr);
-//   3. the gradient of the layer's input, dG·W_ih of the whole chunk, one product; publish the chunk;
-//   4. the weight gradients, dGᵀ·[x, h_prev], of the blocks of rows that are complete by now: gate rows shared out over all
-//      workers of the lane, who meet for it. Layers side by side lose nothing: each pauses a chunk after the one above.
+// A worker takes its positions in turn, from the top layer down. In each position it takes the chunks from the last to
+// the first:
+//   1. wait for the chunk of the layer above, and stage dL/dh: the sum of that layer's input gradients over its
+//      directions, masked by the dropout between the two layers;
+//   2. for each step, from the last to the first: compute dG(s+1)·W_hh and the cell's derivative, and hand dG(s) over
+//      to the other unit slices (with a projection: hand dh over first, then compute dh·W_hr);
+//   3. compute the gradient of the layer's input, dG·W_ih of the whole chunk, in one product; publish the chunk;
+//   4. compute the weight gradients, dGᵀ·[x, h_prev], of the blocks of rows that are complete now. All workers of the
+//      lane meet for this and share out the gate rows. Layers side by side lose no time by it: each layer pauses a
+//      chunk after the layer above.
 //
-//      steps, from right to left          A block is whole steps of at most kGradientRows rows, or one step. It follows from
-//   ┄┄┄┬───────┬─────────┬┄┄┄┄┄┄┄┄┄┄┄     the call's shape alone, and so do the weight gradients, which add up the sums of
-//      │ chunk │ block   │ blocks that    the blocks from the last to the first. Of dG (and, with a projection, of dh and of
-//      │       │         │ are summed     o·tanh(c)) only a ring of rows is there: as many as a block and a chunk have. Where
-//   ┄┄┄┴───────┴─────────┴┄┄┄┄┄┄┄┄┄┄┄     that holds all rows of the call, nobody meets before the end.
+//      steps, from right to left          A block is whole steps with at most kGradientRows rows together, or one step.
+//   ┄┄┄┬───────┬─────────┬┄┄┄┄┄┄┄┄┄┄┄     The blocks depend on the call's shape alone. So do the bits of the weight
+//      │ chunk │ block   │ blocks that    gradients, which add up the blocks' sums from the last block to the first. A
+//      │       │         │ are summed     ring holds the rows of dG (with a projection, of dh and o·tanh(c) too): as
+//   ┄┄┄┴───────┴─────────┴┄┄┄┄┄┄┄┄┄┄┄     many rows as a block and a chunk have. If it can hold all rows of the call,
+//                                         the workers meet only at the end.
 //
-// With recomputation, the last step of a stretch first computes what was not kept (Reserve in stack.h) of all its steps: the
-// gates, two products of x and h, and then c, step after step forward. A stretch starts after a kept c. Nobody waits for it,
-// as x and h are all there, and how long it is cannot be seen in the bits: a row's gates need no other row, and every c that
-// was kept is taken as it is.
+// Recomputation. A stretch is a run of steps that starts after a kept c, or at step 0. When a worker comes to the last
+// step of a stretch, it first recomputes what was not kept (Reserve in stack.h) of all steps of the stretch: the gates,
+// by two products of x and h, and then c, step after step forward. It waits for no other worker, because all x and h
+// are known. The length of a stretch changes no bit: the gates of a row depend on no other row, and every kept c is
+// used as it is.
 //
 // Hazards.
-//   dG(s) takes the place of rows a ring's length back. Of a block, they are read by the products of their chunks and by the
-//   sums over it; when every worker of the lane has published it (Progress::blocks), that is over. One step's rows are read
-//   later: those of its first, by the step before, which is the next block's. So they count as the next block's here.
-//   (Unit slices are never more than a step apart, but batch slices are, and in a packed batch one's rows take the place of
-//   another's.)
-//   A worker that waits for room waits neither for itself nor for somebody who waits for it: as the ring holds a block and a
-//   chunk, the block in question was complete at the end of an earlier chunk, this worker has published it, and nobody
-//   needs more of this worker than that earlier chunk to publish it too.
-//   The ring, the packed weights and the states are used again by the lane that is as many positions on as there are sets
-//   of them; that one starts only when every worker is done with this one (Progress::done).
-//   The layers share one buffer of input gradients. A slice writes chunk c over what the layer above left there when all
-//   slices have handed over all steps of the chunk, and so have staged it; nobody else reads it. Bidirectional layers take
-//   turns with two buffers a direction: each direction reads all that both directions of the layer above have left.
+//   dG(s) overwrites the rows that are a ring's length back. The products of a block's chunks and the sums over the
+//   block read its rows. Both are done once every worker of the lane has published the block (Progress::blocks), with
+//   one exception: the rows of the block's first step are read once more by the step before it, which belongs to the
+//   next block. So make_room() counts these rows as rows of the next block. (Unit slices are never more than a step
+//   apart. Batch slices can be, and in a packed batch the rows of one batch slice overwrite rows of another.)
+//   A worker that waits for room waits neither for itself nor for a worker that waits for it. The ring holds a block
+//   and a chunk, so the block that it waits for was complete at the end of an earlier chunk. This worker has published
+//   that block, and the other workers need no more of this worker than that earlier chunk to publish the block too.
+//   There are set_count_ sets of a ring, packed weights and states. The lane at position p uses the set of the lane at
+//   position p - set_count_ again. It starts only when every worker is done with that lane (Progress::done).
+//   The layers share one buffer of input gradients. A unit slice overwrites chunk c of the layer above only after all
+//   unit slices have handed over all steps of the chunk. By then they have staged the old contents, and no other worker
+//   reads them. Bidirectional layers alternate between two buffers a direction, because each direction reads all that
+//   both directions of the layer above have left.
 #pragma once
 
 #include "wave.h"
@@ -47,7 +51,8 @@ class BackwardWave : Wave<T> {
   using Base = Wave<T>;
   using Base::shape_, Base::kernels_, Base::team_, Base::schedule_, Base::storage_;
 
-  // A stretch goes over so many kept c's at most: whoever waits for one of its steps waits for all of it.
+  // A stretch has at most this many intervals between kept c's, because a worker that waits for one step of a stretch
+  // waits until the whole stretch is recomputed.
   static constexpr int64_t kMostIntervals = 4;
 
  public:
@@ -66,9 +71,10 @@ class BackwardWave : Wave<T> {
     const int64_t batch = std::max<int64_t>(shape_.batch, 1);
     const int64_t block = shape_.packed() ? std::max(kGradientRows<T>, batch) : block_steps() * batch;
     ring_rows_ = std::min(std::max<int64_t>(shape_.rows(), 1), block + this->chunk_rows_);
-    int64_t groups = 1;  // a lane of each is under way
+    int64_t groups = 1;  // each works on one lane at a time
     for (int64_t p = 0; p < schedule_.phases; ++p) groups = std::max(groups, schedule_.phase[p].layer_groups);
-    // One more, of the lane that a group has just done with, lets the first of its workers go on: for memory, a wait a lane.
+    // Without recomputation there is one set more, for the lane that a group is just finishing: the group's first
+    // worker can go on to the next lane. This costs memory and saves one wait per lane.
     set_count_ = std::min({this->workers_, this->lane_count_, recompute_ ? groups : groups + 1});
     memory_->lay_out([&] { take_memory(); });
   }
@@ -84,21 +90,21 @@ class BackwardWave : Wave<T> {
 
  private:
   struct Set {                                // what a lane works with
-    void *weight_ih, *weight_hh, *weight_hr;  // packed for backward: columns as they stand
-    void *gates_ih, *gates_hh;                // packed for forward: with recomputation
+    void *weight_ih, *weight_hh, *weight_hr;  // packed for backward, by pack_columns
+    void *gates_ih, *gates_hh;                // packed for forward, by pack_gates; only with recomputation
     T* bias;
     T* dc;      // [sequence][padded_hidden]
     T* c_0;     // likewise, padded with zeros
     T* dgates;  // a ring of rows
-    T* dh;      // likewise, with a projection: dL/dh …
-    T* hidden;  // … and what the projection was given
+    T* dh;      // likewise, only with a projection: dL/dh
+    T* hidden;  // likewise, only with a projection: its input
   };
   struct Scratch {
     T* staged;       // x or h of a chunk, or of a block
     T* dy;           // of a chunk: dL/dh from above, and later dG·W_ih
-    T* large;        // what the weight gradients of a block copy
+    T* large;        // scratch of GradientProduct
     T* dh;           // of a step
-    T *gates, *c;    // with recomputation: of a stretch, [row][4·padded_hidden] and [row][padded_hidden]
+    T *gates, *c;    // of a stretch, [row][4·padded_hidden] and [row][padded_hidden]; only with recomputation
     void* operands;  // of any product
   };
   struct Rows {
@@ -107,23 +113,24 @@ class BackwardWave : Wave<T> {
   };
 
   int64_t lane_of(int64_t position) const { return lane_at(position, this->lane_count_, true); }
-  // Steps of a block of weight gradients, where every step has the whole batch.
+  // Steps of a block of weight gradients, if every step has the whole batch.
   int64_t block_steps() const { return std::max<int64_t>(kGradientRows<T> / std::max<int64_t>(shape_.batch, 1), 1); }
   bool ring_holds_all() const { return ring_rows_ >= shape_.rows(); }
-  // Rows of a stretch, at most: enough for products at full rate, few enough to stay close, but never less than those of the
-  // whole batch from one kept c to the next.
+  // The most rows of a stretch: enough for products at full rate and few enough to stay in a near cache, but at least
+  // the rows of the whole batch from one kept c to the next.
   int64_t stretch_rows() const {
     constexpr int64_t kRows = 128;
     const int64_t least = kCheckpointSteps * shape_.batch;
     return std::min(std::max(kRows, least), std::min(kMostIntervals * least, shape_.rows()));
   }
-  // Steps of a stretch of so many sequences.
+  // Steps of a stretch with this many sequences.
   int64_t stretch_steps(int64_t sequences) const {
     const int64_t least = kCheckpointSteps * std::max<int64_t>(sequences, 1);
     return std::clamp<int64_t>(stretch_rows_ / least, 1, kMostIntervals) * kCheckpointSteps;
   }
-  // Where time t's rows are in the ring. Those of one step stand together: a packed batch's may reach past the ring's end,
-  // where there is room for them. Steps that are there at the same time never share a place.
+  // Where the rows of time t begin in the ring. The rows of one step are consecutive. In a packed batch they may reach
+  // past the ring's end, where take_set() leaves room for them. Steps that are in the ring at the same time never
+  // overlap.
   int64_t slot_of(int64_t t) const { return shape_.first_row(t) % ring_rows_; }
 
   // Columns of dG·W_hh, padding included.
@@ -149,7 +156,7 @@ class BackwardWave : Wave<T> {
     }
   }
 
-  // For any of the lanes.
+  // A set that is large enough for any lane.
   Set take_set() {
     int64_t ih = 0, hh = 0, hr = 0, input = 0, output = 0;
     bool projects = false;
@@ -185,7 +192,7 @@ class BackwardWave : Wave<T> {
   const T* output_of(int64_t layer) const {
     return layer + 1 == shape_.depth() && !call_.keep_top ? call_.output : reserve_.h(layer);
   }
-  // Where one direction of a layer leaves the gradient of its input.
+  // Where one direction of a layer writes the gradient of its input.
   Rows input_gradient(int64_t layer, int64_t direction) const {
     if (layer == 0) return {call_.grad_input[direction], shape_.layers[0].input};
     return {passing_[(layer - 1) % shape_.directions][direction], widest_below_};
@@ -241,7 +248,8 @@ class BackwardWave : Wave<T> {
     }
     int64_t active_at(int64_t s) const { return s < w_.shape_.steps ? w_.shape_.active(time(s)) : 0; }
 
-    // Own panels of dG·W_hh. Its columns are the own units, or with a projection a share of its own.
+    // Own panels of dG·W_hh. Its columns are the own units or, with a projection, an own share of the projected
+    // columns.
     Range recurrent_panels() const {
       if (projects_) return w_.own_panels(position_, place_, out_, w_.width_);
       return {blocks_.first / w_.width_, (blocks_.last + w_.width_ - 1) / w_.width_};
@@ -250,13 +258,13 @@ class BackwardWave : Wave<T> {
 
     void pack();
 
-    // dc starts as the gradient of c_n, for every sequence: a sequence's first step back takes it from there.
+    // Sets dc of every sequence to the gradient of c_n, where backward starts the sequence; and copies c_0.
     void start();
 
-    // dL/dh of a chunk's own columns, from the loss or the layer above. Padding is zero.
+    // Stages dL/dh of a chunk, own columns, from the loss or the layer above. Padding is zero.
     void stage_dy(const Range& steps);
 
-    // The gates of a step's rows, and c after it: kept, or of the stretch.
+    // The gates of step s, and c after it: from the reserve if they were kept, else from the stretch.
     const T* gates_of(int64_t s) const {
       if (const T* kept = w_.reserve_.gates(index_, s)) return kept + sequences_.first * 4 * padded_;
       return scratch_.gates + rows_between(stretch_.first, s) * 4 * padded_;
@@ -265,8 +273,8 @@ class BackwardWave : Wave<T> {
       if (const T* kept = w_.reserve_.c(index_, s)) return kept + sequences_.first * padded_;
       return scratch_.c + rows_between(stretch_.first, s) * padded_;
     }
-    // Calls f(row, rows, c) for the rows of a step, c being the state of that row before the step: the sequences that
-    // start here have it from c_0.
+    // Calls f(row, rows, c) for the rows of step s; c is their state before the step. Sequences that start at step s
+    // have it from c_0.
     template <typename F>
     void with_c_before(int64_t s, F&& f) const {
       const int64_t n = rows_at(s), before = std::min(rows_at(s - 1), n);
@@ -274,17 +282,17 @@ class BackwardWave : Wave<T> {
       if (before < n) f(before, n - before, lane_.c_0 + (sequences_.first + before) * padded_);
     }
 
-    // The stretch that step s is the last one of.
+    // Recomputes the stretch whose last step is s.
     void recompute(int64_t s);
 
-    // The gates of the stretch's first steps, from h of this layer and the one below.
+    // Recomputes the gates of `steps`, the first steps of the stretch, from h of this layer and of the layer below.
     void recompute_gates(const Range& steps);
 
     int64_t stage_x(const Range& steps, T* out, int64_t ldo) const {
       return w_.stage_input(w_.call_.input, w_.call_.dropout, layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr,
                             index_, sequences_, steps, out, ldo);
     }
-    // h of the step before each row's own.
+    // Stages, for each row of `steps`, h of the step before; h_0 where the sequence starts.
     int64_t stage_h_before(const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
       const StackShape& shape = w_.shape_;
       const T* h = w_.output_of(layer_index_) + direction_ * out_;
@@ -299,17 +307,17 @@ class BackwardWave : Wave<T> {
           out, ldo);
     }
 
-    // The gradient of h(s) that comes from step s+1, for that step's rows, into scratch.dh. Rows that step s does not
-    // have started with step s+1: theirs is the gradient of h_0. Rows that only step s has ended with it: theirs is the
-    // gradient of h_n.
+    // Computes the gradient of h(s) that comes from step s+1, for the rows of step s+1, into scratch.dh. Rows that only
+    // step s+1 has belong to sequences that start with step s+1: their dh and dc are the gradients of h_0 and c_0. Rows
+    // that only step s has belong to sequences that end with step s: their dh is the gradient of h_n.
     void recurrent_gradient(int64_t s);
 
-    // Hand-overs of the steps after s.
+    // The number of hand-overs of all steps after s.
     int64_t hand_overs_before(int64_t s) const { return (w_.shape_.steps - 1 - s) * (projects_ ? 2 : 1); }
 
     void step(int64_t s, const Range& steps);
 
-    // Before the first step: what is left is the gradient of the initial state.
+    // Goes back past step 0: what remains is the gradient of the initial state.
     void step_out() { recurrent_gradient(-1); }
 
     // dG·W_ih of a chunk, own columns.
@@ -321,14 +329,14 @@ class BackwardWave : Wave<T> {
       const int64_t all = w_.shape_.steps;
       return direction_ ? Range{all - steps.last, all - steps.first} : steps;
     }
-    // Rows of some steps, whole batch.
+    // Rows of `steps`, whole batch.
     int64_t rows_of(const Range& steps) const {
       const Range times = times_of(steps);
       return w_.shape_.first_row(times.last) - w_.shape_.first_row(times.first);
     }
 
-    // The block that ends before step `last`: steps of kGradientRows rows at most, or one step. Before none, there is none:
-    // {-1, 0}.
+    // The block that ends before step `last`: steps with at most kGradientRows rows together, or one step. There is no
+    // block before step 0: the result is then {-1, 0}.
     Range block_before(int64_t last) const {
       if (!w_.shape_.packed()) return {last > 0 ? std::max<int64_t>(last - w_.block_steps(), 0) : -1, last};
       int64_t first = last - 1;
@@ -336,14 +344,14 @@ class BackwardWave : Wave<T> {
       return {first, last};
     }
 
-    // Waits until the rows that step s takes the place of are read by nobody: see Hazards.
+    // Waits until no worker reads the rows that step s overwrites any more: see Hazards.
     void make_room(int64_t s);
 
-    // Sums over the blocks that begin at `first_step` or later, once all workers of the lane have done so many chunks.
+    // Sums over the blocks that begin at `first_step` or later, once all workers of the lane have done `chunks` chunks.
     void finish_blocks(int64_t first_step, int64_t chunks);
 
-    // Calls f(row, rows, slot) for runs of own rows that stand one after the other both in the call, from `row` on, and in
-    // the ring, from `slot` on; in rising time.
+    // Calls f(row, rows, slot) for runs of rows of `sequences` that are consecutive both in the call, from `row` on,
+    // and in the ring, from `slot` on. The runs come in rising time.
     template <typename F>
     void for_each_run(const Range& steps, const Range& sequences, F&& f) const {
       const Range times = times_of(steps);
@@ -357,7 +365,7 @@ class BackwardWave : Wave<T> {
       }
     }
 
-    // The rows of a block: in the ring they are one run, or two.
+    // The rows of a block. In the ring they are one run or two; the second run begins with row number `parting`.
     struct BlockRows {
       int64_t rows = 0, parting = 0;
       int64_t slots[2] = {};
@@ -368,12 +376,12 @@ class BackwardWave : Wave<T> {
     Range everyone() const { return {0, w_.shape_.batch}; }
     bool first_block() const { return block_.last == w_.shape_.steps; }
 
-    // Adds dGᵀ·b over the block's rows, those of b standing together.
+    // Adds dGᵀ·b over the block's rows to c; the first block is not added but stored. The rows of b are consecutive.
     void add_product(T* c, int64_t columns, const Range& units, const BlockRows& block, const T* b, int64_t ldb);
 
     void input_weight_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block);
 
-    // h one step before dG; h_0 with the first step.
+    // b is h of the step before; h_0 where a sequence starts.
     void recurrent_weight_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block);
 
     void bias_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block);
@@ -381,7 +389,8 @@ class BackwardWave : Wave<T> {
     // dW_hr = dhᵀ·(o·tanh(c)).
     void projection_gradient(const LaneGradients<T>& g, const Range& own, const BlockRows& block);
 
-    // Stages all sequences of the block, step by step in rising time, dG's order of rows: stage(step, to, ldo) stages one.
+    // Stages all sequences of the block, step by step in rising time, the order of dG's rows. stage(step, to, ldo)
+    // stages one step.
     template <typename Stage>
     void stage_block(int64_t columns, Stage&& stage) const {
       const int64_t ldo = columns + kRowPadding;
@@ -404,14 +413,14 @@ class BackwardWave : Wave<T> {
     const bool projects_;
     const int64_t lddg_, ld_;
     const Range blocks_, units_, dh_panels_, columns_;
-    const int64_t padded_end_;  // of own columns
+    const int64_t padded_end_;  // the end of the own columns with their padding
     const int64_t lddr_, ldm_;
     Progress& progress_;
-    Range stretch_;         // steps whose gates and c are there, where they were not kept; none before the first
-    Range block_;           // the next block to sum over, steps in the lane's order …
-    int64_t finished_ = 0;  // … and how many were before it
-    Range oldest_;          // the first block that somebody may still read, as far as this worker knows …
-    int64_t released_ = 0;  // … and how many were before that
+    Range stretch_;         // the steps of the current stretch; empty at first
+    Range block_;           // the next block to sum over, as steps in the lane's order
+    int64_t finished_ = 0;  // how many blocks came before block_
+    Range oldest_;          // the first block that a worker may still read, as far as this worker knows
+    int64_t released_ = 0;  // how many blocks came before oldest_
   };
 
   const BackwardCall<T>& call_;
@@ -427,7 +436,7 @@ class BackwardWave : Wave<T> {
   int64_t ring_rows_ = 0, set_count_ = 0;
   std::vector<Set> sets_;
   std::vector<Scratch> scratch_;
-  T* passing_[2][2] = {};  // gradients of layers' inputs: of alternate layers with two directions, else of all
+  T* passing_[2][2] = {};  // gradients of layers' inputs: with two directions, layers alternate; else all share one
 };
 
 }  // namespace stacked_lstm::cpu

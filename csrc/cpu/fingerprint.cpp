@@ -9,7 +9,7 @@
 namespace stacked_lstm::cpu {
 namespace {
 
-// One of a sequence of numbers that are as good as independent (Steele, Lea and Flood 2014, SplitMix).
+// Number `index` of a sequence of numbers that are practically independent (Steele, Lea and Flood 2014, SplitMix).
 uint64_t number(uint64_t seed, uint64_t index) {
   uint64_t z = seed + (index + 1) * 0x9e3779b97f4a7c15;
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;

@@ -1,16 +1,18 @@
 // csrc/cpu/fingerprint.h: the contents of some memory in 128 bits, to tell whether one of its bytes has changed.
 //
-// Two contents of the same memory that differ, in whichever bytes, have the same fingerprint with a probability of at most
-// 2^-63. The key is drawn at random once a process, so this holds for any two contents that were not made with its help.
+// Two different contents of the same memory have the same fingerprint with a probability of at most 2^-63, whichever
+// bytes differ. Each process draws its key at random, so this holds for any two contents that were not made with the
+// key's help.
 //
 //   words m[n] of 64 bits, in blocks of kFingerprintBlock bytes; lo and hi are the halves of a word:
 //   a block   a = Σ (lo(m[n]) + lo(k[n])) · (hi(m[n]) + hi(k[n]))        halves modulo 2^32, sums modulo 2^64
-//             b = likewise with the key 64 bytes on
+//             b = likewise with the key's words from byte 64 on
 //   all       Σ over blocks (a + p[block]) · (b + q[block])              modulo 2^128
 //
-// This is NH (Black, Halevi, Krawczyk, Krovetz and Rogaway 1999, UMAC) at both levels. Blocks that differ have the same a
-// with probability 2^-32 at most, the same a and b with 2^-64 (the key of b at the last word that differs is not in a), and
-// pairs that differ have the same last sum with 2^-64.
+// This is NH (Black, Halevi, Krawczyk, Krovetz and Rogaway 1999, UMAC) at both levels. Two different blocks have the
+// same a with a probability of at most 2^-32, and the same a and b with at most 2^-64: whether the a's are equal does
+// not depend on the key word that b has at the last word that differs. Different pairs (a, b) have the same last sum
+// with a probability of at most 2^-64.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +39,8 @@ struct Bytes {
   int64_t count;
 };
 
-// Of all the memory. Those of the parts 0 … parts-1 add up to it, so that workers can share it out.
+// The fingerprint of all the memory, or one part of it. The fingerprints of the parts 0 … parts-1 add up to that of all
+// the memory, so that workers can share out the work.
 Fingerprint fingerprint(const std::vector<Bytes>& memory, int64_t part = 0, int64_t parts = 1);
 
 }  // namespace stacked_lstm::cpu

@@ -1,4 +1,5 @@
-// csrc/cpu/fingerprint.inc.h: a and b of a block of memory (fingerprint.h), included by kernels.inc.h for each instruction set.
+// csrc/cpu/fingerprint.inc.h: a and b of a block of memory (fingerprint.h), included by kernels.inc.h for each
+// instruction set.
 
 typedef uint64_t Words64 __attribute__((vector_size(STACKED_LSTM_VECTOR_BYTES)));
 typedef uint32_t Words32 __attribute__((vector_size(STACKED_LSTM_VECTOR_BYTES)));
@@ -9,7 +10,8 @@ INLINE Words64 load_words(const char* p) {
   return words;
 }
 
-// The product of a word's halves, each of them plus that of the key. Multiplications of 64 bits would be several times as many.
+// Adds the key's halves to the halves of each word, and multiplies the two sums. Plain multiplications of 64 bits would
+// take several times as many instructions.
 INLINE Words64 keyed_product(Words64 words, Words64 key) {
   const Words64 sums = (Words64)((Words32)words + (Words32)key);
 #if defined(STACKED_LSTM_AVX512)
@@ -27,7 +29,7 @@ inline void digest(const void* data, int64_t bytes, const void* key, uint64_t* a
   constexpr int64_t V = STACKED_LSTM_VECTOR_BYTES;
   const auto* const p = static_cast<const char*>(data);
   const auto* const k = static_cast<const char*>(key);
-  Words64 a[2] = {}, b[2] = {};  // two sums each: no addition waits for the one before
+  Words64 a[2] = {}, b[2] = {};  // two partial sums each, so that no addition waits for the addition before it
   int64_t at = 0;
   for (; at + 2 * V <= bytes; at += 2 * V) {
     unroll<2>([&](auto n) INLINE_LAMBDA {

@@ -1,17 +1,18 @@
 // csrc/cpu/forward.cpp: the forward wavefront on the CPU.
 //
-// A worker takes its positions in turn (wavefront.h) and, of each, chunk after chunk:
+// A worker takes its positions in turn (wavefront.h). In each position it takes the chunks from the first to the last:
 //   1. wait for the chunk of the layer below;
-//   2. the input projection of the whole chunk, one product;
-//   3. step after step: h·W_hh and the cell, h handed to the other unit slices (and, with a projection, o·tanh(c)
-//      handed over first, then W_hr times it);
+//   2. compute the input projection of the whole chunk, in one product;
+//   3. for each step: compute h·W_hh and the cell, and hand h over to the other unit slices (with a projection: hand
+//      o·tanh(c) over first, then compute W_hr times it, which is h);
 //   4. publish the chunk.
 //
 // Hazards.
 //   h has two buffers a lane. A worker writes h(s) over h(s-2) only after every slice has handed over h(s-1), and a
 //   slice does that only after it has read h(s-2).
-//   In inference the layers share two buffers of y. Lane k+2 writes chunk c over lane k's only after lane k+1 has
-//   published chunk c, and lane k+1 does that after it has staged lane k's chunk c.
+//   In inference the layers share two buffers of y. Layer k+2 writes chunk c over layer k's only after layer k+1 has
+//   published chunk c, and layer k+1 does that after it has staged layer k's chunk c. (A bidirectional layer waits for
+//   all chunks.)
 #include "wave.h"
 
 namespace stacked_lstm::cpu {
@@ -32,7 +33,7 @@ class ForwardWave : Wave<T> {
         packed_(packed),
         shares_(packed && packed->ready() && check ? static_cast<size_t>(this->workers_) : 0),
         width_(recurrent_width(call.shape.batch)) {
-    // Nothing is written to the caller's memory before all of this is there.
+    // All memory is taken before anything is written to the caller's memory.
     memory_->lay_out([&] { take_memory(); });
   }
 
@@ -83,7 +84,7 @@ class ForwardWave : Wave<T> {
     void* operands;  // of any product
   };
 
-  struct Share {  // of the sources
+  struct Share {  // a worker's share of the sources
     Count done;
     Fingerprint fingerprint;
   };
@@ -103,14 +104,14 @@ class ForwardWave : Wave<T> {
     return lane;
   }
 
-  // h of a layer, all directions: the caller's output, the reserve, or a buffer that is used again two layers on.
+  // h of a layer, all directions: the caller's output, the reserve, or a buffer that the layer two above uses again.
   T* output_of(int64_t layer) const {
     if (layer + 1 == shape_.depth()) return call_.output;
     return call_.saving == Saving::none ? passing_[layer % 2] : reserve_.h(layer);
   }
 
-  // Whether the packed weights are those of the sources as they are now. Every worker reads a share of the sources, and all
-  // come to the same answer.
+  // Whether the packed weights are those of the sources as they are now. Every worker reads a share of the sources, and
+  // all workers get the same answer.
   bool weights_are_current(int64_t worker) {
     if (shares_.empty()) return true;
     const int64_t workers = schedule_.workers();
@@ -159,7 +160,7 @@ class ForwardWave : Wave<T> {
     const bool projects = layer.projection > 0;
     const Range columns =
         projects ? this->columns_of(this->own_panels(position, place, out, kWidth), kWidth, out) : units;
-    const int64_t hand_overs = projects ? 2 : 1;  // a step; the first one of a lane is its initial state
+    const int64_t hand_overs = projects ? 2 : 1;  // a step; before them, the lane's initial state is one more
     const int64_t slices = this->slices(position);
     Count& steps_done = this->own(position, place).steps;
 
@@ -174,7 +175,7 @@ class ForwardWave : Wave<T> {
     T* c_n = call_.c_n + (index * shape_.batch + first) * hidden;
     if (place.batch_slice == 0) reserve_.clear_rest(index, blocks.first * kernels_.lanes, blocks.last * kernels_.lanes);
 
-    // Sequences [from, to) start with the step that reads buffer h[parity].
+    // Copies h_0 of sequences [from, to), which start with the step that reads buffer h[parity].
     const auto start = [&](int64_t from, int64_t to, int64_t parity) {
       for (int64_t b = from; b < to; ++b) Base::copy_columns(h_0 + b * out, h[parity] + b * lane.ldh, columns);
     };
@@ -242,7 +243,7 @@ class ForwardWave : Wave<T> {
             .from_last = (s & 1) != 0,
         };
         if (projects) step.h_next = lane.hidden + first * lane.ldm, step.ldh_next = lane.ldm;
-        if (projects || slices > 1) step.y = nullptr;  // written after the hand-over: nobody waits for y within a chunk
+        if (projects || slices > 1) step.y = nullptr;  // written after the hand-over: no worker waits for y in a chunk
         kernels_.step_forward(step);
         if (projects) {
           publish(steps_done, s * hand_overs + 2);
@@ -285,7 +286,7 @@ class ForwardWave : Wave<T> {
   Workspace::Lease memory_;
   const Reserve<T> reserve_;
   PackedStack<T>* const packed_;
-  std::vector<Share> shares_;  // of each worker; none where nothing is to be checked
+  std::vector<Share> shares_;  // one per worker; empty if nothing is to be checked
   const int64_t width_;
   std::vector<PackedLane<T>> weights_;
   std::vector<Lane> lanes_;

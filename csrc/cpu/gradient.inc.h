@@ -1,14 +1,16 @@
-// csrc/cpu/gradient.inc.h: the product that weight gradients are, included by kernels.inc.h for each instruction set.
+// csrc/cpu/gradient.inc.h: the product that computes weight gradients, included by kernels.inc.h for each instruction
+// set.
 //
-//          two vectors           dW = dGᵀ·x sums over the rows of both, so a tile broadcasts along a row of dG, not down a
-//         ┌───────────┐          column. The rows of a block are copied, as the tiles read them: of dG so many columns that
-//   rows  │ x (L1/L2) │          their copies stay in the second-level cache for all of x, and two vectors of x, which stay
-//         └───────────┘          there for all of those columns. dW is read and written once a block. What of dG is there
-//  ▒▒▒▒▒▒ dG (L2) → broadcast    already, because it is small, is read where it is. Units that multiply bfloat16 take two
-//                                rows at a time, rounded when they are copied.
+//          two vectors           dW = dGᵀ·x sums over the rows of both, so a tile broadcasts along a row of dG, not
+//         ┌───────────┐          down a column. The rows of a block are copied in the order in which the tiles read
+//   rows  │ x (L1/L2) │          them: as many columns of dG at a time as stay in the second-level cache for all of x,
+//         └───────────┘          and two vectors of x at a time, which stay there for all of these columns. dW is read
+//  ▒▒▒▒▒▒ dG (L2) → broadcast    and written once a block. If dG of the block is small and in one piece, it is in that
+//                                cache already, and is read in place. Units that multiply bfloat16 take two rows at a
+//                                time, rounded when they are copied.
 
-inline constexpr int64_t kGradientCache = 512 << 10;  // bytes of dG, gaps between rows included
-inline constexpr int kGradientAhead = 8;              // rows of dG to ask for ahead of their use
+inline constexpr int64_t kGradientCache = 512 << 10;  // most bytes of dG that is read in place, gaps included
+inline constexpr int kGradientAhead = 8;              // how many rows ahead dG is prefetched
 
 template <typename Panel, int Rows>
 void gradient_tile(const typename Panel::Word* __restrict a, int64_t lda,
@@ -60,8 +62,8 @@ template <typename Panel>
 constexpr GradientTiles<Panel> kGradientTiles =
     gradient_tiles_of<Panel>(std::make_integer_sequence<int, kTileRows<2>>{});
 
-// `count` columns of all rows, as a tile broadcasts them, one row (or pair of rows) after the other; row_at(r)
-// is where row r stands. There are `left` columns to the end of a row.
+// Copies `count` columns of all rows in the order in which a tile broadcasts them: one row (or pair of rows) after the
+// other. row_at(r) is where row r is. There are `left` columns to the end of a row.
 template <typename Panel, typename RowAt>
 INLINE void copy_columns(RowAt&& row_at, int64_t rows, int64_t count, [[maybe_unused]] int64_t left,
                          typename Panel::Word* to) {
@@ -87,7 +89,7 @@ INLINE void copy_columns(RowAt&& row_at, int64_t rows, int64_t count, [[maybe_un
   }
 }
 
-// Two vectors of every row (or pair of rows), one after the other, zeros from column `left` on.
+// Copies two vectors of every row (or pair of rows), one row after the other, with zeros from column `left` on.
 template <typename Panel, typename RowAt>
 INLINE void copy_panel(RowAt&& row_at, int64_t rows, int64_t left, typename Panel::Stored* panel) {
   using T = typename Panel::T;
@@ -109,7 +111,8 @@ INLINE void copy_panel(RowAt&& row_at, int64_t rows, int64_t left, typename Pane
   }
 }
 
-// Every element is the sum of its blocks' sums, in their order: how m and n were shared out cannot be seen in it.
+// Every element is the sum of the blocks' sums in the order of the blocks, so how m and n are shared out changes no
+// bit.
 template <typename Panel>
 void gradient_of(const GradientProduct<typename Panel::T>& p) {
   using T = typename Panel::T;
@@ -119,7 +122,7 @@ void gradient_of(const GradientProduct<typename Panel::T>& p) {
   void* const rest = some_a + kGradientRows<T> * kGradientColumns;
   auto* const panel = static_cast<typename Panel::Stored*>(rest);
   int64_t first = 0;
-  do {  // once without any rows, for zeros
+  do {  // without rows, once: it stores zeros
     const int64_t rows = p.rows - first < kGradientRows<T> ? p.rows - first : kGradientRows<T>;
     const int64_t steps = (rows + Panel::kRows - 1) / Panel::kRows;
     const bool accumulate = p.accumulate || first > 0;

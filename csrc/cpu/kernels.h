@@ -6,32 +6,34 @@
 // Panels. A packed matrix with N columns and inner dimension K is stored as panels of `width · lanes` columns, each
 // [K][width · lanes]: the order in which a product reads it. Two column orders:
 //   gates:  the 4H gate rows of W, `lanes` units at a time: [unit block][gate i, f, g, o][lane]
-//   plain:  as they stand
-// A panel may store its weights in half the bytes (Storage::bf16), rounded once, when they are packed. Two of them share
-// a 32-bit word; which two is the table's own affair:
+//   plain:  the columns in their own order
+// A panel may store its weights in half the bytes (Storage::bf16), rounded once, when they are packed. Two weights
+// share a 32-bit word. Each instruction set's table defines which two it pairs:
 //
 //                        high half            low half
 //   kernels_avx512_bf16  w[k + 1][vector v]   w[k][vector v]    k even: what a dot product of pairs takes. K rows are
 //                                                               rounded up to an even number, with a row of zeros.
-//   the others           w[k][vector 2v + 1]  w[k][vector 2v]   a shift gives one vector and a mask the other; sums are
-//                                                               those of the same panel in T, to the bit.
+//   the others           w[k][vector 2v + 1]  w[k][vector 2v]   a shift gives one vector and a mask the other; the sums
+//                                                               are bitwise those of the same weights stored in T.
 //
-// Operands. Units that multiply bfloat16 take activations as such too. A product makes the words of its rows once, in the
-// memory that its caller hands in: x = high + low, both bfloat16, and two dot products a vector of weights. What is left
-// of x is below 2^-17 of it (or below 2^-126), so the product is as good as one with activations in float32 to that. Where
-// the caller allows `rounded` activations, high alone is taken: half the work, and x is off by up to 2^-8 of itself. An
-// infinite x, or one that rounds to infinity, has a low part of zero, and a NaN stays one. A weight that is infinite makes
-// NaNs of most products with it, since high and low, or a low part of zero, meet it with signs of their own.
+// Operands. Units that multiply bfloat16 take the activations as bfloat16, too. So a product splits each activation
+// once: x = high + low, both bfloat16. It stores the words of its rows in memory that its caller provides, and computes
+// two dot products a vector of weights. high + low differs from x by less than 2^-17 of x (or by less than 2^-126), and
+// that is all that the product loses against activations in float32. Where the caller allows `rounded` activations, the
+// product takes high alone: this is half the work, and x is off by up to 2^-8 of itself. If x is infinite or rounds to
+// infinity, its low part is zero. A NaN stays a NaN. Most products with an infinite weight are NaN, because high and
+// low may have different signs, and because infinity times a low part of zero is NaN.
 //
-// Activations (`gates` buffers, saved or not) have the gate order too: [row][unit block][gate][lane], 4·padded_hidden a row.
-// Gradients of pre-activations have torch's: [row][gate][padded_hidden].
+// Gates. The activations of the gates (`gates` buffers, saved or not) have the gate order, too:
+// [row][unit block][gate][lane], 4·padded_hidden numbers a row. The gradients of the pre-activations have torch's
+// order: [row][gate][padded_hidden].
 //
-// Bits. The order of every sum depends on sizes of the whole call alone, never on how rows or columns were shared out:
-// `unroll_rows` tells a product how many rows the call has at this point, and that picks the number of partial sums.
+// Bits. The order of every sum depends on sizes of the whole call alone, never on how rows or columns are shared out.
+// `unroll_rows` tells a product how many rows the whole call has at this point; this picks the number of partial sums.
 //
-// There and back. Recurrent weights are read end to end at every step. A cache that does not quite hold them has then lost
-// each line by the time its turn comes again; read from the last panel to the first at every other step, what was read last
-// comes first and is still there.
+// Alternating panel order. Every step reads all recurrent weights. If they are slightly larger than the cache, reading
+// them in the same order at each step evicts every line before it is used again. So odd steps read the panels in
+// reverse: the lines that were read last are read first, while they are still cached.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +47,7 @@ enum class Storage {
 
 constexpr int64_t stored_bytes(Storage storage, int64_t element) { return storage == Storage::bf16 ? 2 : element; }
 
-// Rows that a panel of K rows has memory for.
+// Rows for which a panel of K rows has memory.
 constexpr int64_t stored_rows(Storage storage, int64_t inner) {
   return storage == Storage::bf16 ? (inner + 1) / 2 * 2 : inner;
 }
@@ -67,13 +69,13 @@ struct Product {
   int64_t rows;
   int64_t unroll_rows;
   int64_t inner;             // K
-  bool rounded = false;      // see "Operands"; no matter where there are none
-  void* operands = nullptr;  // operand_bytes(…) of them
+  bool rounded = false;      // see "Operands"; ignored where a product has none
+  void* operands = nullptr;  // memory of operand_bytes(…) bytes
   const T* init = nullptr;   // null: zero
   int64_t init_step = 0;     // from row to row; 0 adds the same row (a bias) to all
   T* c;
   int64_t ldc;
-  bool from_last = false;  // see "There and back"
+  bool from_last = false;  // see "Alternating panel order"
 };
 
 // One step of a lane for unit blocks first … last-1: gates = init + h·W_hh, then the cell.
@@ -87,7 +89,7 @@ struct StepForward {
   int64_t rows;
   int64_t unroll_rows;
   int64_t inner;
-  bool rounded = false;  // as of a product
+  bool rounded = false;  // as in Product
   void* operands = nullptr;
   const T* projected;  // W_ih·x + b, gate order
   int64_t hidden, padded_hidden;
@@ -98,7 +100,7 @@ struct StepForward {
   int64_t ldy;
   T* saved_c;              // [row][padded_hidden], or null
   T* saved_gates;          // [row][4·padded_hidden], or null
-  bool from_last = false;  // see "There and back"
+  bool from_last = false;  // see "Alternating panel order"
 };
 
 // The cell's backward for unit blocks first … last-1 of `rows` rows.
@@ -115,15 +117,15 @@ struct StepBackward {
   const T* c_next;  // [row][padded_hidden]
   const T* c;       // likewise: the state before the step
   T* dc;            // [row][padded_hidden], updated
-  T* dgates;        // [row][lddg], torch's order; zero in the padding, whatever is there in the gates
+  T* dgates;        // [row][lddg], torch's order; zero in the padding, whatever the padding of `gates` holds
   int64_t lddg;
-  T* projected;  // o·tanh(c_next), [row][ldm]: what the projection was given; or null
+  T* projected;  // o·tanh(c_next), the projection's input, [row][ldm]; or null
   int64_t ldm;
 };
 
-// c[m][n] = Σ over rows of a[row][m]·b[row][n], added to c with `accumulate`: a weight gradient. It is summed in blocks of
-// so many rows, and of a and b as much is copied to `scratch` at a time as stays in a second-level cache. Rows may stand
-// in two pieces, as in a ring: where they part cannot be seen in the sums.
+// A weight gradient: c[m][n] = Σ over rows of a[row][m]·b[row][n], added to c with `accumulate`. The sum is taken in
+// blocks of kGradientRows rows. As much of a and b is copied to `scratch` at a time as stays in a second-level cache.
+// The rows may be in two pieces, as in a ring; where the second piece begins changes no bit of the sums.
 template <typename T>
 inline constexpr int64_t kGradientRows = 1536 / int64_t{sizeof(T)};
 inline constexpr int64_t kGradientColumns = 280;  // of a
@@ -144,26 +146,27 @@ struct GradientProduct {
   int64_t ldb;
   int64_t rows, parting, m, n;
   bool accumulate;
-  bool rounded = false;  // a and b to bfloat16, where there are units for it
+  bool rounded = false;  // a and b are rounded to bfloat16, where units multiply it
   void* scratch;         // for kGradientScratch numbers
 };
 
-// The operands of a row, in words of two: the high parts, then the low parts where they are taken, whole vectors of each.
-// One vector more, so that rows are no power of two apart: they would share one set of a cache.
+// The operands of a row, two in each word: the high parts, then the low parts if they are taken, whole vectors of each.
+// A row has one vector more than that, so that rows are no power of two apart: such rows would share one set of a
+// cache.
 constexpr int64_t operand_part(int64_t inner) { return (inner + 31) / 32 * 16; }
 constexpr int64_t operand_words(int64_t inner, int64_t parts) { return parts * operand_part(inner) + 16; }
 
 template <typename T>
 struct Kernels {
   int64_t lanes;
-  bool units;  // multiplies bfloat16 as such: products of panels stored so need memory for operands
+  bool units;  // there are units that multiply bfloat16: products of panels in Storage::bf16 need memory for operands
   // Panels first … last-1 of W (4H, K), row-major, columns in gate order, `width` vectors a panel.
   void (*pack_gates)(const T* w, int64_t hidden, int64_t inner, int64_t width, int64_t first, int64_t last,
                      Storage storage, void* panels);
   // Panels of the transpose of W (columns, K): column n is row n of W.
   void (*pack_rows)(const T* w, int64_t columns, int64_t inner, int64_t width, int64_t first, int64_t last,
                     Storage storage, void* panels);
-  // Panels of W (blocks·rows_per_block, columns) as it stands; every block of rows is padded with zeros to `padded_rows`.
+  // Panels of W (blocks·rows_per_block, columns) as it is; every block of rows is padded with zeros to `padded_rows`.
   void (*pack_columns)(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_block, int64_t padded_rows,
                        int64_t width, int64_t first, int64_t last, Storage storage, void* panels);
   // Sum of two biases (either may be null), in gate order, unit blocks first … last-1.
@@ -177,21 +180,21 @@ struct Kernels {
   void (*states)(const T* gates, const T* c, int64_t rows, int64_t padded_hidden, int64_t first_block,
                  int64_t last_block, T* c_next);
   void (*gradient)(const GradientProduct<T>&);
-  // sum[n] = Σ over rows of a[row][n], n < columns, one after the other; added to sum with `accumulate`.
+  // sum[n] = Σ over rows of a[row][n], n < columns, row after row; added to sum with `accumulate`.
   void (*sum_rows)(const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate, T* sum);
   // sigmoid and tanh of n numbers, for tests.
   void (*maths)(const T* x, int64_t n, T* sigmoid, T* tanh);
-  // a and b of a block of memory: fingerprint.h, which has the key.
+  // The sums a and b of a block of memory, see fingerprint.h.
   void (*digest)(const void* data, int64_t bytes, const void* key, uint64_t* ab);
 };
 
-// What a product or a step of so many rows needs for its operands; 0 where it takes activations as they stand.
+// Bytes that a product or a step of `rows` rows needs for its operands; 0 if it takes the activations as they are.
 template <typename T>
 int64_t operand_bytes(const Kernels<T>& kernels, Storage storage, int64_t rows, int64_t inner) {
   return kernels.units && storage == Storage::bf16 ? rows * operand_words(inner, 2) * int64_t{sizeof(int32_t)} : 0;
 }
 
-// One table for each instruction set that was built; null where it was not.
+// The table of each instruction set; null if it was not built.
 template <typename T>
 const Kernels<T>* kernels_default();
 template <typename T>
@@ -202,7 +205,7 @@ template <typename T>
 const Kernels<T>* kernels_avx512_bf16();
 
 // The instruction set in use: the best that the processor has, or the one that STACKED_LSTM_EXT_ISA names.
-// Throws std::runtime_error when that one is unknown, was not built, or cannot run here.
+// Throws std::runtime_error when the named instruction set is unknown, was not built, or cannot run here.
 const char* isa();
 template <typename T>
 const Kernels<T>& kernels();

@@ -1,16 +1,17 @@
-// csrc/cpu/kernels.inc.h: the CPU kernels, once, for whatever vectors the including file has chosen (see kernels.h).
+// csrc/cpu/kernels.inc.h: the CPU kernels, written once, for the vectors that the including file defines (see
+// kernels.h).
 
 // ---- The one product ----------------------------------------------------------------------------------------------
 //
 //              width vectors                A tile keeps rows × width accumulators in registers for the whole of K and
 //            ┌───────────────┐              reads each weight once: K·width loads for K·width·rows multiply-adds.
-//       K    │ panel  (L1/L2)│              Few rows leave the multiply-add units waiting for each other, so a tile may
-//            └───────────────┘              keep `Sums` partial sums of every output, over k ≡ 0, 1, … mod Sums.
+//       K    │ panel  (L1/L2)│              With few rows, multiply-adds wait for each other's results. So a tile may
+//            └───────────────┘              keep `Sums` partial sums of every output, which take the k in turn.
 //   rows ▒▒▒▒ → broadcast a[row][k]
 
 template <int Width>
 inline constexpr int kTileRows = kRegisters >= 32 ? (Width == 4 ? 6 : 14) : (Width == 4 ? 3 : 6);
-// Multiply-adds in flight that hide their latency (4 to 5 cycles, 2 a cycle).
+// How many multiply-adds in flight hide their latency (4 to 5 cycles, 2 a cycle).
 inline constexpr int kInFlight = kRegisters >= 32 ? 16 : 8;
 // Whether there are units that multiply bfloat16.
 #if defined(STACKED_LSTM_BF16_UNITS)
@@ -18,11 +19,13 @@ inline constexpr bool kUnits = true;
 #else
 inline constexpr bool kUnits = false;
 #endif
-// How far ahead, in steps of k, to ask for weights. One row streams best by the hardware's own prefetcher.
+// How many steps of k ahead a tile prefetches weights. A tile of one row does not: the hardware's prefetcher is better
+// then.
 inline constexpr int kPrefetchSteps = 16;
 
-// What a panel holds and how a tile multiplies it: numbers of T as they are. A tile takes `kRows` rows of the inner
-// dimension at a step: of the weights `Width` vectors in registers, of each row of activations a word for each part.
+// What a panel holds, and how a tile multiplies it. Here: numbers of T as they are. A step of a tile takes `kRows` rows
+// of the inner dimension: `Width` vectors of weights in registers, and one word for each part of each row of
+// activations.
 template <typename Number>
 struct Whole {
   using T = Number;
@@ -39,7 +42,7 @@ struct Whole {
   static INLINE Vec<T> multiply_add(Weight weight, Vec<T> x, Vec<T> sum) { return weight * x + sum; }
 };
 
-// Numbers of 16 bits, that become T in registers.
+// Numbers of 16 bits that are widened to T in registers.
 struct Halves : Whole<float> {
   using Stored = Bf16;
 
@@ -52,7 +55,7 @@ struct Halves : Whole<float> {
 };
 
 #if defined(STACKED_LSTM_BF16_UNITS)
-// Pairs of numbers of 16 bits, one from each of two rows of the inner dimension, and activations in as many parts.
+// Pairs of numbers of 16 bits, one from each of two rows of the inner dimension. The activations have `Parts` parts.
 template <int Parts>
 struct Pairs {
   using T = float;
@@ -70,7 +73,7 @@ struct Pairs {
 };
 #endif
 
-// Words of one row of activations, and from the high part of a number to its low one.
+// The words of the activations: `ld` words from row to row, `part` words from a number's high part to its low part.
 template <typename Word>
 struct Operands {
   const Word* data;
@@ -125,7 +128,7 @@ void tile(const typename Panel::Stored* __restrict panel, const typename Panel::
     typename Panel::Weight weight[Width];
     Panel::load_weights(w, weight);
     if constexpr (Rows > 1) {
-      constexpr int lines = stored * int{sizeof *w} / STACKED_LSTM_VECTOR_BYTES;  // vectors, of memory
+      constexpr int lines = stored * int{sizeof *w} / STACKED_LSTM_VECTOR_BYTES;  // vectors of memory
       unroll<lines>([&](auto v)
                         INLINE_LAMBDA { __builtin_prefetch(w + kPrefetchSteps * stored + v * (stored / lines)); });
     }
@@ -154,7 +157,7 @@ template <typename Panel>
 using Tile = void (*)(const typename Panel::Stored*, const typename Panel::Word*, int64_t, int64_t, int64_t,
                       const typename Panel::T*, int64_t, typename Panel::T*, int64_t);
 
-// Partial sums for a product of `rows` rows: as many as are in flight anyway.
+// Partial sums for a product of `rows` rows: as many as kInFlight allows, and 8 at most.
 template <int Width>
 constexpr int sums_for(int64_t rows) {
   int sums = 1;
@@ -167,10 +170,10 @@ constexpr Tile<Panel> tile_or_null() {
   if constexpr (Sums == 1 || Rows * Width * Sums <= kInFlight)
     return tile<Panel, Rows, Width, Sums>;
   else
-    return nullptr;  // sums_for never asks for it
+    return nullptr;  // sums_for() never returns this number of sums for so many rows
 }
 
-// The tiles of one number of partial sums, by rows.
+// The tiles with one number of partial sums, indexed by their rows.
 template <typename Panel, int Width>
 struct Tiles {
   Tile<Panel> of[kTileRows<Width> + 1];
@@ -224,7 +227,7 @@ INLINE void with_panels(const Panels& panels, int64_t width, [[maybe_unused]] bo
   of_type(Whole<T>{});
 }
 
-// Calls f(n) for first … last-1, or the other way round.
+// Calls f(n) for n = first … last-1, or in reverse order.
 template <typename F>
 INLINE void there_or_back(int64_t first, int64_t last, bool from_last, F&& f) {
   for (int64_t n = first; n < last; ++n) f(from_last ? first + last - 1 - n : n);
@@ -266,8 +269,8 @@ INLINE void store_gates(T* p, const Gates<Vec<T>>& y) {
   store(p, y.i), store(p + V, y.f), store(p + 2 * V, y.g), store(p + 3 * V, y.o);
 }
 
-// The cell for one unit block of `rows` rows, `pre` holding their pre-activations. Not inlined, so that every caller
-// runs the same instructions and gets the same bits.
+// The cell for one unit block of `rows` rows; `pre` holds their pre-activations. Not inlined, so that every caller runs
+// the same instructions and gets the same bits.
 template <typename T>
 __attribute__((noinline)) void cells_forward(const StepForward<T>& s, const T* pre, int64_t block, int64_t row,
                                              int64_t rows) {
@@ -317,8 +320,8 @@ void step_forward(const StepForward<T>& s) {
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
 
-// The first `count` lanes of v, zero in the others. Not a product with a mask: padded units of a row with an Inf in it
-// hold NaNs (0·Inf in their products), and those must not reach the products of backward.
+// The first `count` lanes of v, and zero in the others. This is no product with a mask: if a row has an Inf in it, its
+// padded units hold NaNs (0·Inf in their products), and NaNs must not reach the products of backward.
 template <typename T>
 INLINE Vec<T> first_lanes(Vec<T> v, int64_t count) {
   alignas(STACKED_LSTM_VECTOR_BYTES) T all[kLanes<T>];

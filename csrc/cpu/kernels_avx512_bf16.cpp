@@ -1,6 +1,7 @@
 // csrc/cpu/kernels_avx512_bf16.cpp: the kernels for AVX-512 (F, DQ, BW, VL) with units that multiply bfloat16 (BF16).
 //
-// They are those of kernels_avx512.cpp, to the bit, for all but panels that are stored as bfloat16.
+// Their results are bitwise those of kernels_avx512.cpp, except for products with panels that are stored as bfloat16,
+// and for weight gradients of `rounded` operands.
 #include "target.h"
 
 #if defined(__x86_64__)

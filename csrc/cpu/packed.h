@@ -1,7 +1,7 @@
-// csrc/cpu/packed.h: the weights of a stack in the order in which the forward kernels read them (panels, see kernels.h).
+// csrc/cpu/packed.h: the weights of a stack in the order in which the forward kernels read them (panels: kernels.h).
 //
 // A call packs its weights into its own workspace, or into a PackedStack that its caller keeps for later calls
-// (csrc/torch/packed_cache.h). The two hold the same numbers at the same places, so a call cannot tell them apart.
+// (csrc/torch/packed_cache.h). Both hold the same numbers in the same order, so a call computes the same with either.
 #pragma once
 
 #include <cstdint>
@@ -15,10 +15,10 @@
 
 namespace stacked_lstm::cpu {
 
-// The recurrent product has four vectors a panel while few rows share each weight, and then its tile is as large as
-// the registers allow for those few rows; else two. A function of the batch alone: see "Bits" in kernels.h.
+// Vectors a panel of the recurrent product. If few rows share each weight, a panel has four vectors: the tile of these
+// few rows is then as large as the registers allow. Else it has two. The batch alone decides: see "Bits" in kernels.h.
 inline int64_t recurrent_width(int64_t batch) { return batch <= 6 ? 4 : 2; }
-// All other products.
+// Vectors a panel of all other products.
 inline constexpr int64_t kWidth = 2;
 
 inline int64_t panels_of(int64_t columns, int64_t width, int64_t lanes) {
@@ -35,7 +35,7 @@ struct PackedLane {
   void* weight_hr;              // plain order; null without a projection
 };
 
-// The lanes' places in memory that take(bytes) returns.
+// The packed weights of every lane, in memory that take(bytes) returns.
 template <typename T, typename Take>
 std::vector<PackedLane<T>> lay_out(const StackShape& shape, Storage storage, Take&& take) {
   const int64_t stored = stored_bytes(storage, sizeof(T));
@@ -59,8 +59,9 @@ std::vector<PackedLane<T>> lay_out(const StackShape& shape, Storage storage, Tak
 template <typename T>
 class PackedStack {
  public:
-  // Places for the weights of `shape`; the first call that is given them packs. `sources` is where the weights are, if they
-  // are to be checked; their fingerprint is taken here, before anything is packed.
+  // Takes memory for the packed weights of `shape`; the first call that is given the stack packs them. `sources` is
+  // where the weights are, if they are to be checked; the constructor takes their fingerprint, before anything is
+  // packed.
   // Throws std::runtime_error when there is no memory.
   PackedStack(const StackShape& shape, Storage storage, std::vector<Bytes> sources = {})
       : memory_(Workspace::Pages::as_needed),
@@ -74,10 +75,10 @@ class PackedStack {
   const std::vector<PackedLane<T>>& lanes() const { return lanes_; }
   Storage storage() const { return storage_; }
   int64_t bytes() const { return memory_.bytes(); }
-  // What was packed. `sources` may be read as long as the weights stand where they stood.
+  // What was packed. The memory of `sources` may be read as long as the weights are still there.
   const std::vector<Bytes>& sources() const { return sources_; }
   const Fingerprint& fingerprint() const { return fingerprint_; }
-  // Whether the weights are there. Set once, by the call that packs, before any other call is given the stack.
+  // Whether the weights are packed. The call that packs sets this once, before any other call is given the stack.
   bool ready() const { return ready_; }
   void set_ready() { ready_ = true; }
 

@@ -1,6 +1,6 @@
 // csrc/cpu/packing.inc.h: weights as panels, included by kernels.inc.h for each instruction set.
 
-// Rows of a panel whose numbers share words.
+// How many rows of a panel share words.
 template <typename W>
 inline constexpr int kRowsTogether = 1;
 #if defined(STACKED_LSTM_BF16_UNITS)
@@ -13,7 +13,7 @@ INLINE int64_t rows_in_panel(int64_t inner) {
   return (inner + kRowsTogether<W> - 1) / kRowsTogether<W> * kRowsTogether<W>;
 }
 
-// N neighbouring vectors of a panel's row, or of its rows that stand together. at(row, vector) has the numbers.
+// Stores N neighbouring vectors of a panel's row, or of the rows that share words. at(row, vector) returns the numbers.
 template <int N, typename T, typename At>
 INLINE void store_vectors(T* out, At&& at) {
   unroll<N>([&](auto v) INLINE_LAMBDA { store(out + v * kLanes<T>, at(0, v)); });
@@ -34,7 +34,7 @@ struct RowsOf {
   const T* first;
   int64_t count;
 
-  // Columns k … k + lanes - 1 of them, as vectors of rows. Nothing is read past the last row or a row's end.
+  // Columns k … k + lanes - 1 of these rows, one vector each. Nothing is read past the last row or a row's end.
   INLINE void columns(int64_t k, int64_t inner, Vec<T> (&v)[kLanes<T>]) const {
     constexpr int V = kLanes<T>;
     const T* const p = first + k;
@@ -52,13 +52,14 @@ struct RowsOf {
   }
 };
 
-// Vectors of a panel that are packed at a time: as few as fill whole cache lines of it, or share words.
+// How many vectors of a panel are packed at a time: one if it fills a cache line of the panel, else two. Vectors that
+// share words are always packed together.
 template <typename T, typename W>
 inline constexpr int kVectorsTogether = kLanes<T> * kRowsTogether<W> * int{sizeof(W)} >= 64 ? 1 : 2;
 
-// Rows of W to neighbouring vectors of a panel. The processor's prefetchers follow neither so many rows nor the strided
-// lines of the panel: each block of rows asks for as much of the rows that are packed next, in the order of their
-// addresses, and for the lines that the next block writes.
+// Packs rows of W as neighbouring vectors of a panel. The processor's prefetchers follow neither so many rows nor the
+// strided lines of the panel. So each iteration prefetches as much as it reads of the rows that are packed next, in the
+// order of their addresses, and the lines that the next iteration writes.
 template <typename T, typename W>
 void pack_lanes(const RowsOf<T>* rows, const RowsOf<T>* next, int64_t inner, W* out, int64_t ldo) {
   constexpr int V = kLanes<T>, R = kRowsTogether<W>, N = kVectorsTogether<T, W>;
@@ -70,7 +71,7 @@ void pack_lanes(const RowsOf<T>* rows, const RowsOf<T>* next, int64_t inner, W* 
       rows[n].columns(k, inner, v[n]);
     });
     const auto store_rows = [&](int64_t steps) INLINE_LAMBDA {
-      unroll<V / R>([&](auto step) INLINE_LAMBDA {  // past the last row, columns are zeros
+      unroll<V / R>([&](auto step) INLINE_LAMBDA {  // past the inner dimension, v holds zeros
         if (step * R >= steps) return;
         __builtin_prefetch(out + (V + step * R) * ldo, 1);
         store_vectors<N>(out + step * R * ldo,
@@ -81,7 +82,7 @@ void pack_lanes(const RowsOf<T>* rows, const RowsOf<T>* next, int64_t inner, W* 
   }
 }
 
-// Calls run(panels) with the type that they hold.
+// Calls run(panels) with a pointer to the type that the panels hold.
 template <typename T, typename Run>
 INLINE void with_storage(Storage storage, void* panels, Run&& run) {
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -90,7 +91,7 @@ INLINE void with_storage(Storage storage, void* panels, Run&& run) {
   run(static_cast<T*>(panels));
 }
 
-// Panels whose vector `column` holds the rows that rows_of(column) names.
+// Packs panels first … last-1: vector `column` holds the rows that rows_of(column) returns.
 template <typename T, typename RowsOfColumn>
 INLINE void pack_panels(int64_t inner, int64_t width, int64_t first, int64_t last, Storage storage, void* panels,
                         RowsOfColumn&& rows_of) {
@@ -132,9 +133,10 @@ void pack_columns(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_
                   int64_t width, int64_t first, int64_t last, Storage storage, void* panels) {
   constexpr int V = kLanes<T>;
   const int64_t ldo = width * V;
-  // Panels: a row is read in pieces of many lines, but few panels are written at once.
+  // Panels that are written at once: few, but enough for a row to be read in pieces of many lines.
   const int64_t together = 32 / width;
-  // Of W, to ask for where rows are long: pieces of those are no sequence that the processor's prefetchers would follow.
+  // How many rows ahead W is prefetched, if its rows are long: the processor's prefetchers do not follow pieces of such
+  // rows.
   constexpr int kRowsAhead = 4;
   const bool ask = columns * int64_t{sizeof(T)} >= 1024;
   with_storage<T>(storage, panels, [&]<typename W>(W* data) INLINE_LAMBDA {

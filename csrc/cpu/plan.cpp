@@ -13,8 +13,8 @@
 namespace stacked_lstm::cpu {
 namespace {
 
-// Bytes of the first core's cache of that level, as the kernel tells them; 0 where it does not. (sysconf adds the third-level
-// caches of a whole machine up, or makes a number up in a virtual one.)
+// Bytes of the first core's cache of level `wanted`, as the operating system reports them; 0 if it does not. (sysconf
+// adds up the third-level caches of a whole machine, and in a virtual machine it may return a number without meaning.)
 double cache_bytes([[maybe_unused]] int wanted) {
 #if defined(__linux__)
   for (int n = 0; n < 8; ++n) {

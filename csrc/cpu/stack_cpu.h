@@ -1,7 +1,7 @@
-// csrc/cpu/stack_cpu.h: a stack of LSTM layers on the CPU. The entry points, and what they ask of their surroundings.
+// csrc/cpu/stack_cpu.h: a stack of LSTM layers on the CPU: the entry points, and what they need from the caller.
 //
-// Free of torch, so that the sanitizers can watch every thread and every access (tests/sanitize); csrc/torch/cpu_call.cpp brings
-// torch's thread pool as a Platform.
+// The CPU kernels are free of torch, so that the sanitizers can watch every thread and every access (tests/sanitize).
+// csrc/torch/cpu_call.cpp provides torch's thread pool as a Platform.
 #pragma once
 
 #include <cstdint>
@@ -17,34 +17,34 @@ namespace stacked_lstm::cpu {
 class Platform {
  public:
   virtual ~Platform() = default;
-  // Calls member(share) on some threads, the shares adding up to `workers`; every call may run on its own thread, and
-  // all may run on one.
+  // Calls member(share) on some threads; the shares add up to `workers`. Each call may have a thread of its own, or all
+  // calls may run on one thread.
   virtual void parallel(int64_t workers, const std::function<void(int64_t share)>& member) = 0;
-  // Whether all those calls are under way at the same time, so that one may wait for another.
+  // Whether all these calls run at the same time, so that one call may wait for another.
   virtual bool at_the_same_time() const = 0;
 };
 
-// Sizes of this machine's caches, for the cost model.
+// The rates and cache sizes of this machine, for the cost model. `element`: bytes of a number.
 const CpuMachine& machine(int64_t element);
 
 // The schedule that a call of these sizes takes when `threads` are free. `element`: bytes of a number.
 Schedule plan(const StackShape& shape, int64_t threads, int64_t element, Storage storage, bool backward);
 
-// Who may work on a call.
+// The workers that a call may have.
 struct Workers {
-  int64_t threads;                   // at most so many
+  int64_t threads;                   // the most workers
   const Schedule* forced = nullptr;  // run this instead of the cheapest; why_not(…) must be null
 };
 
 template <typename T>
 class PackedStack;  // packed.h
 
-// Fill what the call points to; return the schedule that was run, which is another when fewer threads came.
+// Fill what the call points to, and return the schedule that was run. It is not the planned one if fewer threads came.
 // Throw std::runtime_error when there is no memory for the workspace, before anything is written.
-// With `packed`, forward reads the weights there, once they are ready; the first call with it puts them there. Without,
-// it packs them for itself.
-// With `check`, weights that are ready are compared with their sources before they are used, by fingerprint. Where the
-// sources have changed, forward returns nothing and has computed nothing.
+// With `packed`, forward reads the packed weights there; the first call with it packs them there. Without it, forward
+// packs them for itself.
+// With `check`, forward compares packed weights that are ready with their sources, by fingerprint, before it uses them.
+// If the sources have changed, forward returns nothing and has computed nothing.
 template <typename T>
 std::optional<Schedule> forward(const ForwardCall<T>& call, const Workers& workers, Platform& platform,
                                 PackedStack<T>* packed = nullptr, bool check = true);

@@ -1,15 +1,17 @@
 // csrc/cpu/step.cpp: one time step of a stack.
 //
-// At B = 1 a step is the reading of all weights, once. Every worker owns a slice of the units of every layer, and of a
-// layer
-//   1. b + W_hh·h, which needs nothing of this step: it is done while the layer below is being finished elsewhere;
-//   2. wait for the layer below, all slices; add W_ih·x and run the cell;
-//   3. with a projection, hand over o·tanh(c), wait for all slices, and take W_hr times it.
+// At B = 1 a step takes the time to read all weights once. Every worker owns a slice of the units of every layer. In
+// each layer it does the following:
+//   1. compute b + W_hh·h. This needs no result of this step: it is done while other workers finish the layer below;
+//   2. wait for all slices of the layer below, add W_ih·x and run the cell;
+//   3. with a projection: hand o·tanh(c) over, wait for all slices, and compute W_hr times it.
 //
-// Before that, it takes the fingerprint of its share of the sources (fingerprint.h). Nothing waits for the sum, which is
-// compared when the step is done: packed weights that are out of date cost a step, and its result is dropped.
+// Before the first layer, each worker takes the fingerprint of its share of the sources (fingerprint.h). No worker
+// waits for the sum of these fingerprints; it is compared when the step is done. So packed weights that are out of date
+// cost a step, whose result is dropped.
 //
-// Hazard. Every buffer of a layer is its own and is written once: nothing is overwritten that a slower worker may read.
+// Hazard. Every layer has its own buffers, and each is written once. So no worker overwrites what a slower worker may
+// still read.
 #include "step.h"
 
 #include <algorithm>
@@ -20,7 +22,7 @@
 namespace stacked_lstm::cpu {
 namespace {
 
-constexpr double kWakeNs = 10000;  // what a pool's thread takes that has gone to sleep since the step before
+constexpr double kWakeNs = 10000;  // time to wake a pool's thread that went to sleep after the step before
 
 template <typename T>
 class StackStep {
@@ -53,7 +55,7 @@ class StackStep {
     for (int64_t n = 0; n < workers_; ++n) new (done_ + n) Count;
   }
 
-  // Nothing where the weights are not those that were packed.
+  // Returns the number of workers, or nothing if the weights are not those that were packed.
   std::optional<int64_t> run() {
     const std::vector<Bytes>& sources = call_.weights.sources();
     const auto member = [&](int64_t share) {
@@ -75,7 +77,7 @@ class StackStep {
   }
 
  private:
-  // Hand-overs of a worker count up through the layers.
+  // A worker's count of hand-overs goes on from layer to layer.
   void hand_over(int64_t rank, int64_t count) { publish(done_[rank], count); }
   void wait_all(int64_t size, int64_t count) const {
     for (int64_t n = 0; n < size; ++n) team_.wait(done_[n], count);

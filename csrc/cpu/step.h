@@ -1,7 +1,7 @@
-// csrc/cpu/step.h: one time step of a stack, its state handed in and out: streaming.
+// csrc/cpu/step.h: one time step of a stack, for streaming: the caller hands the state in and gets the next one back.
 //
-// A call of forward with T = 1 computes the same. This one starts from weights that are packed already, takes no
-// memory beyond its workspace, which a thread keeps, and reads the state where it stands.
+// forward() with T = 1 computes the same. step() starts from weights that are packed already, takes no memory beyond
+// its workspace, which the thread keeps, and reads the state in place.
 #pragma once
 
 #include <cstdint>
@@ -27,14 +27,14 @@ struct StepCall {
   bool check = true;              // compare the packed weights with their sources
 };
 
-// Fills what the call points to, the units of every layer shared out to `workers`. Returns how it was done: with fewer
-// when fewer came. The bits do not depend on that. Returns nothing where the sources of the packed weights have changed:
-// what was filled is then worth nothing.
+// Fills what the call points to; the units of every layer are shared out to `workers` workers. Returns the schedule
+// that was run, with fewer workers if fewer came. The bits do not depend on their number. If the sources of the packed
+// weights have changed, step() returns nothing, and what it has filled is invalid.
 template <typename T>
 std::optional<Schedule> step(const StepCall<T>& call, int64_t workers, Platform& platform);
 
-// How many of `threads` to share a step out to, by what it costs to read the weights and to wake others for it.
-// `source_bytes`: of the sources, if they are to be checked.
+// How many of `threads` threads should share a step, by the cost of reading the weights and of waking the other
+// threads. `source_bytes`: bytes of the sources if they are to be checked, else 0.
 int64_t step_workers(const StackShape& shape, int64_t threads, int64_t element, Storage storage, int64_t source_bytes);
 
 }  // namespace stacked_lstm::cpu

@@ -1,5 +1,6 @@
-// csrc/cpu/target.h: everything that a kernels_<isa>.cpp may include, included before it raises its target, so that no
-// inline function of a header is compiled for instructions that another file's copy of it must not have.
+// csrc/cpu/target.h: the headers that every kernels_<isa>.cpp includes before it raises its target. The linker keeps
+// one file's copy of an inline function for all files, so no copy may have instructions that the other files must not
+// use.
 #pragma once
 
 #include <cstdint>

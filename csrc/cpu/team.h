@@ -1,8 +1,8 @@
 // csrc/cpu/team.h: threads that work together on one call, and how they wait for each other.
 //
-// A call asks a pool for some workers, and may be given fewer: a nested region, another library's limit, a busy pool. A
-// schedule in which workers hand data to each other must know who is really there, so they muster first, and the
-// schedule is made for those who came.
+// A call asks a thread pool for workers, and may get fewer: in a nested region, under another library's limit, from a
+// busy pool. A schedule in which workers hand data to each other must know which workers are really there. So the
+// workers muster first, and the schedule is made for those that came.
 #pragma once
 
 #include <atomic>
@@ -19,11 +19,12 @@
 
 namespace stacked_lstm::cpu {
 
-// Another worker has failed: unwinds to Team::work, which drops it in favour of the first failure.
+// Thrown by wait() if another worker has failed. Team::work catches it and drops it, because rethrow() throws the first
+// failure.
 struct Abandoned {};
 
-// Denormals make every multiply-add that meets one about a hundred times slower, and an output gate that is nearly shut
-// makes h denormal. They are flushed to zero while a worker runs, and the thread's own mode comes back after.
+// A multiply-add with a denormal operand is about a hundred times slower, and an output gate that is nearly shut makes
+// h denormal. So denormals are flushed to zero while a worker runs. Afterwards the thread has its own mode again.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -49,19 +50,20 @@ class FlushDenormals {
 #endif
 };
 
-// A count that one worker raises and others wait for. On a pair of cache lines of its own: the adjacent-line prefetcher
-// fetches lines in pairs.
+// A count that one worker raises and others wait for. Each count has a pair of cache lines of its own, because the
+// adjacent-line prefetcher fetches lines in pairs.
 struct alignas(128) Count {
   std::atomic<int64_t> value{0};
 };
 
 class Team {
  public:
-  // `sure`: every share is sure to be called, at the same time as the others or for them too.
+  // `sure`: it is certain that all shares are called, and that all calls run at the same time. One call may have the
+  // shares of several workers.
   Team(int64_t wanted, bool sure) : wanted_(wanted), sure_(sure) {}
 
-  // Called by a pool's thread with its share of the wanted workers. Returns once the team is complete with this
-  // thread's rank, or -1 where the team set off without it.
+  // A pool's thread calls this with its share of the wanted workers. Once the team is complete, returns the thread's
+  // rank, or -1 if the team started without this thread.
   int64_t muster(int64_t share) {
     int64_t rank;
     {
@@ -71,8 +73,8 @@ class Team {
       accounted_ += share;
       if (accounted_ == wanted_) size_.store(arrived_, std::memory_order_release);
     }
-    // A pool that runs shares one after the other never completes the team: the first to come waits a little, then
-    // sets off with those who are there.
+    // If a pool runs the shares one after the other, the team never becomes complete. So the first thread to come waits
+    // a little, then starts the team with the threads that are there.
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(2);
     for (int64_t spins = 0; size_.load(std::memory_order_acquire) == 0; ++spins) {
       spins < 1000 ? relax() : std::this_thread::yield();
@@ -86,7 +88,8 @@ class Team {
 
   int64_t size() const { return size_.load(std::memory_order_acquire); }
 
-  // Runs f(rank, size) as a member. What it throws is kept, and everybody else's waits end.
+  // Runs f(rank, size) as a member of the team. If f throws, the exception is kept, and the waits of all other members
+  // end.
   template <typename F>
   void work(int64_t share, F&& f) {
     const int64_t rank = muster(share);
@@ -106,11 +109,13 @@ class Team {
     if (failure_) std::rethrow_exception(failure_);
   }
 
-  // Waits until `count` is at least `value`: what its owner wrote before it raised the count is visible after this.
+  // Waits until `count` is at least `value`. What the count's owner wrote before it raised the count is visible after
+  // this.
   void wait(const Count& count, int64_t value) const {
     for (int64_t spins = 0; count.value.load(std::memory_order_acquire) < value; ++spins) {
       if (failed_.load(std::memory_order_acquire)) throw Abandoned();
-      // After some tens of microseconds the owner has probably lost its core to another process; give it this one.
+      // After some tens of microseconds, the owner has probably lost its core to another process: yield this core to
+      // it.
       spins < 1000 ? relax() : std::this_thread::yield();
     }
   }
@@ -133,7 +138,7 @@ class Team {
   std::exception_ptr failure_;
 };
 
-// Makes what was written before visible to whoever waits for `value`.
+// Makes what this worker wrote before visible to every worker that waits for `value`.
 inline void publish(Count& count, int64_t value) { count.value.store(value, std::memory_order_release); }
 
 }  // namespace stacked_lstm::cpu

@@ -27,7 +27,7 @@ template <typename T>
 inline constexpr int kLanes = STACKED_LSTM_VECTOR_BYTES / int{sizeof(T)};
 
 template <typename T>
-INLINE Vec<T> load(const T* p) {  // no alignment asked for
+INLINE Vec<T> load(const T* p) {  // p need not be aligned
   Vec<T> v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
@@ -52,7 +52,8 @@ INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
-// Numbers of 16 bits, as the upper halves of a float's; two vectors of them are the halves of the words of one.
+// A number of 16 bits, the upper half of a float's bits. Two vectors of them make one vector of words: they are the
+// words' low and high halves.
 struct Bf16 {
   uint16_t bits;
 };
@@ -63,7 +64,8 @@ INLINE void unpack_bf16(const Bf16* p, Vec<float>& even, Vec<float>& odd) {
   even = (Vec<float>)(words << 16);
   odd = (Vec<float>)(words & int32_t(0xffff0000));
 }
-// To nearest, ties to even, as torch rounds. A NaN stays one: its mantissa must not carry into the sign or become zero.
+// Rounds to nearest, ties to even, as torch does; the result is the upper half of each word. A NaN stays a NaN: its
+// mantissa must not carry into the sign or become zero.
 INLINE IntVec<float> round_to_bf16(Vec<float> x) {
   const IntVec<float> bits = (IntVec<float>)x;
   const IntVec<float> rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -75,22 +77,23 @@ INLINE void pack_bf16(Bf16* p, Vec<float> even, Vec<float> odd) {
 }
 
 #if defined(STACKED_LSTM_BF16_UNITS)
-// sum + low·low + high·high, of the halves of words. Denormal numbers count as zero, in all that these units do.
+// sum + low·low + high·high, where low and high are the halves of a word. These units treat all denormals as zero.
 INLINE Vec<float> dot_pairs(IntVec<float> a, IntVec<float> b, Vec<float> sum) {
   return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
-// The numbers of two vectors, one after the other, rounded as above: word n holds numbers 2n and 2n+1.
+// Rounds two vectors, one after the other, as above: word n holds their numbers 2n and 2n+1.
 INLINE IntVec<float> round_to_pairs(Vec<float> first, Vec<float> second) {
   return (IntVec<float>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
-// The numbers of two rows, rounded likewise: word n holds number n of either.
+// Rounds two rows likewise: word n holds number n of the first row and number n of the second.
 INLINE IntVec<float> round_row(Vec<float> x) {
   return (IntVec<float>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
 INLINE IntVec<float> round_rows(Vec<float> first, Vec<float> second) {
   return round_row(first) | (round_row(second) << 16);
 }
-// What rounding left of x, whose rounded numbers are `half` of a vector of pairs: exact. Nothing of infinities and NaNs.
+// x minus its rounded numbers, which are in half 0 or 1 (`half`) of `pairs`. The difference is exact. It is zero for
+// infinities and NaNs.
 template <int half>
 INLINE Vec<float> rest_of(Vec<float> x, IntVec<float> pairs) {
   const __m256i numbers = _mm512_maskz_extracti64x4_epi64(0xff, (__m512i)pairs, half);
@@ -106,8 +109,8 @@ INLINE void unroll(F&& f) {
       INLINE_LAMBDA { (f(std::integral_constant<int, n>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
-// One half of an exchange of two rows: blocks of `distance` lanes of a and b in turn, either the lower (of each pair of
-// blocks) of both rows or the upper.
+// One half of an exchange between two rows, a and b, which are pairs of blocks of `distance` lanes. The result has
+// blocks of a and b in turn: of each pair the lower block, or with `upper` the upper block.
 template <typename T, int distance, bool upper, int... lane>
 INLINE Vec<T> exchange(Vec<T> a, Vec<T> b, std::integer_sequence<int, lane...>) {
   constexpr int N = sizeof...(lane);
@@ -120,7 +123,7 @@ INLINE Vec<T> exchange(Vec<T> a, Vec<T> b, std::integer_sequence<int, lane...>) 
 #endif
 }
 
-// Rows of `v`, one vector each, to columns: log2(lanes) rounds of exchanges between rows 1, 2, 4, … apart.
+// Transposes v, whose rows are one vector each: log2(lanes) rounds of exchanges between rows that are 1, 2, 4, … apart.
 template <typename T, int distance = 1>
 INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
   if constexpr (distance < kLanes<T>) {
@@ -136,8 +139,8 @@ INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
   }
 }
 
-// 1/x for x in [1, 2^128). A full division costs an AVX-512 core 16 cycles or more a vector, more than all else in a
-// gate: an estimate of 14 bits and one Newton step give all 24 but the last.
+// 1/x for x in [1, 2^128). A division costs an AVX-512 core 16 cycles or more a vector, more than all else in a gate.
+// An estimate of 14 bits and one Newton step cost less and give all 24 bits but the last.
 template <typename T>
 INLINE Vec<T> reciprocal(Vec<T> x) {
 #if defined(STACKED_LSTM_AVX512)
@@ -149,8 +152,8 @@ INLINE Vec<T> reciprocal(Vec<T> x) {
   return T(1) / x;
 }
 
-// Coefficients of 2^r - 1 = r·(p[0] + p[1]·r + …) for |r| <= 1/2: Taylor's, (ln 2)^n / n!, up to where the next term
-// is below a tenth of a rounding error.
+// Coefficients of 2^r - 1 = r·(p[0] + p[1]·r + …) for |r| <= 1/2: those of Taylor, (ln 2)^n / n!. The first term that
+// is left out is below a tenth of a rounding error.
 template <typename T>
 struct Exp2 {
   static constexpr int kTerms = sizeof(T) == 4 ? 7 : 13;
@@ -160,14 +163,16 @@ struct Exp2 {
       1.017808600923969973e-7,  7.054911620801123330e-9, 4.445538271870811498e-10, 2.567843599348820514e-11,
       1.369148885390412888e-12,
   };
-  // Adding it rounds to an integer (at the ulp of 1.5·2^23 or 1.5·2^52) and leaves that integer in the low mantissa bits.
+  // Adding it to a number rounds to an integer (the ulp of 1.5·2^23 or 1.5·2^52 is 1) and leaves that integer in the
+  // low mantissa bits.
   static constexpr T kRound = sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0);
   static constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
   static constexpr int64_t kBias = sizeof(T) == 4 ? 127 : 1023;
 };
 
-// y = n + r; returns 2^n in `power` and 2^n·(2^r - 1) in `rest`, so that 2^y = power + rest and 2^y - 1 loses nothing
-// where y is small. |y| must be at most 127 (1023 in double). A NaN comes out of `rest` as a NaN.
+// Splits y into an integer n and a rest r, and returns 2^n in `power` and 2^n·(2^r - 1) in `rest`. So
+// 2^y = power + rest, and 2^y - 1 loses no precision where y is small. |y| must be at most 127 (1023 in double). If y
+// is NaN, `rest` is NaN.
 template <typename T>
 INLINE void exp2_parts(Vec<T> y, Vec<T>& power, Vec<T>& rest) {
   using E = Exp2<T>;
@@ -180,24 +185,25 @@ INLINE void exp2_parts(Vec<T> y, Vec<T>& power, Vec<T>& rest) {
 }
 
 template <typename T>
-INLINE Vec<T> clamp(Vec<T> x, T bound) {  // a NaN stays one: both comparisons are false
+INLINE Vec<T> clamp(Vec<T> x, T bound) {  // a NaN stays a NaN: both comparisons are false
   x = x > bound ? broadcast(bound) : x;
   return x < -bound ? broadcast(-bound) : x;
 }
 
-// The Math of csrc/stack/cell.h. Errors against float64 over all floats: tests/test_kernels.py has the bound.
+// The Math of csrc/stack/cell.h. tests/test_maths.py has the bounds of the errors against float64.
 template <typename T>
 struct Math {
   static constexpr T kLog2E = T(1.44269504088896340736);
 
-  // 1 / (1 + 2^y), y = -x·log2(e). At the bound this is denormal, so where those are flushed it is exactly 0, as torch's.
+  // 1 / (1 + 2^y), y = -x·log2(e). At the bound the result is denormal; where denormals are flushed it is exactly 0, as
+  // in torch.
   static INLINE Vec<T> sigmoid(Vec<T> x) {
     Vec<T> power, rest;
     exp2_parts<T>(clamp<T>(x * -kLog2E, sizeof(T) == 4 ? T(127) : T(1023)), power, rest);
     return reciprocal<T>(T(1) + (power + rest));
   }
 
-  // (e - 1) / (e + 1), e = 2^y, y = 2x·log2(e). From |y| = bound on the quotient rounds to 1.
+  // (e - 1) / (e + 1), e = 2^y, y = 2x·log2(e). If |y| reaches the bound, the quotient rounds to 1 or -1.
   static INLINE Vec<T> tanh(Vec<T> x) {
     Vec<T> power, rest;
     exp2_parts<T>(clamp<T>(x * (2 * kLog2E), sizeof(T) == 4 ? T(30) : T(60)), power, rest);

@@ -25,7 +25,8 @@ inline Range share_of(int64_t total, int64_t part, int64_t parts) {
   return {total * part / parts, total * (part + 1) / parts};
 }
 
-// Rows of a buffer a power of two apart share one set of a cache: every buffer that a product broadcasts from is padded.
+// If the rows of a buffer are a power of two apart, they share one set of a cache. So every buffer that a product
+// broadcasts from has padded rows.
 inline constexpr int64_t kRowPadding = 16;
 
 // How far each worker is with each position. Every count only rises.
@@ -33,17 +34,17 @@ struct Progress {
   Count packed;  // 1: own panels are ready for the other batch slices
   Count steps;   // hand-overs inside a lane, see the drivers
   Count chunks;  // chunks done: output of the lane's layer may be read
-  Count blocks;  // in backward: blocks of weight gradients done, and nothing of their steps is read any more
-  Count done;    // 1: nothing of the lane is read any more
+  Count blocks;  // in backward: blocks of weight gradients done and not read any more (see Hazards in backward_wave.h)
+  Count done;    // 1: this worker reads nothing of the lane any more
 };
 
-// How a call's weights are packed.
+// How a call's packed weights are stored.
 template <typename Call>
 Storage storage_of(const Call& call) {
   return call.bf16_weights ? Storage::bf16 : Storage::same;
 }
 
-// The state that all workers of a call share, and the arithmetic of who owns what.
+// The state that all workers of a call share, and the arithmetic of what each worker owns.
 template <typename T>
 class Wave {
  public:
@@ -66,7 +67,8 @@ class Wave {
   }
 
  protected:
-  // Fewer workers came than were asked for: the schedule for those. Buffers were sized for the first one's chunks.
+  // If fewer workers came than were asked for, makes the schedule for those that came. The buffers were sized for the
+  // first schedule's chunks, so no chunk may be longer.
   void reschedule(int64_t size) {
     if (size == workers_) return;
     schedule_ = plan(shape_, size, sizeof(T), storage_, backward_);
@@ -109,7 +111,7 @@ class Wave {
       team_.wait(progress(position, batch_slice, slice).*count, value);
     }
   }
-  // … and in all batch slices.
+  // Likewise in all batch slices.
   void wait_everybody(int64_t position, Count Progress::* count, int64_t value) {
     for (int64_t b = 0; b < schedule_.batch_slices; ++b) wait_slices(position, b, count, value);
   }
@@ -128,7 +130,7 @@ class Wave {
   int64_t local_rows(const Range& sequences, int64_t t) const {
     return std::max<int64_t>(std::min(shape_.active(t), sequences.last) - sequences.first, 0);
   }
-  // Likewise at a lane's step s; none before the first step and after the last.
+  // Likewise at a lane's step s; 0 before the first step and after the last.
   int64_t rows_at(int64_t lane, const Range& sequences, int64_t s) const {
     return s < 0 || s >= shape_.steps ? 0 : local_rows(sequences, shape_.time(lane, s));
   }
@@ -141,8 +143,8 @@ class Wave {
   Range own_panels(int64_t position, const Place& place, int64_t columns, int64_t width) const {
     return share_of(panels_of(columns, width, kernels_.lanes), place.slice, slices(position));
   }
-  // Own unit blocks, padding included, so that all of a reserve is written. Whole panels of the widest kind, so that
-  // forward and backward products can follow them.
+  // Own unit blocks, padding included, so that all of a reserve is written. They fill whole panels of the widest kind,
+  // so that no panel of a forward or backward product belongs to two slices.
   Range own_blocks(int64_t position, const Place& place, int64_t padded_hidden) const {
     const Range panels = own_panels(position, place, padded_hidden, 4);
     const int64_t blocks = padded_hidden / kernels_.lanes;
@@ -152,7 +154,7 @@ class Wave {
     const int64_t w = width * kernels_.lanes;
     return {std::min(panels.first * w, columns), std::min(panels.last * w, columns)};
   }
-  // Columns, in whole panels.
+  // `columns`, rounded up to whole panels.
   int64_t padded_columns(int64_t columns, int64_t width) const {
     return panel_elements(columns, 1, width, kernels_.lanes);
   }
@@ -161,12 +163,13 @@ class Wave {
     if (storage == Storage::bf16) return memory->take<uint16_t>(elements);
     return memory->take<T>(elements);
   }
-  // For the operands of products of at most so many rows and that inner dimension, one after another.
+  // Memory for the operands of products with at most `rows` rows and inner dimension `inner`, one product after
+  // another.
   void* take_operands(Workspace::Lease& memory, int64_t rows, int64_t inner, Storage storage) const {
     return memory->take<char>(operand_bytes(kernels_, storage, rows, inner));
   }
 
-  // This batch slice's share of a packing job; all of them need all of it.
+  // This batch slice's share of a packing job. Every batch slice needs all panels.
   Range share_packing(const Range& panels, const Place& place) const {
     const Range part = share_of(panels.size(), place.batch_slice, schedule_.batch_slices);
     return {panels.first + part.first, panels.first + part.last};
@@ -176,8 +179,8 @@ class Wave {
     for (int64_t b = 0; b < schedule_.batch_slices; ++b) team_.wait(progress(position, b, place.slice).packed, 1);
   }
 
-  // Copies the local rows of a lane's steps to `out`, in the lane's order: row_of(t, b) says where a row is.
-  // Returns the number of rows.
+  // Copies the local rows of a lane's steps to `out`, in the lane's order. row_of(t, b) says where a row is. Returns
+  // the number of rows.
   template <typename RowOf>
   int64_t stage(int64_t lane, const Range& sequences, const Range& steps, int64_t columns, RowOf&& row_of, T* out,
                 int64_t ldo) const {
@@ -190,7 +193,8 @@ class Wave {
     }
     return row;
   }
-  // The input of a lane's layer, dropout included: the caller's for layer 0, else `below`, the layer below's h.
+  // Stages the input of a lane's layer, dropout included: for layer 0 the caller's input, else `below`, h of the layer
+  // below.
   int64_t stage_input(const Input<T>& input, const Dropout& dropout, const T* below, int64_t lane,
                       const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
     const int64_t layer = lane / shape_.directions, width = shape_.layers[layer].input;
@@ -214,7 +218,8 @@ class Wave {
     }
   }
 
-  // Asks for a row that other cores have just written, all of it at once rather than line by line as a product comes to it.
+  // Prefetches a row that other cores have just written: all its lines at once, not one by one as a product reaches
+  // them.
   static void prefetch(const T* row, int64_t columns) {
     constexpr int64_t kLine = 64 / int64_t{sizeof(T)};
     for (int64_t n = 0; n < columns; n += kLine) __builtin_prefetch(row + n);

@@ -1,5 +1,5 @@
-// csrc/cpu/weight_gradients.cpp: the gradients of a lane's weights, block by block of rows: each worker's share of the gate rows.
-// See backward_wave.h.
+// csrc/cpu/weight_gradients.cpp: the gradients of a lane's weights, one block of rows after the other: each worker's
+// share of the gate rows. See backward_wave.h.
 #include "backward_wave.h"
 
 namespace stacked_lstm::cpu {
@@ -66,7 +66,7 @@ void BackwardWave<T>::LaneRun::add_product(T* c, int64_t columns, const Range& u
       .rounded = w_.call_.bf16_activations,
       .scratch = scratch_.large,
   };
-  if (units.size() == hidden_ && padded_ == hidden_) return w_.kernels_.gradient(product);  // all gate rows in one
+  if (units.size() == hidden_ && padded_ == hidden_) return w_.kernels_.gradient(product);  // all gates in one
   product.m = units.size();
   product.a += units.first, product.a_rest += units.first, product.c += units.first * columns;
   for (int64_t gate = 0; gate < 4; ++gate) {
@@ -81,7 +81,7 @@ void BackwardWave<T>::LaneRun::input_weight_gradient(const LaneGradients<T>& g, 
   const StackShape& shape = w_.shape_;
   const Input<T>& x = w_.call_.input;
   const int64_t row = shape.first_row(times_of(block_).first), width = layer_.input;
-  // x as it stands, where it is a matrix.
+  // If x is a matrix, it is read in place.
   const bool matrix = x.row_stride >= width && (shape.packed() || x.step_stride == shape.batch * x.row_stride);
   if (layer_index_ == 0 && matrix) {
     add_product(g.weight_ih, width, units, block, x.data + row * x.row_stride, x.row_stride);

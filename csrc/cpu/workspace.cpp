@@ -15,7 +15,7 @@ namespace stacked_lstm::cpu {
 namespace {
 
 constexpr int64_t kAlignment = 128;
-constexpr int64_t kPage = int64_t{2} << 20;  // a huge page: weights are read end to end, and TLB misses show
+constexpr int64_t kPage = int64_t{2} << 20;  // a huge page: weights are read end to end, and TLB misses cost time
 constexpr int64_t kSmallPage = 4096;
 constexpr int64_t kSlack = 8192;  // products prefetch past the end of their last panel
 

@@ -1,4 +1,4 @@
-// csrc/cpu/workspace.h: memory that a call needs and its caller does not: packed weights, chunks, states.
+// csrc/cpu/workspace.h: memory that only the call itself needs, not its caller: packed weights, chunks, states.
 //
 // Fresh pages cost more than the arithmetic of a small call, so a thread keeps its workspace from call to call, up to
 // kKept bytes.
@@ -9,28 +9,29 @@
 
 namespace stacked_lstm::cpu {
 
-// For large memory that is about to be written for the first time: small pages, one fault each, would cost a training
-// step a good part of its time. Whole huge pages inside the range only, so that nothing grows.
+// For large memory that is about to be written for the first time: with small pages, one fault each, the faults would
+// take a good part of a training step's time. Asks for whole huge pages inside the range only, so that no memory grows.
 void prefer_huge_pages(void* data, int64_t bytes);
 
-// Memory of a call's results that is large, and asked for again at the next call: what a forward pass saves. The process
-// keeps the piece that was given back last, up to 256 MiB of it, for the next one of about its size. Any thread may take and
-// give back; there is no lock that a fork could leave locked.
+// Large memory for results that every call needs again: what a forward pass saves. The process keeps the piece that was
+// given back last, if it has at most 256 MiB, for the next request of about its size. Any thread may take and give
+// back. There is no lock, so a fork cannot leave one locked.
 struct LargeMemory {
   void* data;
   int64_t bytes;
 };
-// At least `bytes`, holding anything. Throws std::runtime_error when there is no memory.
+// At least `bytes` bytes, with undefined contents. Throws std::runtime_error when there is no memory.
 LargeMemory* take_large(int64_t bytes);
 void give_back(LargeMemory* memory) noexcept;
 
 class Workspace {
  public:
-  // The calling thread's. One call at a time: a nested one gets its own.
+  // The calling thread's workspace, for one call at a time: a nested call gets its own.
   class Lease;
 
-  // Runs `takes` twice: once to count, and once to give it parts of one piece that holds them all. So a workspace is never
-  // larger than the largest call has asked for, nor is a smaller piece there beside it. What was taken before is lost.
+  // Runs `takes` twice: first to count the bytes, then to give it parts of one piece that holds them all. So a
+  // workspace is never larger than its largest call has asked for, and has no smaller piece beside that. What was taken
+  // before is lost.
   // Throws std::runtime_error when there is no memory.
   template <typename Takes>
   void lay_out(Takes&& takes) {
@@ -40,8 +41,8 @@ class Workspace {
     counting_ = false, used_ = 0;
     takes();
   }
-  // `count` elements, aligned to a pair of cache lines, holding anything; null while `lay_out` counts. Valid until the
-  // lease ends.
+  // `count` elements with undefined contents, aligned to a pair of cache lines; null while `lay_out` counts. Valid
+  // until the lease ends.
   template <typename T>
   T* take(int64_t count) {
     return static_cast<T*>(take_bytes(count, sizeof(T)));
@@ -49,8 +50,8 @@ class Workspace {
   int64_t bytes() const { return used_; }  // taken
   int64_t size() const { return size_; }   // of the piece
 
-  // Where a workspace is used again and again, every block is huge pages; one that is kept for long takes them only
-  // where it fills them.
+  // `huge`, for a workspace that is used again and again: it always has huge pages. `as_needed`, for a workspace that
+  // is kept for long: it has huge pages only if it fills at least half of one.
   enum class Pages { huge, as_needed };
   explicit Workspace(Pages pages = Pages::huge) : pages_(pages) {}
   Workspace(const Workspace&) = delete;
@@ -68,7 +69,7 @@ class Workspace {
   bool counting_ = false;
 };
 
-// What the calling thread's last call took; 0 where that is not kept.
+// Bytes that the calling thread's last call took; 0 if its workspace is not kept.
 int64_t workspace_bytes();
 
 class Workspace::Lease {

@@ -1,7 +1,7 @@
 // csrc/cuda/architectures.h: can a GPU run kernels that were built for a list of architectures?
 //
-// Lists are TORCH_CUDA_ARCH_LIST's, like "8.0;9.0a;12.0+PTX". A binary for X.Y runs on X.Z with Z >= Y; one for X.Ya on X.Y
-// alone; one for X.Yf as one for X.Y. PTX is compiled by the driver for whatever is newer.
+// Lists have the form of TORCH_CUDA_ARCH_LIST, like "8.0;9.0a;12.0+PTX". A binary for X.Y runs on X.Z with Z >= Y; a
+// binary for X.Ya only on X.Y; a binary for X.Yf where one for X.Y does. The driver compiles PTX for every newer GPU.
 #pragma once
 
 #include <cctype>
@@ -11,7 +11,7 @@
 
 namespace stacked_lstm {
 
-// The least that the kernels are written for (Ampere).
+// The lowest major compute capability that the kernels are written for (Ampere).
 inline constexpr int kLeastMajor = 8;
 
 inline std::vector<std::string> split_archs(const std::string& archs) {
@@ -27,7 +27,7 @@ inline std::vector<std::string> split_archs(const std::string& archs) {
   return all;
 }
 
-// Empty when compute capability major.minor can run them; otherwise why not.
+// Empty if compute capability major.minor can run kernels built for `archs`; otherwise the reason.
 inline std::string cuda_obstacle(const std::string& archs, int major, int minor) {
   const std::string capability = std::to_string(major) + "." + std::to_string(minor);
   if (major < kLeastMajor) {
@@ -36,7 +36,7 @@ inline std::string cuda_obstacle(const std::string& archs, int major, int minor)
   for (const std::string& arch : split_archs(archs)) {
     int x = 0, y = 0;
     char suffix = 0;
-    if (std::sscanf(arch.c_str(), "%d.%d%c", &x, &y, &suffix) < 2) return "";  // a name like Hopper: CUDA will say
+    if (std::sscanf(arch.c_str(), "%d.%d%c", &x, &y, &suffix) < 2) return "";  // a name like Hopper: CUDA checks it
     const bool ptx = arch.find("+PTX") != std::string::npos;
     const bool exact = suffix == 'a';
     if (exact ? x == major && y == minor : x == major && y <= minor) return "";

@@ -3,11 +3,12 @@
 // Limits and rates are published. SMs, L2, clocks (boost), memory and dense tensor rates: NVIDIA's A100 white paper and data
 // sheet (80 GB SXM), H100 white paper (SXM5), H200 and L4 data sheets, Ada white paper (RTX 4090), HGX B200 data sheet.
 // Registers and shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". A rate of
-// multiply-adds a clock is the dense tensor rate over 2 · SMs · clock.
+// multiply-adds per clock is the dense tensor rate over 2 · SMs · clock.
 //
-// Clusters of an H100, and of an H200, which is the same chip: seen elsewhere, not by us. On an H100, a grid of clusters of 8
-// reached 120 of the 132 SMs (accel-sim/gpu-app-collection, pull request 87): 15 at once, so one of its 8 GPCs has 8 to 14
-// SMs left, and 7 clusters of 16 fit. A chip all of whose GPCs have 16 SMs or more would hold 8. Of a B200 nothing was found.
+// Clusters of an H100 (an H200 has the same chip) were observed by others, not by us. On an H100, a grid of clusters of
+// 8 blocks reached 120 of the 132 SMs (accel-sim/gpu-app-collection, pull request 87): 15 clusters at once. So one of
+// its 8 GPCs has 8 to 14 SMs, and 7 clusters of 16 fit. A chip whose GPCs all have 16 SMs or more would hold 8. For a
+// B200, nothing was found.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +22,7 @@ namespace stacked_lstm {
 struct Device {
   std::string name;
   std::string full_name;
-  std::string model;  // a word, or words, of what drivers call it
+  std::string model;  // a part of the name that drivers report
   int major = 0, minor = 0;
   int64_t sms = 0;
   int64_t registers_sm = 0;  // of 32 bits
@@ -29,18 +30,18 @@ struct Device {
   int64_t shared_sm = 0;
   int64_t l2_bytes = 0;
   int64_t max_cluster = 1;  // blocks; 1: no clusters. 16 is not portable and must be asked for
-  // A cluster lies inside one GPC. How many SMs each GPC has differs from chip to chip: the least that was seen, so that a
-  // plan is too small rather than too large. Of the `gpcs`, `short_gpcs` have sms_short_gpc SMs, the others sms_gpc. (Where
-  // there is a driver, it is asked: see device_from.)
+  // A cluster lies inside one GPC. How many SMs a GPC has differs from chip to chip. These are the smallest numbers
+  // that were observed, so that a plan is too small rather than too large. Of the `gpcs` GPCs, `short_gpcs` have
+  // sms_short_gpc SMs, the others have sms_gpc. (If there is a driver, it is asked: see device_from.)
   int64_t gpcs = 1, sms_gpc = 1, short_gpcs = 0, sms_short_gpc = 0;
   double clock_mhz = 0;
   double memory_gb_s = 0;
-  double mma_rate = 0;  // multiply-adds a clock an SM, 16-bit operands, sums in float32; half of that for TF32
-  // How much of it mma.sync reaches. Hopper: published (about 0.6). Others: predicted, to be measured.
+  double mma_rate = 0;  // multiply-adds per clock and SM, 16-bit operands, sums in float32; half of that for TF32
+  // The share of mma_rate that mma.sync reaches. Hopper: published (about 0.6). Others: predicted, to be measured.
   double mma_share = 0;
-  double fma_rate = 0;  // multiply-adds a clock an SM of float32, one lane each
+  double fma_rate = 0;  // multiply-adds of float32 per clock and SM, one lane each
 
-  // How many clusters of `size` blocks, a block an SM, are resident at once.
+  // How many clusters of `size` blocks, one block on an SM, are resident at once.
   int64_t clusters(int64_t size) const {
     if (size <= 1) return sms;
     if (size > max_cluster) return 0;
@@ -64,15 +65,15 @@ inline const std::array<Device, 6> kDevices{{
 }};
 // clang-format on
 
-// Null for a name that is none of them.
+// The GPU of this name; null if there is none.
 inline const Device* device_named(const std::string& name) {
   const auto found = std::find_if(kDevices.begin(), kDevices.end(), [&](const Device& d) { return name == d.name; });
   return found == kDevices.end() ? nullptr : &*found;
 }
 
-// What a driver says of a GPU; 0 where it was not asked.
+// What a driver reports about a GPU; 0 if the driver was not asked.
 struct DeviceProperties {
-  std::string name;  // as the driver has it: "NVIDIA H100 80GB HBM3"
+  std::string name;  // as the driver reports it: "NVIDIA H100 80GB HBM3"
   int major = 0, minor = 0;
   int sms = 0;
   int registers_sm = 0;
@@ -84,8 +85,8 @@ struct DeviceProperties {
   int memory_clock_khz = 0, memory_bus_bits = 0;
 };
 
-// The GPU that a driver describes. What it does not say (rates of an SM) is that of a known GPU of this model, or else of
-// the nearest architecture.
+// The GPU that a driver describes. Figures that the driver does not report (rates of an SM) are those of a known GPU of
+// this model, or else of the nearest architecture.
 inline Device device_from(const DeviceProperties& told) {
   const auto is_model = [&](const Device& known) {
     const size_t at = told.name.find(known.model), end = at + known.model.size();
@@ -111,11 +112,12 @@ inline Device device_from(const DeviceProperties& told) {
   take(device.shared_block, told.shared_block);
   take(device.shared_sm, told.shared_sm);
   take(device.l2_bytes, told.l2_bytes);
-  if (!known) device.max_cluster = told.major >= 9 ? 8 : 1;  // 8: every GPU that has clusters
+  if (!known) device.max_cluster = told.major >= 9 ? 8 : 1;  // 8: every GPU with clusters has these
   take(device.max_cluster, told.max_cluster);
-  // No driver says which SMs make up a GPC. It says how many clusters of a launch fit (cudaOccupancyMaxActiveClusters), and
-  // the planner asks it about the cheapest plan. So what is promised here has to be an upper bound: where the driver says
-  // less, the plan is made anew, and the plan that the driver confirms is the cheapest that fits; more it would not find.
+  // No driver reports which SMs form a GPC. A driver reports how many clusters of a launch fit
+  // (cudaOccupancyMaxActiveClusters), and the planner asks it about the cheapest plan. So the number of clusters here
+  // must be an upper bound. If the driver reports fewer, the planner plans again; the plan that the driver confirms is
+  // then the cheapest that fits. If the number here were too low, the planner would not find the plans that need more.
   device.gpcs = 1, device.sms_gpc = device.sms, device.short_gpcs = device.sms_short_gpc = 0;
   if (told.clock_khz > 0) device.clock_mhz = told.clock_khz / 1e3;
   if (told.memory_clock_khz > 0 && told.memory_bus_bits > 0) {  // two transfers a clock
@@ -126,41 +128,44 @@ inline Device device_from(const DeviceProperties& told) {
 
 // Limits of every GPU the kernels are written for (compute capability 8.0 and later).
 inline constexpr int64_t kRegistersThread = 255;
-inline constexpr int64_t kRegisterGrain = 8;  // registers a thread are allocated in eights
+inline constexpr int64_t kRegisterGrain = 8;  // registers of a thread are allocated in units of 8
 
-// What the cost model plans with. Latencies are an H100's, and taken for the same nanoseconds elsewhere (predicted).
-// benchmarks/primitives.cu measures most of them; `python -m stacked_lstm_ext.plan --costs` takes what it has measured.
+// The figures that the cost model plans with. Latencies are those of an H100. Other GPUs are assumed to take the same
+// time where a figure is in µs, and the same number of cycles where it is in cycles (predicted).
+// benchmarks/primitives.cu measures most figures; `python -m stacked_lstm_ext.plan --costs` uses what it has measured.
 struct Costs {
-  // Published: a DSMEM access takes 180-210 cycles, 0.3-0.4 µs a step for the exchange in all. Predicted: the part of it
+  // Published: a DSMEM access takes 180-210 cycles, the whole exchange 0.3-0.4 µs per step. Predicted: the part of it
   // that does not grow with the bytes.
   double cluster_us = 0.25;
-  double cluster_rate = 32;  // bytes a clock pushed into an SM by its peers. Predicted; the first to be measured
-  // Published: 0.4-0.6 µs a step by tagged words through L2. Predicted: the part that does not grow with the bytes.
+  double cluster_rate = 32;  // bytes per clock that its peers push into an SM. Predicted; the first to be measured
+  // Published: 0.4-0.6 µs per step by tagged words through L2. Predicted: the part that does not grow with the bytes.
   double l2_us = 0.45;
-  double l2_rate = 32;          // bytes a clock an SM reads from L2, all reading. Predicted (from published 5.5 TB/s)
+  double l2_rate = 32;          // bytes per clock and SM from L2, all SMs reading. Predicted (from published 5.5 TB/s)
   double l2_latency = 270;      // cycles of a read. Published (Hopper)
   double hand_over_us = 0.6;    // published: store + load through global memory, 0.55-0.63
   double launch_us = 4;         // of a cooperative launch. To be measured
-  double shared_rate = 128;     // bytes a clock an SM. Published
-  double shared_latency = 30;   // cycles until the first fragment of h is there. Published
+  double shared_rate = 128;     // bytes per clock and SM. Published
+  double shared_latency = 30;   // cycles until the first fragment of h has arrived. Published
   double mma_latency = 33;      // cycles of one mma.sync after another on the same sums. Published (Hopper)
-  double fma_share = 0.7;       // how much of fma_rate exact products reach. Predicted
-  double product_share = 0.65;  // and large products, of mma_rate. Predicted
-  // On SMs that a launch leaves idle, of what they would do there alone: both read through one L2. Predicted.
+  double fma_share = 0.7;       // share of fma_rate that exact products reach. Predicted
+  double product_share = 0.65;  // share of mma_rate that large products reach. Predicted
+  // Large products on SMs that a launch leaves idle: the share of their own rate that they reach beside the launch,
+  // since both read through one L2. Predicted.
   double beside_share = 0.7;
   double barrier = 40;  // cycles, of a block. Predicted
   double mufu =
-      160;  // cycles of a scheduler for 20 MUFU of a warp: two cells a thread. Published rate: 4 lanes a clock
-  double accurate = 400;     // the same in float32, whose σ and tanh are accurate: slots. Predicted
+      160;  // cycles of a scheduler for 20 MUFU of a warp: two cells a thread. Published rate: 4 lanes per clock
+  double accurate = 400;     // the same in float32, where σ and tanh are accurate: slots. Predicted
   double gate_latency = 60;  // cycles of the chain of operations in a cell, forward; predicted
   double backward_gates =
       110;                   // cycles from dh to gate gradients in shared memory, for each cell of a thread; predicted
-  double add = 4;            // cycles of a float32 addition after another. Published
+  double add = 4;            // cycles of one float32 addition after another. Published
   double reduce = 60;        // cycles for warps that share a group to meet; predicted
-  double reduce_words = 10;  // and for each tile's sums of each warp more; predicted
+  double reduce_words = 10;  // cycles more for each tile's sums of each further warp; predicted
   double save = 12;          // slots to save a thread's two cells for backward; predicted
-  // The diagonal schedule: a small kernel after another on the device, and what the host takes to queue a product through
-  // ATen and a kernel of ours. Predicted: the published gap of 1.3 µs in a graph is between kernels that do nothing.
+  // The diagonal schedule: the time of a small kernel in a row of kernels on the device, and the times that the host
+  // takes to queue a product through ATen and a kernel of ours. Predicted: the published gap of 1.3 µs in a graph is
+  // between kernels that do nothing.
   double kernel_us = 3;
   double host_product_us = 6;
   double host_launch_us = 3;

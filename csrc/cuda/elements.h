@@ -1,7 +1,7 @@
 // csrc/cuda/elements.h: what every kernel on a GPU does to a single element: σ and tanh, dropout's mask, and loads and stores of
 // V neighbours as one access; host and device.
 //
-// T is what tensors hold, A = Accumulator<T> what is computed in.
+// T is the type that tensors hold, A = Accumulator<T> the type of the arithmetic.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ namespace stacked_lstm::gates {
 
 // ---- Where an element is, for dropout -------------------------------------------------------------------------------
 
-// Dropout between layers. The seed lies in the tensors' memory, so that nobody waits for it.
+// Dropout between layers. Kernels read the seed from the memory of its tensor, so the host does not wait for it.
 struct Mask {
   uint64_t threshold = 0;         // see Dropout in philox.h
   double scale = 1;               // of what is kept
@@ -36,14 +36,14 @@ struct Mask {
 
 // What the cells of a step share. Widths and strides are in elements.
 struct Sizes {
-  int64_t width;          // units that a cell has here: H, or P where projected rows are copied or collected
+  int64_t width;          // units of a cell: H, or P where projected rows are copied or collected
   int64_t output_stride;  // of a row of a layer's output: D·(P or H)
   int64_t saved_stride;   // of a row of c in the reserve; a row of gates has four times as much
   int64_t gates_stride;   // of a row of gate gradients, of all steps: D·4H
   Mask mask;
 };
 
-// Where a cell's rows stand in dropout's numbering of elements.
+// The place of a cell's rows in dropout's numbering of elements.
 struct Element {
   int64_t first_row;  // t·B
   int64_t column;     // where the lane's direction begins in a row of the layer's output
@@ -89,8 +89,8 @@ STACKED_LSTM_HOST_DEVICE Pack<T, V> narrow_all(const Accumulator<T> (&x)[V]) {
 
 #if defined(STACKED_LSTM_PLAIN_MATHS)
 
-// For tests alone: what stands for σ and tanh where a kernel's bits on two machines are compared. Every operation of these is
-// exact or rounded once, so that a difference is one of the kernel around them.
+// Only for tests that compare a kernel's bits on two machines: these functions replace σ and tanh. Each of their
+// operations is exact or rounded once, so a difference of the results comes from the kernel around them.
 struct Maths {
   template <typename A>
   STACKED_LSTM_HOST_DEVICE static A tanh(A x) {
@@ -107,7 +107,7 @@ struct Maths {
 struct Maths {
   STACKED_LSTM_HOST_DEVICE static float sigmoid(float x) {
 #if defined(__CUDA_ARCH__)
-    return __fdividef(1.0f, 1.0f + expf(-x));  // 0 where expf is past 2^126, as it should be
+    return __fdividef(1.0f, 1.0f + expf(-x));  // 0 where expf is above 2^126, as it should be
 #else
     return 1.0f / (1.0f + std::exp(-x));
 #endif
@@ -139,8 +139,8 @@ struct Maths {
 
 // ---- Dropout --------------------------------------------------------------------------------------------------------
 
-// Multiplies V neighbours, which begin at `unit` of a lane, by their mask. V divides the column where V > 1, so that
-// the neighbours are words of one Philox block.
+// Multiplies V neighbours, which begin at `unit` of a lane, by their mask. If V > 1, V divides the column, so that the
+// neighbours are words of one Philox block.
 template <int V, typename A>
 STACKED_LSTM_HOST_DEVICE void apply_mask(A (&x)[V], const Sizes& sizes, const Element& element, int64_t row,
                                          int64_t unit) {
@@ -153,7 +153,7 @@ STACKED_LSTM_HOST_DEVICE void apply_mask(A (&x)[V], const Sizes& sizes, const El
                                       static_cast<uint32_t>(seed >> 32));
   const A scale = static_cast<A>(sizes.mask.scale);
   const uint32_t first = static_cast<uint32_t>(column % 4);
-  uint32_t kept = 0;  // a bit for each word. Every index is a constant: `random` stays in registers
+  uint32_t kept = 0;  // a bit for each word. Every index is a constant, so that `random` stays in registers
   STACKED_LSTM_UNROLL
   for (int word = 0; word < 4; ++word) {
     const uint32_t keeps = random.word[word] >= sizes.mask.threshold ? 1 : 0;
@@ -161,7 +161,7 @@ STACKED_LSTM_HOST_DEVICE void apply_mask(A (&x)[V], const Sizes& sizes, const El
   }
   STACKED_LSTM_UNROLL
   for (int n = 0; n < V; ++n) {
-    // A product, so that a NaN is seen even where it is dropped.
+    // A product, so that a NaN shows in the result even if its element is dropped.
     x[n] *= kept >> (first + static_cast<uint32_t>(n)) & 1 ? scale : A(0);
   }
 }

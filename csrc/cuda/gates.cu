@@ -2,8 +2,9 @@
 //
 //   grid   x: rows of a cell, blockDim.y at a time    y: units, blockDim.x · V at a time    z: the cells
 //
-// A thread does V neighbouring units of one row, all four gates of them, with 16-byte accesses. Nothing is shared
-// between threads, so nothing waits. Where a width, a stride or a pointer is not on 16 bytes, V is 1.
+// A thread computes V neighbouring units of one row, all four gates of each: 16 bytes of float32 or float64 at a time,
+// 8 bytes of 16-bit numbers. Threads share nothing, so no thread waits. If a width, a stride or a pointer is not a
+// multiple of V elements, V is 1.
 #include <algorithm>
 #include <limits>
 
@@ -13,18 +14,18 @@
 
 namespace stacked_lstm::gates {
 
-// The arguments travel by value, so that no copy to the device has to be waited for or kept alive.
+// The arguments are passed by value, so there is no copy to the device that the host must wait for or keep alive.
 template <typename Cell, int kCapacity>
 struct Step {
   Sizes sizes;
   Cell cell[kCapacity];
 };
 
-// Cells of a launch. Most stacks fit the small one, whose arguments are some kilobytes less to send.
+// The most cells of a launch, in two sizes. Most stacks fit the small size, whose arguments are some kilobytes smaller.
 inline constexpr int kFewCells = 8, kManyCells = 64;
 inline constexpr int kThreads = 128;
 
-// Which row and which unit a thread begins at.
+// The row and the first unit of a thread.
 __device__ __forceinline__ int64_t row_of_thread() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
 template <int V>
 __device__ __forceinline__ int64_t unit_of_thread() {
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ St
   copy_units<V>(step.sizes, cell, row, unit);
 }
 
-// Numbers that travel as arguments, within the 4 KB that every driver takes.
+// Numbers that are passed as arguments, within the 4 KB that every driver accepts.
 inline constexpr int kNumbers = 500;
 struct Numbers {
   int64_t count, value[kNumbers];
@@ -93,8 +94,8 @@ cuda::Status launch_cells(const Sizes& sizes, const Cell* cells, int64_t count, 
     rows = std::max(rows, cells[n].rows);
   }
   if (rows == 0 || sizes.width == 0) return {};
-  // As many threads side by side along a row as it has packs, in whole warps' fractions; the rest of the block goes on
-  // with the next rows.
+  // Along a row there are as many threads as the row has packs, rounded up to a power of two. The other threads of the
+  // block take the next rows.
   const int64_t packs = (sizes.width + V - 1) / V;
   unsigned across = 1;
   while (across < packs && across < kThreads) across *= 2;

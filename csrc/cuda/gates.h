@@ -6,11 +6,12 @@
 //   copy       rows, masked by dropout or taken from an initial state where a sequence begins
 //
 // A step is a list of cells (lane, t) that are computed side by side: all layers and directions of one diagonal. The
-// functions at the end do V neighbouring units of one row of one cell; a kernel is the loop over them:
-// gates.cu on a GPU, gates_host.cpp here. V > 1 asks for whole packs: widths and strides that V divides, and
+// functions at the end compute V neighbouring units of one row of one cell; a kernel is the loop over them:
+// gates.cu on a GPU, gates_host.cpp on the CPU. V > 1 needs whole packs: widths and strides that V divides, and
 // pointers aligned to V elements.
 //
-// T is what tensors hold, A = Accumulator<T> what is computed in. Rows b = 0 … rows-1 of a cell are consecutive.
+// T is the type that tensors hold, A = Accumulator<T> the type of the arithmetic. Rows b = 0 … rows-1 of a cell are
+// consecutive.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,7 @@ struct ForwardCell {
   A* c;                     // (rows, H): c(t-1) in, c(t) out
   T* h;                     // (rows, H)
   T* output;                // rows of output_stride: h once more, in the layer's output; or null
-  T* above;                 // rows of output_stride: h as the layer above sees it, masked; or null
+  T* above;                 // rows of output_stride: h as the layer above reads it, masked; or null
   A* saved_c;               // rows of saved_stride, or null
   A* saved_gates;           // rows of 4·saved_stride: the activations; or null
   int64_t rows;
@@ -44,7 +45,7 @@ struct Incoming {
   using A = Accumulator<T>;
   const T* grad_output;  // rows of output_stride, from the loss
   const A* above;        // rows of output_stride, from the layer above, before dropout's mask
-  const A* recurrent;    // (carried, width): W_hhᵀ·dgates of the step that came after, for rows that it had
+  const A* recurrent;    // (carried, width): W_hhᵀ·dgates of the step after, for the rows that are in it, too
   const T* grad_last;    // (B, width): dL/dh_n, for the rows from `carried` on, whose last step this is
   int64_t carried;
   Element element;
@@ -54,16 +55,16 @@ template <typename T>
 struct BackwardCell {
   using A = Accumulator<T>;
   Incoming<T> incoming;
-  const A* gates;           // rows of 4·saved_stride: the activations; or null: they are made from the next three
+  const A* gates;           // rows of 4·saved_stride: the activations; or null: computed from the next three
   const A* input_part;      // (rows, 4H), as in ForwardCell
   const A* recurrent_part;  // (rows, 4H)
   const A* bias;            // (4H), or null
   const A* c;               // rows of saved_stride
   const A* c_before;        // rows of saved_stride: c of the step before, for the first `continued` rows
-  const T* c_0;             // (B, H): for the others, whose first step this is
+  const T* c_0;             // (B, H): for the other rows, whose first step this is
   A* grad_c;                // (rows, H): in and out
   T* grad_gates;            // (rows, 4H)
-  T* all_grad_gates;        // rows of gates_stride: once more, beside those of every other step
+  T* all_grad_gates;        // rows of gates_stride: once more, beside those of all other steps
   T* cell_h;                // (rows, H): o·tanh(c), for the gradient of W_hr; or null
   int64_t rows;
   int64_t continued;
@@ -73,7 +74,7 @@ template <typename T>
 struct CollectCell {
   Incoming<T> incoming;
   T* grad;      // (rows, P)
-  T* all_grad;  // (rows, P): once more, beside those of every other step
+  T* all_grad;  // (rows, P): once more, beside those of all other steps
   int64_t rows;
 };
 
@@ -81,7 +82,7 @@ template <typename T>
 struct CopyCell {
   const T* source;  // rows of source_stride, for the first `carried` rows
   int64_t source_stride;
-  const T* initial;  // (rows, width), for the others
+  const T* initial;  // (rows, width), for the other rows
   T* target;         // rows of target_stride
   int64_t target_stride;
   int64_t rows;
@@ -90,7 +91,7 @@ struct CopyCell {
   Element element;
 };
 
-// One device's kernels. Each runs every cell, in one launch where they fit one. They return what went wrong, or "".
+// The kernels of one device. Each runs all cells, in one launch if they fit. It returns what went wrong, or "".
 template <typename T>
 struct Kernels {
   std::string (*forward)(const Sizes&, const ForwardCell<T>*, int64_t cells, void* stream);
@@ -104,7 +105,7 @@ struct Table {
   Kernels<double> float64;
   Kernels<bfloat16> bf16;
   Kernels<float16> f16;
-  // Writes `count` numbers of the host's to the device. They are read before this returns, also where a graph is captured.
+  // Writes `count` numbers of the host to the device. Reads `values` before it returns, also while a graph is captured.
   std::string (*numbers)(const int64_t* values, int64_t count, int64_t* target, void* stream);
 
   template <typename T>
@@ -131,7 +132,7 @@ inline const Kernels<float16>& Table::of<float16>() const {
 const Table& host_kernels();  // gates_host.cpp
 const Table& cuda_kernels();  // gates.cu
 
-// Units that a thread takes where everything is aligned: 16 bytes of A.
+// How many units a thread takes if everything is aligned: 16 bytes of A.
 template <typename T>
 inline constexpr int kPack = 16 / sizeof(Accumulator<T>);
 
@@ -181,7 +182,7 @@ STACKED_LSTM_HOST_DEVICE void forward_units(const Sizes& sizes, const ForwardCel
   if (cell.output) store(cell.output + row * sizes.output_stride + unit, narrow_h);
   if (cell.above) {
     STACKED_LSTM_UNROLL
-    for (int n = 0; n < V; ++n) h[n] = widen(narrow_h.element[n]);  // the layer above sees what the output holds
+    for (int n = 0; n < V; ++n) h[n] = widen(narrow_h.element[n]);  // the layer above reads what the output holds
     if (sizes.mask.seed) apply_mask(h, sizes, cell.element, row, unit);
     store(cell.above + row * sizes.output_stride + unit, narrow_all<T>(h));
   }
@@ -302,7 +303,7 @@ STACKED_LSTM_HOST_DEVICE void copy_units(const Sizes& sizes, const CopyCell<T>& 
 
 // ---- May packs be used? ---------------------------------------------------------------------------------------------
 
-// Whether every one of the pointers that is not null stands on a whole pack of V of its elements.
+// Whether every pointer is null or aligned to a pack of V of its elements.
 template <int V, typename... Pointer>
 bool aligned(const Pointer*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % (sizeof(Pointer) * V) == 0) && ...);

@@ -1,7 +1,7 @@
 // csrc/cuda/gates_host.cpp: the kernels of gates.h as plain loops, for the diagonal schedule on the CPU.
 //
-// There the schedule is not for speed (csrc/cpu is): it proves the driver, and what this computes is what the CUDA
-// kernels have to compute.
+// On the CPU this schedule is not for speed (csrc/cpu is). It proves the driver, and the CUDA kernels have to compute
+// what these loops compute.
 #include <algorithm>
 
 #include "gates.h"

@@ -1,5 +1,5 @@
-// csrc/cuda/launch.cuh: a kernel launch, from the host. No <<<>>> anywhere: the same call launches on a GPU and, compiled by
-// the host compiler, on the emulator, with the same refusals.
+// csrc/cuda/launch.cuh: kernel launches from the host, without <<<>>>. The same call launches on a GPU and, compiled by
+// the host compiler, on the emulator; both refuse the same launches.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@
 
 namespace stacked_lstm::cuda {
 
-// What became of a launch: cudaError_t's number, and what to tell the user.
+// The result of a launch: the number of a cudaError_t, and a message for the user.
 struct Status {
   int code = 0;
   std::string text;
@@ -43,7 +43,7 @@ inline uint64_t blocks(const LaunchConfig& config) {
 
 inline bool lone_cluster(const LaunchConfig& config) { return config.cluster == 1; }
 
-// How many blocks are placed together.
+// How many blocks the device places together.
 inline unsigned placed_together(const LaunchConfig& config) { return config.cluster > 0 ? config.cluster : 1; }
 
 inline std::string does_not_fit(const LaunchConfig& config, uint64_t capacity) {
@@ -60,15 +60,15 @@ inline std::string does_not_fit(const LaunchConfig& config, uint64_t capacity) {
 
 namespace stacked_lstm::cuda::launch_detail {
 
-// Returning the error also clears it, so that the next call of somebody else does not find it. (What the device itself
-// reported, an illegal address say, stays: the context is lost.)
+// Also clears the error, so that the next CUDA call of other code does not find it. (An error that the device itself
+// reported, such as an illegal address, stays: the context is lost.)
 inline Status status_of(cudaError_t error) {
   if (error == cudaSuccess) return {};
   cudaGetLastError();
   return {static_cast<int>(error), std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")"};
 }
 
-// A launch as the runtime takes it. It points into itself: not to be copied.
+// A launch in the form that the runtime takes. It must not be copied, since it points into itself.
 struct Prepared {
   cudaLaunchConfig_t launch = {};
   cudaLaunchAttribute attributes[3];
@@ -89,8 +89,9 @@ struct Prepared {
   }
 };
 
-// While this lives, the calling thread may do what a stream capture forbids by default, in its own thread or in any other:
-// allocate memory, say. Loading a kernel and asking about it may take such calls, and neither is part of what is captured.
+// While an object lives, the calling thread may do what a stream capture, in this or any other thread, forbids by
+// default: for example, allocate memory. Loading a kernel and asking about it may take such calls, which are not part
+// of the captured graph.
 class Relaxed {
  public:
   Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -101,7 +102,7 @@ class Relaxed {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// What InTurn calls.
+// The CUDA calls of InTurn.
 struct Calls {
   using Error = cudaError_t;
   using Stream = cudaStream_t;
@@ -109,8 +110,8 @@ struct Calls {
 
   static bool is_default(Stream stream) { return stream == nullptr || stream == cudaStreamLegacy; }
 
-  // Not the handle: a new stream may get that of one that was destroyed and still has work to do, and cudaStreamPerThread is
-  // another stream in each thread.
+  // The handle is not such a number: a new stream may get the handle of a stream that was destroyed and still has work
+  // to do, and cudaStreamPerThread is a different stream in each thread.
   static Error number_of(Stream stream, uint64_t& number) {
     number = ~uint64_t{0};
     if (is_default(stream)) return cudaSuccess;
@@ -133,7 +134,7 @@ struct Calls {
   static Error make(Event& event) { return cudaEventCreateWithFlags(&event, cudaEventDisableTiming); }
 
   static Error record(Event event, Stream stream) {
-    // Recording there while another thread captures a blocking stream would spoil that capture. Asking does not.
+    // If another thread captures a blocking stream, recording here would spoil that capture. Asking first does not.
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     if (is_default(stream)) {
       if (const Error error = cudaStreamIsCapturing(cudaStreamLegacy, &status); error != cudaSuccess) return error;
@@ -144,7 +145,7 @@ struct Calls {
   static Error wait(Stream stream, Event event) { return cudaStreamWaitEvent(stream, event, 0); }
 };
 
-// Of a device. Never destroyed, as CUDA may be gone by then.
+// The turns of a device. Never destroyed, since CUDA may already have ended when static objects are destroyed.
 inline InTurn<Calls>& in_turn(int device) {
   static std::mutex mutex;
   static auto* const all = new std::map<int, InTurn<Calls>>;
@@ -152,8 +153,9 @@ inline InTurn<Calls>& in_turn(int device) {
   return (*all)[device];
 }
 
-// What a device has allowed a kernel, and what it was asked about it. Each question takes the driver microseconds, in which a
-// small call could have run: it is asked once. (One of these in a program, whatever the number of files that launch.)
+// What kernels have been allowed on each device, and what the driver has answered about them. A question takes the
+// driver microseconds, in which a small call could run, so each question is asked once. (A program has one such object,
+// however many files launch kernels.)
 class Known {
  public:
   static Known& instance() {
@@ -161,22 +163,22 @@ class Known {
     return known;
   }
 
-  // What a kernel has to be allowed before it is launched like this.
+  // Allows a kernel what it needs before it is launched like this: more shared memory, larger clusters.
   cudaError_t allow(const LaunchConfig& config, const void* kernel) {
-    // Without asking, a block gets 48 KiB, of which its static memory is a part that is not known here: hence the margin.
+    // A block gets 48 KiB without asking. Its static memory, not known here, is part of them; hence the margin.
     constexpr size_t kCertain = 16 << 10;
-    constexpr unsigned kPortableCluster = 8;  // every device with clusters has those; larger ones have to be allowed
+    constexpr unsigned kPortableCluster = 8;  // every device with clusters has these; larger ones have to be allowed
     const bool shared = config.shared_bytes > kCertain, cluster = config.cluster > kPortableCluster;
     int device = 0;
     if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-    thread_local std::pair<const void*, int> loaded;  // of this thread's last launch, which is often the same again
+    thread_local std::pair<const void*, int> loaded;  // of this thread's last launch; the next is often the same
     if (!shared && !cluster && loaded == std::pair(kernel, device)) return cudaSuccess;
     const std::lock_guard<std::mutex> lock(mutex_);
     const Relaxed relaxed;
     const auto [known, is_new] = allowed_.try_emplace({kernel, device});
     Allowed& allowed = known->second;
     if (is_new) {
-      // Kernels are loaded when they are first used. A first launch that is captured finds its kernel loaded.
+      // A kernel is loaded when it is first used. This call loads it, for the case that the first launch is captured.
       cudaFuncAttributes attributes;
       if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) {
         allowed_.erase(known);
@@ -184,7 +186,7 @@ class Known {
       }
     }
     loaded = {kernel, device};
-    // Only ever more: a launch that was allowed what it needs must not find that another has been allowed less since.
+    // The limit only grows: a launch that was allowed what it needs must not fail because another lowered the limit.
     if (shared && config.shared_bytes > allowed.shared_bytes) {
       const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                      static_cast<int>(config.shared_bytes));
@@ -199,7 +201,7 @@ class Known {
     return cudaSuccess;
   }
 
-  // How many blocks of such a launch, whatever its grid, the current device holds at once. `allow` comes first.
+  // How many blocks of such a launch, whatever its grid, the current device holds at once. Call `allow` first.
   cudaError_t capacity(const LaunchConfig& config, const void* kernel, uint64_t& blocks) {
     int device = 0;
     if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
@@ -218,7 +220,7 @@ class Known {
     return cudaSuccess;
   }
 
-  // Of a launch: the same for all devices of a driver. 0, which is everybody's, where it does not say.
+  // The greatest priority of a launch, the same for all devices of a driver; the default, 0, if it does not say.
   int greatest_priority() {
     static const int greatest = [] {
       int least = 0, most = 0;
@@ -274,12 +276,12 @@ inline Status launch(const LaunchConfig& config, const void* kernel, void** argu
     if (blocks(config) > capacity) {
       return {static_cast<int>(cudaErrorCooperativeLaunchTooLarge), does_not_fit(config, capacity)};
     }
-    // CUDA asks again, and promises: once a thread of such a grid runs, all threads of the grid will.
+    // CUDA checks this again, and promises: once a thread of such a grid runs, all threads of the grid will run.
     cudaLaunchAttribute& attribute = prepared.attributes[launch.numAttrs++];
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
-    // For speed alone, as CUDA takes a priority for a hint. Kernels of another stream would otherwise be given SMs that
-    // become free one by one, while the blocks that are there already wait for the others.
+    // Only for speed, since CUDA treats a priority as a hint. Otherwise kernels of another stream would get SMs that
+    // become free one by one, while resident blocks of this launch wait for its other blocks.
     cudaLaunchAttribute& priority = prepared.attributes[launch.numAttrs++];
     priority.id = cudaLaunchAttributePriority;
     priority.val.priority = Known::instance().greatest_priority();
@@ -336,8 +338,8 @@ inline Status status_of(const LaunchConfig& config, const emulator::Shape& shape
 
 namespace stacked_lstm::cuda {
 
-// Starts the kernel; the arguments are converted to its parameters' types. Not waited for: an error of the running kernel
-// shows in a later call. (The emulator runs it now, and reports its errors here.)
+// Starts the kernel and does not wait for it. The arguments are converted to the types of its parameters. An error of
+// the running kernel shows in a later call. (The emulator runs the kernel now, and reports its errors here.)
 template <typename... Parameters, typename... Arguments>
 Status launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument for each of the kernel's parameters");
@@ -360,8 +362,8 @@ Status launch(const LaunchConfig& config, void (*kernel)(Parameters...), Argumen
 #endif
 }
 
-// How many blocks of such a launch the current device holds at once; 0 where it cannot run at all. The grid is the least that
-// may be launched: one cluster.
+// How many blocks of such a launch the current device holds at once; 0 if the launch cannot run at all. The grid of
+// `config` does not count: CUDA is asked about the smallest grid, one cluster.
 template <typename... Parameters>
 uint64_t capacity(const LaunchConfig& config, void (*kernel)(Parameters...)) {
   if (launch_detail::lone_cluster(config)) return 0;

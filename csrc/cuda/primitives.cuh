@@ -1,13 +1,13 @@
-// csrc/cuda/primitives.cuh: everything that CUDA C++ leaves to PTX, and everything by which threads meet. The only place
-// with inline PTX, and the only one that a kernel synchronises through.
+// csrc/cuda/primitives.cuh: everything for which CUDA C++ needs PTX, and all synchronisation of threads. Only this file
+// has inline PTX, and kernels synchronise only through this file.
 //
-// Two halves with the same names: PTX for nvcc, and for the host compiler the emulator (tests/emulator), which runs the
-// same kernels on the CPU and checks how they use all this. A kernel's source sees no difference.
+// It has two halves with the same names: PTX for nvcc, and, for the host compiler, the emulator (tests/emulator), which
+// runs the same kernels on the CPU and checks how they use these functions. A kernel's source is the same for both.
 //
-// What an architecture lacks traps when it is called there: cp.async and mbarriers come with sm_80, clusters, st.async,
-// bulk copies and transaction counts with sm_90. A kernel that needs them is not launched on less.
+// A function that an architecture lacks traps when it is called there: cp.async and mbarriers need sm_80; clusters,
+// st.async, bulk copies and transaction counts need sm_90. A kernel that needs them is not launched on older GPUs.
 //
-// Shared memory is addressed in 32 bits: by an offset in the own block, or, after peer_address(), in a peer of the cluster.
+// Shared memory is addressed in 32 bits: in the calling block, or, after peer_address(), in a peer of its cluster.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace stacked_lstm::cuda {
 
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
-// Who is sure to see what a release or a fence publishes.
+// The threads that are sure to see what a release or a fence publishes.
 enum class Scope { block, cluster, device, system };
 
 }  // namespace stacked_lstm::cuda
@@ -32,19 +32,19 @@ enum class Scope { block, cluster, device, system };
 
 namespace stacked_lstm::cuda {
 
-// For architectures that lack what was asked for.
+// Called by functions that the architecture lacks.
 __device__ __forceinline__ void missing_on_this_architecture() { __trap(); }
 
 // ---------------------------------------------------------------------------------------------------- shared memory
 
-// The block's one object of type T, not initialised.
+// The one object of type T in the block's static shared memory, not initialised.
 template <typename T>
 __device__ __forceinline__ T& static_shared() {
   __shared__ __align__(alignof(T) > 16 ? alignof(T) : 16) unsigned char bytes[sizeof(T)];
   return *reinterpret_cast<T*>(bytes);
 }
 
-// The bytes that the launch asked for, not initialised, aligned to 128.
+// The dynamic shared memory that the launch asked for, not initialised, aligned to 128 bytes.
 template <typename T>
 __device__ __forceinline__ T& dynamic_shared() {
   extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[];
@@ -55,8 +55,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The same value, of which the compiler knows nothing: what is computed from it is computed here, neither anew each time
-// that it is wanted nor before a loop, to lie in a register through all of it. 32 bits.
+// Returns `value` (32 bits), but the compiler cannot know that. So the value, and what is computed from it, is computed
+// here. The compiler neither computes the value again at each use, nor computes what follows from it before a loop,
+// where it would occupy a register during the whole loop.
 template <typename T>
 __device__ __forceinline__ T kept(T value) {
   static_assert(sizeof(T) == 4);
@@ -66,25 +67,26 @@ __device__ __forceinline__ T kept(T value) {
 
 // ---------------------------------------------------------------------------------------------------------- barriers
 
-// All threads of the block that have not exited. What any wrote before, all see after.
+// A barrier of all threads of the block that have not exited. After it, each sees what any of them wrote before it.
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 
-// `threads` threads (whole warps) of the block, at barrier 1 ... 15. As block_barrier, among those.
+// A barrier, number 1 ... 15, of `threads` threads (whole warps) of the block: as block_barrier, among these threads.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Counts as one of `threads`, does not wait. What this thread wrote before, those in named_barrier_sync see after.
+// Counts as one of `threads` and does not wait. After the barrier, the threads that are in named_barrier_sync see what
+// this thread wrote before.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The lanes of `mask`. What any wrote before, all of them see after.
+// A barrier of the lanes of `mask`. After it, each sees what any of them wrote before it.
 __device__ __forceinline__ void warp_barrier(unsigned mask = kFullWarp) { __syncwarp(mask); }
 
 // ------------------------------------------------------------------------------------------------------------- warps
-// Every lane of `mask` calls the same one with the same mask. No order of memory is promised. A value from a lane outside
-// the mask is not defined. T has 4 or 8 bytes.
+// Every lane of `mask` calls the same function with the same mask. These functions do not order memory accesses. A
+// value from a lane outside the mask is undefined. T has 4 or 8 bytes.
 
 template <typename T>
 __device__ __forceinline__ T shuffle(unsigned mask, T value, int lane) {
@@ -96,7 +98,7 @@ __device__ __forceinline__ T shuffle_xor(unsigned mask, T value, int lanes) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   return __shfl_xor_sync(mask, value, lanes);
 }
-// From the lane `delta` below; lanes without one keep their value. shuffle_down: from the lane above.
+// From the lane `delta` below; a lane without such a lane keeps its value. shuffle_down: from the lane `delta` above.
 template <typename T>
 __device__ __forceinline__ T shuffle_up(unsigned mask, T value, unsigned delta) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
@@ -112,11 +114,11 @@ __device__ __forceinline__ bool any(unsigned mask, bool predicate) { return __an
 __device__ __forceinline__ bool all(unsigned mask, bool predicate) { return __all_sync(mask, predicate); }
 
 // ------------------------------------------------------------------------------------------------- release, acquire
-// store_release and add_release: all that this thread wrote or has seen before is seen by whoever acquires the value.
-// load_acquire: nothing of this thread that follows is done before it. T: an integer of 32 or 64 bits; at the scopes of
-// device and system in global memory, else anywhere. (A reduction at an address that may be either costs a branch.)
+// store_release and add_release: a thread that acquires the value sees all that this thread wrote or has seen before.
+// load_acquire: no access of this thread that follows is done before it. T: an integer of 32 or 64 bits; at the scopes
+// device and system in global memory, at others anywhere. (A reduction at an address of either kind costs a branch.)
 //
-// One instruction for each scope and width: PTX has no other way to say it.
+// There is one instruction for each scope and width, since PTX has no other way to choose them.
 
 namespace primitives_detail {
 
@@ -131,7 +133,7 @@ struct Word<8> {
   using type = unsigned long long;
 };
 
-// `ptx`: the scope, `space`: that and the state space. An address in global memory is the same number in either.
+// `ptx`: the scope; `space`: scope and state space. In global memory, generic and global addresses are equal.
 #define STACKED_LSTM_SCOPED_ACCESS(scope, ptx, space)                                                       \
   template <>                                                                                               \
   struct Access<scope> {                                                                                    \
@@ -168,7 +170,7 @@ STACKED_LSTM_SCOPED_ACCESS(Scope::system, "sys", "sys.global")
 #if __CUDA_ARCH__ >= 900
 STACKED_LSTM_SCOPED_ACCESS(Scope::cluster, "cluster", "cluster")
 #else
-// Without clusters a block is its own.
+// Without clusters, a block is its own cluster.
 template <>
 struct Access<Scope::cluster> : Access<Scope::block> {};
 #endif
@@ -180,8 +182,8 @@ struct Access<Scope::cluster> : Access<Scope::block> {};
 
 }  // namespace primitives_detail
 
-// Orders what this thread did before, and what it does after, for all threads in the scope: with relaxed accesses on both
-// sides, a release or an acquire of many values at once.
+// Orders what this thread did before it and what it does after it, for all threads in the scope. With relaxed accesses
+// on both sides, it is a release or an acquire of many values at once.
 template <Scope scope>
 __device__ __forceinline__ void fence() {
   primitives_detail::Access<scope>::fence();
@@ -213,15 +215,15 @@ __device__ __forceinline__ void store_relaxed(T* to, V value) {
       to, static_cast<typename primitives_detail::Word<sizeof(T)>::type>(static_cast<T>(value)));
 }
 
-// Adds, and returns nothing: a reduction is carried out where the memory is, and nobody waits for it. (Its release is a
-// full memory barrier on today's GPUs: let a warp do it that has nobody waiting behind it.)
+// Adds, and returns nothing: a reduction is carried out where the memory is, and no thread waits for it. (On today's
+// GPUs its release is a full memory barrier. Call it from a warp that no other warp waits for.)
 template <Scope scope, typename T, typename V>
 __device__ __forceinline__ void add_release(T* to, V value) {
   primitives_detail::Access<scope>::add_release(
       to, static_cast<typename primitives_detail::Word<sizeof(T)>::type>(static_cast<T>(value)));
 }
 
-// Read-modify-write at device scope; orders nothing but itself. Returns what was there before.
+// Read-modify-write at device scope; it orders no other access. Returns the old value.
 template <typename T, typename V>
 __device__ __forceinline__ T atomic_add(T* to, V value) {
   using Word = typename primitives_detail::Word<sizeof(T)>::type;
@@ -252,12 +254,14 @@ __device__ __forceinline__ T atomic_max(T* to, V value) {
   }
 }
 
-// Between two looks of a loop that polls: nothing, here. (The emulator lets others run, which may be who it waits for.)
+// For a polling loop, between two reads. It does nothing here. (In the emulator it lets other threads run, among them
+// perhaps the thread that the loop waits for.)
 __device__ __forceinline__ void pause() {}
-// Gives others the time that a polling loop would take from them.
+// For a polling loop: leaves to other threads the time that the loop would take from them.
 __device__ __forceinline__ void nanosleep(unsigned nanoseconds) { __nanosleep(nanoseconds); }
 
-// The multiprocessor's clock, and the device's (which may tick only every microsecond). Not moved across other accesses.
+// The multiprocessor's clock, and the device's (which may tick only every microsecond). The compiler does not move the
+// read across other memory accesses.
 __device__ __forceinline__ uint64_t clock_cycles() {
   uint64_t cycles;
   asm volatile("mov.u64 %0, %%clock64;" : "=l"(cycles)::"memory");
@@ -270,10 +274,10 @@ __device__ __forceinline__ uint64_t clock_nanoseconds() {
 }
 
 // ------------------------------------------------------------------------------------------------------- cache hints
-// One access of 2, 4, 8 or 16 bytes of global memory, aligned to its size. None of them orders anything. What another block
-// writes may be read behind an acquire (or a fence) by the reading block, of scope cluster or wider; by load_readonly never.
-// The emulator holds the kernels to that, as far as they access memory by these: a plain `*p` is the same instruction as
-// load_ordinary(p) or stored(p), and not seen.
+// Each is one access of 2, 4, 8 or 16 bytes of global memory, aligned to its size. None of them orders other accesses.
+// A block may read what another block writes only after an acquire (or a fence) of its own, of scope cluster or wider,
+// and never by load_readonly. The emulator checks this for accesses through these functions. A plain `*p` is the same
+// instruction as load_ordinary(p) or stored(p), but the emulator does not see it.
 
 namespace primitives_detail {
 
@@ -299,8 +303,8 @@ struct Piece<16> {
 template <typename T>
 using PieceOf = typename Piece<sizeof(T)>::type;
 
-// The same for memory that holds elements of this type: bits of doubles in words of 32 would have ptxas turn them round
-// on a stack.
+// The same for memory that holds elements of type Element. Doubles have pieces of their own: if their bits were in
+// words of 32 bits, ptxas would convert them by way of a stack.
 template <typename Element, int Bytes>
 struct PieceOfElements : Piece<Bytes> {};
 template <>
@@ -322,7 +326,7 @@ __device__ __forceinline__ To bits_as(const From& from) {
 
 }  // namespace primitives_detail
 
-// Through the L1, as `*from` and `*to = value`: `stored(to) = value`.
+// Through the L1, the same as `*from` and `*to = value`, which is written `stored(to) = value`.
 template <typename T>
 __device__ __forceinline__ T load_ordinary(const T* from) {
   return *from;
@@ -331,12 +335,12 @@ template <typename T>
 __device__ __forceinline__ T& stored(T* to) {
   return *to;
 }
-// The same for a struct T of elements, as one access: an assignment may fall apart into its members (nvcc 13.0 does that
-// to stores for sm_80 to sm_90a).
+// The same for a struct T of elements, as one access. The compiler may split an assignment of the struct into its
+// members (nvcc 13.0 does that to stores for sm_80 to sm_90a).
 template <typename Element, typename T>
 __device__ __forceinline__ T load_whole(const T* from) {
   using Piece = typename primitives_detail::PieceOfElements<Element, sizeof(T)>::type;
-  const Piece piece = *reinterpret_cast<const Piece*>(from);  // a copy: through a reference it would come byte by byte
+  const Piece piece = *reinterpret_cast<const Piece*>(from);  // a copy: a reference would be read byte by byte
   return primitives_detail::bits_as<T>(piece);
 }
 template <typename Element, typename T>
@@ -344,19 +348,19 @@ __device__ __forceinline__ void store_whole(T* to, const T& value) {
   using Piece = typename primitives_detail::PieceOfElements<Element, sizeof(T)>::type;
   __stwb(reinterpret_cast<Piece*>(to), primitives_detail::bits_as<Piece>(value));
 }
-// Read once: the first to leave the caches.
+// For data that is read once: the caches evict it first.
 template <typename T>
 __device__ __forceinline__ T load_streaming(const T* from) {
   using Piece = primitives_detail::PieceOf<T>;
   return primitives_detail::bits_as<T>(__ldcs(reinterpret_cast<const Piece*>(from)));
 }
-// Past the L1, which other multiprocessors' writes do not reach.
+// Bypasses the L1, which other multiprocessors' writes do not reach.
 template <typename T>
 __device__ __forceinline__ T load_l2(const T* from) {
   using Piece = primitives_detail::PieceOf<T>;
   return primitives_detail::bits_as<T>(__ldcg(reinterpret_cast<const Piece*>(from)));
 }
-// Through the read-only path: no thread may write it during the launch, before or after.
+// Through the read-only path: no thread may write the data during the launch, neither before the load nor after it.
 template <typename T>
 __device__ __forceinline__ T load_readonly(const T* from) {
   using Piece = primitives_detail::PieceOf<T>;
@@ -369,10 +373,10 @@ __device__ __forceinline__ void store_streaming(T* to, T value) {
 }
 
 // ------------------------------------------------------------------------------------------------------------ matrix
-// The whole warp, converged. Fragments are laid out as the PTX ISA gives them for each shape.
+// The whole warp calls these functions, converged. The PTX ISA defines the layout of fragments for each shape.
 
 // 1, 2 or 4 matrices of 8 x 8 elements of 16 bits: lanes 8i ... 8i + 7 give the addresses of the rows of matrix i (16 bytes
-// each, aligned), and lane l gets the elements 2(l mod 4) and + 1 of row l / 4. Transposed: of column l / 4.
+// each, aligned), and lane l gets the elements 2(l mod 4) and 2(l mod 4) + 1 of row l / 4. Transposed: of column l / 4.
 __device__ __forceinline__ void load_matrix_x1(uint32_t (&r)[1], uint32_t shared_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared_address) : "memory");
 }
@@ -422,7 +426,7 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], c
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// The same with a 16 x 8 and b 8 x 8 of TF32: floats of which the last 13 bits do not count.
+// The same with a 16 x 8 and b 8 x 8 of TF32: floats whose last 13 bits do not count.
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -431,7 +435,7 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The TF32 nearest to x, ties away from zero; a NaN stays one.
+// The TF32 nearest to x, ties away from zero; a NaN stays a NaN.
 __device__ __forceinline__ float nearest_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
@@ -440,8 +444,8 @@ __device__ __forceinline__ float nearest_tf32(float x) {
 
 // ------------------------------------------------------------------------------------- cp.async: global to own shared
 
-// Copies Bytes bytes. Under way until its group is waited for; then this thread sees it, and others after a barrier. 16 bytes
-// go past the L1, 4 and 8 through it.
+// Starts a copy of Bytes bytes. This thread sees them after it has waited for the copy's group; other threads see them
+// after a barrier that follows. 16 bytes bypass the L1, 4 and 8 bytes go through it.
 template <int Bytes>
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
@@ -452,8 +456,7 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void* global) 
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(Bytes) : "memory");
   }
 }
-// The same of the first `source_bytes` bytes, with zeros behind them. 0 ... Bytes - 1: PTX takes no size that is not below
-// the copy's own.
+// The same for the first `source_bytes` (0 ... Bytes - 1) bytes, with zeros after them. PTX requires fewer than Bytes.
 template <int Bytes>
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, int source_bytes) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
@@ -468,24 +471,24 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, 
 }
 // Closes the group of this thread's copies since the last commit.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most `GroupsLeft` of this thread's groups, the youngest, are under way.
+// Waits until at most `GroupsLeft` of this thread's groups, the newest, are under way.
 template <int GroupsLeft>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory");
 }
-// Arrives at the mbarrier when all of this thread's copies so far have landed; the barrier's count includes this arrival.
+// Arrives at the mbarrier when all of this thread's copies so far are complete; its count includes this arrival.
 __device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // --------------------------------------------------------------------------------------------------------- mbarriers
-// 8 bytes of shared memory. A phase ends when as many arrivals have come as init() said and no expected byte is missing;
-// the next begins at once. Phases are waited for by parity: 0 for the first, 1 for the second, 0 for the third.
+// An mbarrier is 8 bytes of shared memory. A phase ends when there were as many arrivals as mbarrier_init() said, and
+// no expected byte is missing; the next begins at once. A thread waits for a parity: 0 for the first phase, 1, 0, ...
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// Makes this thread's inits visible to the cluster and to asynchronous copies, once a barrier of block or cluster follows.
+// After a block or cluster barrier that follows, the cluster and asynchronous copies see this thread's inits.
 __device__ __forceinline__ void mbarrier_init_fence() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -493,15 +496,15 @@ __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.acq_rel.cta;" ::: "memory");
 #endif
 }
-// Before its memory is used for something else. Nobody may be waiting.
+// Necessary before the mbarrier's memory is used for something else. No thread may be waiting for it.
 __device__ __forceinline__ void mbarrier_invalidate(uint32_t barrier) {
   asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
-// Release at block scope: whoever waits for the phase sees what this thread wrote before.
+// A release at block scope: a thread that has waited for the phase sees what this thread wrote before.
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
-// Adds to the bytes that this phase expects, then arrives. The bytes themselves may come before.
+// Adds to the bytes that this phase expects, then arrives. The bytes themselves may arrive earlier.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -525,11 +528,11 @@ __device__ __forceinline__ void mbarrier_arrive_peer(uint32_t peer_barrier) {
 #endif
 }
 
-// Has the phase of this parity ended? If so, what its arrivals released and the bytes it counted are visible.
+// Whether the phase of this parity has ended. If so, what its arrivals released and the bytes it counted are visible.
 //
-// Peers write here, so on sm_90 the scope is the cluster. A plain acquire.cluster makes ptxas throw the whole L1 away
-// (CCTL.IVALL) at every wait; a relaxed wait and a fence restricted to shared memory say what is meant, and cost nothing.
-// So what a peer writes to *global* memory is not ordered by an mbarrier: that goes through store_release, load_acquire.
+// On sm_90 the scope is the cluster, since peers write here. With a plain acquire.cluster, ptxas would invalidate the
+// whole L1 (CCTL.IVALL) at every wait. A relaxed wait and a fence restricted to shared memory are enough, and cost
+// nothing. Hazard: so an mbarrier orders no writes of a peer to *global* memory: use store_release and load_acquire.
 __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
   uint32_t over;
 #if __CUDA_ARCH__ >= 900
@@ -553,7 +556,7 @@ __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
   return over != 0;
 }
 
-// Until the phase of this parity has ended; then as mbarrier_test. On sm_90 the hardware suspends the thread meanwhile.
+// Waits until the phase of this parity has ended; then as mbarrier_test. On sm_90 the hardware suspends the thread.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -592,9 +595,9 @@ __device__ __forceinline__ uint32_t cluster_size() {
   return size;
 }
 
-// All threads of the cluster that have not exited, converged warps. What any wrote before its arrive, in its own shared
-// memory, a peer's or global memory, all see after their wait. After the last access to a peer's memory there has to be
-// one: a block's shared memory goes with it.
+// The halves of a barrier of all threads of the cluster that have not exited, in converged warps. After its wait, each
+// thread sees what any thread wrote before its arrive: in its own or a peer's shared memory, or in global memory.
+// Hazard: a barrier must follow the last access to a peer's shared memory: the memory is gone when the peer exits.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -614,7 +617,7 @@ __device__ __forceinline__ void cluster_barrier() {
   cluster_wait();
 }
 
-// The same place in the shared memory of the block with this rank (which may be the own).
+// The address of the same place in the shared memory of the block with this rank (which may be the calling block).
 __device__ __forceinline__ uint32_t peer_address(uint32_t shared_address, uint32_t rank) {
   uint32_t address = 0;
 #if __CUDA_ARCH__ >= 900
@@ -625,7 +628,7 @@ __device__ __forceinline__ uint32_t peer_address(uint32_t shared_address, uint32
   return address;
 }
 
-// Plain accesses to a peer's shared memory, of 4, 8 or 16 bytes: a barrier has to order them, as in the own.
+// Plain accesses of 4, 8 or 16 bytes to a peer's shared memory. A barrier must order them, as in the block's own.
 template <typename T>
 __device__ __forceinline__ void store_peer(uint32_t address, T value) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -665,9 +668,9 @@ __device__ __forceinline__ T load_peer(uint32_t address) {
   return primitives_detail::bits_as<T>(piece);
 }
 
-// Sends 4, 8 or 16 bytes to a peer, and then counts them at an mbarrier of that same peer, whose wait makes them visible
-// there. The sender learns nothing, and may exit; the peer must not exit before the bytes have arrived. The peer may be the
-// own block, but in a cluster of one block the instruction is undefined.
+// Sends 4, 8 or 16 bytes to a peer, and then counts them at an mbarrier of the same peer; a wait for that mbarrier
+// makes them visible there. The sender gets no notice, and may exit. The peer must not exit before the bytes have
+// arrived. The peer may be the calling block, but in a cluster of one block the instruction is undefined.
 template <typename T>
 __device__ __forceinline__ void store_async(uint32_t peer_address, T value, uint32_t peer_barrier) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -694,10 +697,10 @@ __device__ __forceinline__ void store_async(uint32_t peer_address, T value, uint
 }
 
 // ------------------------------------------------------------------------------------------------------- bulk copies
-// By one thread; addresses and bytes multiples of 16. They go through the asynchronous proxy: async_proxy_fence() stands
-// between what threads wrote themselves and a bulk copy that reads or overwrites it.
+// One thread issues a bulk copy; addresses and bytes are multiples of 16. It goes through the asynchronous proxy:
+// between writes of threads and a bulk copy that reads or overwrites them, there must be an async_proxy_fence().
 
-// From global memory to shared memory, the own or a peer's, counted at an mbarrier of the same block.
+// From global memory to the block's own or a peer's shared memory, counted at an mbarrier of the receiving block.
 __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
@@ -707,7 +710,7 @@ __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, u
   missing_on_this_architecture();
 #endif
 }
-// From the own shared memory to a peer's. The source must stay until the peer has the bytes.
+// From the block's own shared memory to a peer's. The source must not change until the peer has the bytes.
 __device__ __forceinline__ void bulk_push(uint32_t peer_address, uint32_t shared, uint32_t bytes,
                                           uint32_t peer_barrier) {
 #if __CUDA_ARCH__ >= 900
@@ -719,7 +722,7 @@ __device__ __forceinline__ void bulk_push(uint32_t peer_address, uint32_t shared
   missing_on_this_architecture();
 #endif
 }
-// From the own shared memory to global memory, in groups of this thread as with copy_async.
+// From the block's own shared memory to global memory, in groups of this thread as with copy_async.
 __device__ __forceinline__ void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(global)),
@@ -736,7 +739,7 @@ __device__ __forceinline__ void bulk_commit() {
   missing_on_this_architecture();
 #endif
 }
-// Until at most `GroupsLeft` of this thread's bulk groups are under way: written, and visible to this thread.
+// Waits until at most `GroupsLeft` of this thread's bulk groups are under way. This thread sees what the others wrote.
 template <int GroupsLeft>
 __device__ __forceinline__ void bulk_wait() {
 #if __CUDA_ARCH__ >= 900
@@ -745,7 +748,7 @@ __device__ __forceinline__ void bulk_wait() {
   missing_on_this_architecture();
 #endif
 }
-// Orders this thread's accesses before it, and those it has seen, with the bulk copies after it, and the reverse.
+// Orders this thread's accesses before it, and accesses that it has seen, with bulk copies after it, and the reverse.
 __device__ __forceinline__ void async_proxy_fence() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async;" ::: "memory");
@@ -774,7 +777,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// The lesser of two numbers, or NaN where one of them is: fminf would take the other.
+// The lesser of two numbers, or NaN if one of them is NaN; fminf would return the other number.
 __device__ __forceinline__ float lesser_or_nan(float a, float b) {
   float y;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));

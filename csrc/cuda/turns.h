@@ -1,20 +1,20 @@
-// csrc/cuda/turns.h: launches whose blocks wait for each other take turns where they do not fit on the device together.
+// csrc/cuda/turns.h: launches whose blocks wait for each other take turns if they do not fit on the device together.
 //
 //             group 1                 group 2
 //   stream A  launch 1, 60 blocks ─┐   launch 4, 30 blocks      On 132 multiprocessors: 2 fits beside 1. Launch 3 does not
 //   stream B  launch 2, 60 blocks ─┤                            fit beside them and waits for both. Launch 4 fits beside 3;
 //   stream C                       └─► launch 3, 100 blocks     it waits for the launches of group 1 on other streams.
 //
-// Hazard: two launches that are both half resident never end, if each has blocks that wait for a block without a place.
-// docs/kernels.md says what CUDA promises about this. Nothing here relies on it: whichever launches of this process run at
-// the same time, the places that the others leave are enough for each of them.
+// Hazard: if two launches are both half resident, and each has blocks that wait for a block without a place, neither
+// ever ends. docs/kernels.md says what CUDA promises about this. Nothing here relies on it: for every launch of this
+// process, the places that the other launches leave are enough, whichever of them run at the same time.
 //
 // The rule. All launches of a group fit on the device together, wherever their blocks are placed. A launch that does not fit
 // beside the newest group opens the next group, and waits for all of the newest. A stream's first launch in a group waits for
 // all of the group before. So two launches that may run at the same time are of the same group. A launch waits only for
 // launches that were queued before it, so waits never go in a circle.
 //
-// There is no CUDA in this file: launch.cuh supplies the calls, and tests/turns.cpp a device that is played.
+// There is no CUDA in this file: launch.cuh supplies the CUDA calls, and tests/turns.cpp supplies a simulated device.
 #pragma once
 
 #include <algorithm>
@@ -30,13 +30,13 @@ namespace stacked_lstm::cuda {
 // What a launch whose blocks wait for each other needs of the device.
 struct Demand {
   uint64_t blocks = 0;  // all of them at the same time
-  uint64_t spare = 0;   // so many blocks of other launches leave it enough places, wherever they are
+  uint64_t spare = 0;   // the most blocks of other launches that leave it enough places, wherever they are
 };
 
 // `capacity`: how many blocks of such a launch the empty device holds.
 //
-// A block of another launch takes, at worst, one whole multiprocessor. This launch then loses its places there, which are
-// capacity / multiprocessors, rounded up; and with each place a whole cluster.
+// At worst, a block of another launch takes a whole multiprocessor. This launch then loses its places there (capacity /
+// multiprocessors, rounded up), and with each place a whole cluster.
 inline Demand demand_of(uint64_t blocks, uint64_t capacity, uint64_t cluster, uint64_t multiprocessors) {
   const uint64_t places = (capacity + multiprocessors - 1) / multiprocessors;
   return {blocks, blocks < capacity ? (capacity - blocks) / (places * cluster) : 0};
@@ -58,8 +58,8 @@ class Turns {
     return marks;
   }
 
-  // That launch is now queued, behind everything that before() returned. `retired`: gets the marks that no launch will be
-  // told to wait for any more.
+  // Notes that the launch is now queued, behind everything that before() returned. `retired` gets the marks that no
+  // launch will be told to wait for any more.
   void queued(uint64_t stream, const Demand& demand, Mark mark, std::vector<Mark>& retired) {
     if (!fits(stream, demand)) {
       retire(previous_, retired);
@@ -81,13 +81,13 @@ class Turns {
   }
 
  private:
-  // A stream's launches in a group. One of them runs at a time; nothing is known of which one.
+  // A stream's launches in a group. They run one at a time; which one runs is not known.
   struct Member {
-    Demand demand;  // at least that of each
-    Mark mark;      // of the last one: the stream has then done the others, too
+    Demand demand;  // at least the demand of each launch
+    Mark mark;      // of the last launch: when it is done, the stream has done the others, too
   };
 
-  // Whether the newest group, which fits on the device, still does when this launch joins it.
+  // Whether the newest group, which fits on the device, still fits when this launch joins it.
   bool fits(uint64_t stream, const Demand& demand) const {
     uint64_t others = 0;
     for (const auto& [other, member] : group_) others += other == stream ? 0 : member.demand.blocks;
@@ -106,17 +106,17 @@ class Turns {
   std::map<uint64_t, Member> group_, previous_;
 };
 
-// The calls that make launches of one device follow the rule. Calls has
+// Makes the launches of one device follow the rule, by these members of Calls:
 //
 //   Error, Stream, Event                             Error{} is success, Event{} is no event
-//   bool is_default(Stream)                          of a stream that always exists and is never captured
-//   Error number_of(Stream, uint64_t&)               no two streams of a process have the same, not even one after the other
+//   bool is_default(Stream)                          whether the stream always exists and is never captured
+//   Error number_of(Stream, uint64_t&)               a number that no other stream of the process has, or ever had
 //   Error capture_of(Stream, uint64_t&)              likewise, of the capture that the stream is part of; 0: of none
 //   Error make(Event&), record(Event, Stream), wait(Stream, Event)
 //
-// A captured launch does not run now but whenever its graph is replayed. So launches of one capture take turns among
-// themselves: events that are recorded in a capture become edges of its graph. Nothing in a capture may wait for an event from
-// outside, nor the other way round. Nothing here sees a replay.
+// A captured launch does not run now, but whenever its graph is replayed. So launches of one capture take turns among
+// themselves: events that are recorded in a capture become edges of its graph. A launch inside a capture may not wait
+// for an event from outside it, nor a launch outside for an event from inside. This class does not see replays.
 template <typename Calls>
 class InTurn {
  public:
@@ -127,7 +127,7 @@ class InTurn {
   // Calls launch(), which queues the launch on `stream`, behind the waits that it needs.
   template <typename Launch>
   Error run(Stream stream, const Demand& demand, Launch&& launch) {
-    // Until the launch is queued and marked: another thread's launch then comes before or after all of it.
+    // Held until the launch is queued and marked, so that a launch of another thread comes before or after all of this.
     const std::lock_guard<std::mutex> lock(mutex_);
     uint64_t number = 0, capture = 0;
     if (const Error error = Calls::number_of(stream, number); error != Error{}) return error;
@@ -140,8 +140,8 @@ class InTurn {
       if (const Error error = Calls::wait(stream, *event); error != Error{}) return error;
     }
     if (const Error error = launch(); error != Error{}) return error;  // nothing is queued, and nothing is noted
-    // A process that uses the default stream alone pays for no events: they can still be recorded when a second stream
-    // comes. Of other streams that cannot be said. They may be gone by then, or be captured.
+    // A process that uses only the default stream pays for no events: an event on it can still be recorded when a
+    // second stream comes. That is not true of other streams: by then they may no longer exist, or may be captured.
     Event event{};
     if (Calls::is_default(stream) && turns.alone(number)) {
       default_stream_ = stream;
@@ -154,10 +154,10 @@ class InTurn {
   }
 
  private:
-  // Of captures that are under way at the same time in a process. (When one has ended is not known here.)
+  // The most captures under way at the same time in a process. (It is not known here when a capture has ended.)
   static constexpr size_t kMostCaptures = 1024;
 
-  // An event of what the stream has been given so far.
+  // Records an event behind all work that the stream has been given so far.
   Error mark(Event& event, Stream stream) {
     Event made{};
     if (!unused_.empty()) {
@@ -185,7 +185,7 @@ class InTurn {
     return turns;
   }
 
-  // Recording an event anew does not change what already waits for it.
+  // Makes retired events available again. Recording an event again does not change launches that already wait for it.
   void reuse() {
     for (const Event event : retired_) {
       if (event != Event{}) unused_.push_back(event);

@@ -1,4 +1,4 @@
-// csrc/diagonal/counts.cpp: the schedule of a call in diagonals, and what it will come to, without running it.
+// csrc/diagonal/counts.cpp: the schedule of a call in diagonals, and how many products and launches it will take.
 #include <algorithm>
 
 #include "../driver/driver.h"
@@ -41,17 +41,17 @@ Counts predict(const StackShape& shape, const Options& options, int64_t accumula
     if (options.saving == Saving::recompute) counts.products += 2 * some.count;
     if (two) {
       if (some.first / 2 + 1 < shape.depth() && chunk + 1 == schedule.chunks()) ++counts.products;
-      if (chunk + 1 == schedule.chunks()) --counts.products;  // nothing comes back to a layer's last step
+      if (chunk + 1 == schedule.chunks()) --counts.products;  // a layer's last step has no recurrent product
     } else {
       const int64_t below = std::min(some.first + some.count, shape.depth() - 1) - some.first;
       const bool shorter = schedule.length(chunk) < schedule.chunk_steps;
       if (below > 0) counts.products += shorter && below > 1 ? 2 : 1;
-      // Nor to a diagonal of which every lane is at its last step.
+      // A diagonal whose only lane is at its last step has none either.
       if (some.count == 1 && chunk + 1 == schedule.chunks()) --counts.products;
     }
   }
   if (!backward) return counts;
-  ++counts.products;  // what comes back to h_0
+  ++counts.products;  // the gradient of h_0
   const auto launches = [](int64_t cells) { return (cells + driver::kCopiesALaunch - 1) / driver::kCopiesALaunch; };
   if (weight_grad || options.saving == Saving::recompute) {
     counts.launches += launches(lanes * (shape.steps > 1 ? 2 : 1));

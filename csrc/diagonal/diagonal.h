@@ -8,7 +8,7 @@
 
 namespace stacked_lstm::diagonal {
 
-// What a run came to. Products are calls of a (batched) matrix product; launches are calls of a kernel of gates.h.
+// What a run consists of. Products are calls of a (batched) matrix product; launches are calls of a kernel of gates.h.
 struct Counts {
   Diagonals schedule;
   int64_t launches = 0;
@@ -18,10 +18,10 @@ struct Counts {
 // The schedule, with the chunk of force_chunk if there is one.
 Diagonals plan(const StackShape& shape, int64_t accumulator_bytes);
 
-// Calls of this thread take chunks of so many steps; nothing: as planned.
+// Calls of this thread use chunks of `steps` steps; nullopt: as planned.
 void force_chunk(std::optional<int64_t> steps);
 
-// What forward or backward will come to, without running it.
+// The counts of a forward or backward pass, without running it.
 Counts predict(const StackShape& shape, const Options& options, int64_t accumulator_bytes, bool backward,
                bool weight_grad, bool input_grad);
 

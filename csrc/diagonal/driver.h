@@ -4,14 +4,15 @@
 //             stage 0   stage 1   stage 2   stage 3      A stage begins with the input projections of its chunks, one
 //   layer 0   ▪▪▪▪▪▪    ▪▪▪▪▪▪    ▪▪▪▪▪▪                 product for all layers. Then come its diagonals (▪): the
 //   layer 1             ▪▪▪▪▪▪    ▪▪▪▪▪▪    ▪▪▪▪▪▪ …     recurrent product of all layers, and one launch for all of
-//   layer 2                       ▪▪▪▪▪▪    ▪▪▪▪▪▪ …     their cells. wavefront.h says who is in a stage.
+//   layer 2                       ▪▪▪▪▪▪    ▪▪▪▪▪▪ …     their cells. wavefront.h says which lanes are in a stage.
 //
-// Nothing here waits for the device or looks at a tensor's contents: the same calls are queued every time, so that a
-// CUDA graph can hold them. The few buffers are allocated before the first stage. The same code runs on the CPU, where
-// gates_host.cpp stands in for the CUDA kernels.
+// Nothing here waits for the device or reads a tensor's contents. So the same calls are queued every time, and a CUDA
+// graph can hold them. The few buffers are allocated before the first stage. The same code runs on the CPU, with
+// gates_host.cpp in place of the CUDA kernels.
 //
-// Hazard: lanes of a packed batch have different numbers of rows at one diagonal, and a product takes as many as the
-// largest has. The surplus rows of the others are old or never written; nothing reads what comes of them.
+// Hazard: lanes of a packed batch have different numbers of rows at one diagonal, and a product takes as many rows as
+// the largest lane has. The surplus rows of the other lanes are stale or were never written. Nothing reads the results
+// of these rows.
 #pragma once
 
 #include <ATen/ops/stack.h>
@@ -29,6 +30,7 @@ namespace stacked_lstm::diagonal {
 
 using namespace driver;
 
+// Calls run(T{}), where T is the storage type of a dtype.
 template <typename Run>
 auto with_storage(at::ScalarType type, Run&& run) {
   switch (type) {
@@ -73,7 +75,7 @@ class Driver {
         output_(call.shape.layers[0].output()),
         padded_(call.shape.layers[0].padded_hidden()) {
     counts_.schedule = plan_;
-    // No chunk has more rows: an earlier step never has fewer sequences than a later one.
+    // No other chunk has more rows, since an earlier step never has fewer sequences than a later one.
     chunk_rows_ = shape_.first_row(std::min(plan_.chunk_steps, shape_.steps));
     input_ = call.input.reshape({rows_, call.input.size(-1)}).contiguous();
     mask_ = mask_of(call);
@@ -108,7 +110,7 @@ class Driver {
   int64_t layer_of(int64_t lane) const { return lane / directions_; }
   int64_t column_of(int64_t lane) const { return lane % directions_ * output_; }
 
-  // The rows of `chunks` chunks of a lane: neighbours, in whatever direction it takes them.
+  // The rows of `chunks` chunks of a lane. They are consecutive, whichever direction the lane has.
   Rows chunk_rows(int64_t lane, int64_t chunk, int64_t chunks = 1) const {
     const int64_t first = chunk * plan_.chunk_steps;
     const int64_t last = std::min(first + chunks * plan_.chunk_steps, shape_.steps) - 1;
@@ -133,7 +135,7 @@ class Driver {
                 error);
   }
 
-  // A product over neighbouring lanes and the first rows of each. The views are made again only when these change.
+  // A product over consecutive lanes and the first rows of each. Its views are made again only when these change.
   class LaneProduct {
    public:
     LaneProduct() = default;

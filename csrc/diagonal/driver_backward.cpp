@@ -71,11 +71,11 @@ class Backward : Driver<T> {
     bias_ = recompute_ ? Base::stacked_bias() : Tensor();
     grad_c_ = incoming_.c_n ? at::empty({lanes_, batch_, hidden_}, accumulator_).copy_(*incoming_.c_n)
                             : at::zeros({lanes_, batch_, hidden_}, accumulator_);
-    // Zeros: the last product also takes rows and lanes that have had no step yet.
+    // Zeros: a recurrent product may also take rows and lanes that have had no step yet. Nothing reads their results.
     grad_gates_ = at::zeros({lanes_, batch_, 4 * hidden_}, storage_);
     recurrent_ = at::empty({lanes_, batch_, output_}, accumulator_);
     recurrent_product_ = LaneProduct(recurrent_, grad_gates_, Base::stacked(1));
-    // Two directions: the layers take turns, and so do their gradients.
+    // Two directions: one layer runs at a time, so one buffer holds the gradients of each in turn.
     all_grad_gates_ = at::empty({directions_ == 2 ? 1 : depth_, rows_, directions_ * 4 * hidden_}, storage_);
     if (depth_ > 1) {
       above_ = directions_ == 2 ? at::empty({1, rows_, 2 * output_}, accumulator_)
@@ -104,8 +104,8 @@ class Backward : Driver<T> {
     return layer + 1 == depth_ ? const_data<T>(top_) : parts_.h + layer * rows_ * directions_ * output_;
   }
 
-  // What the products over all steps read: h(t-1) of every lane, and the inputs of the layers above as dropout left
-  // them.
+  // Makes what the products over all steps read: h(t-1) of every lane, and the inputs of layers 1 and up, masked by
+  // dropout.
   void prepare_inputs() {
     if (!weight_grad_ && !recompute_) return;
     previous_ = at::empty({lanes_, rows_, output_}, storage_);
@@ -139,7 +139,7 @@ class Backward : Driver<T> {
   }
 
   int64_t continued_rows(int64_t lane, int64_t t) const { return driver::continued_rows(shape_, lane, t); }
-  // Those that go on to the step after. The others end at t.
+  // How many rows of step t continue in the step after. The other rows' sequences end at t.
   int64_t carried_rows(int64_t lane, int64_t t) const {
     if (lane % directions_ == 0) return t + 1 < shape_.steps ? shape_.active(t + 1) : 0;
     return t > 0 ? shape_.active(t) : 0;
@@ -152,13 +152,13 @@ class Backward : Driver<T> {
     return h_in_reserve<T>(reserve_, shape_, call_.options.saving, layer - 1);
   }
 
-  // Gradients of all steps of a lane's gates: (rows, 4H), rows D·4H apart.
+  // The gate gradients of a lane, of all steps: (rows, 4H), rows D·4H apart.
   Tensor grad_gates_of(int64_t lane) const {
     return all_grad_gates_.select(0, directions_ == 2 ? 0 : lane)
         .narrow(1, lane % directions_ * 4 * hidden_, 4 * hidden_);
   }
 
-  // What the layers of a stage get from the layers above them.
+  // Computes the gradients that the layers of a stage get from the layers above them.
   void project(int64_t stage) {
     const Diagonals::Lanes lanes = plan_.lanes(stage);
     if (directions_ == 2) {
@@ -175,7 +175,7 @@ class Backward : Driver<T> {
     };
     while (lane < last) {
       if (full(lane)) {
-        // From layer to layer one whole sequence on and one chunk back.
+        // One strided view holds all layers: the next layer's rows lie one whole sequence on and one chunk back.
         const int64_t count = last - lane, row = 4 * hidden_;
         const auto from = Base::chunk_rows(lane, plan_.chunk_of(stage, lane));
         const Tensor grads = all_grad_gates_.as_strided({count, from.count, row}, {(rows_ - from.count) * row, row, 1},
@@ -268,7 +268,7 @@ class Backward : Driver<T> {
     Base::launch(kernels_.backward, hidden_, cells_);
   }
 
-  // The weight gradients of a lane that has had its last step: each one product over all rows.
+  // The weight gradients of a lane after its last step: each is one product over all rows.
   void finish(int64_t lane) {
     Tensor* const grad = &result_.weights[static_cast<size_t>(lane * call_.options.weights_a_lane())];
     const Tensor gates = grad_gates_of(lane), gates_t = single(gates.t());
@@ -298,7 +298,7 @@ class Backward : Driver<T> {
   const bool input_grad_, weight_grad_, recompute_;
   Gradients result_;
   Tensor bias_;            // (lanes, 4H), to recompute
-  Tensor grad_c_;          // (lanes, B, H): dL/dc before the last step taken
+  Tensor grad_c_;          // (lanes, B, H): dL/dc of the state before the last step taken
   Tensor grad_gates_;      // (lanes, B, 4H): of the last step taken
   Tensor all_grad_gates_;  // (L, rows, 4H), two directions: (1, rows, 2·4H): of all steps
   Tensor recurrent_;       // (lanes, B, P or H): W_hhᵀ·grad_gates
@@ -312,8 +312,6 @@ class Backward : Driver<T> {
   std::vector<gates::BackwardCell<T>> cells_;
   std::vector<gates::CollectCell<T>> collects_;
 };
-
-// Calls run<T>(…) for the storage type of a dtype.
 
 }  // namespace
 

@@ -48,7 +48,7 @@ class Forward : Driver<T> {
     output_all_ = at::empty(call_.output_sizes(), storage_);
     const Saving saving = call_.options.saving;
     const int64_t kept = reserve_elements(shape_, saving, sizeof(T), sizeof(A));
-    // Padding is written by nobody; zeros there make a reserve the same bits every time.
+    // No kernel writes the padding. Zeros there make a reserve bitwise equal every time.
     reserve_ = hidden_ == padded_ ? at::empty({kept}, accumulator_) : at::zeros({kept}, accumulator_);
     h_ = at::empty({lanes_, batch_, output_}, storage_).copy_(call_.h_0);
     c_ = at::empty({lanes_, batch_, hidden_}, accumulator_).copy_(call_.c_0);
@@ -70,13 +70,13 @@ class Forward : Driver<T> {
       upper_input_ = data<A>(input);
       input_product_ = LaneProduct(input, above_, Base::stacked(0, 1).transpose(1, 2));
     } else if (depth_ > 1) {
-      above_ = at::empty({2, rows_, 2 * output_}, storage_);  // one is read while the other is written
+      above_ = at::empty({2, rows_, 2 * output_}, storage_);  // two layers: one is read while the other is written
     }
   }
 
   void project(int64_t stage) {
     const Diagonals::Lanes lanes = plan_.lanes(stage);
-    // Where the whole input is there: many chunks at once.
+    // Lanes whose whole input exists already: one product computes several chunks.
     const int64_t direct = directions_ == 2 ? 2 : lanes.first == 0 ? 1 : 0;
     const int64_t chunk = plan_.chunk_of(stage, lanes.first);
     if (chunk % plan_.input_chunks == 0) {
@@ -155,7 +155,7 @@ class Forward : Driver<T> {
     }
   }
 
-  // Where h of a row goes for the caller or for backward; null if neither wants it.
+  // Where h of a row is stored for the caller or for backward; null if neither needs it.
   T* output_row(int64_t lane, int64_t row) const {
     const int64_t layer = Base::layer_of(lane), stride = directions_ * output_;
     if (layer + 1 == depth_) return data<T>(output_all_) + row * stride + Base::column_of(lane);
@@ -163,7 +163,7 @@ class Forward : Driver<T> {
     T* const h = const_cast<T*>(Parts<T>(reserve_, shape_, call_.options.saving).h);
     return h + (layer * rows_ + row) * stride + Base::column_of(lane);
   }
-  // Where it goes for the layer above: a chunk of one direction, or all steps of two.
+  // Where h of a row is stored for the layer above: with one direction a chunk, with two directions all steps.
   T* above_row(int64_t lane, int64_t row, int64_t chunk_row) const {
     const int64_t layer = Base::layer_of(lane);
     if (layer + 1 == depth_) return nullptr;
@@ -175,9 +175,9 @@ class Forward : Driver<T> {
   Tensor h_;                  // (lanes, B, P or H): of the last step taken
   Tensor c_;                  // (lanes, B, H)
   Tensor bias_;               // (lanes, 4H)
-  Tensor cell_h_;             // (lanes, B, H), with a projection: h before it
-  Tensor projected_;          // (lanes, B, P): and after it
-  Tensor first_input_;        // (D, rows, 4H): W_ih·x of the lanes whose whole input is there
+  Tensor cell_h_;             // (lanes, B, H), with a projection: h before the projection
+  Tensor projected_;          // (lanes, B, P): h after the projection
+  Tensor first_input_;        // (D, rows, 4H): W_ih·x of the lanes whose whole input exists already
   Tensor above_;              // (L-1, rows of a chunk, H): what the layer above reads; two directions: (2, rows, 2·H)
   A* recurrent_ = nullptr;    // (lanes, B, 4H)
   A* upper_input_ = nullptr;  // (L-1, rows of a chunk, 4H): W_ih·h of the layer below

@@ -1,4 +1,5 @@
-// csrc/driver/call.h: what an operator was asked, checked, as tensors: the form in which torch/operators.cpp hands it to a driver.
+// csrc/driver/call.h: the checked arguments of an operator, as tensors: the form in which torch/operators.cpp passes
+// them to a driver.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,7 +23,7 @@ struct Options {
   int64_t proj_size;
   double dropout;
   Saving saving;
-  bool bf16_weights;  // the CPU kernels store them so
+  bool bf16_weights;  // the CPU kernels store packed weights as bfloat16
 
   int64_t directions() const { return bidirectional ? 2 : 1; }
   int64_t weights_a_lane() const { return 2 + (bias ? 2 : 0) + (proj_size > 0 ? 1 : 0); }
@@ -35,7 +36,7 @@ struct Call {
   const at::Tensor& h_0;
   const at::Tensor& c_0;
   at::TensorList weights;
-  OptionalTensor seed;  // set when there is dropout to do
+  OptionalTensor seed;  // set if dropout is in effect
   const Options& options;
   const StackShape& shape;
 

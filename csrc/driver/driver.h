@@ -1,5 +1,5 @@
 // csrc/driver/driver.h: what the drivers of both GPU schedules share, over ATen: dtypes, pointers, large products, the reserve,
-// and the copies that products over all steps read.
+// and copies of rows, which the products over all steps read.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -44,7 +44,7 @@ const T* const_data(const Tensor& tensor) {
 
 inline Tensor contiguous(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
 
-// The batch of one matrix.
+// A matrix as a batch of one matrix.
 inline Tensor single(const Tensor& matrix) { return matrix.unsqueeze(0); }
 
 inline void* stream_for([[maybe_unused]] const at::Device& device) {
@@ -54,7 +54,7 @@ inline void* stream_for([[maybe_unused]] const at::Device& device) {
   return nullptr;
 }
 
-// Work below autograd and autocast, on the tensors' device.
+// While an object lives, calls run below autograd and autocast, on the tensors' device.
 struct Guards {
   explicit Guards(const at::Device& device) : device_guard(device) {
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)
@@ -65,13 +65,13 @@ struct Guards {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   c10::DeviceGuard device_guard;
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)
-  // A call may be the first of its process, and be captured. Creating cuBLAS's handle and loading kernels then take calls
-  // that a capture forbids by default (pytorch issue 99397), though nothing of them belongs in a graph.
+  // The first call of a process may be captured. It then creates cuBLAS's handle and loads kernels. That takes CUDA
+  // calls that a capture forbids by default (pytorch issue 99397), although they are not part of the captured graph.
   std::optional<c10::cuda::CUDAStreamCaptureModeGuard> relaxed;
 #endif
 };
 
-// The mask of a call's dropout.
+// The dropout mask of a call.
 inline gates::Mask mask_of(const Call& call) {
   if (!(call.options.dropout > 0) || !call.seed) return {};
   const Dropout dropout{call.options.dropout, 0};
@@ -99,8 +99,8 @@ class Products {
     }
   }
 
-  // The same, rounded to T at the end. `wide`: not by the product itself, whose sums over many rows may be split, and the
-  // parts rounded (torch's allow_bf16_reduced_precision_reduction).
+  // The same, rounded to T at the end. `wide`: the sums are rounded after the product, not by it. A product that rounds
+  // may split its sums over many rows and round the parts (torch's allow_bf16_reduced_precision_reduction).
   void multiply_and_round(const Tensor& result, const Tensor& a, const Tensor& b, bool wide = true) const {
     if (std::is_same_v<T, A>) return multiply(result, a, b);
     if (wide || !a.is_cuda()) {
@@ -119,7 +119,7 @@ class Products {
 };
 
 // Elements of the reserve, in Accumulator<T>: c and the gates of every lane as in stack.h, then h of the layers below the
-// top as T.
+// top layer as T.
 inline int64_t reserve_elements(const StackShape& shape, Saving saving, int64_t storage_bytes,
                                 int64_t accumulator_bytes) {
   if (saving == Saving::none) return 0;
@@ -128,8 +128,8 @@ inline int64_t reserve_elements(const StackShape& shape, Saving saving, int64_t 
   return cells * (saving == Saving::full ? 5 : 1) + (h * storage_bytes + accumulator_bytes - 1) / accumulator_bytes;
 }
 
-// The parts of a reserve: [lane][row] c and (unless they are computed again) the gates, in units padded to kUnitPadding,
-// then [layer][row] h of the layers below the top, as T.
+// The parts of a reserve: [lane][row] c and (unless backward computes them again) the gates, in units padded to
+// kUnitPadding, then [layer][row] h of the layers below the top layer, as T.
 template <typename T>
 struct Parts {
   using A = Accumulator<T>;
@@ -146,7 +146,7 @@ struct Parts {
   }
 };
 
-// h of `layer`, below the top, as the reserve holds it: (rows, D·output).
+// h of `layer`, which is not the top layer, as the reserve holds it: (rows, D·output).
 template <typename T>
 Tensor h_in_reserve(const Tensor& reserve, const StackShape& shape, Saving saving, int64_t layer) {
   const int64_t rows = shape.rows(), stride = shape.directions * shape.layers[0].output();
@@ -158,19 +158,19 @@ Tensor h_in_reserve(const Tensor& reserve, const StackShape& shape, Saving savin
       .view({rows, stride});
 }
 
-// The rows of step t of a lane that it had in the step before, too. The others begin at t.
+// How many rows of step t of a lane were also in the lane's step before. The other rows' sequences begin at t.
 inline int64_t continued_rows(const StackShape& shape, int64_t lane, int64_t t) {
   if (lane % shape.directions == 0) return t > 0 ? shape.active(t) : 0;
   return t + 1 < shape.steps ? shape.active(t + 1) : 0;
 }
 
-// Copies that make h(t-1) of every row of a lane: add(cell) for each. `h`: where the lane's direction begins in its layer's
-// output; `h_0`, `target`: (B, output) and (rows, output) of the lane.
+// Calls add(cell) for each copy that is needed to make h(t-1) of every row of a lane. `h`: where the lane's direction
+// begins in its layer's output; `h_0`, `target`: (B, output) and (rows, output) of the lane.
 template <typename T, typename Add>
 void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const T* h_0, T* target, Add&& add) {
   const int64_t output = shape.of_lane(lane).output(), stride = shape.directions * output;
   const bool reverse = lane % shape.directions != 0;
-  const auto copy = [&](int64_t t, int64_t steps) {  // a run of steps whose rows all follow the same way
+  const auto copy = [&](int64_t t, int64_t steps) {  // a run of steps; in a run of several, all rows continue
     const int64_t row = shape.first_row(t), rows = shape.first_row(t + steps) - row;
     const int64_t continued = continued_rows(shape, lane, t), before = reverse ? t + 1 : t - 1;
     const T* const source = continued > 0 ? h + shape.first_row(before) * stride : nullptr;
@@ -185,7 +185,8 @@ void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const
   }
 }
 
-// Copies that make what the layer above `layer` read of it, from its output `h` (rows, D·output), as dropout left it.
+// Calls add(cell) for each copy that is needed to make the input that the layer above `layer` has read: the output `h`
+// of `layer` (rows, D·output), masked by dropout.
 template <typename T, typename Add>
 void copies_of_masked(const StackShape& shape, int64_t layer, const T* h, T* target, Add&& add) {
   const int64_t stride = shape.directions * shape.layers[0].output();
@@ -204,7 +205,7 @@ void copies_of_masked(const StackShape& shape, int64_t layer, const T* h, T* tar
   }
 }
 
-// Cells of a launch of the copy kernel.
+// The most cells of one launch of the copy kernel.
 inline constexpr int64_t kCopiesALaunch = 64;
 
 }  // namespace stacked_lstm::driver

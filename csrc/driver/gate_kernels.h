@@ -10,7 +10,7 @@ namespace stacked_lstm::driver {
 // The kernels for tensors of this device.
 const gates::Table& gate_kernels(const at::Device& device);
 
-// Tests put other kernels in the place of those for the CPU; null: back to these.
+// For tests: replaces the kernels for the CPU; null restores them.
 void use_host_gate_kernels(const gates::Table* table);
 
 }  // namespace stacked_lstm::driver

@@ -7,15 +7,16 @@
 //
 // A step s:   receive the partial sums of dh(s) that all blocks have sent, and add them up in the order of the blocks   →
 //             cell_backward   →   dgates(s) to shared memory   →   barrier   →   times the block's part of W_hhᵀ   →   send
-//             the partial sums of dh(s-1)   →   and only then dgates(s) to memory, and what step s-1 needs from there.
+//             the partial sums of dh(s-1)   →   and only then write dgates(s) to memory, and load what step s-1 needs.
 //
-// dh from a lane above in the same launch: with the units that a block owns go the gate rows of the same units of the lane
-// above. For a chunk of steps at a time, the block multiplies those dgates by its part of W_ihᵀ of the lane above, masked
-// by dropout, and keeps these sums; the accumulators of dh(s-1) start from them. So one exchange adds up both, and a block
-// waits for, and reads from, the one block of the same rank above it.
+// dh from a lane above in the same launch: a block takes the gate rows of its own units in the lane above. For a chunk
+// of steps at a time, it multiplies their dgates by its part of W_ihᵀ of the lane above, applies dropout's mask, and
+// keeps these sums. The accumulators of dh(s-1) start from them. So one exchange adds up both, and a block waits for,
+// and reads from, only the block of the same rank in the lane above.
 //
-// A patch, 8 units by 8 columns of the batch, is what moves: the upper or lower half of a tile that a warp has multiplied.
-// Rows r and r + 8 of a tile are the units 2r and 2r + 1: neighbours in memory, where weights are loaded.
+// Sums are sent in patches of 8 units by 8 columns of the batch: half of the units of a tile that a warp has
+// multiplied. Rows r and r + 8 of a tile are the units 2r and 2r + 1, which are neighbours in the memory that weights
+// are loaded from.
 #pragma once
 
 #include <algorithm>
@@ -57,15 +58,15 @@ class BackwardCells {
   const BackwardBlock<C>& block_;
   const CellPlace<C>& cells_;
 
-  // Of the next step, as it comes from memory.
+  // The next step's inputs, as they come from memory.
   float y_[kCells][4];      // activations, or pre-activations without the bias
   float c_before_[kCells];  // c(s-1)
   T grad_output_[kCells];
   float grad_above_[kCells];
-  // From the step before (s+1, in the order of the launch) …
+  // From the step before in the order of the launch, s+1; active_ is of this step, s.
   float c_[kCells], dc_[kCells];
   bool was_active_, active_;
-  // … and of this one, known before dh is.
+  // Of this step, known before dh is.
   CellSlopes<float> slope_[kCells];
   float incoming_[kCells];
   Packed grad_[kCells];  // dgates(s)
@@ -86,7 +87,8 @@ class BackwardCells {
       const int unit = cells.unit_of(n);
       if (active_) c_[n] = load_streaming(lane.c + row * sizes.saved_stride + unit);
       if (was_active_) dc_[n] = load_ordinary(lane.carried_c + state(n));
-      // A sequence that had begun before the launch did: its gradients go on to the next launch, or to the caller.
+      // An earlier launch has done all steps of this sequence: its gradients go on to the next launch, or to the
+      // caller.
       if (lane.reverse && !was_active_ && cells.column < block.sequences.count && last < sizes.steps &&
           cells.first_share) {
         settle(n, load_ordinary(lane.carried_h + state(n)), load_ordinary(lane.carried_c + state(n)));
@@ -94,11 +96,11 @@ class BackwardCells {
     }
   }
 
-  // Asks for what step s needs.
+  // Starts to load what step s needs.
   __device__ __forceinline__ void prefetch(int s) {
     const Sizes& sizes = block_.sizes;
     const BackwardLane<T>& lane = block_.lane;
-    // Addresses are made here, from these, and do not lie in registers between the steps.
+    // Addresses are computed here, from these two, and take no registers between the steps.
     const int column = kept(cells_.column), unit = kept(cells_.unit);
     active_ = column < block_.active(s);
     const bool begins = column >= block_.active(s - 1);
@@ -129,10 +131,10 @@ class BackwardCells {
     }
   }
 
-  // All of step s that can be computed before its dh has come.
+  // Computes all of step s that does not need its dh.
   __device__ __forceinline__ void prepare(int s) {
     const BackwardLane<T>& lane = block_.lane;
-    const bool ends = active_ && !was_active_;  // the first step that this sequence takes here is its last one
+    const bool ends = active_ && !was_active_;  // step s is the sequence's last: it has no step s+1
 #pragma unroll
     for (int n = 0; n < kCells; ++n) {
       incoming_[n] = 0;
@@ -156,12 +158,12 @@ class BackwardCells {
     }
   }
 
-  // dh has come: dgates(s), to shared memory for the products, and kept for store().
+  // When dh has come: computes dgates(s), writes them to shared memory for the products, and keeps them for store().
   __device__ __forceinline__ void update(const CellSums<C>& sums, T* grad_gates) {
 #pragma unroll
     for (int n = 0; n < kCells; ++n) {
       if (!cells_.has(n)) continue;
-      // Zeros where the sequence has no such step, or where there is no such unit: then all slopes are.
+      // If the sequence has no such step, or there is no such unit, all slopes are zero, and so are these gradients.
       const Gates<float> d = cell_backward(slope_[n], incoming_[n] + sums[n], dc_[n]);
       const float all[4] = {d.i, d.f, d.g, d.o};
       const int unit = cells_.unit_of(n) - block_.first_unit;
@@ -177,8 +179,9 @@ class BackwardCells {
     }
   }
 
-  // A reverse lane's sequences have different first steps. Where step s+1 was one, dh and dc of the state before it are
-  // these, for good. (update() leaves dc alone where the sequence has no such step only up to a factor of 0: hence first.)
+  // A reverse lane's sequences have different first steps. If step s+1 was the sequence's first step, the current dh
+  // and dc are the final gradients of its initial state. Call this before update(), which multiplies dc by 0 at a step
+  // that the sequence does not have.
   __device__ __forceinline__ void settle_begun(const CellSums<C>& sums) {
     if (active_ || !was_active_) return;
 #pragma unroll
@@ -187,7 +190,7 @@ class BackwardCells {
     }
   }
 
-  // dgates(s) to memory, and on to the next step.
+  // Writes dgates(s) to memory, and goes on to the next step.
   __device__ __forceinline__ void store(int s) {
     const Sizes& sizes = block_.sizes;
     const int64_t row = active_ ? block_.sequences.row(block_.time(s)) + kept(cells_.column) : 0;
@@ -205,7 +208,7 @@ class BackwardCells {
     was_active_ = active_;
   }
 
-  // The launch's last step is done. `sums`: dh of the state before it, where the caller wants that.
+  // After the launch's last step. `sums`: dh of the state before it, if the caller wants that.
   __device__ __forceinline__ void finish(const CellSums<C>& sums) {
     const BackwardLane<T>& lane = block_.lane;
     if (!was_active_) return;
@@ -215,7 +218,7 @@ class BackwardCells {
       if (block_.sizes.first_step == 0) {
         settle(n, sums[n], dc_[n]);
       } else if (cells_.first_share) {
-        stored(lane.carry_c + state(n)) = dc_[n];  // dh is multiplied again, from dgates, by the next launch
+        stored(lane.carry_c + state(n)) = dc_[n];  // the next launch computes dh again, from dgates
       }
     }
   }
@@ -229,7 +232,8 @@ class BackwardCells {
     return int64_t{block_.sequences.first + cells_.column} * block_.sizes.hidden + cells_.unit_of(n);
   }
 
-  // Gradients of the state before a sequence's first step: to the caller, in the last launch, else to the next launch.
+  // Writes the gradients of the state before a sequence's first step: in the last launch to the caller, in other
+  // launches for the next launch.
   __device__ __forceinline__ void settle(int n, float dh, float dc) const {
     const BackwardLane<T>& lane = block_.lane;
     if (!cells_.first_share) return;
@@ -264,7 +268,7 @@ class BackwardCells {
 
 // ---- The kernel -----------------------------------------------------------------------------------------------------
 
-// W_hhᵀ: the warp's fragments, for good.
+// The warp's fragments of W_hhᵀ, for the whole launch.
 template <class C>
 struct BackwardWeights {
   Fragment fragment[C::kMTiles / C::kAtOnce][C::kPieces][C::kAtOnce];
@@ -282,7 +286,7 @@ struct BackwardWeights {
     }
   }
 
-  // Sends the block's partial sums of dh: of its dgates, on top of what comes `from_above` (null: nothing).
+  // Sends the block's partial sums of dh: the sums of its dgates, which start from `from_above` (null: from zero).
   template <class Exchanged>
   __device__ __forceinline__ void multiply_and_send(const BackwardBlock<C>& block, const typename C::T* grad_gates,
                                                     const float4* from_above, Exchanged& exchange,
@@ -290,7 +294,8 @@ struct BackwardWeights {
     using T = typename C::T;
     const int warp_lane = block.place.warp_lane;
     const T* first = first_quarter<C>(grad_gates, warp_lane);
-    // Of exact products a loop that stays one: else columns of the next tile would be loaded long before their turn.
+    // For exact products the loop is not unrolled: otherwise the compiler would load columns of the next tile long
+    // before they are needed.
 #pragma unroll(C::kProduct == Product::exact ? 1 : C::kTiles)
     for (int n = 0; n < C::kTiles; ++n) {
 #pragma unroll
@@ -337,16 +342,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     const bool fits = pairs_fit(lane.weight_ih_above, sizes.hidden);
 #pragma unroll 1
     for (int n = 0; n < MTiles * Pieces; ++n) {
-      // Read by the thread that writes it: nobody has to wait.
+      // Only the thread that writes this reads it: no barrier is needed.
       const Fragment f = load_transposed<C>(lane.weight_ih_above, sizes.hidden, block.first_unit,
                                             tile_of(n / Pieces, place.warp), n % Pieces, place.warp_lane, fits);
       shared.weights[2 * n * C::kThreads + place.thread] = f.upper;
       shared.weights[(2 * n + 1) * C::kThreads + place.thread] = f.lower;
     }
   }
-  bool has_reader = false;  // a lane below, in this launch
+  bool has_reader = false;  // a lane below in this launch reads this lane's dgates
   for (int n = 0; n < sizes.lanes; ++n) has_reader |= arguments.lane[n].over == place.lane;
-  // Both in one register, from here on.
+  // From here on both are in one register.
   enum Neighbours : int { kOver = 1, kReader = 2 };
   const int neighbours = in_register((lane.over >= 0 ? kOver : 0) | (has_reader ? kReader : 0));
   const auto over = [&] { return (neighbours & kOver) != 0; };
@@ -356,43 +361,44 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   constexpr int kStepGates = C::kColumns * C::kPitch;              // elements of dgates of a step
   constexpr int kStepSums = C::kTiles * C::kMTiles * C::kThreads;  // float4
 
-  // What comes from above for chunk number `chunk` of this launch.
+  // Computes the sums from the lane above for chunk number `chunk` of this launch.
   const auto project_chunk = [&](int chunk, int step) {
     const int begin = last - 1 - chunk * chunk_steps,
               steps = begin - first + 1 < chunk_steps ? begin - first + 1 : chunk_steps;
-    // With the number comes, by its acquire, what the block above had written before: to this lane of the warp …
+    // The acquire makes the dgates that the block above had written before visible to lane 0 of the warp.
     if (place.warp_lane == 0) await_chunk(arguments, place, waiting, lane.over, place.rank, chunk + 1, step);
-    warp_barrier();  // … and to all others.
-    // Hazard: copies land on the chunk before, which all warps have multiplied: a step's barrier has been since.
+    warp_barrier();  // makes them visible to the other lanes, which copy them next
+    // Hazard: the copies overwrite the previous chunk. All warps have multiplied it: a block barrier has passed since.
     for (int n = 0; n < steps; ++n) {
       stage<true>(block, arguments.lane[lane.over].grad_gates, begin - n, shared.above + n * kStepGates);
     }
     finish_staging(block, steps, shared.above);
-    block_barrier();  // what each thread has staged is visible to all
+    block_barrier();  // makes what each thread has staged visible to all
     project(block, shared, begin, steps);
   };
-  // What the accumulators of dh(s) start from.
+  // The values that the accumulators of dh(s) start from.
   const auto from_above = [&](int s) -> const float4* {
     return over() ? shared.from_above + (last - 1 - s) % chunk_steps * kStepSums : nullptr;
   };
 
-  // Step s-1 will send dh(s-2): does that begin a chunk of what comes from above? (It lies on the chunk before, all of which
-  // has been sent.)
+  // Step s-1 will send dh(s-2). If step s-2 begins a chunk, computes the chunk's sums from above. They overwrite those
+  // of the previous chunk, all of which have been sent.
   const auto project_next = [&](int s) {
-    const int done = last - 1 - (s - 2);  // steps that come before s-2
+    const int done = last - 1 - (s - 2);  // steps that this launch takes before s-2
     if (s - 2 >= first && done % chunk_steps == 0) project_chunk(done / chunk_steps, s);
   };
 
   uint32_t number = 0;  // of the next exchange to be received
-  // dh(last-1) has an exchange of its own, where anything comes from above or from a step that an earlier launch has done.
-  // That one left dgates: their product is computed here, so that the sums are those of one launch, to the bit.
+  // dh(last-1) has an exchange of its own if anything comes from above, or from step `last` of an earlier launch. The
+  // earlier launch stored the dgates of step `last`. This launch computes their product again, so that the sums are
+  // bitwise equal to those of a single launch.
   const bool resumes = last < sizes.steps;
   if (over()) project_chunk(0, last);
   if (over() || resumes) {
     T* grad_gates = shared.grad_gates + last % 2 * kStepGates;
     stage<false>(block, lane.grad_gates, last, grad_gates);
     sums_of.expect(0);
-    block_barrier();  // dgates(last), which each thread has staged some of, are visible to all
+    block_barrier();  // makes dgates(last), of which each thread has staged some, visible to all
     waiting.agree();
     weights.multiply_and_send(block, grad_gates, from_above(last - 1), sums_of, 0);
     if (over()) project_next(last);
@@ -400,7 +406,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   cells.prefetch(last - 1);
 
   for (int s = last - 1; s >= first; --s) {
-    // Hazard: what is sent has to be received. dh(first-1) is sent only for grad_h_0.
+    // Hazard: every exchange that is sent has to be received. So dh(first-1) is sent only if grad_h_0 is wanted.
     const bool receives = s + 1 < last || over() || resumes, sends = s > first || (s == 0 && lane.grad_h_0);
     CellSums<C> sums = {};
     if (sends) sums_of.expect(number + receives);
@@ -409,11 +415,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     if (lane.reverse && block.packed()) cells.settle_begun(sums);
     T* grad_gates = shared.grad_gates + s % 2 * kStepGates;
     cells.update(sums, grad_gates);
-    // dgates(s) of all threads are visible to all. And: all sums of dh(s) have been read, so that this block's sums of
-    // dh(s-1) may tell its peers to write over them; dgates(s+1) are in memory, to be published.
+    // Makes the dgates(s) that each thread has written to shared memory visible to all threads. Also: all threads have
+    // read the sums of dh(s), so this block may send its sums of dh(s-1), after which its peers may write over those of
+    // dh(s). And all threads have written dgates(s+1) to memory, which publish_chunks releases.
     //
-    // Hazard: dgates have two places. Those of step s-1 may be written by a thread that is past this barrier, while others
-    // multiply these; those of s-2 come behind the next one, to which all warps come when they have multiplied these.
+    // Hazard: dgates have two places. A thread that is past this barrier may write dgates(s-1) while other warps
+    // multiply dgates(s). dgates(s-2), which overwrite dgates(s), are written behind the next barrier, which all warps
+    // reach after they have multiplied dgates(s).
     block_barrier();
     waiting.agree();
     if (sends) {
@@ -421,7 +429,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     }
     cells.store(s);
     const int done = last - 1 - s;  // steps whose dgates all threads had written before the barrier
-    // (By a thread of the last warp, which has the fewest tiles: a release takes its time.)
+    // A thread of the last warp publishes: a release takes time, and this warp has the fewest tiles.
     if (read() && done > 0 && done % chunk_steps == 0 && place.thread == C::kThreads - 1) {
       publish_chunks(arguments, place, done / chunk_steps);
     }
@@ -433,7 +441,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   if (first == 0 && lane.grad_h_0) sums_of.receive(number, cell_place, sums, -1);
   cells.finish(sums);
   if (read()) {
-    block_barrier();  // all threads have written the last dgates, for the release
+    block_barrier();  // all threads have written the last dgates, which publish_chunks releases
     if (place.thread == 0) publish_chunks(arguments, place, (last - first + chunk_steps - 1) / chunk_steps);
   }
   sums_of.finish();
@@ -441,7 +449,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
 
 // ---- Launch ---------------------------------------------------------------------------------------------------------
 
-// What is wrong with these arguments for a kernel cut like this, or "".
+// Says why a kernel with this cut cannot take these arguments, or returns "".
 template <class C>
 std::string backward_misfit(const BackwardArguments<typename C::T>& arguments) {
   const Cut& cut = arguments.cut;
@@ -496,7 +504,7 @@ std::string backward_misfit(const BackwardArguments<typename C::T>& arguments) {
   return "";
 }
 
-// How such a launch looks, of `blocks` blocks.
+// The configuration of such a launch of `blocks` blocks.
 template <class C>
 LaunchConfig backward_config(const Cut& cut, int64_t blocks, bool over) {
   LaunchConfig config;
@@ -508,7 +516,7 @@ LaunchConfig backward_config(const Cut& cut, int64_t blocks, bool over) {
   return config;
 }
 
-// Starts the kernel. Refused, before anything runs, when not all blocks fit on the device at once.
+// Starts the kernel. The launch is refused, before anything runs, if not all of its blocks fit on the device at once.
 template <typename T, Product product, Exchange exchange, int MTiles, int Pieces, int Tiles>
 Outcome launch_backward(const BackwardArguments<T>& arguments, void* stream) {
   using C = BackwardCut<T, product, exchange, MTiles, Pieces, Tiles>;

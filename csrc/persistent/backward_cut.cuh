@@ -1,4 +1,5 @@
-// csrc/persistent/backward_cut.cuh: what the compiler knows of a cut of the backward kernel, and which thread has which cell.
+// csrc/persistent/backward_cut.cuh: what the compiler knows of a cut of the backward kernel, and which thread has which
+// cell.
 #pragma once
 
 #include <cstdint>
@@ -26,13 +27,14 @@ struct BackwardCut {
   static constexpr int kCells = kPatches * kPatch;           // of a block
   static constexpr int kThreadCells = (kCells + kThreads - 1) / kThreads;
   static constexpr int kThreadPatches = kThreads / kPatch;  // from a thread's cell to its next
-  // Threads that share a cell: through L2 each waits for its part of the sums. (Shared memory needs no such help.)
+  // How many threads share a cell. Through L2 each of them waits for its part of the sums. Sums in a cluster's shared
+  // memory do not need this.
   static constexpr int kShares = kExchange == Exchange::l2 && kCells <= kThreads / 2 ? kThreads / 2 / kCells * 2 : 1;
   static constexpr int kWarpCells = kWarpThreads / kShares;
-  // Elements of a column of dgates in shared memory.
+  // Elements from a column of dgates in shared memory to the next.
   static constexpr int kPitch = row_pieces(Pieces) * kPieceElements<T>;
-  // Tiles of weights that are multiplied side by side: enough chains of products, few registers of sums. Fewer where a
-  // thread keeps the dgates of several cells, beside words under way.
+  // How many tiles of weights are multiplied side by side: enough chains of products, and few registers of sums. There
+  // are fewer if a thread keeps the dgates of several cells beside words that are under way.
   static constexpr bool kFewRegisters = kExchange == Exchange::l2 && kThreadCells * sizeof(T) > 4;
   static constexpr int kMost = kProduct == Product::exact ? 1 : kFewRegisters ? 2 : 4;
   static constexpr int kAtOnce = MTiles <= kMost                ? MTiles
@@ -43,13 +45,13 @@ struct BackwardCut {
 };
 
 // ---- Who has which cell ---------------------------------------------------------------------------------------------
-// K of a block: quarter q of a piece is gate q of kQuarter neighbouring units, as they lie in memory. A column's quarters
-// stand in shared memory in an order of their own, so that neither the cells that write them, one gate of 8 units and 4
-// columns at a time, nor the products that read them, all gates of 2 columns, meet in a bank.
+// K of a block: quarter q of a piece is gate q of kQuarter neighbouring units, as they lie in memory. In shared memory
+// the order of quarters depends on the column. This avoids bank conflicts when cells write one gate of 8 units and 4
+// columns at a time, and when products read all gates of 2 columns at a time.
 
 template <class C>
 __device__ __forceinline__ int quarter_place(int column, int quarter) {
-  // Exact products read one quarter of all columns from one address each.
+  // In exact products a lane reads its quarter of all columns at one offset: the order must not depend on the column.
   return C::kProduct == Product::exact ? quarter : quarter ^ (column & 3);
 }
 
@@ -60,13 +62,13 @@ __device__ __forceinline__ int quarter_at(int column, int piece, int quarter) {
   return column * C::kPitch + piece * kPieceElements<T> + quarter_place<C>(column, quarter) * kQuarter<T>;
 }
 
-// A thread's cells: of one column of the batch, in every kThreadPatches-th patch.
+// A thread's cells: they are of one column of the batch, one in every kThreadPatches-th patch.
 template <class C>
 struct CellPlace {
-  int patch, spot;  // the first patch; and where in it: 8·column + unit
-  int share;        // of the threads that share the cell
+  int patch, spot;  // of the first cell: its patch, and its place there: 8·column + unit
+  int share;        // this thread's number among those that share the cell
   int column;       // of the batch group
-  int unit;         // of the lane: the first; the next ones kUnitStep further each
+  int unit;         // of the first cell, counted in the lane; each next cell is kUnitStep further
   bool first_share;
 
   static constexpr int kUnitStep = C::kThreadPatches / C::kTiles * kGroupUnits;
@@ -80,28 +82,29 @@ struct CellPlace {
     unit = (place.rank * C::kGroups + patch / C::kTiles) * kGroupUnits + spot % kGroupUnits;
   }
 
-  // Has the thread an n-th cell? (Of the units' padding too: sums are sent for all of them.)
+  // Whether the thread has an n-th cell. (Padding units have cells, too: sums are sent for all units.)
   __device__ __forceinline__ bool has(int n) const {
     return C::kCells % C::kThreads == 0 || patch + n * C::kThreadPatches < C::kPatches;
   }
   __device__ __forceinline__ int unit_of(int n) const { return unit + n * kUnitStep; }
 
-  // Where the sums of a patch have this cell. A lane of a warp has units 2r, 2r + 1 and columns 2q, 2q + 1 of it.
-  // In shared memory: the four of them together, and lanes of r and r + 2 turned, so that 4 columns are 32 banks.
+  // The place of this cell in the sums of a patch. A lane (r, q) of the warp that sends them has units 2r, 2r + 1 and
+  // columns 2q, 2q + 1. In shared memory a lane's four sums lie together, and a lane with r & 2 takes the place of q ^
+  // 2, so that 4 columns use all 32 banks.
   __device__ __forceinline__ int shared_spot() const {
     const int u = spot % kGroupUnits, c = spot / kGroupUnits;
     return (u / 2 * 4 + ((c / 2) ^ (u / 2 & 2))) * 4 + u % 2 * 2 + c % 2;
   }
-  static __device__ __forceinline__ int shared_spot_of_lane(int half_lane) {  // of its first; the others follow
+  static __device__ __forceinline__ int shared_spot_of_lane(int half_lane) {  // of its first sum; the others follow
     const int r = half_lane / 4, q = half_lane % 4;
     return (r * 4 + (q ^ (r & 2))) * 4;
   }
-  // Of words in L2: what lanes write, and what lanes read, at once, are whole sectors.
+  // The place in the words in L2: what lanes write together, and what lanes read together, are whole sectors.
   __device__ __forceinline__ int word_spot() const {
     const int u = spot % kGroupUnits, c = spot / kGroupUnits;
     return c / 4 * 32 + (u % 2 * 2 + c % 2) * kWordElement + u / 2 * 2 + c / 2 % 2;
   }
-  static constexpr int kWordElement = 8;  // from one of a lane's four to the next
+  static constexpr int kWordElement = 8;  // from one of a lane's four sums to the next
   static __device__ __forceinline__ int word_spot_of_lane(int half_lane) {
     const int r = half_lane / 4, q = half_lane % 4;
     return q / 2 * 32 + r * 2 + q % 2;

@@ -1,5 +1,5 @@
-// csrc/persistent/backward_entry.cuh: the instances of the backward kernel for one element: included by
-// persistent/backward_{bf16,f16,f32}.cu alone, which say which.
+// csrc/persistent/backward_entry.cuh: the instances of the backward kernel for one element type. Only
+// persistent/backward_{bf16,f16,f32}.cu include it, each for its element type.
 #pragma once
 
 #include "backward.cuh"

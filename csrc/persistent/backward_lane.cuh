@@ -1,5 +1,5 @@
-// csrc/persistent/backward_lane.cuh: a block's part of a lane, backward: its weights, its shared memory, and what the lane above adds
-// to its sums of dh.
+// csrc/persistent/backward_lane.cuh: a block's part of a lane, backward: its weights, its shared memory, and what the
+// lane above adds to its sums of dh.
 #pragma once
 
 #include <cstdint>
@@ -11,21 +11,22 @@ namespace stacked_lstm::cuda::persistent {
 
 // ---- Weights --------------------------------------------------------------------------------------------------------
 
-// Units in pairs: do two neighbours of a row lie in one access?
+// Whether one access can load two neighbouring units of a row.
 template <typename T>
 __device__ __forceinline__ bool pairs_fit(const T* weight, int hidden) {
   return hidden % 2 == 0 && reinterpret_cast<uintptr_t>(weight) % (2 * sizeof(T)) == 0;
 }
 
-// A lane's part of a piece of one tile of Wᵀ: of `weight`, (4H, H), the columns of 16 units by the block's gate rows.
+// A lane's part of a piece of one tile of Wᵀ: in `weight`, (4H, H), these are columns of 16 units in the block's gate
+// rows.
 template <class C, typename T = typename C::T>
 __device__ __forceinline__ Fragment load_transposed(const T* weight, int hidden, int first_unit, int tile, int piece,
                                                     int warp_lane, bool fits) {
   constexpr int kWordElements = 4 / static_cast<int>(sizeof(T));
-  const int unit = tile * 16 + warp_lane / 4 * 2;          // of dh; and the one beside it
-  const int gate_unit = first_unit + piece * kQuarter<T>;  // of dgates: kQuarter of them, of one gate
+  const int unit = tile * 16 + warp_lane / 4 * 2;          // of dh: the first of two
+  const int gate_unit = first_unit + piece * kQuarter<T>;  // of dgates: the first of kQuarter, of one gate
   const T* row = weight + (int64_t{warp_lane % 4} * hidden + gate_unit) * hidden + unit;
-  const int rows = unit < hidden ? hidden - gate_unit : 0;  // that there are
+  const int rows = unit < hidden ? hidden - gate_unit : 0;  // how many of them exist
   const bool second = unit + 1 < hidden;
   const auto bits = [](T x) {
     if constexpr (sizeof(T) == 4) {
@@ -63,7 +64,7 @@ __device__ __forceinline__ Fragment load_transposed(const T* weight, int hidden,
     upper = {words[0][0], words[0][1], words[0][2], words[0][3]};
     lower = {words[1][0], words[1][1], words[1][2], words[1][3]};
   } else {
-    // A loop that stays one, which turns the words round: less code.
+    // Not unrolled, each round moves the words on by one: less code.
 #pragma unroll 1
     for (int k = 0; k < kQuarter<T>; k += kWordElements) {
       uint32_t words[2] = {0, 0};
@@ -92,9 +93,9 @@ struct BackwardShared {
   uint64_t* arrived;   // ClusterSums: two mbarriers
   float* sums;         // ClusterSums: [source block][exchange mod 2][patch][64]; inside a block: [patch][64]
   T* grad_gates;       // [s mod 2][column][K]: dgates(s), as operands
-  T* above;            // [step of the chunk][column][K]: those of the same gate rows of the lane above, as operands
-  float4* from_above;  // [step of the chunk][batch tile][m][thread]: what the accumulators start from
-  uint4* weights;      // [m][piece][upper, lower][thread]: the part of W_ihᵀ of the lane above, where it lives here
+  T* above;            // [step of the chunk][column][K]: dgates of the same gate rows of the lane above, as operands
+  float4* from_above;  // [step of the chunk][batch tile][m][thread]: start values of the accumulators
+  uint4* weights;      // [m][piece][upper, lower][thread]: the part of W_ihᵀ of the lane above, if it is kept here
 
   BackwardShared(const BackwardShared&) = delete;
   __device__ __forceinline__ BackwardShared(const Cut& cut, bool over) {
@@ -111,7 +112,7 @@ struct BackwardShared {
 
 // ---- The block's lane, as one thread sees it -------------------------------------------------------------------------
 
-// What all parts of a step know.
+// What all parts of a step need.
 template <class C>
 struct BackwardBlock {
   using T = typename C::T;
@@ -134,14 +135,15 @@ struct BackwardBlock {
 
   __device__ __forceinline__ bool packed() const { return sizes.first_row != nullptr; }
   __device__ __forceinline__ int time(int step) const { return time_of(sizes, lane.reverse, step); }
-  // Sequences of the group that have this step of the lane; none beyond its ends.
+  // How many sequences of the group have this step of the lane; 0 beyond its ends.
   __device__ __forceinline__ int active(int step) const {
     return step < 0 || step >= sizes.steps ? 0 : sequences.active(time(step));
   }
 };
 
-// Dgates of step `step` of a lane, of this block's units, from memory to `to`, rows of K as products read them; zeros where
-// there is no such row or unit. Later: not there before copy_async_wait, and a barrier.
+// Copies the dgates of step `step` of a lane, of this block's units, from memory to `to`, as the rows of K that
+// products read; zeros if there is no such row or unit. kLater: they are not there before copy_async_wait and a
+// barrier.
 template <bool kLater, class C, typename T = typename C::T>
 __device__ __forceinline__ void stage(const BackwardBlock<C>& block, const T* grad_gates, int step, T* to) {
   constexpr int kItems = C::kColumns * C::kPieces * 4;
@@ -168,11 +170,11 @@ __device__ __forceinline__ void stage(const BackwardBlock<C>& block, const T* gr
   }
 }
 
-// What stage<true> has copied, as operands.
+// Waits for what stage<true> has copied, and makes operands of it.
 template <class C, typename T = typename C::T>
 __device__ __forceinline__ void finish_staging(const BackwardBlock<C>& block, int steps, T* above) {
   copy_async_commit();
-  copy_async_wait<0>();  // this thread's copies
+  copy_async_wait<0>();  // makes this thread's copies visible to it; the caller's barrier makes them visible to all
   if constexpr (std::is_same_v<T, float> && C::kProduct == Product::tensor) {
     constexpr int kItems = C::kColumns * C::kPieces * 4;
     for (int step = 0; step < steps; ++step) {
@@ -189,18 +191,20 @@ __device__ __forceinline__ void finish_staging(const BackwardBlock<C>& block, in
 // Where a lane's quarters of a batch tile begin.
 template <class C, typename T = typename C::T>
 __device__ __forceinline__ const T* first_quarter(const T* columns, int warp_lane) {
-  // The column that mma gives the lane is the same in every tile, as far as the order of quarters goes.
+  // mma gives the lane another column in each tile, but the order of quarters is the same in all of them: it depends on
+  // the column modulo 4.
   return columns + quarter_place<C>(warp_lane / 4, warp_lane % 4) * kQuarter<T>;
 }
 
-// Dropout's mask between this lane and the one above, of a tile's sums: the units 2r, 2r + 1 and columns 2q, 2q + 1 of a
-// lane of the warp. Four neighbouring units of a row are one draw: two lanes' units, each of which draws for one column.
+// Applies dropout's mask between this lane and the lane above to a tile's sums. A lane (r, q) of the warp has the units
+// 2r, 2r + 1 and the columns 2q, 2q + 1. One draw serves four neighbouring units of a row, which two lanes of the warp
+// have. Each of the two draws for one of their two columns, and they exchange the results.
 template <class C>
 __device__ __forceinline__ void mask_tile(const BackwardBlock<C>& block, int time, int column, int unit,
                                           float (&x)[4]) {
   const Sizes& s = block.sizes;
   const gates::Mask& mask = block.arguments.mask;
-  const int odd = block.place.warp_lane / 4 % 2;  // has the upper two units, and draws for the upper column
+  const int odd = block.place.warp_lane / 4 % 2;  // 1: the lane has the upper two units, and draws for the upper column
   const int64_t row = int64_t{time} * s.batch + block.sequences.first + column + odd;
   const auto draw = static_cast<uint64_t>(row * ((s.h_stride + 3) / 4) + (block.lane.h_column + unit) / 4);
   const auto seed = static_cast<uint64_t>(load_readonly(mask.seed));
@@ -216,12 +220,13 @@ __device__ __forceinline__ void mask_tile(const BackwardBlock<C>& block, int tim
   const uint32_t others = shuffle_xor(kFullWarp, kept, 4);
   const uint32_t columns[2] = {(odd ? others : kept) >> 2 * odd, (odd ? kept : others) >> 2 * odd};
   const auto scale = static_cast<float>(mask.scale);
-  // Products, so that a NaN is seen even where it is dropped.
+  // Dropped elements are multiplied by 0, so that a NaN stays a NaN even if it is dropped.
 #pragma unroll
   for (int n = 0; n < 4; ++n) x[n] *= (columns[n % 2] & (n < 2 ? 1u : 2u)) != 0 ? scale : 0.0f;
 }
 
-// The share of dh that comes from the lane above, of `steps` steps from `first` down: its dgates have been staged.
+// Computes the share of dh that comes from the lane above, for `steps` steps from `first` down. The dgates of the lane
+// above have been staged.
 template <class C>
 __device__ __forceinline__ void project(const BackwardBlock<C>& block, const BackwardShared<C>& shared, int first,
                                         int steps) {
@@ -229,7 +234,8 @@ __device__ __forceinline__ void project(const BackwardBlock<C>& block, const Bac
   const int warp_lane = block.place.warp_lane, thread = block.place.thread;
   const bool in_shared = block.arguments.cut.inputs_in_shared, masked = block.arguments.mask.seed != nullptr;
   const bool fits = pairs_fit(block.lane.weight_ih_above, block.sizes.hidden);
-  // Beside the recurrent weights there are registers for two pieces: what these come to, the next two go on from.
+  // Beside the recurrent weights there are registers for two pieces. Their sums are stored, and the next two pieces go
+  // on from these.
   constexpr int kPieces = C::kPieces < 2 ? C::kPieces : 2, kPasses = C::kPieces / kPieces;
   static_assert(kPasses * kPieces == C::kPieces);
 #pragma unroll 1

@@ -1,13 +1,13 @@
-// csrc/persistent/backward_sums.cuh: how partial sums of dh come from the blocks of a lane, each of which has some of its gate rows,
-// to the block that owns the unit.
+// csrc/persistent/backward_sums.cuh: how partial sums of dh come from the blocks of a lane, each of which has some of
+// its gate rows, to the block that owns the unit.
 //
-// A policy brings the partial sums of dh, which all blocks send, to the blocks that own the units, and adds them up there,
-// always in the same order. Exchanges are counted: number 0 is the first of the launch.
+// A policy brings the partial sums of dh, which all blocks send, to the blocks that own the units, and adds them up
+// there, always in the same order. Exchanges are counted: number 0 is the first of the launch.
 //
 //   start()                     once, by all threads
-//   expect(n)                   by all threads, at the start of a step that will receive exchange n in the next
+//   expect(n)                   by all threads, at the start of the step before the one that receives exchange n
 //   send(n, m, column tile, d)  by a warp: its tile m's sums of 16 units and 8 columns, as mma leaves them
-//   receive(n, cells, sums)     by all threads: the sums of a thread's cells. (Those that share cells get the same.)
+//   receive(n, cells, sums)     by all threads: the sums of a thread's cells. (Threads that share cells get the same.)
 //   finish()                    once, by all threads
 #pragma once
 
@@ -21,8 +21,9 @@ namespace stacked_lstm::cuda::persistent {
 template <class C>
 using CellSums = float[C::kThreadCells];
 
-// To whom a lane's sums go: the patch that its half of the warp's tile m is, of the column tile n, belongs to the block
-// owner + m·kOwnerStep, if there is one; to whom it is patch + n. So addresses are made once.
+// Where the sums of a lane of the warp go. The lane's half of the warp's tile m, in column tile n, is one patch. The
+// patch belongs to block owner + m·kOwnerStep, if there is such a block, and is the block's patch number patch + n. So
+// addresses are computed once.
 template <class C>
 struct Target {
   static constexpr int kOwnerStep = 2 * kMaxWarps / C::kGroups;
@@ -36,16 +37,16 @@ struct Target {
   }
 };
 
-// All blocks of a lane are one thread-block cluster: sums are pushed into the owner's shared memory, the own too, and an
-// mbarrier there counts the bytes.
+// All blocks of a lane are one thread-block cluster. A block pushes sums into their owner's shared memory, also into
+// its own, and an mbarrier there counts the bytes.
 //
-// Hazard: sums have two places, of even and odd exchanges. Exchange n+2 may land on what exchange n brought only when all
-// threads of the block have read that. So it is: whoever sends n+2 has received n+1 from every block, and a block sends
-// n+1 only behind the barrier of its step, to which its threads come when they have added up n. For the same reason no
-// byte of n+2 is counted in n's phase, and no thread falls a phase behind.
+// Hazard: sums have two places, for even and odd exchanges. Exchange n+2 may overwrite the sums of exchange n in a
+// block only after all threads of the block have read them. This holds: a block sends n+2 only after it has received
+// n+1 from every block, and a block sends n+1 only behind the barrier of its step, which its threads reach after they
+// have added up n. For the same reason no byte of n+2 is counted in n's phase, and no thread falls a phase behind.
 //
-// Hazard: nobody may exit with bytes under way. Every exchange that is sent is received: the caller sends none behind the
-// last step unless somebody wants dh_0.
+// Hazard: no block may exit while bytes are under way to it or from it. Every exchange that is sent is received: behind
+// the last step the caller sends only if dh_0 is wanted, and then it receives that exchange.
 template <class C>
 class ClusterSums {
   static constexpr uint32_t kBytes = C::kCells * sizeof(float);  // that one block sends another
@@ -76,14 +77,15 @@ class ClusterSums {
       mbarrier_init(arrived_, 1);
       mbarrier_init(arrived_ + 8, 1);
     }
-    // The initialised mbarriers are visible to the pushes of all peers, which begin after the barrier.
+    // The fence and the barrier make the initialised mbarriers visible to all peers' pushes, which begin after the
+    // barrier.
     mbarrier_init_fence();
     cluster_barrier();
   }
 
   __device__ __forceinline__ void expect(uint32_t n) const {
     if (place_.thread != 0 || waiting_.given_up()) return;
-    // The bytes may come before this is said: the phase cannot end without this arrival.
+    // The bytes may come before this call: the phase cannot end without this arrival.
     mbarrier_arrive_expect(arrived_ + n % 2 * 8, static_cast<uint32_t>(blocks_) * kBytes);
   }
 
@@ -99,7 +101,7 @@ class ClusterSums {
 
   __device__ __forceinline__ void receive(uint32_t n, const CellPlace<C>& cells, CellSums<C>& sums, int step) {
     constexpr int kAtOnce = C::kThreadCells > 1 ? 4 : 8;  // loads under way together, of a cell
-    // Every block's push of this exchange into this block is visible to this thread's reads of it.
+    // Makes every block's push of this exchange into this block visible to this thread's reads of it.
     if (cells.has(0)) waiting_.for_phase(arrived_ + n % 2 * 8, n / 2 % 2, step);
     const float* from = sums_ + n % 2 * C::kCells + cells.patch * C::kPatch + cells.shared_spot();
 #pragma unroll
@@ -124,23 +126,24 @@ class ClusterSums {
     }
   }
 
-  // Every push has been received: none is under way to a block, or from one, that exits.
+  // Behind the barrier every push has been received: none is under way to or from a block that exits.
   __device__ __forceinline__ void finish() const { cluster_barrier(); }
 };
 
-// Through L2, for a lane of more blocks than a cluster has, and where there are no clusters. A sum and the number of its
-// exchange travel in one word of 64 bits, which the memory model keeps whole: no flag and no fence.
+// Through L2, for lanes of more blocks than a cluster has, and for GPUs without clusters. A sum and the number of its
+// exchange travel in one word of 64 bits, which the memory model keeps whole. So there is no flag and no fence.
 //
 //   n + 1 (32) | partial sum (32)
 //
-// Hazard: words have two places, of even and odd exchanges. n+2 may be written over n because its writer has received n+1
-// from every block, and a block sends that behind the barrier of its step, to which its threads come when they have read
-// the words of n. (Words are zero at the launch: no exchange's tag.)
+// Hazard: words have two places, for even and odd exchanges. A block may write n+2 over n: it has received n+1 from
+// every block, and each block sends n+1 behind the barrier of its step, which its threads reach after they have read
+// the words of n. (Words are zero at the launch, which is no exchange's tag.)
 //
-// A lane of one block has no peers, and its sums stay in the block (see inside_block): in shared memory, behind a barrier.
+// A lane of one block has no peers, and its sums stay in the block (see inside_block): in shared memory, behind a
+// barrier.
 //
-// Hazard: they have one place. Exchange n+1 may be written over n because its writer has passed the barrier of the step
-// between them, to which all threads come when they have read n.
+// Hazard: these sums have one place. A warp may write exchange n+1 over n: it has passed the barrier of the step
+// between them, which all threads reach after they have read n.
 template <class C>
 class L2Sums {
   static constexpr bool kMayBeInside = may_be_inside_block(C::kMTiles, C::kPieces, sizeof(typename C::T));
@@ -194,7 +197,7 @@ class L2Sums {
     constexpr bool kFew = C::kThreadCells > 1 || C::kProduct == Product::exact;
     constexpr int kAtOnce = C::kFewRegisters ? 2 : kFew ? 4 : 8;  // words of a cell under way together
     if (inside()) {
-      block_barrier();  // the sums of all warps are visible to all threads
+      block_barrier();  // makes the sums of all warps visible to all threads
 #pragma unroll
       for (int k = 0; k < C::kThreadCells; ++k) {
         sums[k] = cells.has(k) ? sums_[cells.patch * C::kPatch + cells.shared_spot() + k * C::kThreads] : 0.0f;
@@ -210,7 +213,8 @@ class L2Sums {
 #pragma unroll 1
         for (int first = cells.share; first < blocks_; first += kAtOnce * C::kShares) {
           uint64_t word[kAtOnce];
-          // Until all are of this exchange. The tag comes with the sum: nothing else has to be ordered.
+          // Waits until all words are of this exchange. A word's tag and sum arrive together: nothing else has to be
+          // ordered.
           waiting_.until(
               [&] {
                 bool there = true;
@@ -235,7 +239,7 @@ class L2Sums {
           }
         }
       }
-      // The threads that share a cell all get the same: a + b = b + a.
+      // All threads that share a cell get the same sum: a + b = b + a.
 #pragma unroll
       for (int apart = C::kWarpCells; apart < kWarpThreads; apart *= 2) {
         sums[k] += shuffle_xor(kFullWarp, sums[k], apart);

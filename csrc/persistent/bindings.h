@@ -1,5 +1,5 @@
 // csrc/persistent/bindings.h: the planner of the persistent kernels in the Python module: plans, choices and devices as
-// dictionaries. Included by torch/bindings.cpp alone.
+// dictionaries. Only torch/bindings.cpp includes it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -36,8 +36,9 @@ inline py::dict describe(const Device& device) {
                   py::arg("mma_share") = device.mma_share, py::arg("fma_rate") = device.fma_rate);
 }
 
-// A name of kDevices, or a dictionary: `like` is such a name, what else it holds, under the names of describe(), differs
-// from that GPU. (What describe() returns does without `like`.) GPCs that are told are all alike, unless it says otherwise.
+// The device for a name of kDevices, or for a dictionary. In a dictionary `like` is such a name, and the other entries,
+// named as in describe(), replace figures of that GPU. (What describe() returns needs no `like`.) If the dictionary has
+// `gpcs` or `sms_gpc`, all GPCs are alike unless it also has `short_gpcs`.
 inline Device device_of(const py::object& told) {
   const auto named = [](const std::string& name) {
     if (const Device* found = device_named(name)) return *found;
@@ -77,7 +78,7 @@ inline DeviceProperties properties_of(const py::dict& told) {
   return properties;
 }
 
-// Figures by name in the place of the built-in ones.
+// The built-in costs; those that `told` names are replaced.
 inline Costs costs_of(const py::dict& told) {
   Costs costs;
   for (const auto& [key, value] : told) {
@@ -141,8 +142,8 @@ inline py::dict describe(const Pass& pass, const StackShape& shape) {
       py::arg("layers") = layers);
 }
 
-// The timeline's entries are (pass, batch_group, layer, direction, chunk, first_block, blocks, needs_layer, needs_chunks,
-// start_us, end_us).
+// The timeline's entries are (pass, batch_group, layer, direction, chunk, first_block, blocks, needs_layer,
+// needs_chunks, start_us, end_us).
 inline py::dict describe(const Plan& plan, const StackShape& shape, const Costs& costs, bool with_timeline) {
   py::list passes, work;
   for (const Pass& pass : plan.passes) passes.append(describe(pass, shape));
@@ -179,8 +180,8 @@ void take_instances(Ask& ask) {
   ask.backward = kBackwardInstances<T>.data(), ask.backward_count = static_cast<int64_t>(kBackwardInstances<T>.size());
 }
 
-// What is asked of the planner, for the instances that are compiled. `capacity`: None, or what a driver would say:
-// capacity(backward, cut, most_inputs, hidden, over) -> blocks.
+// What the planner is asked, for the instances that are compiled. `capacity`: None, or a function that answers instead
+// of a driver: capacity(backward, cut, most_inputs, hidden, over) -> blocks.
 inline Ask ask_of(int64_t element_bytes, const std::string& product, const std::string& saving,
                   const py::object& capacity) {
   Ask ask;

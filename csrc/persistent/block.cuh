@@ -1,5 +1,5 @@
-// csrc/persistent/block.cuh: what the persistent kernels have in common: who a thread is, which sequences its block has,
-// arithmetic, and waiting. What a launch is given, and how it is cut, stands in kernels.h.
+// csrc/persistent/block.cuh: what the persistent kernels have in common: who a thread is, which sequences its block
+// has, arithmetic, and waiting. A launch's arguments and its cut are in kernels.h.
 #pragma once
 
 #include <cstdint>
@@ -41,9 +41,9 @@ struct Place {
   }
 };
 
-// A number that all lanes of the warp have, and want at once in every step: from a register. (Of a kernel's argument the
-// compiler would rather load it again and again, which takes 30 cycles. From a shuffle there is no way back, unless it sees
-// that all lanes bring the same.)
+// Puts a number that all lanes of the warp have, and need without delay in every step, into a register. The compiler
+// would load a kernel's argument again each time, which takes 30 cycles. It cannot undo a shuffle unless it sees that
+// all lanes pass the same value; so only lane 0 passes it.
 __device__ __forceinline__ int in_register(int value) {
   return shuffle(kFullWarp, threadIdx.x % kWarpThreads == 0 ? value : 0, 0);
 }
@@ -59,8 +59,8 @@ __device__ __forceinline__ int time_of(const Sizes& sizes, bool reverse, int s) 
   return reverse ? sizes.steps - 1 - s : s;
 }
 
-// An address that has two values, for even and odd steps, in turn. It is carried from step to step: what can be computed
-// from a step's number, the compiler computes anew in each, just when it is wanted.
+// An address that alternates between two values, for even and odd steps. It is carried from step to step. If it
+// depended on the step's number, the compiler would compute it again in each step, just when it is needed.
 struct InTurn {
   int at, to_other;
 
@@ -78,13 +78,13 @@ struct Sequences {
         first(sizes.first_sequence(sizes.first_group + copy)),
         count(sizes.first_sequence(sizes.first_group + copy + 1) - first) {}
 
-  // Columns 0 … active(t) - 1 have a step t: none, where it is not above 0. (Sequences are sorted by length.)
+  // Columns 0 … active(t) - 1 have a step t; if active(t) <= 0, no column has. (Sequences are sorted by length.)
   __device__ __forceinline__ int active(int t) const {
     if (!first_row) return count;
     const auto all = static_cast<int>(load_readonly(first_row + t + 1) - load_readonly(first_row + t));
     return all - first < count ? all - first : count;
   }
-  // The row of column 0 at time t, where it is active.
+  // The row of column 0 at time t, if the column is active then.
   __device__ __forceinline__ int64_t row(int t) const {
     return (first_row ? load_readonly(first_row + t) : int64_t{t} * batch) + first;
   }
@@ -92,23 +92,24 @@ struct Sequences {
 
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------
 
-// σ and tanh of 16 bits' kernels, from the special function unit, of whose instructions there are few: all σ of a cell share
-// one reciprocal. With D = 1 + 2^(-x·log2 e) of each gate, σ = 1/D is 1/(D_i·D_f·…) times the others' D. That the product
-// stays finite, no exponent is above 30: σ is never below 2⁻³⁰ (absolute error below 10⁻⁹), nor ever more than 4 units in
-// the last place above 1.
+// σ and tanh of the 16-bit kernels. They use the special function unit, which executes few instructions a clock; so all
+// σ of a cell share one reciprocal. With D = 1 + 2^(-x·log2 e) for each gate, σ = 1/D is 1/(D_i·D_f·…) times the D of
+// the other gates. No exponent is above 30, so that the product stays finite. So σ is never below 2⁻³⁰ (absolute error
+// below 10⁻⁹), and never more than 4 units in the last place above 1.
 //
-//   kTanhUnit = false   g, as 2·σ(2x) - 1, shares the reciprocal, too: 5 special functions for the gates, 2 for tanh c'.
-//                       Absolute errors below 2⁻²⁰: less than what rounding to 16 bits does, but for tanh of |x| < 2⁻⁹ or so,
-//                       whose relative error grows.
-//   kTanhUnit = true    tanh in one instruction, of relative error about 2⁻¹¹: a quarter of the largest error that rounding
-//                       h to bfloat16 makes. 4 special functions for the gates, 1 for tanh c'. That of g enters c once and
-//                       decays with it, like an error of x; one of f would do so at every step of a sequence: so never σ.
+//   kTanhUnit = false   g is 2·σ(2x) - 1 and shares the reciprocal, too: 5 special functions for the gates, 2 for
+//                       tanh c'. Absolute errors are below 2⁻²⁰, less than that of rounding to 16 bits. Exception: tanh
+//                       of |x| below about 2⁻⁹, whose relative error grows.
+//   kTanhUnit = true    tanh is one instruction, of relative error about 2⁻¹¹: a quarter of the largest error of
+//                       rounding h to bfloat16. 5 special functions for the gates, 1 for tanh c'. An error of g enters
+//                       c once and decays with it, like an error of x. An error of f would enter c at every step of a
+//                       sequence; therefore σ never uses this instruction.
 //
-// A NaN in one pre-activation makes NaN of all σ of its cell: of that sequence, and that unit, alone.
+// A NaN in one pre-activation makes all σ of its cell NaN, but no σ of another sequence or unit.
 template <bool kTanhUnit>
 struct FastMaths {
   static constexpr float kLog2E = 1.44269504f;
-  static constexpr float kMostExponent = 30.0f;  // four such D make 2^120
+  static constexpr float kMostExponent = 30.0f;  // the product of four such D is 2^120
 
   static __device__ __forceinline__ float denominator(float x, float scale = 1) {
     return 1.0f + exp2_approx(lesser_or_nan(-scale * kLog2E * x, kMostExponent));
@@ -133,8 +134,8 @@ struct FastMaths {
   }
 };
 
-// Two cells of a thread, as one number. Each for itself: they are of different sequences, which share no operation, not even
-// a reciprocal: no bit of a sequence may depend on what stands beside it in the batch.
+// A value of two cells of a thread. The two are computed separately and share no operation, not even a reciprocal: they
+// belong to different sequences, and no bit of a sequence may depend on the other sequences of the batch.
 struct Two {
   float of[2];
 };
@@ -155,7 +156,8 @@ struct EachOfTwo {
   static __device__ __forceinline__ Two tanh(const Two& x) { return {{Maths::tanh(x.of[0]), Maths::tanh(x.of[1])}}; }
 };
 
-// Of the forward step. And of backward's slopes, in which 1 - tanh² would make much of the error of a tanh that is near 1.
+// ForwardMathsOf is for the forward step, MathsOf for backward's slopes. The slopes do not use the tanh unit: where
+// tanh is near 1, 1 - tanh² would amplify its error.
 template <typename T>
 using ForwardMathsOf =
     std::conditional_t<std::is_same_v<T, float>, gates::Maths, FastMaths<std::is_same_v<T, bfloat16>>>;
@@ -164,9 +166,9 @@ using MathsOf = std::conditional_t<std::is_same_v<T, float>, gates::Maths, FastM
 
 // ---- Waiting --------------------------------------------------------------------------------------------------------
 
-// Through this, and nothing else, threads wait for other blocks. In a build with STACKED_LSTM_WATCHDOG no wait is endless:
-// the first that takes too long leaves a record, which all others see, and from then on nobody waits for another block, or
-// sends anything. So the launch ends, with numbers that mean nothing.
+// Every wait for data of another block goes through this class. In a build with STACKED_LSTM_WATCHDOG no wait is
+// endless: the first wait that takes too long leaves a record. All other threads see it, and from then on no thread
+// waits for another block or sends anything. So the launch ends; its results are meaningless.
 class Waiting {
  public:
 #if defined(STACKED_LSTM_WATCHDOG)
@@ -174,10 +176,10 @@ class Waiting {
 
   __device__ __forceinline__ bool given_up() const { return given_up_; }
 
-  // Behind a barrier of the block: where one of its threads has given up, all have.
+  // Call it behind a block barrier: if a thread of the block gave up before the barrier, all threads give up here.
   __device__ __forceinline__ void agree() { given_up_ |= load_relaxed<Scope::device>(&watchdog_->expired) != 0; }
 
-  // Until there() says so. `step`: the lane's, for the record.
+  // Waits until there() is true. `step`: the lane's step number, for the record.
   template <typename There>
   __device__ __forceinline__ void until(There there, Watchdog::What what, int step, int for_lane, int for_block,
                                         int for_count) {
@@ -198,7 +200,7 @@ class Waiting {
     }
   }
 
-  // Until the phase of an mbarrier has ended, which other blocks end; see mbarrier_wait.
+  // Waits until the bytes that other blocks push have ended the phase of an mbarrier; see mbarrier_wait.
   __device__ __forceinline__ void for_phase(uint32_t barrier, uint32_t parity, int step) {
     until([&] { return mbarrier_test(barrier, parity); }, Watchdog::exchange, step, place_.lane, -1, 0);
   }
@@ -231,10 +233,10 @@ class Waiting {
 #endif
 };
 
-// Until the block of this rank of another lane (of the same copy) has handed on `chunks` chunks.
+// Waits until block `rank` of another lane, in the same copy, has published `chunks` chunks.
 //
-// With the number comes, by its acquire, what that block had written before: to this thread. The caller's barrier makes it
-// visible to all others.
+// The acquire makes what that block wrote before it published them visible to this thread. The caller's barrier makes
+// it visible to the other threads.
 template <typename Arguments>
 __device__ __forceinline__ void await_chunk(const Arguments& arguments, const Place& place, Waiting& waiting, int lane,
                                             int rank, int chunks, int step) {
@@ -248,7 +250,8 @@ __device__ __forceinline__ void await_chunk(const Arguments& arguments, const Pl
       Watchdog::hand_over, step, lane, rank, chunks);
 }
 
-// Until all blocks of lane `below` have.
+// Waits until all blocks of lane `below` have. All threads call it, and each waits for some of the blocks; the caller's
+// barrier then makes the chunks visible to all threads.
 template <typename Arguments>
 __device__ __forceinline__ void await_chunks(const Arguments& arguments, const Place& place, Waiting& waiting,
                                              int below, int chunks, int step) {
@@ -257,8 +260,8 @@ __device__ __forceinline__ void await_chunks(const Arguments& arguments, const P
   }
 }
 
-// This block has handed on `chunks` chunks. By one thread, behind a barrier of the block: what all of its threads had
-// written before is released.
+// Publishes that this block has written `chunks` chunks. One thread calls it, behind a block barrier: the release makes
+// what all threads of the block wrote before that barrier visible to the thread that acquires the number.
 template <typename Arguments>
 __device__ __forceinline__ void publish_chunks(const Arguments& arguments, const Place& place, int chunks) {
   store_release<Scope::device>(chunk_counter(arguments, place.copy, place.lane, place.rank),

@@ -18,7 +18,7 @@ DiagonalCost predict_diagonals(const StackShape& shape, const Device& device, co
   const Diagonals schedule = plan_diagonals(shape, ask.bytes == 8 ? 8 : 4);
   const auto number = [](int64_t n) { return static_cast<double>(n); };
   const int64_t directions = shape.directions;
-  // Up to layer k: multiply-adds of a row with W_hh, and with W_ih of layers 1 and up; units.
+  // Of all layers below k: multiply-adds of a row with W_hh; those with W_ih of layers 1 and up; units.
   std::vector<double> recurrent{0}, inputs{0}, units{0};
   for (int64_t k = 0; k < shape.depth(); ++k) {
     const double projected = number(m.layer(k).projection * m.layer(k).hidden * directions);
@@ -40,7 +40,7 @@ DiagonalCost predict_diagonals(const StackShape& shape, const Device& device, co
     const double weights = recurrent[last] - recurrent[first], steps = number(length);
     const double reading =
         all <= 0.7 * number(device.l2_bytes) ? m.cycles_us(weights * bytes / l2) : m.memory_us(weights * bytes);
-    // A product has at least 64 columns to its tiles' sides.
+    // A product's tiles have at least 64 columns.
     const double multiplying = m.large_us(weights * std::max(batch, 64.0), 0, 0);
     const double product = std::max(costs.kernel_us, costs.kernel_us / 2 + std::max(reading, multiplying));
     const double gates = std::max(costs.kernel_us, m.memory_us((units[last] - units[first]) * batch * in_cell));
@@ -50,7 +50,7 @@ DiagonalCost predict_diagonals(const StackShape& shape, const Device& device, co
     cost.total_us += steps * std::max(host, on_device);
     cost.diagonals += length;
 
-    // One product for all layers of the stage; backward, gates again are two for each.
+    // One product for all layers of the stage. Backward, computing the gates again takes two products for each lane.
     const double from_below = inputs[last] - inputs[first], rows = batch * steps;
     double large = std::max(costs.host_product_us, m.large_us(from_below * rows, 1, 0));
     if (backward && ask.saving == Saving::recompute) {

@@ -1,5 +1,5 @@
-// csrc/persistent/choice.h: whether the persistent kernels or the diagonal schedule run a call: whichever is predicted to be
-// faster. No CUDA, no torch.
+// csrc/persistent/choice.h: whether the persistent kernels or the diagonal schedule run a call: the one that is
+// predicted to be faster. No CUDA, no torch.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +12,13 @@
 
 namespace stacked_lstm::persistent {
 
-// Predicted, as the driver of csrc/diagonal runs: a product and a kernel a diagonal, each as soon as the host has queued it
-// and the device has done the one before; and large products.
+// The predicted times of the driver of csrc/diagonal. It runs a product and a kernel a diagonal, and large products.
+// Each starts as soon as the host has queued it and the device has done the one before.
 struct DiagonalCost {
   double total_us = 0;
-  double host_us = 0;    // of the diagonals, if the device were not to be waited for …
-  double device_us = 0;  // … and if the host were not
-  double large_us = 0;   // of the larger products: of stages, and after all of them
+  double host_us = 0;    // of the diagonals, if nothing had to wait for the device
+  double device_us = 0;  // of the diagonals, if nothing had to wait for the host
+  double large_us = 0;   // of the large products: those of stages, and those after all stages
   int64_t diagonals = 0;
 
   const char* binds() const {
@@ -36,13 +36,13 @@ double diagonal_us(const StackShape& shape, const Device& device, const Costs& c
 struct Choice {
   bool persistent = false;
   std::string reason;      // one sentence
-  Plan forward, backward;  // backward: without passes and without an obstacle where none will follow
+  Plan forward, backward;  // backward: without passes and without a why_not if no backward pass will follow
   DiagonalCost diagonal_forward, diagonal_backward;
-  double persistent_us = 0, diagonal_us = 0;  // of all that will run; persistent_us: 0 where it cannot
+  double persistent_us = 0, diagonal_us = 0;  // of all passes that will run; persistent_us: 0 if the kernels cannot
 };
 
-// A call runs forward and backward on the same schedule. Never an error: what the persistent kernels cannot run, or run more
-// slowly by the model, goes to the diagonals.
+// A call runs forward and backward on the same schedule. This is never an error: a call that the persistent kernels
+// cannot run, or run more slowly by the model, goes to the diagonal schedule.
 Choice choose(const StackShape& shape, const Device& device, const Costs& costs, const Ask& ask);
 
 }  // namespace stacked_lstm::persistent

@@ -14,19 +14,20 @@ StepCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih,
   cost.w_ih = w_ih;
   cost.reads_every = m.backward ? cut.chunk_steps : std::max(kPassTiles / cut.tiles, 1);
 
-  // What comes to a block each step, if not from itself. Half of a word through L2 is its tag.
+  // Bytes that come to a block each step, unless they stay inside the block. Half of a word through L2 is its tag.
   const double arriving = columns * units * (m.backward ? 4 : bytes);
   cost.exchange = inside_block(cut, static_cast<size_t>(m.ask.bytes))
                       ? m.cycles_us(costs.barrier + costs.shared_latency)
                   : cut.exchange == Exchange::cluster ? costs.cluster_us + m.cycles_us(arriving / costs.cluster_rate)
                                                       : costs.l2_us + m.cycles_us(2 * arriving / costs.l2_rate);
 
-  // Rows of W_hh, their K, and the warps that share them: tensor cores are busy, or a warp waits for its own sums, or for
-  // the other operand. Forward, one tile of columns has two chains of sums.
+  // Rows of W_hh, their K, and the warps that share them. Of three times the longest counts: that of the tensor cores,
+  // that of a warp's chain of dependent products, and that of reading the other operand. Forward with one tile of
+  // columns has two chains of sums.
   const double warps = m.backward ? kMaxWarps : cut.groups * cut.splits;
   const double rows = m.backward ? kMaxWarps * kTileRows * cut.m_tiles : 4 * cut.block_units();
   const double k = m.backward ? 4 * cut.block_units() : number(cut.pieces * cut.splits * piece_elements(m.ask.bytes));
-  const double readers = m.backward ? kMaxWarps : cut.groups;                 // of all of the operand
+  const double readers = m.backward ? kMaxWarps : cut.groups;                 // how often all of the operand is read
   const double busiest = std::ceil(warps / schedulers) * schedulers / warps;  // schedulers share warps unevenly
   const double chain = 2.0 * cut.pieces / (!m.backward && cut.tiles == 1 ? 2 : 1);
   cost.products = m.cycles_us(std::max({rows * k * columns / rate * busiest, m.exact() ? 0 : chain * costs.mma_latency,
@@ -36,7 +37,8 @@ StepCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih,
   const double activations = m.ask.bytes == 4 ? costs.accurate : costs.mufu;  // of two cells a thread
   double in_memory;                                                           // bytes a cell, written or read
   if (m.backward) {
-    // Every thread adds up the partial sums of its cells, in the order of blocks, and then has their gates' gradients.
+    // Every thread adds up the partial sums of its cells, in the order of blocks, and then computes the gates'
+    // gradients.
     const double cells = std::ceil(cut.block_units() * columns / (kMaxWarps * kWarpThreads));
     const double sum = std::max(arriving / costs.shared_rate, cells * cut.blocks * costs.add) + costs.shared_latency;
     const double again = m.ask.saving == Saving::recompute ? activations / 2 * cells : 0;
@@ -50,12 +52,13 @@ StepCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih,
     in_memory = m.ask.saving == Saving::none ? 0 : bytes + 4 + (m.ask.saving == Saving::full ? 16 : 0);
     if (in_memory > 0) cost.saves = m.cycles_us(costs.save * gate_warps);
   }
-  // All blocks together may be faster than memory; what remains runs beside the rest of the step.
+  // Memory may be slower than all blocks together. Memory works beside the rest of the step: only what takes longer
+  // counts.
   const double moved = m.memory_us(in_memory * cut.block_units() * columns * number(blocks_running));
   cost.saves += std::max(0.0, moved - cost.step());
 
   if (m.backward && inputs == 0) return cost;
-  // A latency of L2 and two barriers: for the counters, and for the rows.
+  // The counters take a latency of L2 and two barriers, and so do the rows.
   cost.chunk = cost.stage_rows = m.cycles_us(costs.l2_latency + 2 * costs.barrier);
   // Forward: the block's gate rows over all inputs. Backward: all units, over the block's share of the gate rows above.
   const double depth = m.backward ? k : number(round_up(inputs, piece_elements(m.ask.bytes)));

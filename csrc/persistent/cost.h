@@ -1,5 +1,5 @@
-// csrc/persistent/cost.h: the cost model of the persistent kernels: what a block needs on a chip, and how long a step, a chunk
-// and a launch are predicted to take. No CUDA, no torch.
+// csrc/persistent/cost.h: the cost model of the persistent kernels: what a block needs on a chip, and how long a step,
+// a chunk and a launch are predicted to take. No CUDA, no torch.
 #pragma once
 
 #include <algorithm>
@@ -17,12 +17,13 @@ inline constexpr int kTileRows = 16;
 
 // ---- What a block needs ---------------------------------------------------------------------------------------------
 
-// Registers of a thread that hold W_hh: 8 a piece and tile of 16 rows, of which a group has two forward.
+// Registers of a thread that hold W_hh: 8 for each piece and tile of 16 rows. A group has two such tiles in forward.
 constexpr int64_t weight_registers(const Instance& instance) {
   return 8 * instance.pieces * (instance.m_tiles > 0 ? instance.m_tiles : 2);
 }
-// All of them, predicted: weights, sums (a second chain beside one tile of columns; exact products: 8 columns of 4 rows
-// before they are added up), c, and addresses. Forward fitted to one instance, 8 pieces and one tile: 243 on sm_90a.
+// All registers of a thread, predicted: weights, sums (one tile of columns has a second chain; exact products have 8
+// columns of 4 rows before they are added up), c, and addresses. The forward formula is fitted to one instance, of 8
+// pieces and one tile: 243 on sm_90a.
 constexpr int64_t registers_thread(const Instance& instance) {
   const int64_t sums = instance.product == Product::exact ? 32 : 0;
   const int64_t all = instance.m_tiles > 0
@@ -34,7 +35,7 @@ inline Instance instance_of(const Cut& cut) { return {cut.product, cut.exchange,
 
 inline int64_t piece_elements(int64_t bytes) { return kPieceBytes / bytes; }
 
-// Of a block. And words of 64 bits for a launch's exchange through L2.
+// Shared memory of a block, in bytes; and how many 64-bit words a launch's exchange through L2 takes.
 inline int64_t shared_bytes(const Cut& cut, int64_t bytes, bool backward, int64_t most_inputs, int64_t hidden,
                             bool over) {
   const auto of = [&](auto element) {
@@ -59,7 +60,8 @@ inline int64_t exchanged_words(const Cut& cut, int64_t bytes, bool backward, int
 //
 //   step   = exchange + products + gates + saves       one after the other: each needs what the one before has made
 //   chunk  = its steps, the products with W_ih for all of them, and its beginning
-//   makespan of a launch: layer k's chunk c after its own c-1 and, a hand-over later, the layer before's c
+//   makespan of a launch: layer k's chunk c begins after its own chunk c-1, and a hand-over after chunk c of the layer
+//                         before
 //   pass   = large products ahead of it + rounds · segments · (launch + load) + rounds · makespan
 
 struct Model {
@@ -76,7 +78,7 @@ struct Model {
   double product_rate() const { return peak() * (exact() ? costs.fma_share : device.mma_share); }
   double memory_us(double bytes) const { return bytes / (device.memory_gb_s * 1000); }
   double cycles_us(double cycles) const { return device.cycles_us(cycles); }
-  // A large product, or `products` of them that have so many multiply-adds in all. `elements`: of the weights, or of their
+  // The time of `products` large products that have `multiply_adds` in all. `elements`: of the weights, or of their
   // gradients, which go through memory.
   double large_us(double multiply_adds, double products, double elements) const {
     const double share = exact() ? costs.fma_share : costs.product_share;
@@ -84,7 +86,7 @@ struct Model {
                      cycles_us(multiply_adds / (peak() * share * static_cast<double>(device.sms)))});
   }
   const LayerShape& layer(int64_t k) const { return shape.layers[static_cast<size_t>(k)]; }
-  // Multiply-adds of a row with all of a layer's W_ih, or W_hh.
+  // Multiply-adds of one row with all of a layer's W_ih, or W_hh.
   double input_work(int64_t k) const {
     return static_cast<double>(4 * layer(k).hidden * layer(k).input * shape.directions);
   }
@@ -93,18 +95,20 @@ struct Model {
   }
 };
 
-// A step of a lane. `inputs`: forward, K of the projection; backward, whether (not 0) there is a lane above in the launch.
+// The cost of a step of a lane. `inputs`: forward, K of the projection; backward, not 0 if there is a lane above in the
+// launch.
 StepCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih, int64_t blocks_running);
 
-// When each layer of a launch has done its last chunk. Layers have chunks of the same length, so that all but the last of a
-// layer take equally long, and F of them end at Σ (of the layers up to it) + (F-1) · the slowest of those.
+// The time until all layers of a launch have done their last chunk. All chunks but the last have the same length, so
+// they take equally long in a layer. A layer has done F of them after Σ (a chunk of each layer up to it) + (F-1) · the
+// slowest of these, and hand-overs.
 double makespan_us(const Pass& pass, int64_t steps, const Costs& costs);
 
-// What no schedule can be faster than: the weights once from memory, and all multiply-adds on all SMs. Backward: those of
-// dL/dh; what is left of a large product's work may not be asked for.
+// No schedule can be faster than this: reading the weights once from memory, and doing all multiply-adds on all SMs.
+// Backward counts only the multiply-adds of dL/dh, since the caller may not ask for gradients of weights and input.
 double physical_limit_us(const Model& m);
 
-// Gradients of weights and of the input, where they are made after all else.
+// The time of the gradients of weights and of the input, if they are computed after everything else.
 double gradients_us(const Model& m);
 
 }  // namespace stacked_lstm::persistent

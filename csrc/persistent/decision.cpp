@@ -1,4 +1,4 @@
-// csrc/persistent/decision.cpp: whether the persistent kernels run a call, and as what plan; and what tests put in the place of the
+// csrc/persistent/decision.cpp: whether the persistent kernels run a call, and by what plan. Tests can replace the
 // device, the kernels and the plan.
 #include <ATen/Context.h>
 
@@ -37,11 +37,11 @@ struct Replaced {
   std::optional<Device> device;
   std::optional<std::vector<Pass>> passes[2];  // forward, backward
 };
-// Guards both. What was decided is kept only as long as nothing is replaced anew.
+// Guards `replaced` and `decided`. When anything is replaced, all kept decisions are dropped.
 std::mutex mutex;
 Replaced replaced;
 std::map<std::vector<int64_t>, std::shared_ptr<const Decision>> decided;
-constexpr size_t kMostDecided = 1024;  // sequences of every length come along
+constexpr size_t kMostDecided = 1024;  // calls may bring sequences of ever new lengths
 
 const Table* table_for(const at::Device& device) {
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)
@@ -84,15 +84,15 @@ const Device& cuda_device(c10::DeviceIndex index) {
 }
 #endif
 
-// Of float32: what torch's own products do on a GPU. (16 bits have but one way.)
+// For float32: how torch's own products are computed on a GPU. (For 16 bits there is only one way.)
 Product product_for(at::ScalarType type) {
   if (type != at::kFloat) return Product::tensor;
-  // Not allowTF32CuBLAS(), which raises where the switch was set by torch's newer interface.
+  // allowTF32CuBLAS() is not used: it raises if the switch was set by torch's newer interface.
   const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
   return precision == at::Float32Precision::TF32 ? Product::tensor : Product::exact;
 }
 
-// Why no plan needs to be made.
+// Why the kernels cannot run this, if that is known without a plan, or "".
 std::string obstacle(const Question& q) {
   const auto number = [](int64_t n) { return std::to_string(n); };
   if (q.type == at::kDouble) return "it computes in float32, and these tensors are float64";
@@ -107,7 +107,8 @@ std::string obstacle(const Question& q) {
   return "";
 }
 
-// What is wrong with passes for a stack, in words, or "". Plans and forced passes alike are run only if nothing is.
+// Says what is wrong with the passes for a stack, or returns "". Planned and forced passes run only if nothing is
+// wrong.
 template <typename T>
 std::string misfit(const Plan& plan, const StackShape& shape, const Kernels<T>& kernels, bool backward) {
   const auto number = [](int64_t n) { return std::to_string(n); };
@@ -161,7 +162,7 @@ std::string misfit(const Plan& plan, const StackShape& shape, const Kernels<T>& 
   return layer == shape.depth() ? "" : "the passes do not take all layers";
 }
 
-// Under `mutex`.
+// Called under `mutex`.
 template <typename T>
 Decision make_decision(const Question& q, const Table& table, const Device& device) {
   const Kernels<T>& kernels = table.of<T>();
@@ -225,7 +226,7 @@ std::shared_ptr<const Decision> decide(const Question& q) {
   const std::lock_guard<std::mutex> lock(mutex);
   const Table* table = table_for(q.device);
   if (!table) return cannot("there are no persistent kernels for tensors on " + q.device.str());
-  // Packed lengths do not count: a packed batch is cut up as a padded one.
+  // The key has no packed lengths: a packed batch is cut up like a padded one.
   std::vector<int64_t> key = {static_cast<int64_t>(q.device.type()),
                               q.device.index(),
                               static_cast<int64_t>(q.type),
@@ -243,7 +244,7 @@ std::shared_ptr<const Decision> decide(const Question& q) {
   if (!device && q.device.is_cuda()) device = &cuda_device(q.device.index());
 #endif
   if (!device) return cannot(q.device.str() + " is no device that the persistent kernels are planned for");
-  const c10::DeviceGuard guard(q.device);  // capacity is the current device's
+  const c10::DeviceGuard guard(q.device);  // the capacity functions ask the current device
   auto decision = std::make_shared<const Decision>(
       with_storage(q.type, [&](auto zero) { return make_decision<decltype(zero)>(q, *table, *device); }));
   if (decided.size() >= kMostDecided) decided.clear();

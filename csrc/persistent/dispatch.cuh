@@ -1,5 +1,5 @@
-// csrc/persistent/dispatch.cuh: from a Cut, known at run time, to the instance that was compiled for it. Included by
-// the sources that instantiate the kernels, one for each direction and element, and by table.cu, which makes the table.
+// csrc/persistent/dispatch.cuh: finds the compiled instance for a Cut that is known at run time. Included by the
+// sources that instantiate the kernels, one for each direction and element, and by table.cu, which makes the table.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,8 @@ struct BackwardEntry {
   static int64_t capacity(const Cut& cut, int hidden, bool over);
 };
 
-// Calls f(n) with the number, a constant, of the instance in `list` that runs `cut`; `otherwise` where there is none.
+// Returns f(n) for the instance in `list` that runs `cut`, or `otherwise` if there is none; n is a compile-time
+// constant, the instance's index.
 template <const auto& list, typename Result, typename F>
 Result with_instance(const Cut& cut, const Result& otherwise, F f) {
   Result result = otherwise;
@@ -36,7 +37,7 @@ Result with_instance(const Cut& cut, const Result& otherwise, F f) {
   return result;
 }
 
-// What a launch says to a cut that nobody compiled a kernel for.
+// The outcome of a launch with a cut for which no kernel is compiled.
 inline Outcome no_instance(const char* direction, const char* element, const Cut& cut) {
   return {Outcome::failed, std::string("no ") + direction + " kernel for " + element + " is compiled for " +
                                (cut.product == Product::tensor ? "tensor" : "exact") + " products, " +

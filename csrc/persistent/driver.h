@@ -1,26 +1,26 @@
-// csrc/persistent/driver.h: what forward and backward of the persistent kernels' driver share. The driver makes launches of what
-// a plan says, and the large products around them.
+// csrc/persistent/driver.h: what forward and backward of the persistent kernels' driver share. The driver launches what
+// a plan says, and computes the large products around the launches.
 //
 //   forward    pass 0 (layers 0 … 4)   →   pass 1 (layers 5 … 7)   → …        a launch each, or, where not all batch groups
 //   backward   … ←  products of pass 0  ←  pass 0  ←  products of pass 1  ←  pass 1     find room, a round of them each
 //
-// Between passes h of the lower one's top layer lies in memory; back comes W_ihᵀ·dgates, one product over all steps. What
-// weights get are products over all steps too, as soon as a pass has its gradients of gates.
+// Between two passes, forward hands on h of the lower pass's top layer in memory; backward hands back W_ihᵀ·dgates, one
+// product over all steps. Weight gradients are products over all steps, too, as soon as a pass has its gate gradients.
 //
-// Saving::recompute: the gates are made again from h, before their activation: W_ih·x + W_hh·h(t-1), two products over a
-// segment of steps. So that this buffer stays small beside what is saved, a pass then runs in several launches, segment after
-// segment from the last steps to the first; dh and dc go from one to the next through memory.
+// Saving::recompute: the pre-activations of gates are computed again from h: W_ih·x + W_hh·h(t-1), two products over a
+// segment of steps. A pass then runs in several launches, one a segment, from the last steps to the first, so that this
+// buffer stays small compared with what is saved. dh and dc go from one launch to the next through memory.
 //
-// Where a launch leaves SMs idle and the products are large, the plan has backward run in segments too, and a segment's
-// weight gradients are made while the next one runs, on a second stream (Beside):
+// If a launch leaves SMs idle and the products are large, the plan makes backward run in segments, too. A segment's
+// weight gradients are then computed on a second stream, while the next segment runs (Beside):
 //
 //   current stream   segment 2 → segment 1 → segment 0 → gradients of the input  ⤵
 //   beside it                  ↘ products 2 → products 1 → products 0  →  →  →  → joined
 //
-// They are added up in one order, segment after segment: the same bits every time.
+// They are added up in one order, segment after segment: the bits are the same every time.
 //
-// Nothing here waits for the device or looks at a tensor's contents: the same calls are queued every time, so that a CUDA
-// graph can hold them.
+// The driver does not wait for the device (except in a build with a watchdog) and does not look at a tensor's contents.
+// It queues the same calls every time, so that a CUDA graph can hold them.
 #pragma once
 
 #include <ATen/ops/cat.h>
@@ -40,7 +40,7 @@ namespace stacked_lstm::persistent {
 
 using namespace driver;
 
-// The kernels for a call's device. RuntimeError where there are none.
+// The kernels for a call's device. RuntimeError if there are none.
 const Table& kernels_of(const Call& call);
 
 // Whether the kernels of this device fill the record of a wait that took too long.
@@ -53,10 +53,11 @@ auto with_storage(at::ScalarType type, Run&& run) {
   return run(float{});
 }
 
-// first_row of every step, and of none, on the device of `input`.
+// first_row of all steps and of T, on the device of `input`; undefined if the batch is not packed.
 //
-// Hazard: a copy from the host reads its source when the stream comes to it, and in a CUDA graph again at every replay, when
-// the source may be gone. So the numbers travel as arguments of a kernel, which are read when it is queued or captured.
+// Hazard: a copy from the host reads its source when the stream reaches the copy, and in a CUDA graph again at every
+// replay. The source may be gone by then. So the numbers are passed as arguments of a kernel, which are read when the
+// kernel is queued or captured.
 inline Tensor rows_on_device(const StackShape& shape, const Tensor& input) {
   if (!shape.packed()) return {};
   const at::Device device = input.device();
@@ -110,7 +111,7 @@ class Driver {
     return directions_ == 2 ? at::cat({weight(lane, 0), weight(lane + 1, 0)}) : weight(lane, 0);
   }
 
-  // The arguments of all launches of a pass, but for the rounds and what is a lane's.
+  // Sets the arguments that all launches of a pass share. Those of rounds and of lanes are set elsewhere.
   template <typename Arguments>
   void describe(Arguments& arguments, const Pass& pass) const {
     arguments.cut = pass.cut;
@@ -129,7 +130,7 @@ class Driver {
     arguments.watchdog = data<Watchdog>(watchdog_);
   }
 
-  // All rounds of a pass. The counters and words of a round are cleared by one memset before it.
+  // Launches all rounds of a pass. One memset before each round clears its counters and words.
   template <typename Arguments>
   void launch_rounds(Arguments& arguments, const Pass& pass, Outcome (*kernel)(const Arguments&, void*),
                      int64_t (*words_of)(const Cut&, int, int)) {
@@ -155,7 +156,7 @@ class Driver {
     }
   }
 
-  // Copies of rows, in as few launches as they take.
+  // Copies rows, in as few launches as possible.
   class Copies {
    public:
     Copies(const Driver& driver, int64_t width) : driver_(driver), width_(width) {}
@@ -204,7 +205,7 @@ class Driver {
     TORCH_CHECK(false, "stacked_lstm_ext: the persistent kernel could not be launched on ", device, ": ", outcome.text);
   }
 
-  // A build to find errors with: it waits for every launch.
+  // Waits for every launch: a build with a watchdog is for finding errors.
   void read_watchdog() const {
     const Tensor here = watchdog_.cpu();
     Watchdog w;

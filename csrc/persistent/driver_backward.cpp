@@ -17,26 +17,28 @@
 namespace stacked_lstm::persistent {
 namespace {
 
-// What may run beside what the current stream gets after it: on a stream of its own, or, without streams, at once.
+// Runs work on a second stream, beside what is queued on the current stream after it. On a device without streams the
+// work runs at once.
 //
-// Hazard: a tensor that was allocated for the current stream and is used here goes back to torch's allocator when its last
-// reference goes, and from there to whoever comes next on the current stream, who does not wait. So it is kept until join().
-// What is allocated inside run() belongs to this stream, and may go at any time.
+// Hazard: a tensor that was allocated for the current stream and is used here goes back to torch's allocator when its
+// last reference goes. The allocator may then give its memory to the next work on the current stream, which does not
+// wait for this stream. So keep() holds the tensor until join(). A tensor that is allocated inside run() belongs to
+// this stream, and may be freed at any time.
 class Beside {
  public:
   explicit Beside(const at::Device& device) : device_(device) {}
   Beside(const Beside&) = delete;
-  // Also when something is thrown between: what is freed then must not be in use.
+  // Joins also when an exception is thrown: what is freed then must not be in use.
   ~Beside() {
     try {
       join();
-    } catch (...) {  // the device is lost: it says so to whoever asks next
+    } catch (...) {  // the device is lost: its next call reports that
     }
   }
 
   void keep(const Tensor& tensor) { kept_.push_back(tensor); }
 
-  // After what the current stream has got so far.
+  // Runs `work` after what has been queued on the current stream so far.
   template <typename Work>
   void run(Work&& work) {
     if (!device_.is_cuda()) return work();
@@ -47,7 +49,7 @@ class Beside {
     work();
   }
 
-  // What the current stream gets from now on comes after all of it.
+  // What is queued on the current stream from now on runs after all of this work.
   void join() {
     if (stream_) order(*stream_, c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
     stream_.reset();
@@ -61,8 +63,9 @@ class Beside {
     event.block(then);
   }
 
-  // The same for every call on a device, as torch's allocator keeps memory for each stream that has ever asked; but, while a
-  // graph is captured, one for this call alone: whoever else used it would be captured with it.
+  // The second stream. Every call on a device gets the same one, since torch's allocator keeps memory for each stream
+  // that has ever asked for some. While a graph is captured, a call gets a stream for itself: other work on a shared
+  // stream would be captured with it.
   static c10::Stream other_than(const c10::Stream& current) {
     const c10::impl::VirtualGuardImpl streams(current.device_type());
     const auto another = [&](const c10::Stream& taken) {
@@ -144,7 +147,7 @@ class Backward : Driver<T> {
     grad_gates_ = at::empty({layers, rows_, directions_ * 4 * hidden_}, storage_);
     const bool segments = pass.segment_steps < shape_.steps;
     Tensor carried = segments ? at::empty({2, lanes_, batch_, hidden_}, floats_) : Tensor();
-    // Of the pass's layers and lanes: what the products read.
+    // What the products read: inputs_ of the pass's layers, previous_ of its lanes.
     inputs_.assign(static_cast<size_t>(layers), Tensor());
     previous_.assign(static_cast<size_t>(lanes), Tensor());
     if (recompute_) {
@@ -220,7 +223,7 @@ class Backward : Driver<T> {
       Tensor& previous = previous_[static_cast<size_t>(lane - first_layer_ * directions_)];
       if (!previous.defined()) previous = previous_of(lane);
       add_gradients(lane, 0, shape_.steps);
-      previous = Tensor();  // nor does the next lane need the input of the layers before its own
+      previous = Tensor();  // the next lane needs neither this nor the inputs of layers below its own
       if (layer > 0) inputs_[layer - 1] = Tensor();
     }
   }
@@ -253,7 +256,7 @@ class Backward : Driver<T> {
     int64_t first, count;
     Tensor of(const Tensor& all) const { return all.narrow(0, first, count); }
   };
-  // Of a lane, in its steps from one to before the other.
+  // The rows of a lane's steps first_step … last_step - 1.
   Rows rows_of(int64_t lane, int64_t first_step, int64_t last_step) const {
     const int64_t one = shape_.time(lane, first_step), other = shape_.time(lane, last_step - 1);
     const int64_t first = shape_.first_row(std::min(one, other));
@@ -264,7 +267,7 @@ class Backward : Driver<T> {
     return previous_[static_cast<size_t>(lane - first_layer_ * directions_)];
   }
 
-  // Of one lane and the steps of a segment. The pointer is where row 0 would be.
+  // Computes the pre-activations of one lane for the steps of a segment. Returns where row 0 would be.
   const float* make_preactivations(int64_t lane, int64_t number, int64_t first_step, int64_t last_step) {
     const Rows rows = rows_of(lane, first_step, last_step);
     const Tensor sum = preactivations_.narrow(0, number, 1).narrow(1, 0, rows.count);
@@ -311,8 +314,8 @@ class Backward : Driver<T> {
         .narrow(1, lane % directions_ * 4 * hidden_, 4 * hidden_);
   }
 
-  // What the steps of a segment, or all of them, give to a lane's weight gradients: a product each. Segments come from the
-  // last to the first; their sums are float32 until all are there.
+  // Adds what the steps of a segment, or all steps, contribute to a lane's weight gradients: one product a matrix.
+  // Segments come from the last to the first. Their sums are float32 until all segments are done.
   void add_gradients(int64_t lane, int64_t first_step, int64_t last_step) {
     const auto place = static_cast<size_t>(lane * call_.options.weights_a_lane());
     Tensor* const grad = &result_.weights[place];
@@ -352,8 +355,8 @@ class Backward : Driver<T> {
   Tensor preactivations_;                  // (lanes of the pass, rows of a segment, 4H), to recompute
   Tensor recurrent_part_;                  // (1, rows of a segment, 4H)
   std::vector<Tensor> inputs_, previous_;  // of the pass's layers, (rows, input), and lanes, (rows, H): h(t-1)
-  std::vector<Tensor> sums_;               // of weight gradients, where only some segments are done
-  Beside beside_;                          // last: it has to be joined before anything above is freed
+  std::vector<Tensor> sums_;               // of weight gradients, while only some segments are done
+  Beside beside_;                          // the last member: it has to be joined before any other is freed
 };
 
 }  // namespace

@@ -32,9 +32,9 @@ class Forward : Driver<T> {
     result_.c_n = at::empty({lanes_, batch_, hidden_}, storage_);
     const int64_t kept = reserve_elements(shape_, saving, sizeof(T), sizeof(float));
     result_.reserve = at::empty({kept}, Base::floats_);
-    // Padding is written by nobody; zeros there make a reserve the same bits every time.
+    // No kernel writes the padding. Zeros there make the bits of a reserve the same every time.
     if (hidden_ != padded_) result_.reserve.zero_();
-    // A row of the input stands where it is as long as it is without gaps.
+    // The input is read where it is if its rows have no gaps; otherwise it is copied.
     input_ = call_.input.stride(-1) == 1 || call_.input.size(-1) == 1 ? call_.input : call_.input.contiguous();
     h_0_ = call_.h_0.contiguous();
     c_0_ = call_.c_0.contiguous();
@@ -52,7 +52,7 @@ class Forward : Driver<T> {
     ForwardArguments<T> arguments{};
     Base::describe(arguments, pass);
     Source source = below_.defined() ? Source{const_data<T>(below_), batch_ * width_, width_} : stack_input();
-    std::vector<Tensor> kept;  // until the launches are queued; then whatever is the stream's may be written over
+    std::vector<Tensor> kept;  // until the launches are queued; then later work of the stream may write over them
     Tensor above;              // what the layer above reads
     for (int64_t layer = pass.first_layer; layer < pass.last_layer; ++layer) {
       const Tensor h = output_of(layer);
@@ -99,7 +99,7 @@ class Forward : Driver<T> {
     return {const_data<T>(input_), input_.stride(0), input_.stride(1)};
   }
 
-  // Where h of a layer goes: to the caller, for backward, or no further than the layer above.
+  // Where h of a layer goes: to the caller, to the reserve for backward, or only to the layer above.
   Tensor output_of(int64_t layer) const {
     if (layer + 1 == depth_) return result_.output;
     if (call_.options.saving == Saving::none) return at::empty({rows_, width_}, storage_);

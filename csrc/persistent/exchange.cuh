@@ -1,15 +1,18 @@
-// csrc/persistent/exchange.cuh: how h of a step comes from the blocks of a lane, each of which has some of its units, to
-// all of them. A policy brings h(s), which the groups of all blocks send, to the shared memory of each block:
+// csrc/persistent/exchange.cuh: how the blocks of a lane exchange h of a step. Each block computes h of its own units
+// and needs h of all units. A policy brings h(s), which the groups of all blocks send, to the shared memory of each
+// block:
 //
-//   start()                 once, by all threads, after they have filled both h: what arrives in them comes later
+//   start()                 once, by all threads, after they have filled both buffers of h; nothing arrives in them
+//                           before
 //   expect(s)               by all warps, at the start of a step that will send
-//   receive(s)              by all warps: h(s-1) of the whole lane is in h[s mod 2], for this thread to read. h(-1) always is
-//   send(s, staged, share)  by the warp of split 0 of a group, whose lanes have all staged their h(s). `share` is this
-//                           thread's share() of it; or 0 at the last step: nobody waits for that h
+//   receive(s)              by all warps; then this thread may read h(s-1) of the whole lane in h[s mod 2]. h(-1) is
+//                           there from the start
+//   send(s, staged, share)  by a group's warp of split 0, after all of its lanes have staged their h(s). `share` is
+//                           this thread's share(), or 0 at the last step, whose h no block needs
 //   next()                  by all threads, after each step
 //   finish()                once, by all threads
 //
-// Columns that no sequence has are neither sent nor awaited: they stay zeros.
+// Columns without a sequence are neither sent nor awaited: they stay zeros.
 #pragma once
 
 #include <cstdint>
@@ -28,28 +31,30 @@ struct Exchanged {
   Waiting& waiting;
   T* h;              // in shared memory: [s mod 2][column][pitch], h(s-1) for step s
   int pitch;         // elements
-  int columns;       // that a sequence has
-  int unit;          // of the lane: the first of the warp's group
+  int columns;       // columns with a sequence
+  int unit;          // the first of the warp's group, counted in the lane
   uint32_t arrived;  // shared address: 2 mbarriers, for the two h
 };
 
-// All blocks of a lane are one thread-block cluster: h is pushed into every block's shared memory, the own too, and an
-// mbarrier there counts the bytes.
+// All blocks of a lane are one thread-block cluster. A group pushes its h into the shared memory of every block, also
+// its own, and an mbarrier there counts the bytes.
 //
-// Hazard: h has two buffers. h(s+1) may land on h(s-1) in a block only when all of its warps have read that. So it is:
-// whoever sends h(s+1) has received h(s) from every group of that block, and a group sends h(s) only after its warps
-// have met, at the end of their products with h(s-1). For the same reason no warp falls a phase of an mbarrier behind.
+// Hazard: h has two buffers. h(s+1) may overwrite h(s-1) in a block only after all warps of the block have read h(s-1).
+// This holds: a group sends h(s+1) only after it has received h(s) from every group of that block, and a group sends
+// h(s) only after its warps have met, at the end of their products with h(s-1). For the same reason no warp falls a
+// phase of an mbarrier behind.
 template <typename T, Product product, int Tiles>
 class ClusterExchange : Exchanged<T> {
-  // A group's units of a column are one word of 16 bytes, or two. A lane has a word and sends it to some of the peers.
+  // A group's units of a column are one word of 16 bytes, or two. A lane takes a word and sends it to some of the
+  // peers.
   static constexpr int kColumnWords = kGroupUnits * static_cast<int>(sizeof(T)) / 16;
   static constexpr int kWords = kTileColumns * Tiles * kColumnWords;
   static constexpr int kShare = kWords < kWarpThreads ? kWords : kWarpThreads;
-  static constexpr int kSenders = kWarpThreads / kShare;  // lanes that have the same word
+  static constexpr int kSenders = kWarpThreads / kShare;  // lanes that send the same word
   static constexpr int kMostPushes = kMaxCluster / kSenders;
   int column_, first_peer_;  // of the lane's first word
-  int pushes_;               // of each of its words
-  InTurn to_;                // where its first word goes in every block: shared address
+  int pushes_;               // of each of the lane's words
+  InTurn to_;                // shared address to which the lane's first word goes in every block
   using Exchanged<T>::cut, Exchanged<T>::place, Exchanged<T>::waiting, Exchanged<T>::h, Exchanged<T>::arrived;
 
  public:
@@ -65,7 +70,7 @@ class ClusterExchange : Exchanged<T> {
     to_ = {static_cast<int>(shared_address(h + column_ * this->pitch + unit)) + bytes, -bytes};  // h(0) goes to h[1]
   }
 
-  // How many pushes of each word this thread makes. With one word a lane: 0 where no sequence has its column.
+  // How many times this thread pushes each of its words. With one word a lane: 0 if no sequence has its column.
   __device__ __forceinline__ int share() const {
     return kWords <= kWarpThreads && column_ >= this->columns ? 0 : pushes_;
   }
@@ -74,23 +79,25 @@ class ClusterExchange : Exchanged<T> {
     if (place.thread == 0) {
       mbarrier_init(arrived, 1);
       mbarrier_init(arrived + 8, 1);
-      mbarrier_arrive(arrived);  // the first phase is that of h(-1), which is here
+      mbarrier_arrive(arrived);  // ends the first phase: that of h(-1), which is here
     }
-    // The initialised mbarriers are visible to the pushes of all peers, which begin after the barrier …
+    // The fence and the barrier make the initialised mbarriers visible to all peers' pushes, which begin after the
+    // barrier.
     mbarrier_init_fence();
-    // … and a peer's push into h[1] comes after all threads of the block have filled it with zeros.
+    // The barrier also orders the zeros that all threads of this block have written to h[1] before any peer's push
+    // there.
     cluster_barrier();
   }
 
   __device__ __forceinline__ void expect(int s) const {
     if (place.thread != 0 || waiting.given_up()) return;
-    // The bytes of h(s) may come before this is said: the phase cannot end without this arrival.
+    // The bytes of h(s) may come before this call: the phase cannot end without this arrival.
     const auto bytes = static_cast<uint32_t>(this->columns * cut.units()) * static_cast<uint32_t>(sizeof(T));
     mbarrier_arrive_expect(barrier_of(s + 1), bytes);
   }
 
   __device__ __forceinline__ void receive(int s) const {
-    // Every group's push of h(s-1) into this block is visible to this thread's reads of it.
+    // Makes every group's push of h(s-1) into this block visible to this thread's reads of h(s-1).
     waiting.for_phase(barrier_of(s), static_cast<uint32_t>(s) / 2 % 2, s);
   }
 
@@ -108,7 +115,7 @@ class ClusterExchange : Exchanged<T> {
         const auto rank = static_cast<uint32_t>(first_peer_ + n * kSenders);
         store_async(peer_address(to, rank), value, peer_address(barrier, rank));
       };
-      // The usual numbers of blocks without a branch for each peer.
+      // The usual numbers of blocks take no branch for each peer.
       if (share == kMostPushes) {
 #pragma unroll
         for (int n = 0; n < kMostPushes; ++n) push(n);
@@ -124,28 +131,30 @@ class ClusterExchange : Exchanged<T> {
 
   __device__ __forceinline__ void next() { to_.next(); }
 
-  // Every block has received the last h that was sent: no push is under way to a block, or from one, that exits.
+  // Behind the barrier every block has received the last h that was sent. So no push is under way to or from a block
+  // that exits.
   __device__ __forceinline__ void finish() const { cluster_barrier(); }
 
  private:
-  // Of h(s-1), the one that step s waits for.
+  // The mbarrier of h(s-1), for which step s waits.
   __device__ __forceinline__ uint32_t barrier_of(int s) const { return arrived + static_cast<uint32_t>(s) % 2 * 8; }
 };
 
-// Through L2, for a lane of more blocks than a cluster has, and where there are no clusters. 4 bytes of a column of h and
-// the number of the step travel in one word of 64 bits, which the memory model keeps whole: no flag and no fence, a step
-// takes one crossing of L2.
+// Through L2, for lanes of more blocks than a cluster has, and for GPUs without clusters. 4 bytes of a column of h and
+// the number of the step travel in one word of 64 bits, which the memory model keeps whole. So there is no flag and no
+// fence, and a step takes one crossing of L2.
 //
 //   s + 1 (32) | h of unit 2u + 1 (16) | h of unit 2u (16)          or, of float:          s + 1 (32) | h of unit u (32)
 //
-// Hazard: words have two places, for even and odd steps. h(s+1) may be written over h(s-1) because its writer has read all
-// words of h(s), and a block sends those only after all of its threads have read the words of h(s-1), and met.
+// Hazard: words have two places, for even and odd steps. A block may write h(s+1) over h(s-1): it has read all words of
+// h(s), and each block sends its words of h(s) only after all of its threads have read the words of h(s-1) and have met
+// at the barrier in receive().
 //
-// A lane of one block has no peers, and its h stays in the block (see inside_block): the groups write h(s) to shared memory
-// themselves, and the barrier in receive() takes the place of the words.
+// A lane of one block has no peers, and its h stays in the block (see inside_block): the groups write h(s) directly to
+// shared memory, and the barrier in receive() replaces the words.
 //
-// Hazard: h has two buffers there, too. h(s) may be written over h(s-2) because its writer has passed the barrier of step s,
-// to which all warps come when they have multiplied h(s-2), in step s-1.
+// Hazard: h has two buffers there, too. A warp may write h(s) over h(s-2): it has passed the barrier of step s, and
+// every warp reaches that barrier only after it has multiplied h(s-2), in step s-1.
 template <typename T, Product product, int Pieces, int Tiles>
 class L2Exchange : Exchanged<T> {
   static constexpr int kElements = 4 / static_cast<int>(sizeof(T));  // of a word
@@ -157,8 +166,8 @@ class L2Exchange : Exchanged<T> {
   static constexpr bool kMayBeInside = may_be_inside_block(0, Pieces, sizeof(T));
 
   uint64_t* words_;  // [s mod 2][column][word]
-  uint64_t* to_;     // the first that this lane sends in a step
-  int to_other_;     // how far it is to that of the next step
+  uint64_t* to_;     // the first word that this lane sends in a step
+  int to_other_;     // from there to the first word of the next step
 
  public:
   static constexpr bool kCluster = false;
@@ -169,11 +178,11 @@ class L2Exchange : Exchanged<T> {
     to_ = words + column * forward_row_words<T>(cut) + this->unit / kElements + word;
   }
 
-  __device__ __forceinline__ void start() const {}  // words of 0 have no step's tag: whoever comes first waits
+  __device__ __forceinline__ void start() const {}  // words are 0, which is no step's tag: an early reader waits
 
   __device__ __forceinline__ void expect(int) const {}
 
-  // A warp takes whole columns.
+  // A warp reads whole columns.
   __device__ __forceinline__ void receive(int s) const {
     if (s == 0) return;
     constexpr int kAtOnce = 8;  // words of a thread under way together
@@ -183,7 +192,8 @@ class L2Exchange : Exchanged<T> {
       T* to = this->h + (s % 2 * kTileColumns * Tiles + column) * pitch;
       for (int first = place.warp_lane; first < row_words; first += kAtOnce * kWarpThreads) {
         uint64_t value[kAtOnce];
-        // Until all are those of step s - 1. The tag comes with the value: nothing else has to be ordered.
+        // Waits until all words are of step s - 1. A word's tag and value arrive together: nothing else has to be
+        // ordered.
         waiting.until(
             [&] {
               bool there = true;
@@ -201,17 +211,18 @@ class L2Exchange : Exchanged<T> {
         for (int n = 0; n < kAtOnce; ++n) {
           const int at = first + n * kWarpThreads;
           const auto elements = static_cast<uint32_t>(value[n]);
-          // What stood here, h(s-3), was read by all before they met in the step before.
+          // This overwrites h(s-3), which all warps had read before the block barrier of step s-1.
           if (at < row_words) *reinterpret_cast<uint32_t*>(to + at * kElements) = elements;
         }
       }
     }
-    // Every thread's part of h(s-1) is visible to all; and all words of h(s-1) have been read, so that the block's h(s)
-    // may tell its peers to write over them. Inside a block: all warps have multiplied h(s-2), which h(s) is written over.
+    // Makes each thread's part of h(s-1) in shared memory visible to all threads. Also, all words of h(s-1) have been
+    // read, so the block may send h(s), after which its peers may write over those words. Inside a block: all warps
+    // have multiplied h(s-2), so h(s) may be written over it.
     block_barrier();
   }
 
-  // Of all columns, the words that this lane has.
+  // This lane sends its words of all columns that a sequence has.
   __device__ __forceinline__ int share() const { return columns; }
 
   __device__ __forceinline__ void send(int s, const T* staged, int share) const {

@@ -14,13 +14,14 @@
 //
 // A step:   receive h(t-1)   →   W_hh·h(t-1), each warp its part of K   →   a group's warps meet; split 0 adds up, does the
 //           gates, sends h(t)   →   and only then writes h(t), and what backward wants, to memory.
-// Blocks wait for data, never for each other: no barrier of a block (with L2Exchange: one), none of the grid.
+// Blocks wait for data, never for each other: a step has no block barrier (with L2Exchange: one) and no grid barrier.
 //
-// W_ih·x is computed for a few steps at a time, a pass: its x is read once a block, into shared memory, and W_ih, which lies
-// there or in L2, is read once a group. What it leaves is where a warp's recurrent sums start from.
+// W_ih·x is computed for a few steps at a time, a pass. Each block reads the pass's x once, into shared memory. Each
+// group reads W_ih once, from shared memory or L2. A warp's recurrent sums start from the result.
 //
-// Between lanes: h of every step has its own place in memory, so that nobody waits for readers. When a block has written a
-// chunk, it says so in its own counter; a block of the lane above waits for the counters of all.
+// Between lanes: h of every step has its own place in memory, so that no block waits for readers. A block that has
+// written a chunk writes the number of its chunks to its own counter; a block of the lane above waits for the counters
+// of all blocks.
 #pragma once
 
 #include <algorithm>
@@ -35,15 +36,17 @@ namespace stacked_lstm::cuda::persistent {
 
 // ---- Who a warp is, and where things lie in shared memory ------------------------------------------------------------
 
-// Of a group, which has a named barrier: a block has 15 of them besides its own, and no more than kMaxWarps groups.
+// A warp's place in its group. Each group has a named barrier: a block has 15 of them besides its own barrier, and at
+// most kMaxWarps groups.
 struct GroupWarp {
   int group, split;
-  int first_unit;  // of the lane: the group's first
-  int unit;        // the one that this thread has
-  int column;      // the first of two, in every tile of 8 batch columns
+  int first_unit;  // of the group, counted in the lane
+  int unit;        // of this thread
+  int column;      // the thread's first of two, in every tile of 8 batch columns
 
   __device__ __forceinline__ GroupWarp(const Cut& cut, const Place& place)
-      // Neighbouring warps are on different schedulers: so are then those that compute gates, of split 0.
+      // Neighbouring warps are on different schedulers. In this order the warps of split 0, which compute gates, are
+      // neighbours.
       : group(place.warp % cut.groups),
         split(place.warp / cut.groups),
         first_unit((place.rank * cut.groups + group) * kGroupUnits),
@@ -70,7 +73,7 @@ struct ForwardShared {
 
 // ---- Weights --------------------------------------------------------------------------------------------------------
 
-// Of one row, of a unit and a gate of `weight`, (4·hidden, depth): the quarter from k on. Zeros where there is no such unit.
+// The quarter from k on in the row of a unit and a gate of `weight`, (4·hidden, depth); zeros if there is no such unit.
 template <typename T, Product product>
 __device__ __forceinline__ uint4 gate_quarter(const T* weight, int hidden, int depth, int unit, int gate, int k,
                                               bool fits) {
@@ -90,7 +93,8 @@ __device__ __forceinline__ void load_gate_fragments(Fragment (&tile)[2], const T
   }
 }
 
-// h(-1), and zeros wherever no unit and no sequence is: products read those too. And W_ih, where it lives here.
+// Fills shared memory with h(-1), with zeros where there is no unit or no sequence (products read these too), and with
+// W_ih if it is kept there.
 template <typename T, Product product>
 __device__ __forceinline__ void fill_shared(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
                                             const Place& place, const Sequences& sequences,
@@ -122,7 +126,7 @@ __device__ __forceinline__ void fill_shared(const ForwardArguments<T>& arguments
 
 // ---- The input's share ----------------------------------------------------------------------------------------------
 
-// Of a thread's unit: b_ih + b_hh of the gates i, f, g, o.
+// b_ih + b_hh of a thread's unit, for the gates i, f, g, o.
 template <typename T>
 __device__ __forceinline__ void load_bias(float (&bias)[4], const ForwardLane<T>& lane, int hidden, int unit) {
 #pragma unroll
@@ -134,8 +138,8 @@ __device__ __forceinline__ void load_bias(float (&bias)[4], const ForwardLane<T>
   }
 }
 
-// Pieces first_piece … first_piece + pieces - 1 of x of the steps s … s + steps - 1, as columns [step][sequence], to shared
-// memory; zeros where a sequence has no such step. A warp takes whole columns, four at a time.
+// Copies the pieces first_piece … first_piece + pieces - 1 of x of the steps s … s + steps - 1 to shared memory, as
+// columns [step][sequence]; zeros if a sequence has no such step. A warp copies whole columns, four at a time.
 template <typename T, Product product, int Tiles>
 __device__ __forceinline__ void stage_x(const Sizes& sizes, const ForwardLane<T>& lane, const Place& place,
                                         const Sequences& sequences, const ForwardShared<T>& shared, int s, int steps,
@@ -143,7 +147,7 @@ __device__ __forceinline__ void stage_x(const Sizes& sizes, const ForwardLane<T>
   constexpr int kAtOnce = 4;
   const int warps = static_cast<int>(blockDim.x) / kWarpThreads, columns = steps * Tiles * kTileColumns;
   const int quarters = pieces * 4, k_0 = first_piece * kPieceElements<T>;
-  // Rows are as far apart as x_row_stride; in a batch that is not packed those of two steps x_step_stride, too.
+  // Rows are x_row_stride apart. In a batch that is not packed, steps are x_step_stride apart.
   const bool fits = quarters_fit(lane.x, lane.x_row_stride, lane.inputs) &&
                     (sizes.first_row || lane.x_step_stride % kQuarter<T> == 0);
   for (int first = place.warp; first < columns; first += kAtOnce * warps) {
@@ -177,8 +181,8 @@ __device__ __forceinline__ void stage_x(const Sizes& sizes, const ForwardLane<T>
   }
 }
 
-// W_ih·x, of the staged pieces, added to the sums of N column tiles from `tile` on: to what is in shared.projected already,
-// or to `bias` where these are the first pieces. The warp takes every `splits`-th piece.
+// Adds W_ih·x of the staged pieces to the sums of N column tiles from `tile` on. The sums are in shared.projected; with
+// the first pieces they start from `bias`. The warp takes every `splits`-th piece.
 template <typename T, Product product, int N>
 __device__ __forceinline__ void project_tiles(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
                                               const Place& place, const GroupWarp& warp, const ForwardShared<T>& shared,
@@ -234,8 +238,9 @@ __device__ __forceinline__ void project_tiles(const ForwardArguments<T>& argumen
   }
 }
 
-// A pass: the input's share of the steps s … s + steps - 1. By all threads, behind a barrier: nobody reads the last pass's x
-// any more. A thread writes the sums that it will start from itself.
+// A pass: computes the input's share of the steps s … s + steps - 1. All threads call it behind a block barrier, after
+// which no thread reads the previous pass's x. A thread itself writes the sums that it will start from, so they need no
+// barrier.
 template <typename T, Product product, int Tiles>
 __device__ __forceinline__ void project(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
                                         const Place& place, const GroupWarp& warp, const Sequences& sequences,
@@ -245,9 +250,9 @@ __device__ __forceinline__ void project(const ForwardArguments<T>& arguments, co
   const int all = shared.layout.input_pieces, tiles = steps * Tiles;
   for (int first_piece = 0; first_piece < all; first_piece += kStagedPieces) {
     const int pieces = all - first_piece < kStagedPieces ? all - first_piece : kStagedPieces;
-    if (first_piece > 0) block_barrier();  // all warps have read the pieces before, which are overwritten
+    if (first_piece > 0) block_barrier();  // all warps have read the previous pieces, which are overwritten next
     stage_x<T, product, Tiles>(arguments.sizes, lane, place, sequences, shared, s, steps, first_piece, pieces);
-    block_barrier();  // x is visible to all warps
+    block_barrier();  // makes the x that each thread has staged visible to all warps
     if (product == Product::tensor && tiles == kPassTiles) {
       project_tiles<T, product, kPassTiles>(arguments, lane, place, warp, shared, bias, 0, first_piece, pieces);
     } else {
@@ -260,12 +265,12 @@ __device__ __forceinline__ void project(const ForwardArguments<T>& arguments, co
 
 // ---- Pieces of a step -----------------------------------------------------------------------------------------------
 
-// Accumulators of a warp: [batch tile][gate tile][element]: element 0, 1 are two columns of the tile's upper gate (i, g),
-// 2, 3 the same columns of its lower one (f, o).
+// Accumulators of a warp: [batch tile][gate tile][element]: element 0, 1 are two columns of the tile's upper gate (i,
+// g), 2, 3 the same columns of its lower one (f, o).
 template <int Tiles>
 using GateSums = float[Tiles][2][4];
 
-// What the recurrent sums of a step start from: tile `tile` of the pass is its first.
+// Loads the values that the recurrent sums of a step start from; the step's first tile is tile `tile` of the pass.
 template <typename T, int Tiles>
 __device__ __forceinline__ void load_projected(GateSums<Tiles>& d, const Place& place, const ForwardShared<T>& shared,
                                                int tile) {
@@ -278,18 +283,19 @@ __device__ __forceinline__ void load_projected(GateSums<Tiles>& d, const Place& 
   }
 }
 
-// The group's warps meet: split 0 gets the others' sums added to its own, always in the same order.
+// The meeting of a group's warps: split 0 adds the other splits' sums to its own, always in the same order.
 //
-// Hazard: sums have two places. Those of step s are overwritten in step s+2, by a warp that has received h(s+1): its
-// group's split 0 sent its part of that after the meeting of step s+1, to which it came when it had read those of step s.
-// So too does nobody come twice to one meeting: the next step's begins with an h that this one's split 0 has sent.
+// Hazard: sums have two places. A warp overwrites the sums of step s in step s+2, after it has received h(s+1). The
+// split 0 of its group sent its part of h(s+1) after the meeting of step s+1, and came to that meeting after it had
+// read the sums of step s. For the same reason no warp comes twice to one meeting: before the next meeting it waits for
+// an h, part of which its split 0 sends only after this meeting.
 template <typename T, int Tiles>
 class Meeting {
   static constexpr int kWords = Tiles * 2;
   unsigned char* bytes_;
   int id_, threads_, others_;
   bool gathers_;
-  InTurn sums_;  // where the sums of split 1, or this warp's own, lie: bytes of shared memory
+  InTurn sums_;  // offset in shared memory, in bytes, of the sums of split 1, or of this warp's own
 
  public:
   __device__ __forceinline__ Meeting(const Cut& cut, const Place& place, const GroupWarp& warp,
@@ -303,13 +309,13 @@ class Meeting {
     threads_ = in_register(cut.splits * kWarpThreads);
   }
 
-  // Whether this warp adds up: that of split 0, where there are others.
+  // Whether this warp adds up the sums: it is of split 0, and there are other splits.
   __device__ __forceinline__ bool gathers() const { return gathers_; }
 
   // After each step.
   __device__ __forceinline__ void next() { sums_.next(); }
 
-  // By the warps of split 1 and following.
+  // Called by the warps of split 1 and up.
   __device__ __forceinline__ void give(const GateSums<Tiles>& d) const {
     auto* to = reinterpret_cast<float4*>(bytes_ + sums_.at);
 #pragma unroll
@@ -317,13 +323,14 @@ class Meeting {
       const float (&v)[4] = d[n / 2][n % 2];
       to[n * kWarpThreads] = make_float4(v[0], v[1], v[2], v[3]);
     }
-    // The sums are visible to split 0 behind its barrier. This warp has nothing to wait for but the next h.
+    // Makes these sums visible to split 0 behind its named_barrier_sync. This warp need not wait for anything but the
+    // next h.
     named_barrier_arrive(id_, threads_);
   }
 
-  // By the warp that gathers().
+  // Called by the warp that gathers().
   __device__ __forceinline__ void gather(GateSums<Tiles>& d) const {
-    // All warps of the group have read h(s-1), and written their sums, which are read next.
+    // All warps of the group have read h(s-1). Makes their sums visible to this warp, which reads them next.
     named_barrier_sync(id_, threads_);
     const auto* from = reinterpret_cast<const float4*>(bytes_ + sums_.at);
     const auto add = [&](const float4(&v)[kWords]) {
@@ -333,7 +340,7 @@ class Meeting {
         sum[0] += v[n].x, sum[1] += v[n].y, sum[2] += v[n].z, sum[3] += v[n].w;
       }
     };
-    // Read a split ahead: behind the last sums there is no branch to wait for.
+    // Sums are loaded one split ahead, so that the last ones are added without a branch after they have come.
     float4 ahead[kWords];
 #pragma unroll
     for (int n = 0; n < kWords; ++n) ahead[n] = from[n * kWarpThreads];
@@ -349,17 +356,17 @@ class Meeting {
   }
 };
 
-// h of a group's cells on its way out, as [column][unit]: of step s in one of two places, while that of s-1 is in the other.
-// What tensors hold: of TF32, not what products see.
+// The staged h(s) of a group's cells, as [column][unit]. There are two places: h(s) is in one, h(s-1) in the other.
+// These are the values that tensors hold; TF32 products get rounded ones.
 template <typename T, int Tiles>
 __device__ __forceinline__ T* staged_h(const Cut& cut, const GroupWarp& warp, const ForwardShared<T>& shared, int s) {
   return shared.staged() + ((s & 1) * cut.groups + warp.group) * kTileColumns * Tiles * kGroupUnits;
 }
 
-// What a lane saves besides h; and whether a lane above it, in this launch, reads its chunks.
+// What a lane writes besides h; kChunks: a lane above it in this launch reads its chunks.
 enum Saves : int { kC = 1, kGates = 2, kAbove = 4, kChunks = 8 };
 
-// The cells of a thread, of split 0: [batch tile][0 or 1].
+// The cells of a thread of split 0: [batch tile][0 or 1].
 template <typename T, int Tiles>
 struct Cells {
   float c[Tiles][2];
@@ -379,13 +386,13 @@ struct Cells {
     }
   }
 
-  // Where the thread's first cell is in staged_h.
+  // The index of the thread's first cell in staged_h.
   static __device__ __forceinline__ int place_of(const GroupWarp& warp) {
     return warp.column * kGroupUnits + warp.unit - warp.first_unit;
   }
   static __device__ __forceinline__ int offset(int n, int j) { return (n * kTileColumns + j) * kGroupUnits; }
 
-  // The states (B, hidden) before the first step: c, and what stays of h, staged as of step -1.
+  // Loads the states (B, hidden) before the first step: c, and h, which is staged in `before` as h(-1).
   __device__ __forceinline__ void load(const ForwardLane<T>& lane, const GroupWarp& warp, const Sequences& sequences,
                                        int columns, int hidden, T* before) {
 #pragma unroll
@@ -397,15 +404,16 @@ struct Cells {
     });
   }
 
-  // h as it was staged before this step, which stays in columns that are not active. (A thread reads what it wrote itself;
-  // so h takes no registers during the products.)
+  // Reads back the h that was staged in the step before: columns that are not active keep it. A thread reads what it
+  // wrote itself. (This way h takes no registers during the products.)
   __device__ __forceinline__ void recall(const GroupWarp& warp, const T* before) {
     before += place_of(warp);
 #pragma unroll
     for (int n = 0; n < Tiles * 2; ++n) h[n / 2][n % 2] = before[offset(n / 2, n % 2)];
   }
 
-  // From the pre-activations to c and h, in the first `active` columns; all others keep theirs. h goes to `staged`, too.
+  // Computes c and h of the first `active` columns from the pre-activations; all other columns keep theirs. h is also
+  // staged.
   __device__ __forceinline__ void update(const GateSums<Tiles>& d, const GroupWarp& warp, int active, T* staged) {
     using Maths = EachOfTwo<ForwardMathsOf<T>>;
     staged += place_of(warp);
@@ -425,7 +433,7 @@ struct Cells {
     }
   }
 
-  // What stays of a step in memory: rows `row` and following, of the first `active` columns.
+  // Writes h of a step, and what the lane saves, to memory: the first `active` columns, to the rows from `row` on.
   __device__ __forceinline__ void store(const Sizes& sizes, const ForwardLane<T>& lane, const GroupWarp& warp,
                                         int64_t row, int active, int saves) const {
     T* to_h = lane.h + row * sizes.h_stride + warp.unit;
@@ -443,7 +451,7 @@ struct Cells {
     });
   }
 
-  // The states after the last step, whose h is `staged`.
+  // Writes the states after the last step, whose h is `staged`.
   __device__ __forceinline__ void store_last(const ForwardLane<T>& lane, const GroupWarp& warp,
                                              const Sequences& sequences, int columns, int hidden,
                                              const T* staged) const {
@@ -455,17 +463,17 @@ struct Cells {
   }
 };
 
-// h as the lane above sees it, of the group's units: a thread takes neighbours of one column that share a block of random
-// words (philox.h), of which 8 units touch at most three.
+// Writes h of the group's units as the lane above sees it. A thread takes neighbouring units of one column that share a
+// block of random words (philox.h). 8 units touch at most three such blocks.
 template <typename T, int Tiles>
 __device__ __forceinline__ void store_above(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
                                             const Place& place, const GroupWarp& warp, const Sequences& sequences,
                                             int64_t row, int t, int active, const T* staged) {
   const Sizes& sizes = arguments.sizes;
   const int64_t first = lane.h_column + warp.first_unit;  // element of the layer's output
-  const int before = static_cast<int>(first % 4);         // elements of the first block that are not the group's
+  const int before = static_cast<int>(first % 4);         // elements of the first block that are before the group's
   for (int n = kept(place.warp_lane); n < kTileColumns * Tiles * 3; n += kWarpThreads) {
-    const int column = n / 3, unit = n % 3 * 4 - before;  // of the group: the first of four
+    const int column = n / 3, unit = n % 3 * 4 - before;  // the first of four units, counted in the group
     if (column >= active) break;
     float x[4] = {};
 #pragma unroll
@@ -511,7 +519,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   bool has_reader = false;
   for (int n = 0; n < sizes.lanes; ++n) has_reader |= arguments.lane[n].below == place.lane;
 
-  // W_hh, the warp's part, for good.
+  // The warp's part of W_hh, for the whole launch.
   Fragment weights[Pieces][2];
   const bool fits = quarters_fit(lane.weight_hh, sizes.hidden, sizes.hidden);
 #pragma unroll
@@ -527,12 +535,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   peers.start();
   const int saves = in_register((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0) |
                                 (has_reader ? kChunks : 0));
-  // Of column 0 at this step, and how far it is to the next one; in a packed batch it is read anew every step.
+  // The row of column 0 at this step, and the distance to its row at the next step. In a packed batch the row is read
+  // again every step.
   int64_t row = sequences.row(time_of(sizes, lane.reverse, 0));
   const int row_step = kept(lane.reverse ? -sizes.batch : sizes.batch);
   Meeting<T, Tiles> meeting(cut, place, warp, shared);
-  // In bytes of shared memory: where the warp's part of h(s-1) begins for this thread, see multiply_own(), and where the
-  // group stages h(s).
+  // Offsets in shared memory, in bytes: where the warp's part of h(s-1) begins for this thread (see multiply_own()),
+  // and where the group stages h(s).
   constexpr int kElement = static_cast<int>(sizeof(T));
   InTurn h_at = {kElement * (own_column<product>(place.warp_lane) * h_pitch + warp.split * Pieces * kPieceElements<T> +
                              place.warp_lane % 4 * kQuarter<T>),
@@ -541,21 +550,22 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   InTurn staged_at = {static_cast<int>(shared.layout.staged) + warp.group * kStaged, cut.groups * kStaged};
   const int share = peers.share();
 
-  int pass = 0, next_pass = 0;  // the first steps of this one and of the next
+  int pass = 0, next_pass = 0;  // the first steps of this pass and of the next
   for (int s = 0; s < sizes.steps; ++s, h_at.next(), staged_at.next(), meeting.next(), peers.next()) {
     if (s == next_pass) {
       const int in_chunk = s % cut.chunk_steps;
-      // All threads of the block have written their h of the steps before, which may be published next, and read the x
-      // of the last pass. Before the first pass: what they have filled shared memory with is visible.
+      // All threads of the block have written their h of the earlier steps, which publish_chunks releases next, and
+      // have read the x of the previous pass, which is overwritten next. Before the first pass: makes what each thread
+      // has filled shared memory with visible to all threads.
       block_barrier();
       if (in_chunk == 0) {
         const int chunk = s / cut.chunk_steps;
-        // The last thread's warp does it, since the first one's waits for the lane below.
+        // The last warp publishes, since the first warp waits for the lane below.
         if ((saves & kChunks) && place.thread == static_cast<int>(blockDim.x) - 1)
           publish_chunks(arguments, place, chunk);
         if (lane.below >= 0) {
           await_chunks(arguments, place, waiting, lane.below, chunk + 1, s);
-          block_barrier();  // the chunk of the lane below, which a few threads have acquired, is visible to all of them
+          block_barrier();  // makes the chunk of the lane below, which a few threads have acquired, visible to all
         }
       }
       int steps = kPassTiles / Tiles;
@@ -565,7 +575,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
       pass = s, next_pass = s + steps;
     }
 
-    const bool sends = s + 1 < sizes.steps;  // the last h is nobody's input: a push could meet a block that has exited
+    const bool sends = s + 1 < sizes.steps;  // no block needs the last h: a push could meet a block that has exited
     if (sends) peers.expect(s);
     int active = columns;
     if (sizes.first_row) {
@@ -587,8 +597,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     cells.recall(warp, reinterpret_cast<const T*>(shared.bytes + staged_at.at + staged_at.to_other));
     T* staged = reinterpret_cast<T*>(shared.bytes + staged_at.at);
     cells.update(d, warp, active, staged);
-    // The lanes' h(s) are staged, for each lane to send some of them; and with one split, whose warp meets nobody, all
-    // lanes have read h(s-1). What was staged two steps ago was read before the warp met here in the last step.
+    // Makes the h(s) that each lane has staged visible to all lanes of the warp, which send it. With one split there is
+    // no meeting: then this barrier also makes sure that all lanes have read h(s-1) before the warp sends h(s). h(s-2),
+    // over which h(s) is staged, was read before the warp met here in the previous step.
     warp_barrier();
     peers.send(s, staged, share_here);
     cells.store(sizes, lane, warp, row, active, saves);
@@ -596,13 +607,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
       const int t = time_of(sizes, lane.reverse, s);
       store_above<T, Tiles>(arguments, lane, place, warp, sequences, row, t, sequences.active(t), staged);
     }
-    row += kept(row_step);  // its sign is made here, and takes no register between the steps
+    row += kept(row_step);  // it is extended to 64 bits here, which takes no register between the steps
   }
   if (warp.split == 0) {
     cells.store_last(lane, warp, sequences, columns, sizes.hidden,
                      staged_h<T, Tiles>(cut, warp, shared, sizes.steps - 1));
   }
-  block_barrier();  // all threads have written the last chunk's h, for the release
+  block_barrier();  // all threads have written the last chunk's h, which publish_chunks releases
   if ((saves & kChunks) && place.thread == static_cast<int>(blockDim.x) - 1) {
     publish_chunks(arguments, place, (sizes.steps + cut.chunk_steps - 1) / cut.chunk_steps);
   }
@@ -611,7 +622,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
 
 // ---- Launch ---------------------------------------------------------------------------------------------------------
 
-// What is wrong with these arguments for the kernel of this instance, or "".
+// Says why the kernel of this instance cannot take these arguments, or returns "".
 template <typename T>
 std::string forward_misfit(const ForwardArguments<T>& arguments, const Instance& instance) {
   const Cut& cut = arguments.cut;
@@ -676,8 +687,8 @@ LaunchConfig forward_config(const Cut& cut, int most_inputs, int blocks) {
   return config;
 }
 
-// Starts the kernel. Whatever the arguments point to stays until the stream has done it. Refused, before anything runs, when
-// not all blocks fit on the device at once.
+// Starts the kernel. All memory that the arguments point to must live until the stream has run it. The launch is
+// refused, before anything runs, if not all of its blocks fit on the device at once.
 template <typename T, Product product, Exchange exchange, int Pieces, int Tiles>
 Outcome launch_forward(const ForwardArguments<T>& arguments, void* stream) {
   const std::string error = forward_misfit(arguments, {product, exchange, Tiles, Pieces, 0});
@@ -691,7 +702,7 @@ Outcome launch_forward(const ForwardArguments<T>& arguments, void* stream) {
   return outcome_of(launch(config, &forward<T, product, exchange, Pieces, Tiles>, arguments));
 }
 
-// How many blocks of such a launch the current device holds at once; 0 where it cannot run at all.
+// How many blocks of such a launch the current device holds at once; 0 if it cannot run the kernel at all.
 template <typename T, Product product, Exchange exchange, int Pieces, int Tiles>
 int64_t forward_capacity(const Cut& cut, int most_inputs, int /*hidden*/) {
   const LaunchConfig config = forward_config<T>(cut, most_inputs, cut.blocks);

@@ -1,5 +1,5 @@
-// csrc/persistent/forward_entry.cuh: the instances of the forward kernel for one element: included by
-// persistent/forward_{bf16,f16,f32}.cu alone, which say which.
+// csrc/persistent/forward_entry.cuh: the instances of the forward kernel for one element type. Only
+// persistent/forward_{bf16,f16,f32}.cu include it, each for its element type.
 #pragma once
 
 #include "dispatch.cuh"

@@ -1,17 +1,19 @@
-// csrc/persistent/kernels.h: what the persistent kernels are given and promise; host and device. No CUDA, no torch.
+// csrc/persistent/kernels.h: the arguments of the persistent kernels and what the kernels guarantee, for host and
+// device. No CUDA, no torch.
 //
 // A launch runs some lanes (one direction of one layer each) over all of its steps, for some batch groups:
 //
-//   block = (copy · lanes + lane) · blocks + rank        `copies` batch groups side by side, that share only weights
+//   block = (copy · lanes + lane) · blocks + rank        `copies` batch groups run side by side and share only weights
 //   a lane       `blocks` blocks: a thread-block cluster (Exchange::cluster), or any blocks of the device (Exchange::l2)
 //   a block      `groups` groups of 8 hidden units, 4·8·groups gate rows of W_hh, in its registers for the whole launch
 //   a batch group   the sequences batch·g/batch_groups … batch·(g+1)/batch_groups - 1, at most 8·tiles
 //
-// Rows of sequences, steps and lanes are those of stack.h: a step t holds the sequences 0 … active(t) - 1; a reverse lane
-// takes the steps from T-1 down. Step number s of a lane is time s, or T-1-s in a reverse lane.
+// Rows, steps and lanes are those of stack.h: step t has the sequences 0 … active(t) - 1, and a reverse lane takes the
+// steps from T-1 down. Step number s of a lane is time s, or T-1-s in a reverse lane.
 //
-// T is what tensors hold: bfloat16, float16 or float. Sums, gates and c are float; h is rounded to T once a step.
-// Weights are read as torch holds them, once a launch: nothing is packed beforehand, nothing can be out of date.
+// The template parameter T is the element type of the tensors: bfloat16, float16 or float. Sums, gates and c are float;
+// h is rounded to T once a step. Weights are read once a launch, in torch's own layout. There is no packed copy, so no
+// copy can be out of date.
 #pragma once
 
 #include <cstddef>
@@ -24,17 +26,17 @@
 
 namespace stacked_lstm::persistent {
 
-// The arguments of a launch travel by value: CUDA 12.1 and later take 32 KB of them.
+// The arguments of a launch are passed by value. CUDA 12.1 and later take 32 KB of them.
 inline constexpr int kMaxLanes = 32;
 
 inline constexpr int kGroupUnits = 8;
 inline constexpr int kTileColumns = 8;  // of the batch
 inline constexpr int kWarpThreads = 32;
-inline constexpr int kMaxWarps = 8;  // of a block: 65536 registers, 255 a thread
-// Blocks of a cluster. st.async is undefined in a cluster of one block (PTX ISA: it needs %cluster_nctarank > 1), so a lane
-// of one block has Exchange::l2.
+inline constexpr int kMaxWarps = 8;  // of a block: a multiprocessor has 65536 registers, a thread takes up to 255
+// Blocks of a cluster. st.async is undefined in a cluster of one block (PTX ISA: it needs %cluster_nctarank > 1), so a
+// lane of one block uses Exchange::l2.
 inline constexpr int kMinCluster = 2, kMaxCluster = 16;
-// What a quad of lanes loads of a row of weights or of h at a time, 16 bytes each: two k-steps of mma.
+// A quad of lanes loads this much of a row of weights or of h at a time, 16 bytes a lane: two k-steps of mma.
 inline constexpr int kPieceBytes = 64;
 template <typename T>
 inline constexpr int kPieceElements = kPieceBytes / static_cast<int>(sizeof(T));
@@ -43,19 +45,19 @@ enum class Exchange { cluster, l2 };
 // How float32 is multiplied: TF32 on the tensor cores, or float32 by fused multiply-adds. 16 bits: always `tensor`.
 enum class Product { tensor, exact };
 
-// How a launch is cut; the same for all of its lanes. Units past `hidden`, K past its end, columns past the batch: zeros on
-// the chip, never in the caller's memory.
+// How a launch is cut; all of its lanes are cut alike. Units past `hidden`, K past its end and columns past the batch
+// are zeros on the chip, and are never in the caller's memory.
 struct Cut {
   Product product = Product::tensor;
   Exchange exchange = Exchange::cluster;
   int tiles = 1;  // of 8 batch columns
   // Forward: a group has 32 gate rows (two tiles of mma) and `splits` warps, each over `pieces` pieces of K = hidden.
-  // Backward: K is the block's own 4·8·groups gate rows, all of them, in `pieces` pieces (see backward_pieces), and each of
-  // the block's kMaxWarps warps has `m_tiles` tiles of 16 of the units of dh. splits is 1.
+  // Backward: K is the block's own 4·8·groups gate rows, all of them, in `pieces` pieces (see backward_pieces), and
+  // each of the block's kMaxWarps warps has `m_tiles` tiles of 16 of the units of dh. splits is 1.
   int pieces = 2, splits = 1, m_tiles = 0;
   int groups = 1;       // of 8 units, of a block
   int blocks = 1;       // of a lane
-  int chunk_steps = 1;  // steps handed on from lane to lane together
+  int chunk_steps = 1;  // steps that a lane hands to the next lane together
   bool inputs_in_shared =
       true;  // forward: W_ih; backward: the block's part of W_ih of the lane above. Else read from L2
 
@@ -64,7 +66,7 @@ struct Cut {
   STACKED_LSTM_HOST_DEVICE int units() const { return blocks * block_units(); }  // of a lane, padded
 };
 
-// What is wrong with how many blocks a lane has, or "".
+// Says what is wrong with the cut's number of blocks a lane, or returns "".
 inline std::string blocks_misfit(const Cut& cut) {
   const bool cluster = cut.exchange == Exchange::cluster;
   if (cut.blocks >= (cluster ? kMinCluster : 1) && !(cluster && cut.blocks > kMaxCluster)) return "";
@@ -74,15 +76,15 @@ inline std::string blocks_misfit(const Cut& cut) {
          (cluster && cut.blocks == 1 ? ", since a cluster of one block has no peers to push to" : "");
 }
 
-// Backward: pieces of K that `groups` groups come to.
+// Backward: how many pieces of K the gate rows of `groups` groups are.
 template <typename T>
 STACKED_LSTM_HOST_DEVICE int backward_pieces(int groups) {
   return groups * 4 * kGroupUnits / kPieceElements<T>;  // 1 a group in 16 bits, 2 in 32
 }
 
-// Exchange::l2 in a lane of one block: h, or the sums of dh, stay in the block's shared memory, and nothing goes through L2.
-// Compiled into the instances that hold every lane that one block can, with the fewest weights; the others have words all the
-// same. `element`: bytes.
+// Exchange::l2 in a lane of one block: h, or the sums of dh, stay in the block's shared memory, and nothing goes
+// through L2. Code for this is compiled only into the instances with the fewest weights that hold every lane that fits
+// one block. Other instances use words in L2 even for a lane of one block. `element`: bytes.
 STACKED_LSTM_HOST_DEVICE constexpr bool may_be_inside_block(int m_tiles, int pieces, size_t element) {
   const int k = pieces * kPieceBytes / static_cast<int>(element);
   return m_tiles > 0 ? m_tiles == 1 : k <= kMaxWarps * kGroupUnits;
@@ -91,7 +93,7 @@ STACKED_LSTM_HOST_DEVICE constexpr bool inside_block(const Cut& cut, size_t elem
   return cut.exchange == Exchange::l2 && cut.blocks == 1 && may_be_inside_block(cut.m_tiles, cut.pieces, element);
 }
 
-// What is compiled: a kernel for each of these; the other members of Cut are known at run time.
+// One kernel is compiled for each instance; the other members of Cut are known at run time.
 struct Instance {
   Product product;
   Exchange exchange;
@@ -105,7 +107,7 @@ struct Instance {
 
 struct Sizes {
   int steps;       // T, of the whole sequence
-  int first_step;  // backward alone: this launch takes the step numbers last_step - 1 … first_step; forward: 0
+  int first_step;  // backward only: this launch takes the step numbers last_step - 1 … first_step; forward: 0
   int last_step;   //                 one past the last; forward: T
   int batch;       // B, of all groups
   int hidden;      // H, of every lane of the launch
@@ -116,9 +118,10 @@ struct Sizes {
   int64_t h_stride;          // of a row of a layer's output, and of `above`: D·H
   int64_t saved_stride;      // of a row of c in the reserve; a row of gates has four times as much
   int64_t gates_stride;      // backward: of a row of gate gradients: D·4H
-  const int64_t* first_row;  // (T + 1), on the device: of a packed batch, else null and row (t, b) is t·B + b
+  const int64_t* first_row;  // (T + 1), on the device, for a packed batch; else null, and row (t, b) is t·B + b
 
-  // batch · group / batch_groups. By parts: a GPU calls a function for a division of 64 bits. (Up to 65536 groups.)
+  // batch · group / batch_groups, computed in 32 bits: on a GPU a division of 64 bits is a function call. Correct for
+  // up to 65536 groups.
   STACKED_LSTM_HOST_DEVICE int first_sequence(int group) const {
     const auto all = static_cast<unsigned>(batch), parts = static_cast<unsigned>(batch_groups);
     const auto n = static_cast<unsigned>(group);
@@ -126,16 +129,16 @@ struct Sizes {
   }
 };
 
-// What a wait that took too long was, in a build with STACKED_LSTM_WATCHDOG. Zeros: nothing yet.
+// The record of a wait that took too long, in a build with STACKED_LSTM_WATCHDOG. Zeros: there was none yet.
 struct Watchdog {
   uint64_t limit;  // of a wait, in nanoseconds (on the emulator: looks); 0: kWatchdogNanoseconds
   enum What : int { none = 0, exchange, hand_over };
-  int expired;  // taken by the first thread whose wait does: all others give up theirs too, and the launch ends
+  int expired;  // set by the first thread whose wait expires: then all threads give up their waits, and the launch ends
   int what;
   int block, thread;                   // who waited
   int copy, lane, rank;                // the same, by its place in the stack
-  int step;                            // number, of the lane
-  int for_lane, for_block, for_count;  // hand_over: that many chunks of that block of that lane
+  int step;                            // step number of the lane
+  int for_lane, for_block, for_count;  // hand_over: the thread waited for for_count chunks of this block of this lane
 };
 
 inline constexpr uint64_t kWatchdogNanoseconds = 10'000'000'000;
@@ -152,15 +155,15 @@ struct ForwardLane {
   T* above;            // h as the layer above sees it, masked by dropout: rows of h_stride; or null
   const T* h_0;        // (B, H); or null: zeros
   const T* c_0;        // (B, H); or null: zeros
-  T* h_n;              // (B, H), or null: after each sequence's own last step
+  T* h_n;              // (B, H), or null: h after each sequence's own last step
   T* c_n;              // (B, H), or null
   float* saved_c;      // (rows, ·) of saved_stride, or null
   float* saved_gates;  // (rows, 4, ·): the activations, i f g o; or null
   int inputs;
-  int below;  // lane of this launch whose h (or `above`, where it has one) is x; -1: x was there before the launch
+  int below;  // the lane of this launch whose h (or `above`, if it has one) is x; -1: x was written before the launch
   int reverse;
-  int layer;         // for dropout's numbering of elements (philox.h) …
-  int64_t h_column;  // … where the lane's direction begins in a row of the layer's output: 0 or H. (h points there)
+  int layer;         // for dropout's numbering of elements (philox.h)
+  int64_t h_column;  // likewise: where the direction begins in a row of the layer's output: 0 or H. h points there
 };
 
 template <typename T>
@@ -170,19 +173,19 @@ struct ForwardArguments {
   gates::Mask mask;
   uint32_t* chunks_done;  // (copies, lanes, blocks), zero at the launch: chunks of h that a block has written
   uint64_t* words;        // Exchange::l2: forward_words() of them, zero at the launch; else null
-  Watchdog* watchdog;     // on the device, zeros; null in builds without
+  Watchdog* watchdog;     // on the device, zero at the launch; null in builds without a watchdog
   ForwardLane<T> lane[kMaxLanes];
 };
 
 // Backward. dh(s) of a lane = grad_output + mask ∘ (grad_above, or the lane above's W_ihᵀ·dgates(s))
-//                             + W_hhᵀ·dgates(s+1), or grad_h_n where the sequence has no step s+1.
+//                             + W_hhᵀ·dgates(s+1), or grad_h_n if the sequence has no step s+1.
 template <typename T>
 struct BackwardLane {
   const T* weight_hh;        // (4H, H)
   const T* weight_ih_above;  // (4H, H): W_ih of lane `over`; null without one
   const T* grad_output;      // rows of h_stride, from the loss; or null
   const float* grad_above;  // rows of h_stride, from a layer above that is not in this launch, before the mask; or null
-  const float* gates;       // (rows, 4, ·) of saved_stride: activations; or null, and:
+  const float* gates;       // (rows, 4, ·) of saved_stride: activations; or null, if preactivations are given:
   const float* preactivations;  // (rows, 4, H), without gaps: W_ih·x + W_hh·h(s-1), without the bias
   const T* bias_ih;             // (4H), for preactivations; or null
   const T* bias_hh;
@@ -190,14 +193,15 @@ struct BackwardLane {
   const T* c_0;       // (B, H); or null: zeros
   const T* grad_h_n;  // (B, H), or null
   const T* grad_c_n;
-  // (B, H): what an earlier launch left of step last_step, where last_step < T: dc; and dh of reverse sequences that had
-  // begun by then, for which alone carried_h is needed. For the others W_hhᵀ·dgates is computed again, from grad_gates of
-  // step last_step: so launches of some steps each leave the bits of one launch.
+  // (B, H): what an earlier launch left, if last_step < T. carried_c is dc, as step last_step left it. carried_h is dh,
+  // and is needed only for sequences of a reverse lane that begin after step last_step: an earlier launch has done all
+  // of their steps. For other sequences this launch computes W_hhᵀ·dgates again, from grad_gates of step last_step. So
+  // several launches of some steps each leave the same bits as one launch.
   const float* carried_h;
   const float* carried_c;
-  float* carry_h;  // the same for the next launch, where first_step > 0; may be carried_h
+  float* carry_h;  // the same for the next launch, if first_step > 0; may be carried_h
   float* carry_c;
-  T* grad_h_0;  // (B, H), where first_step is 0; or null
+  T* grad_h_0;  // (B, H), if first_step is 0; or null
   T* grad_c_0;
   T* grad_gates;  // (rows, ·) of gates_stride: 4H from here on
   int over;       // lane of this launch whose grad_gates are this lane's dh from above; -1: none
@@ -217,7 +221,7 @@ struct BackwardArguments {
   BackwardLane<T> lane[kMaxLanes];
 };
 
-// What became of a launch.
+// The outcome of a launch.
 struct Outcome {
   enum Kind { ok, refused, failed };  // refused: not all of its blocks fit on the device at once. Nothing ran
   Kind kind = ok;
@@ -230,10 +234,10 @@ struct Kernels {
   int forward_count;
   const Instance* backward_instances;
   int backward_count;
-  // Not waited for. Whatever the arguments point to stays until the stream has done it.
+  // These do not wait for the kernel. All memory that the arguments point to must live until the stream has run it.
   Outcome (*forward)(const ForwardArguments<T>&, void* stream);
   Outcome (*backward)(const BackwardArguments<T>&, void* stream);
-  // How many blocks of such a launch the current device holds at once; 0 where it cannot run at all.
+  // How many blocks of such a launch the current device holds at once; 0 if it cannot run the kernel at all.
   int64_t (*forward_capacity)(const Cut&, int most_inputs, int hidden);
   int64_t (*backward_capacity)(const Cut&, int hidden, bool over);
 };
@@ -261,17 +265,18 @@ inline const Kernels<float16>& Table::of<float16>() const {
 
 const Table& cuda_kernels();  // persistent/table.cu
 
-// ---- What a launch needs, for whoever allocates and plans: one place for the kernels and for the planner -----------------
+// ---- What a launch needs: one definition for the kernels, the driver and the planner --------------------------------
 
-// Pieces from one row to the next in shared memory, of rows that have `pieces` of them: an odd number, so that the quads of
-// a warp that are served together, of two neighbouring rows, find them in different banks.
+// The distance, in pieces, between two rows of `pieces` pieces in shared memory. It is odd, so that the quads of a warp
+// that are served together, which read two neighbouring rows, access different banks.
 STACKED_LSTM_HOST_DEVICE constexpr int row_pieces(int pieces) { return pieces | 1; }
 inline size_t row_bytes(size_t pieces) { return (pieces | 1) * kPieceBytes; }
 
-// Forward: of how many column tiles W_ih·x is computed together, and how many pieces of their x lie in shared memory.
+// Forward: W_ih·x is computed for kPassTiles column tiles together, of whose x kStagedPieces pieces are in shared
+// memory at a time.
 inline constexpr int kPassTiles = 4, kStagedPieces = 16;
 
-// Where things are in a forward block's shared memory. Offsets in bytes; the two h are at 0.
+// The layout of a forward block's shared memory: offsets in bytes. The two buffers of h are at 0.
 template <typename T>
 struct ForwardLayout {
   static constexpr int kTileBytes =
@@ -281,11 +286,11 @@ struct ForwardLayout {
   int x_pitch;            // elements from a column of staged x to the next
   uint32_t arrived;       // 2 mbarriers
   uint32_t partial;  // [step mod 2][group][split - 1][batch tile][gate tile][lane] of 4 sums, over the other splits' K
-  uint32_t staged;   // [step mod 2][group][column][8 units]: h on its way out
+  uint32_t staged;   // [step mod 2][group][column][8 units]: h before it is sent and stored
   uint32_t
       projected;  // [warp][tile of the pass][gate tile][lane] of 4: W_ih·x + b, the warp's part of K, as accumulators
   uint32_t x;     // [column of the pass][x_pitch]
-  uint32_t weights;  // [group][piece][gate tile][upper, lower][lane] of 16 bytes: W_ih, where cut.inputs_in_shared
+  uint32_t weights;  // [group][piece][gate tile][upper, lower][lane] of 16 bytes: W_ih, if cut.inputs_in_shared
   uint32_t bytes;
 
   STACKED_LSTM_HOST_DEVICE ForwardLayout(const Cut& cut, int inputs) {
@@ -304,21 +309,22 @@ struct ForwardLayout {
   }
 };
 
-// Sizes in bytes, of shared memory of a block. `inputs`: of the lane with the most.
+// Shared memory of a block, in bytes. `inputs`: the largest of all lanes.
 template <typename T>
 size_t forward_shared_bytes(const Cut& cut, int inputs) {
   return ForwardLayout<T>(cut, inputs).bytes;
 }
 
-// Where things are in a backward block's shared memory. Offsets in bytes; `over`: some lane of the launch has one over it.
+// The layout of a backward block's shared memory: offsets in bytes. `over`: some lane of the launch has a lane above it
+// in the launch.
 template <typename T>
 struct BackwardLayout {
   uint32_t arrived;  // 2 mbarriers
   uint32_t sums;     // Exchange::cluster: [source block][exchange mod 2][cell] of dh, partial; inside a block: [cell]
   uint32_t grad_gates;  // [step mod 2][column][pitch]: K of the block's product
   uint32_t above;       // [step of the chunk][column][pitch]: the same of the lane above
-  uint32_t from_above;  // [step of the chunk][batch tile][m_tile][thread] of 4 sums: what dh's accumulators start from
-  uint32_t weights;     // [m_tile][piece][upper, lower][thread] of 16 bytes, where cut.inputs_in_shared
+  uint32_t from_above;  // [step of the chunk][batch tile][m_tile][thread] of 4 sums: start values of dh's accumulators
+  uint32_t weights;     // [m_tile][piece][upper, lower][thread] of 16 bytes, if cut.inputs_in_shared
   uint32_t bytes;
 
   STACKED_LSTM_HOST_DEVICE BackwardLayout(const Cut& cut, bool over) {
@@ -336,8 +342,8 @@ struct BackwardLayout {
     weights = from_above + size(chunk_steps * tiles * kThreadBytes);
     const uint32_t end =
         weights + (over && cut.inputs_in_shared ? size(int64_t{2} * cut.m_tiles * cut.pieces * kThreadBytes) : 0);
-    // Inside a block last, so that the places of all else do not depend on it: kernels without these sums have no
-    // registers to spare for the question.
+    // The sums inside a block come last, so that no other offset depends on them: kernels without these sums have no
+    // registers to spare for the test.
     sums = cluster ? kBehindArrived : end;
     bytes = end + (inside_block(cut, sizeof(T)) ? size(cells * 4) : 0);
   }
@@ -357,8 +363,8 @@ template <typename T>
 int64_t forward_words(const Cut& cut, int copies, int lanes) {
   return int64_t{2} * copies * lanes * cut.columns() * forward_row_words<T>(cut);
 }
-// Backward: [copy][lane][owner][source block][exchange mod 2][cell of the owner]: a word is one partial sum of dh, and the
-// number of the exchange.
+// Backward: [copy][lane][owner][source block][exchange mod 2][cell of the owner]: a word is one partial sum of dh, and
+// the number of the exchange.
 template <typename T>
 int64_t backward_words(const Cut& cut, int copies, int lanes) {
   return int64_t{2} * copies * lanes * cut.blocks * cut.columns() * cut.units();

@@ -1,5 +1,5 @@
-// csrc/persistent/persistent.h: the persistent kernels as a driver over ATen, and the decision whether they run: see
-// driver.h and decision.cpp.
+// csrc/persistent/persistent.h: the driver of the persistent kernels over ATen (driver.h), and the decision whether
+// they run a call (decision.cpp).
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace stacked_lstm::persistent {
 
-// What a call is to be decided by.
+// What the decision depends on.
 struct Question {
   const StackShape& shape;
   const Options& options;
@@ -22,39 +22,44 @@ struct Question {
   at::Device device;
 };
 
-// What would run it: the same for `auto`, for `plan` and for the forward and the backward pass of one call.
+// What would run the call. `auto`, `plan` and both the forward and the backward pass of a call use the same decision.
 struct Decision {
   Choice choice;
   Product product = Product::tensor;
-  // Why the persistent kernels cannot run this call: neither of its passes would; empty if they can.
+  // Why the persistent kernels cannot run this call; empty if they can. If they cannot run one of its passes, they run
+  // neither.
   std::string why_not;
 
   const Plan& plan(bool backward) const { return backward ? choice.backward : choice.forward; }
 };
 
-// Nothing is allocated or launched. The device is asked once what it holds; the answer for a question is kept.
+// Allocates and launches nothing. The decision for a question is kept, so that the device is asked only once what it
+// holds.
 std::shared_ptr<const Decision> decide(const Question& question);
 
-// What a run came to.
+// What a run did.
 struct Counts {
   std::shared_ptr<const Decision> decision;
   int64_t launches = 0;  // of the persistent kernel
   int64_t products = 0;  // calls of a matrix product
 };
-// Launches that a pass will need.
+// How many launches a forward or backward pass will need.
 int64_t launches(const Plan& plan, const StackShape& shape);
 
-// `decision` has no why_not.
+// `decision->why_not` must be empty.
 Results forward(const Call& call, std::shared_ptr<const Decision> decision, Counts& counts);
 Gradients backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
                    bool weight_grad, std::shared_ptr<const Decision> decision, Counts& counts);
 
-// For tests, and in effect for all threads (torch has threads of its own for a backward pass on a GPU).
-// These kernels run on the CPU; null: none do. `watchdog`: they fill the record of a wait that took too long.
+// For tests. The settings hold for all threads: torch runs a backward pass on a GPU in threads of its own.
+//
+// Sets the kernels for CPU tensors; null: there are none. `watchdog`: they fill the record of a wait that took too
+// long.
 void use_host_kernels(const Table* table, bool watchdog);
-// Decisions are made for this device wherever the tensors are; nothing: for theirs.
+// Decisions are made for this device, wherever the tensors are; nullopt: for the tensors' device.
 void force_device(std::optional<Device> device);
-// A pass is cut up like this, if it can be; nothing: as planned. Times are not predicted.
+// A forward or backward pass is cut up into these passes, if that is possible; nullopt: as planned. No times are
+// predicted for them.
 void force_passes(bool backward, std::optional<std::vector<Pass>> passes);
 
 }  // namespace stacked_lstm::persistent

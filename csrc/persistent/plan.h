@@ -1,5 +1,5 @@
-// csrc/persistent/plan.h: a plan of the persistent kernels: which blocks own what of a stack, what lives where on the chip, and
-// what it is predicted to cost on a GPU. No CUDA, no torch. planner.h makes it, by the model of cost.h.
+// csrc/persistent/plan.h: a plan of the persistent kernels: which blocks own what of a stack, what is kept where on the
+// chip, and what it is predicted to cost on a GPU. No CUDA, no torch. planner.h makes it, by the model of cost.h.
 //
 //            t →  chunk 0  chunk 1  chunk 2  chunk 3        One launch, a block an SM. A layer is owned by a few blocks
 //   layer 0      ■■■■■■■■ ■■■■■■■■ ■■■■■■■■ ■■■■■■■■       for the whole sequence: W_hh stays in their registers, W_ih
@@ -9,13 +9,14 @@
 // A launch and its parts (Cut, lane, block, group, copy) are those of persistent/kernels.h. On top of them:
 //   pass        a run of layers of one width that is on the chip at once, at most kMaxLanes lanes, all cut alike. Passes
 //               come one after another: forward from the first layers up, backward from the last down.
-//   round       batch groups that run side by side, as copies. What has no room runs in the next round: another launch.
-//   segment     backward: steps of a launch of their own. Where the gates are computed again, so many that their
-//               pre-activations have room in memory; and where a launch leaves SMs idle, so few that the weight gradients of
-//               a segment are made on those beside the next one.
-// Forward and backward are planned apart: nothing but tensors in memory goes from one to the other.
+//   round       batch groups that run side by side, as copies. Groups without room run in the next round, which is
+//               another launch.
+//   segment     backward: the steps of one launch. If the gates are computed again, a segment has at most as many steps
+//               as there is room in memory for their pre-activations. If a launch leaves SMs idle, segments are so
+//               short that the weight gradients of one are computed on the idle SMs while the next one runs.
+// Forward and backward are planned separately: only tensors in memory go from one to the other.
 //
-// Two directions: a bidirectional layer needs the whole layer beside it, so that each is a pass of its own.
+// Two directions: a bidirectional layer needs all of the layer before it, so each layer is a pass of its own.
 //
 // A plan is the cheapest of all that fit, by the model of cost.h. All times are predicted.
 #pragma once
@@ -34,42 +35,42 @@ namespace stacked_lstm::persistent {
 inline const char* name_of(Exchange e) { return e == Exchange::cluster ? "cluster" : "l2"; }
 inline const char* name_of(Product p) { return p == Product::tensor ? "tensor" : "exact"; }
 
-enum class Home { shared, l2, memory };  // where W_ih lives
+enum class Home { shared, l2, memory };  // where W_ih is kept
 inline const char* name_of(Home h) { return h == Home::shared ? "shared" : h == Home::l2 ? "l2" : "memory"; }
 
-// What a plan is for, beside shape, device and costs.
+// What a plan is made for, besides shape, device and costs.
 struct Ask {
   int64_t bytes = 2;  // of an element: 2, or 4 for float32
   Product product = Product::tensor;
   Saving saving = Saving::none;  // none: no backward will follow
-  // What is compiled for these elements.
+  // The instances that are compiled for these elements.
   const Instance* forward = nullptr;
   int64_t forward_count = 0;
   const Instance* backward = nullptr;
   int64_t backward_count = 0;
-  // How many blocks of such a launch the device holds at once, if the driver can be asked. It is, for the cuts of the
-  // cheapest plan; where the answer is less than the Device promises, that counts, and the plan is made anew. (An answer that
-  // is more changes nothing: the Device should promise no less than there is.)
+  // Asks the driver how many blocks of such a launch the device holds at once; empty if there is no driver to ask. The
+  // planner asks for the cuts of the cheapest plan. If the answer is less than the Device promises, the planner takes
+  // the answer and plans again. A larger answer changes nothing: the Device should promise no less than there is.
   std::function<int64_t(bool backward, const Cut& cut, int most_inputs, int hidden, bool over)> capacity;
 };
 
 // ---- What a plan says -----------------------------------------------------------------------------------------------
 
-// Predicted microseconds of a pass, by cause. What is said of a step is the slowest layer's; `fill` is how long the others
-// work before it starts and after it is done.
+// Predicted microseconds of a pass, by cause. The terms of a step are those of the slowest layer. `fill` is how long
+// the other layers work before the slowest layer starts and after it is done.
 struct Terms {
   double launch = 0;
-  double load = 0;             // weights from memory to where they stay
+  double load = 0;             // weights from memory to where they are kept
   double exchange = 0;         // h inside the layer, backward: partial sums of dh
   double products = 0;         // with W_hh
   double gates = 0;            // sums of warps or blocks, activations, cell
-  double saves = 0;            // writing what backward needs, and reading it: what goes on beside it taken off
-  double chunks = 0;           // a chunk's beginning: whether the layer beside has done its own, the first rows of it
-  double projection = 0;       // with W_ih: backward, that of the layer above
-  double weights_from_l2 = 0;  // the same, where reading W_ih or rows from L2 or memory is what takes long
+  double saves = 0;            // writing what backward needs, and reading it, without what runs beside other work
+  double chunks = 0;           // a chunk's beginning: checking that the layer before has done its own
+  double projection = 0;       // products with W_ih; backward, with that of the layer above
+  double weights_from_l2 = 0;  // the same, if reading W_ih or rows from L2 or memory takes most of the time
   double hand_over = 0;        // from a layer to the next
   double fill = 0;
-  double large_products = 0;  // before and after launches: gates again, between passes, gradients of weights and input
+  double large_products = 0;  // before and after launches: gates again; between passes; gradients of weights and input
 
   using Field = double Terms::*;
   struct Named {
@@ -107,16 +108,17 @@ struct Terms {
 // What a lane's blocks do in a step or for a chunk, in microseconds. See predict_step() in cost.h.
 struct StepCost {
   double exchange = 0, products = 0, gates = 0, saves = 0;
-  double chunk = 0;         // a chunk's beginning: has the layer beside done its own?
+  double chunk = 0;         // a chunk's beginning: checking that the layer before has done its own
   double project = 0;       // products with W_ih, a step
-  double read_rows = 0;     // of x or h of the layer below, or of gate gradients of the one above, from L2, a step
-  double stage_rows = 0;    // until the first of them are in shared memory
-  double read_weights = 0;  // W_ih once, from where it lives
-  int64_t reads_every = 1;  // steps that W_ih is read for, and rows are staged for, together
+  double read_rows = 0;     // rows of x, of h of the layer below, or of dgates of the layer above, from L2, a step
+  double stage_rows = 0;    // until the first of these rows are in shared memory
+  double read_weights = 0;  // W_ih once, from where it is kept
+  int64_t reads_every = 1;  // for how many steps W_ih is read, and rows are staged, together
   Home w_ih = Home::shared;
 
   double step() const { return exchange + products + gates + saves; }
-  // Products with W_ih for n steps. Shared memory is read beside the products and beside L2; W_ih from L2, after the rows.
+  // Products with W_ih for n steps. W_ih in shared memory is read while products run and rows come from L2. W_ih in L2
+  // or memory is read after the rows.
   double projection_us(int64_t n) const {
     const double steps = static_cast<double>(n), reads = static_cast<double>((n + reads_every - 1) / reads_every);
     const double multiply = w_ih == Home::shared ? std::max(steps * project, reads * read_weights)
@@ -139,20 +141,20 @@ struct LayerPlan {
 };
 
 struct Pass {
-  int64_t first_layer = 0, last_layer = 0;  // one past it
+  int64_t first_layer = 0, last_layer = 0;  // last_layer: one past the last
   bool backward = false;
   bool over = false;  // backward: some lane has the lane above in this launch
   Cut cut;
   int64_t directions = 1;
   int64_t hidden = 0, most_inputs = 0;
   int64_t batch_groups = 1, copies = 1, rounds = 1;
-  int64_t segment_steps = 0;  // steps of a launch: a multiple of the chunk's, or all
-  // Backward: the weight gradients of a segment are made while what comes after it runs; else after all of the pass.
+  int64_t segment_steps = 0;  // steps of a launch: whole chunks, or all steps
+  // Backward: the weight gradients of a segment are computed while the launches after it run; if false, after the pass.
   bool products_beside = false;
   int64_t threads = 0, registers_thread = 0, weight_registers = 0, shared_bytes = 0;  // registers: predicted
-  int64_t l2_bytes = 0;    // W_ih where it lives there, and the words of an exchange
+  int64_t l2_bytes = 0;    // W_ih if it is kept there, and the words of an exchange
   double ahead_us = 0;     // large products before its launches
-  double makespan_us = 0;  // of a round, all of its segments, launches apart
+  double makespan_us = 0;  // of a round: all of its segments, without launching them
   double step_us = 0;      // of the slowest layer
   Terms terms;
   std::vector<LayerPlan> layers;  // from first_layer up
@@ -168,9 +170,9 @@ struct Pass {
   }
   int64_t segments(int64_t steps) const { return (steps + segment_steps - 1) / segment_steps; }
   int64_t chunks(int64_t steps) const { return (steps + cut.chunk_steps - 1) / cut.chunk_steps; }
-  // Sequences of a batch group: first, and one past the last.
+  // The first sequence of a batch group. That of the next group is one past the group's last.
   int64_t first_sequence(int64_t batch, int64_t group) const { return batch * group / batch_groups; }
-  // Layers in the order in which a chunk comes to them.
+  // The n-th layer in the order in which a chunk comes to the layers.
   const LayerPlan& in_order(int64_t n) const { return layers[static_cast<size_t>(backward ? count() - 1 - n : n)]; }
 };
 
@@ -179,7 +181,7 @@ struct Plan {
   bool backward = false;
   std::vector<Pass> passes;  // in the order of layers
   Terms terms;
-  // Large products after all launches: gradients of the input, and of weights as far as they were not made beside them.
+  // Large products after all launches: gradients of the input, and those of weights that were not done beside launches.
   double after_us = 0;
   double predicted_us = 0, step_us = 0, limit_us = 0;
   const char* binds = "";

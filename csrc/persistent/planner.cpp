@@ -16,17 +16,19 @@ namespace stacked_lstm::persistent {
 namespace {
 
 inline constexpr int kChunkSteps[] = {1, 2, 4, 8, 16, 32};
-// Pre-activations that backward makes ahead of a launch, with Saving::recompute.
+// Room for the pre-activations that backward computes ahead of a launch, with Saving::recompute.
 inline constexpr int64_t kRecomputeBytes = 256 * kMiB;
-// Backward: how many segments are tried, so that weight gradients are made beside the recurrence, and the share of the time
-// that has to be left for it to be done: less would be within the model's error, and takes memory.
+// Backward: the numbers of segments that are tried, so that weight gradients are computed beside the recurrence. They
+// are used only if the time shrinks to less than this share: a smaller gain is within the model's error, and segments
+// take memory.
 inline constexpr int kSegments[] = {1, 2, 3, 4, 6, 8, 12, 16};
 inline constexpr double kWorthSegments = 0.97;
-// The kernels' sizes are 32-bit numbers: so that none of them, nor batch · batch groups, becomes too large.
+// The kernels' sizes are 32-bit numbers. With these limits none of them, nor batch · batch groups, becomes too large.
 inline constexpr int64_t kMostWidth = int64_t{1} << 20, kMostBatch = int64_t{1} << 16, kMostSteps = int64_t{1} << 30;
 
-// All cuts of a lane of `hidden` units that an instance runs, but for chunks and the place of W_ih; whether or not there is
-// room for them. Of instances that differ in `pieces` alone, forward, the least that holds the rows.
+// Visits all cuts of a lane of `hidden` units that an instance runs, whether or not there is room for them. Chunks and
+// the place of W_ih are not decided here. Forward, of instances that differ only in `pieces`, it takes only the one
+// with the fewest that holds the rows.
 template <typename Visit>
 void for_each_cut(const Ask& ask, bool backward, int64_t hidden, Visit&& visit) {
   const Instance* instances = backward ? ask.backward : ask.forward;
@@ -79,8 +81,9 @@ int64_t blocks_held(const Device& device, const Cut& cut) {
   return cut.blocks > kMaxCluster || device.max_cluster < 2 ? 0 : device.clusters(cut.blocks) * cut.blocks;
 }
 
-// What the driver has said of a cut. A block has an SM to itself, so that how many there is room for depends on how they
-// hang together, and not on what else they are: in clusters of that size, or alone. None at all, alone, is of this kernel.
+// What the driver has said of a cut. A block has an SM to itself. So the number of blocks that fit depends only on
+// whether they are in clusters, and of which size, and the answer holds for all cuts that are alike in this. Exception:
+// `blocks` = 0 for an unclustered cut means that this kernel cannot run on the device at all.
 struct Held {
   Cut cut;
   int64_t blocks;
@@ -102,7 +105,8 @@ class Planner {
   Plan run() {
     Plan plan = refuse(refusal());
     if (!plan.why_not.empty()) return plan;
-    // Each time round the driver has taken something away. It is asked of few cuts: most devices are as described.
+    // In each further round the driver has said of one more cut that fewer blocks fit. There are few rounds: most
+    // devices are as described.
     for (int tries = 0; tries < 64; ++tries) {
       plan = cheapest();
       if (!plan.why_not.empty() || !m_.ask.capacity || !less_than_promised(plan)) return plan;
@@ -213,7 +217,7 @@ class Planner {
     return blocks;
   }
 
-  // Asks the driver of the plan's passes; true if one of them does not fit after all.
+  // Asks the driver about the plan's passes; true if one of them does not fit after all.
   bool less_than_promised(const Plan& plan) {
     for (const Pass& pass : plan.passes) {
       const int64_t blocks = m_.ask.capacity(m_.backward, pass.cut, static_cast<int>(pass.most_inputs),
@@ -225,15 +229,15 @@ class Planner {
     return false;
   }
 
-  // The cheapest pass of the `count` layers from `first` on, but for products with layers beyond it; with no layers if
-  // there is none. Passes of the same widths are the same.
+  // The cheapest pass of the `count` layers from `first` on, without the products between it and other passes; it has
+  // no layers if no pass fits. Passes of the same widths are the same, and are computed once.
   const Pass& best_pass(int64_t first, int64_t count) {
     const int64_t hidden = m_.layer(first).hidden;
     const auto key = std::tuple(m_.layer(first).input, hidden, count);
     if (const auto known = passes_.find(key); known != passes_.end()) return known->second;
     Pass best;
     double best_us = -1;
-    int smallest_tiles = 0;  // that take the whole batch: more columns only cost more
+    int smallest_tiles = 0;  // the fewest that hold the whole batch: more columns only cost more
     for_each_cut(m_.ask, m_.backward, hidden, [&](const Cut& cut) {
       if (cut.columns() >= m_.shape.batch && (smallest_tiles == 0 || cut.tiles < smallest_tiles)) {
         smallest_tiles = cut.tiles;
@@ -264,7 +268,7 @@ class Planner {
     return passes_[key] = best;
   }
 
-  // Decides what lives where, and predicts. False if there is no room for it. `most_steps`: of a segment.
+  // Decides what is kept where, and predicts the times. False if there is no room for it. `most_steps`: of a segment.
   bool predict(Pass& pass, int64_t most_steps) const {
     const Cut& cut = pass.cut;
     const int64_t bytes = m_.ask.bytes, columns = cut.columns(), steps = m_.shape.steps;
@@ -286,7 +290,7 @@ class Planner {
       pass.segment_steps = std::min(pass.segment_steps, std::max<int64_t>(chunks, 1) * cut.chunk_steps);
     }
 
-    // W_hh as the registers hold it, W_ih as the products read it.
+    // The sizes of W_hh as the registers hold it, and of W_ih as the products read it.
     const int64_t rows = m_.backward ? kMaxWarps * kTileRows * cut.m_tiles : 4 * cut.block_units();
     const int64_t k = m_.backward ? 4 * cut.block_units() : cut.pieces * cut.splits * piece_elements(bytes);
     const int64_t a_layer = directions_ * cut.blocks * rows * bytes;
@@ -311,7 +315,7 @@ class Planner {
     const LayerPlan* slowest = nullptr;
     for (LayerPlan& layer : pass.layers) {
       const int64_t inputs = m_.backward ? (layer.layer + 1 < pass.last_layer ? 1 : 0) : m_.layer(layer.layer).input;
-      // Layers of the same inputs are alike: all but the lowest of a pass, or, backward, but the highest.
+      // Layers of the same inputs are alike: forward, all but the lowest of a pass; backward, all but the highest.
       const LayerPlan* alike = &layer == pass.layers.data() ? nullptr : &layer - 1;
       const bool same = alike && (m_.backward ? inputs == 1 : inputs == m_.layer(alike->layer).input);
       layer.w_ih = w_ih;
@@ -321,7 +325,7 @@ class Planner {
     }
     pass.step_us = slowest->step_us;
 
-    // Of a segment, then of all of them. All but the last have whole chunks.
+    // First the makespan of the last segment, then of all of them. All segments but the last have whole chunks.
     const int64_t segments = pass.segments(steps), rest = steps - (segments - 1) * pass.segment_steps;
     const double last_us = makespan_us(pass, rest, m_.costs);
     pass.makespan_us =
@@ -338,7 +342,7 @@ class Planner {
     const double launches = rounds * static_cast<double>(segments);
     Terms terms;
     terms.launch = launches * m_.costs.launch_us;
-    terms.load = launches * m_.memory_us(static_cast<double>(loaded));  // copies find them in L2
+    terms.load = launches * m_.memory_us(static_cast<double>(loaded));  // further copies find the weights in L2
     terms.exchange = rounds * n * cost.exchange;
     terms.products = rounds * n * cost.products;
     terms.gates = rounds * n * cost.gates;
@@ -354,7 +358,7 @@ class Planner {
     return true;
   }
 
-  // Large products before a pass's launches: its gates again. (What comes from the layer above it: see boundary_us.)
+  // Large products before a pass's launches: its gates again. (For gradients from the layer above it see boundary_us.)
   double ahead_us(const Pass& pass, int64_t segments) const {
     if (!m_.backward || m_.ask.saving != Saving::recompute) return 0;
     double work = 0;
@@ -363,7 +367,7 @@ class Planner {
                        work * static_cast<double>(segments));
   }
 
-  // Backward: the product that takes gradients from a pass to the one below it, whose last layer is below `above`.
+  // Backward: the product that takes gradients from a pass, whose lowest layer is `above`, to the pass below it.
   double boundary_us(int64_t above) const {
     if (!m_.backward || above >= depth_) return 0;
     const double work = m_.input_work(above);
@@ -379,7 +383,7 @@ class Planner {
       if (m_.layer(first + count - 1).hidden != hidden || count * directions_ > kMaxLanes) break;
       if (count > 1 && directions_ == 2) break;
       const Pass& pass = best_pass(first, count);
-      if (pass.count() == 0) break;  // nor will more layers fit
+      if (pass.count() == 0) break;  // more layers will not fit either
       const Tail& after = from(first + count);
       if (after.us < 0) continue;
       const double us = pass.terms.total() + boundary_us(first + count) + after.us;
@@ -392,8 +396,9 @@ class Planner {
     only_.reset();
     Plan best = cheapest_passes();
     if (!m_.backward || !best.why_not.empty() || m_.device.max_cluster < kMinCluster) return best;
-    // Passes are chosen for themselves, not for the SMs that they leave to weight gradients; and the two exchanges differ in
-    // those: clusters leave idle what does not make up a cluster. So a plan by each of them alone is compared as well.
+    // A pass is chosen for its own time, not for the SMs that it leaves to weight gradients. The two exchanges differ
+    // in these: clusters leave those SMs idle that do not make up a whole cluster. So a plan with only clusters and a
+    // plan with only L2 are compared as well.
     for (const Exchange exchange : {Exchange::cluster, Exchange::l2}) {
       if (std::all_of(best.passes.begin(), best.passes.end(), [&](auto& p) { return p.cut.exchange == exchange; }))
         continue;
@@ -405,7 +410,7 @@ class Planner {
     return best;
   }
 
-  // By the exchange `only_`, if it is set.
+  // The cheapest plan with the exchange `only_`, if it is set.
   Plan cheapest_passes() {
     passes_.clear();
     tails_.assign(static_cast<size_t>(depth_ + 1), {});
@@ -416,7 +421,7 @@ class Planner {
     if (from(0).us < 0) return refuse(obstacle());
     for (int64_t k = 0; k < depth_; k = plan.passes.back().last_layer) {
       Pass pass = best_pass(k, from(k).count);
-      const int64_t up = k - pass.first_layer;  // it may have been made for layers that are alike
+      const int64_t up = k - pass.first_layer;  // the pass may have been made for other layers that are alike
       pass.first_layer += up, pass.last_layer += up;
       for (LayerPlan& layer : pass.layers) layer.layer += up;
       plan.passes.push_back(pass);
@@ -426,7 +431,7 @@ class Planner {
     return m_.backward ? with_products_beside(plan) : plan;
   }
 
-  // The plan's figures from its passes', which it completes, and `after_us`.
+  // Computes the plan's figures from those of its passes, which it completes, and from `after_us`.
   void add_up(Plan& plan) const {
     plan.terms = {};
     plan.step_us = 0;
@@ -441,8 +446,8 @@ class Planner {
     plan.binds = plan.terms.largest();
   }
 
-  // Weight gradients beside the recurrence: the same passes, each in so many segments that it takes the least time in all,
-  // if that is less by enough.
+  // Weight gradients beside the recurrence: the same passes, in the number of segments that takes the least time in
+  // all, if enough time is gained.
   Plan with_products_beside(const Plan& plain) const {
     Plan best = plain;
     const int64_t steps = m_.shape.steps;
@@ -451,7 +456,7 @@ class Planner {
       Plan plan = plain;
       for (auto pass = plan.passes.begin(); pass != plan.passes.end(); ++pass) {
         if (!predict(*pass, (steps + segments - 1) / segments)) return best;
-        pass->products_beside = pass != plan.passes.begin() || pass->segment_steps < steps;  // something comes after it
+        pass->products_beside = pass != plan.passes.begin() || pass->segment_steps < steps;  // a launch comes after it
       }
       plan.after_us = after_us(plan);
       add_up(plan);
@@ -460,11 +465,12 @@ class Planner {
     return best;
   }
 
-  // What is left to do after all launches, where the products of a segment begin when it is done, and share with the launches
-  // after it the SMs that those leave. Products that a launch waits for take the whole device meanwhile.
+  // The time of the products that are left after all launches. The products of a segment begin when the segment is
+  // done, and run on the SMs that later launches leave idle. Products that a launch waits for take the whole device
+  // meanwhile.
   double after_us(const Plan& plan) const {
     const auto number = [](int64_t n) { return static_cast<double>(n); };
-    double left = 0;  // microseconds of all SMs
+    double left = 0;  // in microseconds of all SMs
     for (auto pass = plan.passes.rbegin(); pass != plan.passes.rend(); ++pass) {
       double work = 0;
       for (int64_t k = pass->first_layer; k < pass->last_layer; ++k) work += m_.input_work(k) + m_.recurrent_work(k);

@@ -1,4 +1,4 @@
-// csrc/persistent/products.cuh: what a warp of the persistent kernels multiplies: tiles of 16 rows of weights by tiles
+// csrc/persistent/products.cuh: the products of a warp of the persistent kernels: tiles of 16 rows of weights by tiles
 // of 8 columns of the batch, over K in pieces of 64 bytes of a row.
 //
 //   K of a piece      quarter 0    quarter 1    quarter 2    quarter 3        lane l of the warp has
@@ -6,10 +6,11 @@
 //   column of h       ■■■■■■■■     ■■■■■■■■     ■■■■■■■■     ■■■■■■■■         quarter l % 4 of column l/4
 //                     16 bytes
 //
-// mma adds over K, in whatever order both operands have it: so a lane's quarter, its first half in one k-step and its second
-// in the next, serves as it lies in memory. Nobody packs weights, and a quarter is one load. The same holds for 16 bits
-// (m16n8k16) and TF32 (m16n8k8). Exact float32 has fused multiply-adds instead: a lane multiplies its quarters of the
-// weights by that quarter of all 8 columns, and in the end the four lanes of a row add up, to what mma leaves:
+// mma adds over K, and any order of K will do if both operands have the same. So a lane passes its quarter as it lies
+// in memory: the first half in one k-step, the second half in the next. Weights need no packing, and a quarter is one
+// load. This holds for 16 bits (m16n8k16) and for TF32 (m16n8k8). Exact float32 uses fused multiply-adds instead: a
+// lane multiplies its quarters of the weights by the same quarter of all 8 columns. At the end the four lanes of a row
+// add up their sums, in the layout that mma leaves:
 //
 //   d[tile][0], [1]   row l/4 of the tile, columns 2·(l % 4) and + 1          d[tile][2], [3]   row l/4 + 8
 #pragma once
@@ -36,7 +37,7 @@ struct Fragment {
 
 // ---- Operands -------------------------------------------------------------------------------------------------------
 
-// x as the product takes it: of TF32, the nearest one.
+// x as the product takes it: for TF32 products, the nearest TF32 number.
 template <Product product, typename T>
 __device__ __forceinline__ T operand(T x) {
   if constexpr (std::is_same_v<T, float> && product == Product::tensor) return nearest_tf32(x);
@@ -53,18 +54,18 @@ __device__ __forceinline__ uint4 operands(uint4 quarter) {
   return quarter;
 }
 
-// May the rows be read in quarters? They begin, and end, at a multiple of 16 bytes.
+// Whether the rows can be read in quarters: each begins and ends at a multiple of 16 bytes.
 template <typename T>
 __device__ __forceinline__ bool quarters_fit(const T* first_row, int64_t row_stride, int depth) {
   return reinterpret_cast<uintptr_t>(first_row) % 16 == 0 && row_stride % kQuarter<T> == 0 && depth % kQuarter<T> == 0;
 }
 
 enum class Memory {
-  constant,  // nobody writes it during the launch
-  written,   // another block may have, before what this thread has acquired: read past the L1
+  constant,  // no thread writes it during the launch
+  written,   // another block may have written it before the release that this thread has acquired: read past the L1
 };
 
-// Elements k … k + kQuarter - 1 of a row in global memory that has `depth`; zeros past its end. (No row: depth 0.)
+// Elements k … k + kQuarter - 1 of a row of `depth` elements in global memory; zeros past its end. (No row: depth 0.)
 template <Memory memory, typename T>
 __device__ __forceinline__ uint4 load_quarter(const T* row, int k, int depth, bool fits) {
   const auto load = [](const auto* from) {
@@ -75,7 +76,7 @@ __device__ __forceinline__ uint4 load_quarter(const T* row, int k, int depth, bo
   if (fits) {
     if (k < depth) quarter = load(reinterpret_cast<const uint4*>(row + k));
   } else {
-    // A loop that stays one, which turns the words round: few registers, beside all those weights.
+    // Not unrolled, each round moves the words on by one: this takes few registers, and the weights leave few.
 #pragma unroll 1
     for (int n = k; n < k + kQuarter<T>; n += 4 / static_cast<int>(sizeof(T))) {
       uint32_t word = 0;
@@ -93,7 +94,7 @@ __device__ __forceinline__ uint4 load_quarter(const T* row, int k, int depth, bo
 
 // ---- Products -------------------------------------------------------------------------------------------------------
 
-// d += a·b for a piece, its 16 x K by K x 8.
+// d += a·b for half of a piece: 16 x K by K x 8.
 template <typename T>
 __device__ __forceinline__ void multiply_half(float (&d)[4], uint32_t upper_0, uint32_t lower_0, uint32_t upper_1,
                                               uint32_t lower_1, uint32_t b_0, uint32_t b_1) {
@@ -107,8 +108,9 @@ __device__ __forceinline__ void multiply_half(float (&d)[4], uint32_t upper_0, u
   }
 }
 
-// Sums of MTiles tiles of weights by one tile of the batch, as they grow: start(), add() for each piece, finish(). With two
-// chains of dependent products a tile, one for each half of a piece, where few tiles would keep the unit waiting.
+// Running sums of MTiles tiles of weights by one tile of the batch: start(), add() for each piece, finish().
+// kTwoChains: two chains of dependent products a tile, one for each half of a piece, if there are so few tiles that
+// with one chain each the tensor core would wait.
 template <typename T, Product product, int MTiles, bool kTwoChains = false>
 class Sums {
   static_assert(product == Product::tensor || std::is_same_v<T, float>);
@@ -123,7 +125,7 @@ class Sums {
     }
   }
 
-  // column(n): the lane's quarter of column n of the batch tile, as operands().
+  // column(n): the lane's quarter of column n of the batch tile, as operands() returns it.
   template <typename Column>
   __device__ __forceinline__ void add(const Fragment (&a)[MTiles], int lane, Column column) {
     const uint4 b = column(lane / 4);
@@ -151,7 +153,8 @@ class Sums {
   }
 };
 
-// Exact float32: sums of a lane's rows (upper and lower of each of MTiles tiles) with `Count` columns, over its quarters of K.
+// Exact float32: sums of a lane's rows (upper and lower of each of MTiles tiles) with `Count` columns, over its
+// quarters of K.
 template <int MTiles, int Count>
 class LaneSums {
   static_assert(Count % 4 == 0);
@@ -172,12 +175,12 @@ class LaneSums {
     }
   }
 
-  // The sums of a row over all of K, of Count/4 columns: those from Count/4 · (lane % 4) on.
+  // A row's sums over all of K for Count/4 columns, from column Count/4 · (lane % 4) on.
   __device__ __forceinline__ void total(float (&sum)[Count / 4], int row, int lane) const {
     const bool right = lane & 2, odd = lane & 1;
     const float (&s)[Count] = sum_[row];
-    // Of its own and another's sums a lane keeps half of the columns, and hands the other half on: first with the lane two
-    // away, then with its neighbour. The same sum whoever adds: a + b is b + a.
+    // In two rounds, first with the lane two away, then with its neighbour, a lane adds half of the columns and gives
+    // the other half to its partner. The sum does not depend on which of the two adds: a + b is b + a.
     float half[Count / 2];
 #pragma unroll
     for (int n = 0; n < Count / 2; ++n) {
@@ -227,14 +230,15 @@ class Sums<float, Product::exact, MTiles, kTwoChains> {
   }
 };
 
-// The column of a batch tile that a lane reads, of products on tensor cores; exact ones read all, from the first on.
+// The column of a batch tile that a lane reads for products on tensor cores. Exact products read all, from the first
+// on.
 template <Product product>
 __device__ __forceinline__ int own_column(int lane) {
   return product == Product::exact ? 0 : lane / 4;
 }
 
-// d += weights, `Pieces` pieces in registers, by Tiles batch tiles in shared memory. `own`: quarter lane % 4 of the first
-// piece of own_column(); `pitch`: elements from a column to the next.
+// d += weights, `Pieces` pieces in registers, by Tiles batch tiles in shared memory. `own` points to quarter lane % 4
+// of the first piece of own_column(); `pitch`: elements from a column to the next.
 template <typename T, Product product, int Pieces, int MTiles, int Tiles>
 __device__ __forceinline__ void multiply_own(float (&d)[Tiles][MTiles][4], const Fragment (&weights)[Pieces][MTiles],
                                              const T* own, int pitch, int lane) {
@@ -242,8 +246,9 @@ __device__ __forceinline__ void multiply_own(float (&d)[Tiles][MTiles][4], const
     return *reinterpret_cast<const uint4*>(own + (tile * kTileColumns + n) * pitch + piece * kPieceElements<T>);
   };
   if constexpr (product == Product::exact) {
-    // Four columns at a time, those that are the lanes' first in d, then their second ones: few sums, beside the weights.
-    // A loop that stays one, which turns d round: else columns would be loaded long before their turn.
+    // Four columns at a time, so that there are few sums beside the weights: first those that are the lanes' first in
+    // d, then the lanes' second ones. The loop is not unrolled, and each round swaps the two sums in d: otherwise the
+    // compiler would load columns long before they are needed.
 #pragma unroll
     for (int tile = 0; tile < Tiles; ++tile) {
 #pragma unroll 1
@@ -279,7 +284,7 @@ __device__ __forceinline__ void multiply_own(float (&d)[Tiles][MTiles][4], const
   }
 }
 
-// The same from `first`, quarter lane % 4 of the first piece of column 0.
+// The same, where `first` points to quarter lane % 4 of the first piece of column 0.
 template <typename T, Product product, int Pieces, int MTiles, int Tiles>
 __device__ __forceinline__ void multiply(float (&d)[Tiles][MTiles][4], const Fragment (&weights)[Pieces][MTiles],
                                          const T* first, int pitch, int lane) {

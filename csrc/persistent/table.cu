@@ -1,6 +1,6 @@
 // csrc/persistent/table.cu: the table of the persistent kernels on a GPU. The kernels themselves are instantiated in
-// persistent/forward_*.cu and persistent/backward_*.cu, a direction and an element each, so that a build compiles them side
-// by side.
+// persistent/forward_*.cu and persistent/backward_*.cu, one direction and element type a file, so that a build compiles
+// them side by side.
 #include "dispatch.cuh"
 
 namespace stacked_lstm::persistent {

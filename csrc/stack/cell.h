@@ -3,14 +3,14 @@
 //   i = σ(a_i)   f = σ(a_f)   g = tanh(a_g)   o = σ(a_o)        (gate order i, f, g, o, as in torch.nn.LSTM)
 //   c' = f·c + i·g            h = o·tanh(c')
 //
-// where a = W_ih·x + b_ih + W_hh·h + b_hh. With a projection, what leaves the cell is W_hr·h instead of h.
+// where a = W_ih·x + b_ih + W_hh·h + b_hh. With a projection, the cell's output is W_hr·h instead of h.
 //
 // Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000 and the projection of
 // Sak, Senior & Beaufays 2014.
 //
-// T is a number, or a vector of them: anything with + - * and a constructor-like conversion from 1. How σ and tanh are
-// computed is the business of Math, which has `static T sigmoid(T)` and `static T tanh(T)`; or, if its σ of a cell share
-// work, `static Gates<T> activate(Gates<T>)` instead of sigmoid.
+// T is a number, or a vector of numbers: any type with + - * and a constructor-like conversion from 1. Math computes σ
+// and tanh: it has `static T sigmoid(T)` and `static T tanh(T)`. If the σ of one cell share work, Math has
+// `static Gates<T> activate(Gates<T>)` instead of sigmoid.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -65,13 +65,14 @@ STACKED_LSTM_HOST_DEVICE Gates<T> cell_backward(const Gates<T>& y, const T& c, c
   };
 }
 
-// The same in two parts, for a kernel that knows dh late and everything else early: what each result is a multiple of …
+// cell_backward in two parts, for a kernel that knows dh late and everything else early. The first part needs no dh: it
+// computes the factors of all results.
 template <typename T>
 struct CellSlopes {
   T c_next;   // d c'/d h: o·(1 - tanh²c')
-  T i, f, g;  // of dc', the whole gradient of c'
-  T o;        // of dh
-  T c;        // of dc'
+  T i, f, g;  // factors of dc', the whole gradient of c'
+  T o;        // factor of dh
+  T c;        // factor of dc'
 };
 template <typename Math, typename T>
 STACKED_LSTM_HOST_DEVICE CellSlopes<T> cell_slopes(const Gates<T>& y, const T& c, const T& c_next) {
@@ -79,7 +80,7 @@ STACKED_LSTM_HOST_DEVICE CellSlopes<T> cell_slopes(const Gates<T>& y, const T& c
   return {y.o * (1 - tanh_c * tanh_c), y.g * y.i * (1 - y.i),    c * y.f * (1 - y.f),
           y.i * (1 - y.g * y.g),       tanh_c * y.o * (1 - y.o), y.f};
 }
-// … and five products. dh and dc as in cell_backward.
+// The second part, once dh is known: six products. dh and dc are those of cell_backward.
 template <typename T>
 STACKED_LSTM_HOST_DEVICE Gates<T> cell_backward(const CellSlopes<T>& slope, const T& dh, T& dc) {
   const T dc_next = dc + dh * slope.c_next;

@@ -64,13 +64,14 @@ STACKED_LSTM_HOST_DEVICE float widen(float16 x) {
 #else
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7FFFu;
   if (magnitude >= 0x7C00u) return number_detail::float_of(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-  // Read as a float, the exponent is 112 too small. The product mends that, for denormals too, exactly.
+  // The shifted bits, read as a float, have an exponent that is 112 too small. The product corrects it exactly, for
+  // denormals too.
   const float mended = number_detail::float_of(magnitude << 13) * 0x1p112f;
   return number_detail::float_of(sign | number_detail::bits_of(mended));
 #endif
 }
 
-// The nearest number of T, ties to even; a NaN stays one.
+// The nearest number of T, ties to even. A NaN stays a NaN.
 template <typename T>
 STACKED_LSTM_HOST_DEVICE T narrow(Accumulator<T> x) {
   return x;
@@ -97,7 +98,7 @@ STACKED_LSTM_HOST_DEVICE float16 narrow<float16>(float x) {
   if (magnitude > 0x7F800000u) return {0x7FFF};
   if (magnitude >= 0x477FF000u) return {static_cast<uint16_t>(sign | 0x7C00u)};  // 65520 and more: infinity
   if (magnitude < 0x38800000u) {
-    // Below 2^-14 a float16 is a multiple of 2^-24: added to 0.5, whose last bit that is, x is rounded to one.
+    // Below 2^-14 a float16 is a multiple of 2^-24, the last bit of 0.5. So the addition of 0.5 rounds x to a multiple.
     const float shifted = number_detail::float_of(magnitude) + 0.5f;
     return {static_cast<uint16_t>(sign | (number_detail::bits_of(shifted) - 0x3F000000u))};
   }

@@ -29,8 +29,8 @@ STACKED_LSTM_HOST_DEVICE Philox philox4x32_10(uint32_t c0, uint32_t c1, uint32_t
   return {{c0, c1, c2, c3}};
 }
 
-// The mask between layer k and layer k+1. Element (t, b, j) of layer k's output, j < width, is kept when the word
-// e mod 4 of counter (e / 4, layer) reaches the threshold, where e numbers the elements of a (T, B, 4·⌈width/4⌉) tensor.
+// The mask between layer k and layer k+1. Let e be the index of element (t, b, j) of layer k's output, j < width, in a
+// tensor of shape (T, B, 4·⌈width/4⌉). The element is kept if word e mod 4 of counter (e / 4, k) reaches the threshold.
 struct Dropout {
   double rate = 0;  // probability of an element being zeroed, 0 to 1
   uint64_t seed = 0;
@@ -51,7 +51,7 @@ struct Dropout {
                         static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
       for (uint64_t lane = 0; lane < 4 && group * 4 + lane < static_cast<uint64_t>(width); ++lane) {
         T& element = row[group * 4 + lane];
-        // A product, so that a NaN is seen even where it is dropped.
+        // A dropped element is multiplied by 0, not set to 0, so that a NaN in it stays a NaN.
         element *= random.word[lane] >= limit ? kept : T(0);
       }
     }

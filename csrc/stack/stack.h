@@ -1,10 +1,10 @@
-// csrc/stack/stack.h: what a call is about: sizes, options and pointers of a stack of LSTM layers. Plain data, no torch.
+// csrc/stack/stack.h: the sizes, options and pointers of a call, for a stack of LSTM layers. Plain data, no torch.
 //
-// Rows. Time-major: the B (or, for a packed batch, fewer) sequences of step t are consecutive rows, and first_row(t) says
-// where they start. A packed batch is sorted by length, so step t holds the sequences 0 … active(t) - 1, and active(t)
-// never grows with t. Every kernel runs on this form, with or without lengths: no padding is ever computed.
+// Rows. Time-major: the sequences of step t (B of them, or fewer in a packed batch) are consecutive rows, from row
+// first_row(t) on. A packed batch is sorted by length, so step t holds the sequences 0 … active(t) - 1, and active(t)
+// never grows with t. Every kernel runs on this form, with or without lengths, so no padding is ever computed.
 //
-// Lanes. A lane is one direction of one layer; lane = layer·D + direction. A reverse lane takes the steps from T-1 down.
+// Lanes. A lane is one direction of one layer; lane = layer·D + direction. A reverse lane takes steps from T-1 down.
 #pragma once
 
 #include <algorithm>
@@ -20,10 +20,10 @@ namespace stacked_lstm {
 enum class Saving {
   none,       // nothing: inference
   full,       // h, c and the four gate activations of every cell
-  recompute,  // h and c; backward computes the gates again, as large products. On the CPU part of both: see Reserve
+  recompute,  // h and c; backward recomputes the gates, by large products. The CPU keeps part of both: see Reserve
 };
 
-// Units are padded to a multiple of this inside reserves and workspaces, so that every vector is a whole one.
+// Reserves and workspaces pad units to a multiple of this, so that every vector is complete.
 inline constexpr int64_t kUnitPadding = 16;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -42,7 +42,7 @@ struct StackShape {
   int64_t batch = 0;  // B
   int64_t directions = 1;
   std::vector<LayerShape> layers;
-  std::vector<int64_t> packed_rows;  // first row of each step and, last, of none: T + 1 entries; empty without lengths
+  std::vector<int64_t> packed_rows;  // first row of each step, then the number of rows: T + 1; empty without lengths
 
   int64_t depth() const { return static_cast<int64_t>(layers.size()); }
   int64_t lanes() const { return depth() * directions; }
@@ -51,17 +51,18 @@ struct StackShape {
   int64_t rows() const { return first_row(steps); }
   int64_t active(int64_t t) const { return first_row(t + 1) - first_row(t); }
   const LayerShape& of_lane(int64_t lane) const { return layers[lane / directions]; }
-  // Step number s of a lane, in the order in which the lane takes them, as a time.
+  // The time of a lane's step s. A lane numbers its steps in the order in which it takes them.
   int64_t time(int64_t lane, int64_t s) const { return lane % directions ? steps - 1 - s : s; }
 };
 
-// With Saving::recompute, c is kept after every so many steps of a lane …
+// Saving::recompute keeps c after every kCheckpointSteps-th step of a lane.
 inline constexpr int64_t kCheckpointSteps = 8;
-// … and the gates of one in so many rows: about the room of the c that is not kept, and a third less to compute again.
+// Saving::recompute also keeps the gates of 1 / kKeptGates of the rows. They take about as much memory as the c that is
+// not kept, and leave a third less to recompute.
 inline constexpr int64_t kKeptGates = 3;
 
-// Rows of c and of gates that a lane keeps. They follow from T, B and the number of rows alone: who traces a call does not
-// know how the rows of a packed batch are shared out over its steps.
+// Rows of c and of gates that a lane keeps. They depend on T, B and the number of rows alone, because a tracer of a
+// call does not know how many rows of a packed batch each step has.
 struct KeptRows {
   int64_t c = 0, gates = 0;
 };
@@ -111,12 +112,12 @@ struct LaneGradients {
   T* weight_hr;
 };
 
-// Rows of the caller's, its input or the gradient of the output: row (t, b) starts at data + t·step_stride + b·row_stride, or,
-// packed, at data + row·row_stride.
+// The rows of the caller's input, or of the gradient of the output. Row (t, b) starts at
+// data + t·step_stride + b·row_stride or, if packed, at data + (first_row(t) + b)·row_stride.
 template <typename T>
 struct Input {
   const T* data = nullptr;
-  int64_t step_stride = 0;  // not looked at when packed
+  int64_t step_stride = 0;  // ignored if packed
   int64_t row_stride = 0;
 
   const T* row(const StackShape& shape, int64_t t, int64_t b) const {
@@ -128,7 +129,7 @@ template <typename T>
 struct ForwardCall {
   StackShape shape;
   Input<T> input;
-  std::vector<LaneWeights<T>> weights;  // a lane each
+  std::vector<LaneWeights<T>> weights;  // one per lane
   const T* h_0;                         // (lanes, B, output)
   const T* c_0;                         // (lanes, B, hidden)
   Dropout dropout;
@@ -138,9 +139,9 @@ struct ForwardCall {
   T* h_n;
   T* c_n;
   T* reserve;
-  bool bf16_weights = false;  // T is float; the products see weights that are rounded to bfloat16
-  // Where units multiply bfloat16, all products see activations rounded so, too, not only the inputs of W_ih's: the caller's
-  // tensors are bfloat16. What is carried from step to step stays as it is beside the products.
+  bool bf16_weights = false;  // T is float; the products take weights that are rounded to bfloat16
+  // The caller's tensors are bfloat16. So, where units multiply bfloat16, all products round their activations to
+  // bfloat16, not only the input projections. Outside the products, what is carried from step to step is not rounded.
   bool bf16_activations = false;
 };
 
@@ -159,22 +160,22 @@ struct BackwardCall {
   Input<T> grad_output;  // D·output columns; or null
   const T* grad_h_n;     // (lanes, B, output), or null
   const T* grad_c_n;     // (lanes, B, hidden), or null
-  T* grad_input[2];      // (rows, input) of each direction, or null: their sum is the gradient
+  T* grad_input[2];      // (rows, input) of each direction, or null; the gradient is their sum
   T* grad_h_0;
   T* grad_c_0;
-  std::vector<LaneGradients<T>> gradients;  // a lane each, or empty
+  std::vector<LaneGradients<T>> gradients;  // one per lane, or empty
   bool bf16_weights = false;                // as in the forward pass
   bool bf16_activations = false;            // likewise
 };
 
-// The parts of a call's reserve on the CPU: c of every lane, gates of every lane, h of every layer that is kept. Of a lane,
-// in rows of the call, Saving::full keeps all; Saving::recompute, of its steps s,
+// The parts of a call's reserve on the CPU: c of every lane, gates of every lane, h of every layer whose h is kept.
+// Saving::full keeps all rows of a lane. Saving::recompute keeps, of the lane's steps s,
 //
 //   s       0 ┄┄ 7  8 ┄ 15 16 ┄ 23 24 ┄ 31
 //   h       ■■■■■■■■■■■■■■■■■■■■■■■■■■■■■■   all of it
-//   c            ■       ■       ■           after every kCheckpointSteps-th step but the last, B rows each
-//   gates                          ■■■■■■■   of the last steps, which backward takes first: as many as have 1/kKeptGates of
-//                                            the rows, or less
+//   c            ■       ■       ■           after every kCheckpointSteps-th step but the lane's last, B rows each
+//   gates                          ■■■■■■■   of as many last steps as fit in 1/kKeptGates of the rows; backward takes
+//                                            these steps first
 template <typename T>
 class Reserve {
  public:
@@ -194,22 +195,23 @@ class Reserve {
     }
     return c_ ? c_ + (lane * kept_.c + row) * padded() : nullptr;
   }
-  // Its gates, [sequence][4·padded_hidden]; null where they are not kept.
+  // The gates of step s of a lane, [sequence][4·padded_hidden]; null where they are not kept.
   T* gates(int64_t lane, int64_t s) const {
     const int64_t t = shape_.time(lane, s);
     const int64_t row = shape_.first_row(t) - gates_from(lane);
     if (row < 0 || row + shape_.active(t) > kept_.gates || !gates_) return nullptr;
     return gates_ + (lane * kept_.gates + row) * 4 * padded();
   }
-  // Of all directions of a layer, [row][D·output].
+  // h of all directions of a layer, [row][D·output].
   T* h(int64_t layer) const {
     T* h = h_;
     for (int64_t n = 0; n < layer; ++n) h += shape_.rows() * shape_.directions * shape_.layers[n].output();
     return h;
   }
 
-  // Clears units first … last-1 of the rows of a lane that none of its steps has: whoever compares reserves finds equal ones
-  // equal. They are less than a step's rows of gates, and where sequences have ended, or not started, rows of c.
+  // Clears units first … last-1 of those rows of a lane's reserve that no step writes, so that equal calls have equal
+  // reserves. These are rows of gates, fewer than a step has, and the rows of c of sequences that have ended or not
+  // started.
   void clear_rest(int64_t lane, int64_t first, int64_t last) const {
     if (full_ || !c_) return;
     for (int64_t s = kCheckpointSteps - 1; s + 1 < shape_.steps; s += kCheckpointSteps) {
@@ -220,14 +222,14 @@ class Reserve {
     }
     int64_t used = 0;
     for (int64_t s = shape_.steps - 1; s >= 0 && gates(lane, s); --s) used += shape_.active(shape_.time(lane, s));
-    for (int64_t n = 0; n < kept_.gates - used; ++n) {  // at the end that is further from the lane's last step
+    for (int64_t n = 0; n < kept_.gates - used; ++n) {  // at the buffer's end that is further from the lane's last step
       T* row = gates_ + (lane * kept_.gates + (lane % shape_.directions ? kept_.gates - 1 - n : n)) * 4 * padded();
       std::fill(row + first * 4, row + last * 4, T(0));
     }
   }
 
  private:
-  // The first of the call's rows that a lane may keep gates of.
+  // The first row of the call whose gates a lane may keep.
   int64_t gates_from(int64_t lane) const { return lane % shape_.directions ? 0 : shape_.rows() - kept_.gates; }
   int64_t padded() const { return shape_.layers[0].padded_hidden(); }  // hidden is the same in all layers
 

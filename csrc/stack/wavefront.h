@@ -1,4 +1,5 @@
-// csrc/stack/wavefront.h: the schedule: who computes which (layer, chunk) when and after what, and what it is predicted to cost.
+// csrc/stack/wavefront.h: the schedule: which worker computes which (layer, chunk), when and after what, and the
+// predicted cost.
 //
 //            t →  chunk 0  chunk 1  chunk 2  chunk 3        Layer k's chunk c needs layer k-1's chunk c and its own
 //   layer 0      ■■■■■■■■ ■■■■■■■■ ■■■■■■■■ ■■■■■■■■       chunk c-1, so that L layers side by side take
@@ -7,17 +8,19 @@
 //
 // The workers of a call form a box: batch_slices × layer_groups × unit_slices.
 //   batch slices   share nothing but weights;
-//   layer groups   are the wavefront: group g takes lanes g, g + G, … from their first chunk to their last (bands, not
-//                  diagonals, so that a worker reads the same recurrent weights for the whole sequence);
+//   layer groups   are the wavefront: group g takes the lanes at positions g, g + G, …, each lane from its first chunk
+//                  to its last (bands, not diagonals, so that a worker reads the same recurrent weights for the whole
+//                  sequence);
 //   unit slices    split one lane's hidden units and hand h over once a step.
-// A schedule has up to two phases, each a run of layers with its own groups × slices: layers that are left over when L
-// is no multiple of the groups are split by units instead.
+// A schedule has one or two phases. A phase is a run of layers with its own groups × slices. If L is not a multiple of
+// the groups, the second phase splits the remaining layers by units instead.
 //
-// Positions. Lanes in the order in which they are taken: forward from layer 0 up, backward from the top layer down. A
-// position waits only for lower ones, and every worker takes its own in rising order. So the least unfinished position
-// can always go on, and no set of workers can wait for each other in a circle.
+// Positions. A position is a lane's number in the order in which lanes are taken: forward from layer 0 up, backward
+// from the top layer down. A position waits only for lower positions, and every worker takes its positions in rising
+// order. So the lowest unfinished position can always go on, and workers never wait for each other in a circle.
 //
-// A bidirectional layer needs the whole layer below it: its two directions run side by side, and the layers in turn.
+// A bidirectional layer needs the whole layer below it. So its two directions run side by side, and the layers run in
+// turn.
 #pragma once
 
 #include <algorithm>
@@ -65,7 +68,7 @@ struct Schedule {
     return directions == 1 ? (groups - 1) * chunk_steps : 0;
   }
 
-  // Calls visit(position, place) for every position that `worker` has a part in, in the order in which to take them.
+  // Calls visit(position, place) for every position that `worker` has a part in, in the order in which it takes them.
   template <typename Visit>
   void for_each_position(int64_t directions, int64_t worker, Visit&& visit) const {
     const int64_t batch_slice = worker / workers_per_batch_slice(), index = worker % workers_per_batch_slice();
@@ -97,13 +100,14 @@ inline const char* why_not(const Schedule& schedule, const StackShape& shape, in
   return layer == shape.depth() ? nullptr : "its phases should take every layer";
 }
 
-// The sequences of a call, shared out to batch slices, each of at least one.
+// How the sequences of a call are shared out to batch slices. Every slice has at least one sequence.
 struct BatchShares {
-  std::vector<int64_t> first;  // a slice's first sequence; last of all, the batch
-  int64_t most_rows = 0;       // the largest slice's, over all steps
+  std::vector<int64_t> first;  // the first sequence of each slice, then the batch
+  int64_t most_rows = 0;       // rows of the largest slice, over all steps
 };
 
-// Slices of about as many rows each. A packed batch is sorted by length: its first slices have fewer, longer sequences.
+// All slices get about the same number of rows. A packed batch is sorted by length, so its first slices have fewer,
+// longer sequences.
 inline BatchShares share_batch(const StackShape& shape, int64_t slices) {
   const int64_t batch = shape.batch;
   BatchShares shares{std::vector<int64_t>(static_cast<size_t>(slices + 1), batch)};
@@ -117,7 +121,8 @@ inline BatchShares share_batch(const StackShape& shape, int64_t slices) {
   int64_t slice = 0, rows = 0, own_rows = 0, length = shape.steps;
   for (int64_t b = 0; b < batch; ++b) {
     while (length > 0 && shape.active(length - 1) <= b) --length;
-    // The next slice begins where half of the sequence is past this one's share, or where it has to for all to get one.
+    // Sequence b begins the next slice if more than half of its rows lie beyond this slice's share (`enough`), or if
+    // only one sequence is left for each of the remaining slices (`must`).
     const bool enough = slices * (2 * rows + length) > 2 * shape.rows() * (slice + 1);
     const bool must = batch - b == slices - 1 - slice;
     if (b > first(slice) && slice + 1 < slices && (enough || must)) first(++slice) = b, own_rows = 0;
@@ -145,20 +150,21 @@ constexpr int64_t lane_at(int64_t position, int64_t lanes, bool backward) {
 
 // ---- The cost model -------------------------------------------------------------------------------------------------
 
-// A core, in multiply-adds and bytes a nanosecond. Rates: what the kernels reach on a server core with AVX-512 (Zen 4, in a
-// virtual machine), fitted to which of several forced schedules was the fastest. Sizes of caches are found at run time.
+// The rates of one core, in multiply-adds and bytes a nanosecond. They are what the kernels reach on a server core with
+// AVX-512 (Zen 4, in a virtual machine), fitted so that the model picks the schedule that was the fastest of several
+// forced ones. The cache sizes are read at run time.
 struct CpuMachine {
-  double multiply_adds = 50;   // of one element type
-  double l2_bytes = 1 << 20;   // what stays close from step to step
-  double near_rate = 90;       // bytes a nanosecond from there
+  double multiply_adds = 50;   // of one element type, here with 16 lanes
+  double l2_bytes = 1 << 20;   // what stays close to the core from step to step
+  double near_rate = 90;       // bytes a nanosecond from L2
   double l3_bytes = 32 << 20;  // of all cores together
-  double far_rate = 60;        // from there
-  double memory_rate = 8;      // from beyond
+  double far_rate = 60;        // bytes a nanosecond from L3
+  double memory_rate = 8;      // bytes a nanosecond from memory
   double cell = 0.5;           // nanoseconds a cell, beside its products
-  double hand_over = 500;   // nanoseconds from one core's store to another's use, and what waiting for the slower costs
-  double imbalance = 1.05;  // the slower of two slices that meet every step, over their mean
-  double start = 4000;      // nanoseconds to wake a second worker
-  int64_t unit_grain = 64;  // units are split no finer than this
+  double hand_over = 500;      // nanoseconds from one core's store to another's use, with the wait for the slower core
+  double imbalance = 1.05;     // time of the slower of two slices that meet every step, divided by their mean
+  double start = 4000;         // nanoseconds to wake a second worker
+  int64_t unit_grain = 64;     // units are split no finer than this
 };
 
 namespace detail {
@@ -176,7 +182,8 @@ inline StepCost step_cost(const LayerShape& layer, const CpuMachine& machine, in
   const auto units = static_cast<double>(round_up((layer.hidden + phase.unit_slices - 1) / phase.unit_slices, grain));
   double recurrent = 4 * units * static_cast<double>(layer.output());
   if (layer.projection > 0) recurrent += units * static_cast<double>(layer.projection);
-  // Weights are read there and back: of those that do not fit a cache, as many as do are there when their turn comes again.
+  // Every other step reads the panels in reverse ("Alternating panel order" in csrc/cpu/kernels.h). So if the weights
+  // are larger than a cache, the part that fits is still cached when it is read again.
   const double bytes = recurrent * static_cast<double>(weight), everybody = bytes * slices * groups;
   const double near = std::min(bytes, 0.9 * machine.l2_bytes);
   const double beyond = std::min(bytes - near, bytes * std::max(1 - 0.75 * machine.l3_bytes / everybody, 0.0));
@@ -192,11 +199,11 @@ inline StepCost step_cost(const LayerShape& layer, const CpuMachine& machine, in
 inline int64_t chunk_for(const StackShape& shape, const Phase& phase, int64_t batch_slices, int64_t element) {
   const int64_t steps = shape.steps, rows = (shape.batch + batch_slices - 1) / batch_slices;
   int64_t chunk;
-  if (phase.layer_groups > 1 && shape.directions == 1) {  // the fill costs a chunk a group
+  if (phase.layer_groups > 1 && shape.directions == 1) {  // filling the wavefront costs a chunk a group
     const int64_t most = rows >= 32 ? 4 : rows >= 4 ? 16 : 32;
     chunk = std::min(std::max<int64_t>(steps * shape.depth() / (50 * phase.layer_groups), 8), most);
     chunk = std::min(chunk, std::max<int64_t>(steps / 6, 1));
-  } else {  // enough rows for a product at full rate, few enough to stay close
+  } else {  // enough rows for a product at full rate, few enough to stay in L2
     int64_t widest = 1;
     for (const LayerShape& layer : shape.layers) widest = std::max(widest, layer.padded_hidden());
     chunk =
@@ -238,8 +245,8 @@ inline void predict(Schedule& schedule, const StackShape& shape, double rows, co
 
 }  // namespace detail
 
-// The cheapest schedule for at most `threads` workers, by the model above. `element` and `weight`: bytes of a number, and of
-// a packed weight.
+// The cheapest schedule for at most `threads` workers, by the model above. `element`: bytes of a number; `weight`:
+// bytes of a packed weight.
 inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMachine& machine, int64_t element,
                          int64_t weight, bool backward) {
   const int64_t depth = shape.depth(), directions = shape.directions, steps = std::max<int64_t>(shape.steps, 1);
@@ -249,7 +256,7 @@ inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMach
 
   Schedule best;
   bool first = true;
-  double rows = 0;  // of a step, in the mean, that the slice with most of them has
+  double rows = 0;  // mean rows a step of the largest batch slice
   const auto consider = [&](Schedule candidate) {
     candidate.chunk_steps = detail::chunk_for(shape, candidate.phase[0], candidate.batch_slices, element);
     detail::predict(candidate, shape, rows, machine, weight, backward);
@@ -270,7 +277,7 @@ inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMach
         consider(candidate);
       }
       const int64_t rest = directions == 1 ? depth % groups : 0;
-      if (rest > 0 && depth > groups) {  // whole bands, then the layers left over, split by units
+      if (rest > 0 && depth > groups) {  // whole bands, then the remaining layers, split by units
         candidate.phases = 2;
         candidate.phase[0] = {0, depth - rest, groups, 1};
         candidate.phase[1] = {depth - rest, depth, rest, std::min(share / rest, most_slices)};
@@ -283,10 +290,10 @@ inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMach
 
 // ---- The diagonal schedule, for devices that run one kernel over everything at a time ------------------------------
 
-// Stage m holds the chunks (layer k, chunk m - k): all layers at once, each a chunk behind the one below. Their input
-// projections are one product, for everything they need lies in the stage before. Step s of a stage, all its layers
-// side by side, is a diagonal: one recurrent product and one kernel for the gates. Of a bidirectional stack, whose layers
-// have to wait for each other, a stage holds a chunk of both directions of one layer.
+// Stage m holds the chunks (layer k, chunk m - k): all layers at once, each layer a chunk behind the layer below. The
+// input projections of a stage are one product, because the stage before has computed all that they need. Step s of a
+// stage, for all its layers side by side, is a diagonal: one recurrent product and one kernel for the gates. The layers
+// of a bidirectional stack have to wait for each other, so there a stage holds a chunk of both directions of one layer.
 //
 // Backward takes the same stages, and the steps in each, from the last to the first.
 struct Diagonals {
@@ -294,10 +301,10 @@ struct Diagonals {
   int64_t depth = 1;       // L
   int64_t directions = 1;  // D
   int64_t chunk_steps = 1;
-  int64_t input_chunks = 1;  // chunks that are projected at once where the input is all there: of layer 0, or, with two
-                             // directions, of every layer
+  int64_t input_chunks = 1;  // chunks that are projected at once where the whole input is known: of layer 0 or, with
+                             // two directions, of every layer
 
-  // The lanes of a stage or of a diagonal are neighbours.
+  // The lanes of a stage or of a diagonal: `count` consecutive lanes from lane `first` on.
   struct Lanes {
     int64_t first, count;
   };
@@ -312,7 +319,8 @@ struct Diagonals {
     const int64_t first = std::max<int64_t>(stage - chunks() + 1, 0);
     return {first, std::min(stage, depth - 1) - first + 1};
   }
-  // Those that have a step s: all but the one, the lowest, that may be in a last chunk that is shorter.
+  // The lanes of a stage that have a step s. Only the lowest lane (with two directions, both lanes) may lack it: it may
+  // be in the last chunk, which may be shorter.
   Lanes lanes(int64_t stage, int64_t s) const {
     Lanes some = lanes(stage);
     if (length(chunk_of(stage, some.first)) <= s) {
@@ -333,8 +341,9 @@ struct Diagonals {
   }
 };
 
-// Chunks cost the fill, (L-1)·C diagonals of two launches, and save products: one a stage, T/C of them. A stage's product
-// is taken for half a diagonal's two launches and their work (an estimate: to be fitted on a GPU).
+// Chunks of C steps cost the fill, (L-1)·C diagonals of two launches each, and save products: there is one a stage, T/C
+// of them. A stage's product is assumed to cost half of a diagonal's two launches and their work (an estimate: to be
+// fitted on a GPU).
 inline Diagonals plan_diagonals(const StackShape& shape, int64_t element_bytes) {
   Diagonals plan{shape.steps, shape.depth(), shape.directions, 1, 1};
   const int64_t batch = std::max<int64_t>(shape.batch, 1);

@@ -1,5 +1,5 @@
-// csrc/torch/bindings.cpp: the Python module _C: a call and a step without the dispatcher, and what is no tensor operator: plans,
-// schedules, facts about the build, and switches for tests.
+// csrc/torch/bindings.cpp: the Python module _C: a call and a step without the dispatcher, and everything that is not a
+// tensor operator: plans, schedules, facts about the build, and switches for tests.
 #include <ATen/Config.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -80,7 +80,7 @@ const char* name_of(persistent::Product product, at::ScalarType type) {
   return product == persistent::Product::tensor ? "tensor cores, as TF32" : "multiply-adds of float32";
 }
 
-// A pass of a plan, as what runs: which blocks each layer has, how h (or dh) goes from block to block, and when it is handed on.
+// A pass of a plan: the blocks of each layer, how they exchange h (or dh), and when they hand it on.
 py::dict describe_launches(const persistent::Pass& pass, const StackShape& shape, bool backward) {
   const persistent::Cut& cut = pass.cut;
   const int64_t last = pass.last_layer - 1, lanes = (pass.last_layer - pass.first_layer) * shape.directions;
@@ -151,7 +151,7 @@ at::ScalarType dtype_named(const std::string& name) {
   return at::kHalf;
 }
 
-// What the operators' backends `persistent` and `auto` do with such a call.
+// What the operators' backends `persistent` and `auto` do with a call of these sizes.
 py::dict gpu_plan(int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional,
                   int64_t seq_len, int64_t batch_size, const std::string& dtype, const std::string& device,
                   const std::string& saving, double dropout) {
@@ -170,21 +170,21 @@ py::dict gpu_plan(int64_t input_size, int64_t hidden_size, int64_t proj_size, in
   return plan;
 }
 
-// Whether the first weights are those of a module of such sizes. Others may have been put into it, and would fit each other:
-// nn.LSTM refuses that by its own sizes.
+// Whether the first weights fit the sizes of the module. Weights of other sizes may have been put into the module and
+// may fit each other; nn.LSTM refuses them by its own sizes, so this must, too.
 bool of_sizes(TensorList weights, int64_t input_size, int64_t hidden_size) {
   return weights.size() > 1 && weights[0].dim() == 2 && weights[0].size(1) == input_size && weights[1].dim() == 2 &&
          weights[1].size(0) == 4 * hidden_size;
 }
 
-// (output, h_n, c_n), or None where `step` (step.h) declines or an argument is no tensor, or of a class of its own, which
+// (output, h_n, c_n), or None if `step` (step.h) declines, or if an argument is not a tensor or is of a subclass, which
 // may override what torch's functions do.
 py::object step_once(const py::handle& input, const py::handle& h_0, const py::handle& c_0, const py::list& weights,
                      int64_t input_size, int64_t hidden_size, bool bias, int64_t num_layers, int64_t proj_size,
                      bool bf16_weights, bool frozen) {
-  thread_local std::vector<Tensor> tensors;  // keeps its memory, but no tensor
+  thread_local std::vector<Tensor> tensors;  // keeps its memory between calls, but no tensors
   const struct Emptied {
-    ~Emptied() { tensors.clear(); }  // with the GIL
+    ~Emptied() { tensors.clear(); }  // while this thread holds the GIL
   } emptied;
   for (const py::handle& argument : {input, h_0, c_0}) {
     if (!THPVariable_CheckExact(argument.ptr())) return py::none();
@@ -212,7 +212,7 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
   return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
 }
 
-// A call of the module by the short way of eager.h; None where it declines. `h_0` and `c_0` None: zeros.
+// A call of the module by the fast path of eager.h; None if that declines. `h_0` and `c_0` None: zeros.
 py::object call(const py::handle& input, const py::handle& batch_sizes, const py::handle& h_0, const py::handle& c_0,
                 const py::list& weights, const py::handle& seed, int64_t input_size, int64_t hidden_size, bool bias,
                 int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout, bool recompute,
@@ -252,7 +252,7 @@ py::object call(const py::handle& input, const py::handle& batch_sizes, const py
   return py::make_tuple(std::move(results->output), std::move(results->h_n), std::move(results->c_n));
 }
 
-// Has a backward pass that no kernel can do call `formula`, see ops.py.
+// Sets the `formula` that a backward pass calls if no kernel can compute it; see ops.py.
 void set_python_formula(py::object formula) {
   const auto* kept = new py::object(std::move(formula));  // never destroyed: the interpreter may end first
   set_formula([kept](const std::array<Tensor, 3>& flowing, const EagerSaved& saved, const std::vector<bool>& needs) {
@@ -336,8 +336,8 @@ PYBIND11_MODULE(_C, m) {
     }
     force_cpu_schedule(schedule);
   });
-  // The whole schedule, for tests: every worker's chunks in its order, each with what it must wait for. Entries are
-  // (layer, direction, batch_slice, unit_slice, chunk, ((layer, direction, chunks), …)).
+  // The whole schedule, for tests: each worker's chunks in the order in which it takes them, each chunk with what it
+  // must wait for. Entries are (layer, direction, batch_slice, unit_slice, chunk, ((layer, direction, chunks), …)).
   m.def("cpu_schedule",
         [](int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional,
            int64_t seq_len, int64_t batch_size, int64_t threads, bool double_precision, bool backward) {
@@ -403,13 +403,13 @@ PYBIND11_MODULE(_C, m) {
     const Options options{true, num_layers, bidirectional, proj_size, dropout, saving_of(saving), false};
     return describe(diagonal::predict(shape, options, double_precision ? 8 : 4, backward, true, true));
   });
-  // What the persistent kernels would do on a GPU that need not be here, and what it is predicted to cost.
+  // What the persistent kernels would do on a GPU that need not be present, and the predicted time.
   persistent::bind_persistent_plan(m);
   m.def("force_diagonal_chunk", [](std::optional<int64_t> steps) {
     TORCH_CHECK_VALUE(!steps || *steps > 0, "a chunk should have at least one step, got: ", steps.value_or(0));
     diagonal::force_chunk(steps);
   });
-  // Why a GPU of this compute capability cannot run kernels built for `archs` (those of this build when not given).
+  // Why a GPU of this compute capability cannot run kernels built for `archs` (by default, those of this build).
   m.def(
       "cuda_obstacle",
       [](int major, int minor, const std::optional<std::string>& archs) {
@@ -421,12 +421,12 @@ PYBIND11_MODULE(_C, m) {
 #endif
       },
       py::arg("major"), py::arg("minor"), py::arg("archs") = py::none());
-  // For tests: the driver of the diagonal schedule runs these kernels on the CPU (the address of a gates::Table; 0: its
-  // own), so that the CUDA kernels, emulated, can be seen at work.
+  // For tests: the driver of the diagonal schedule runs these kernels on the CPU (`table`: the address of a
+  // gates::Table; 0: the usual kernels). So a test can run it with the CUDA kernels on the emulator.
   m.def("_use_gate_kernels",
         [](uintptr_t table) { driver::use_host_gate_kernels(reinterpret_cast<const gates::Table*>(table)); });
-  // For tests: the persistent kernels' driver runs these on the CPU (the address of a persistent::Table; 0: none). `watchdog`:
-  // they tell of a wait that took too long.
+  // For tests: the persistent kernels' driver runs these kernels on the CPU (`table`: the address of a
+  // persistent::Table; 0: none). `watchdog`: the kernels report a wait that took too long.
   m.def(
       "_use_persistent_kernels",
       [](uintptr_t table, bool watchdog) {
@@ -443,7 +443,7 @@ PYBIND11_MODULE(_C, m) {
     for (const py::dict& pass : *wanted) passes.push_back(pass_of(pass));
     persistent::force_passes(backward, std::move(passes));
   });
-  // The contents of this memory, as a number: fingerprint.h.
+  // The fingerprint (cpu/fingerprint.h) of the contents of this memory.
   m.def("fingerprint", [](const std::vector<std::pair<uintptr_t, int64_t>>& pieces, int64_t part, int64_t parts) {
     std::vector<cpu::Bytes> memory;
     for (const auto& [data, bytes] : pieces) memory.push_back({reinterpret_cast<const void*>(data), bytes});

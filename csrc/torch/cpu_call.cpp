@@ -27,9 +27,9 @@ void TorchPlatform::parallel(int64_t workers, const std::function<void(int64_t)>
 
 bool TorchPlatform::at_the_same_time() const {
 #if AT_PARALLEL_OPENMP
-  return true;  // a parallel region has all of its threads from the start
+  return true;  // all threads of a parallel region run from its start
 #else
-  return false;  // a pool's threads may be busy
+  return false;  // threads of a pool may be busy
 #endif
 }
 
@@ -60,7 +60,7 @@ cpu::Workers workers_for(const StackShape& shape) {
   return {threads, &*forced_schedule};
 }
 
-// Tensors in the arithmetic's dtype, contiguous, kept alive as long as a call points into them.
+// Tensors in the dtype of the arithmetic, contiguous. Copies live as long as this object: a call points into them.
 template <typename T>
 class Operands {
  public:
@@ -73,8 +73,8 @@ class Operands {
   }
   const T* take(const OptionalTensor& tensor) { return tensor ? take(*tensor) : nullptr; }
 
-  // Rows stand where they are as long as each is contiguous. Of rows that are all the same one, expanded (the gradient of
-  // a sum is), no more than that one is copied.
+  // Rows are not copied if each row is contiguous and has the right dtype. If all rows are one row, expanded (as in the
+  // gradient of a sum), only that row is copied.
   Input<T> rows(const Tensor& tensor, bool packed) {
     const bool same = tensor.numel() > 0 && tensor.stride(0) == 0 && tensor.stride(-2) == 0;
     Tensor x = (!same ? tensor : packed ? tensor[0] : tensor[0][0]).to(type_);

@@ -19,10 +19,10 @@ class TorchPlatform : public cpu::Platform {
   bool at_the_same_time() const override;
 };
 
-// Threads that a call may take.
+// How many threads a call may use.
 int64_t free_threads();
 
-// Calls of this thread run with this schedule; nothing: with the cheapest.
+// Calls of this thread run with this schedule; nullopt: with the cheapest one.
 void force_cpu_schedule(std::optional<Schedule> schedule);
 
 Results forward_cpu(const Call& call, const std::string& saving);

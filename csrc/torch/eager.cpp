@@ -22,13 +22,13 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Never destroyed: it may hold what belongs to an interpreter that ends first.
+// Never destroyed: it may hold objects of a Python interpreter that ends first.
 Formula& formula() {
   static Formula& kept = *new Formula;
   return kept;
 }
 
-// As a value that compiled autograd can take for a key.
+// The options as a value that compiled autograd can use as a key.
 c10::IValue to_value(const EagerOptions& o) {
   return c10::ivalue::Tuple::create(
       {o.bias, o.num_layers, o.bidirectional, o.proj_size, o.dropout, o.recompute, o.backend, o.bf16_weights});
@@ -40,7 +40,7 @@ EagerOptions from_value(const c10::IValue& value) {
 }
 constexpr const char* kOptions = "options";
 
-// Where kernels work. Whoever casts for autocast has done so.
+// While an object lives, operators run below autograd and autocast. The caller has already cast for autocast.
 struct Below {
   at::AutoDispatchBelowADInplaceOrView autograd;
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
@@ -52,7 +52,7 @@ OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? Option
 const char* saving_name(const EagerOptions& o) { return o.recompute ? "recompute" : "full"; }
 
 struct StackedLSTMBackward : torch::autograd::Function<StackedLSTMBackward> {
-  // Tensors that have gradients are arguments of their own; the others come with the call.
+  // Tensors that can have gradients are separate arguments; the others come with `call`.
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& h_0, const Tensor& c_0,
                                at::TensorList weights, const EagerCall* call) {
     const EagerOptions& o = call->options;
@@ -75,7 +75,7 @@ struct StackedLSTMBackward : torch::autograd::Function<StackedLSTMBackward> {
     const EagerSaved saved{
         all[0],           optional(all[1]), all[2], all[3], variable_list(all.begin() + 7, all.end()),
         optional(all[4]), all[5],           all[6], o};
-    variable_list gradients(3 + saved.weights.size() + 1);  // the last one is the call's
+    variable_list gradients(3 + saved.weights.size() + 1);  // the last one belongs to the argument `call`
     if (std::none_of(flowing.begin(), flowing.end(), [](const Tensor& g) { return g.defined(); })) return gradients;
     std::vector<bool> needs;
     for (size_t n = 0; n < 3 + saved.weights.size(); ++n) needs.push_back(ctx->needs_input_grad(n));
@@ -144,7 +144,7 @@ std::optional<EagerResults> call_eagerly(const EagerCall& call) {
   if (o.bf16_weights && (type != at::kFloat || o.backend != "cpu")) return {};
   if (o.backend == "cpu" && !device.is_cpu()) return {};
 
-  RECORD_FUNCTION("stacked_lstm_ext::forward", {});  // for the profiler: no dispatcher is asked, which would do it
+  RECORD_FUNCTION("stacked_lstm_ext::forward", {});  // for the profiler: this call bypasses the dispatcher
   Tensor h_0, c_0;
   if (call.h_0) {
     h_0 = *call.h_0, c_0 = *call.c_0;

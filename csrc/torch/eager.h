@@ -1,9 +1,9 @@
 // csrc/torch/eager.h: an ordinary, eager call of the module: the operator `forward`, and a node of the autograd graph whose
 // backward is the operator `backward`.
 //
-// torch calls an operator's registered autograd formula in Python, and passes it every tensor of a list by itself: for a
-// small stack that takes longer than the kernels. This is the same formula in C++, for the plain case (plain.h). For any
-// other, and for a backward pass that is itself to be differentiated or mapped, Python does it: see Formula.
+// torch calls an operator's registered autograd formula in Python and passes it each tensor of a list separately. For a
+// small stack that takes longer than the kernels. This is the same formula in C++, for the plain case (plain.h). Python
+// does all other cases, and a backward pass that is itself to be differentiated or mapped: see Formula.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,10 +24,10 @@ struct EagerOptions {
   bool bidirectional;
   int64_t proj_size;
   double dropout;
-  bool recompute;  // where a backward pass may follow
+  bool recompute;  // counts only if a backward pass may follow
   std::string backend;
   bool bf16_weights;
-  bool frozen;  // kept packed weights are taken on trust; says nothing to a backward pass
+  bool frozen;  // kept packed weights are used without comparing them; a backward pass ignores this
 };
 
 struct EagerCall {
@@ -43,8 +43,8 @@ struct EagerResults {
   at::Tensor output, h_n, c_n;
 };
 
-// Nothing where a call is not the plain case, or its arguments do not fit each other: the caller knows better what to say.
-// Under autocast, tensors come as they are to be computed with.
+// Returns nothing if a call is not the plain case, or if its arguments do not fit each other: the caller then reports
+// the error. Under autocast, the caller has already cast the tensors.
 std::optional<EagerResults> call_eagerly(const EagerCall& call);
 
 // What a backward pass needs, as the forward pass left it.

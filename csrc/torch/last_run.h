@@ -25,7 +25,7 @@ struct Run {
   at::ScalarType type;
 };
 
-// Of this thread; nothing: none since it was cleared.
+// The last run of this thread; nullopt: no kernel has run since the record was cleared.
 std::optional<Run>& last_run();
 
 void remember(decltype(Run::how) how, const Call& call, const std::string& saving, bool backward);

@@ -22,8 +22,9 @@ using at::TensorList;
 
 namespace {
 
-// What runs a call of the backends `persistent` and `auto`; null: the diagonal schedule. Both have the same reserve.
-// ValueError where the persistent kernels are asked for and cannot run it: nothing is allocated or launched by then.
+// Decides what runs a call of the backends `persistent` and `auto`; null: the diagonal schedule. Both have the same
+// reserve. ValueError, before any allocation or launch, if the persistent kernels are asked for and cannot run the
+// call.
 std::shared_ptr<const persistent::Decision> persistent_decision(Backend kind, const Call& call) {
   if (kind != Backend::persistent && kind != Backend::automatic) return nullptr;
   auto decision = persistent::decide({call.shape, call.options, call.input.scalar_type(), call.input.device()});

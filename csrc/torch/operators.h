@@ -1,5 +1,5 @@
-// csrc/torch/operators.h: the operators stacked_lstm_ext::forward and ::backward, as C++ functions. Arguments as in their schemas
-// (operators.cpp); they check all of them.
+// csrc/torch/operators.h: the operators stacked_lstm_ext::forward and ::backward, as C++ functions. Their arguments are
+// those of the schemas (operators.cpp); the functions check all of them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

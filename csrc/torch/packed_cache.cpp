@@ -23,8 +23,8 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// Notes are small, and one that is lost costs a later packing. Without a limit, weights that stand in one storage at ever
-// new places would leave ever more of them.
+// The most notes that are kept. Notes are small, and a lost note only delays packing by a call. Without a limit,
+// weights at ever new places of one storage would leave ever more notes.
 constexpr int64_t kNotes = 256;
 
 bool keepable(const Tensor& weight) { return weight.is_contiguous() && weight.numel() > 0 && weight.has_storage(); }
@@ -41,8 +41,9 @@ std::vector<cpu::Bytes> bytes_of(TensorList weights) {
   return bytes;
 }
 
-// Where a weight stands, and what torch tells of its contents. No weak reference to the tensor: torch.utils.swap_tensors
-// refuses tensors that have one. But one to its storage: as long as it is held, no other storage has the same address.
+// Where a weight is, and what torch records about its contents. It holds no weak reference to the tensor, since
+// torch.utils.swap_tensors refuses tensors that have one. It holds a weak reference to the storage: meanwhile, no other
+// storage can get the same address.
 struct Known {
   const void* data;
   int64_t rows, elements;
@@ -101,7 +102,7 @@ struct Entry {
 
 template <typename T>
 struct Table {
-  // By the place of the first weight.
+  // By the address of the first weight.
   std::unordered_map<const void*, std::vector<Entry<T>>> entries;
 
   Entry<T>* find(TensorList weights, const Form& form) {
@@ -139,7 +140,7 @@ struct Table {
   }
 };
 
-// Taken out of the tables under the lock, destroyed after it: freeing large memory takes its time.
+// Entries that are taken out of the tables under the lock and destroyed after it: freeing large memory is slow.
 struct Removed {
   std::vector<Entry<float>> floats;
   std::vector<Entry<double>> doubles;
@@ -186,7 +187,7 @@ class Cache {
 
   Cache() {
 #if defined(__unix__) || defined(__APPLE__)
-    // The thread that forks holds the lock meanwhile, so that the child's copy is whole and its lock is free.
+    // The forking thread holds the lock during the fork. So the child's copy is complete, and its lock is free.
     pthread_atfork([] { instance().mutex.lock(); }, [] { instance().mutex.unlock(); },
                    [] { instance().mutex.unlock(); });
 #endif
@@ -240,11 +241,11 @@ template std::shared_ptr<const cpu::PackedStack<double>> peek_packed(TensorList,
 
 template <typename T>
 void keep_packed(TensorList weights, const StackShape& shape, const std::shared_ptr<cpu::PackedStack<T>>& stack) {
-  if (!(cpu::fingerprint(stack->sources()) == stack->fingerprint())) return;  // written to while they were packed
+  if (!(cpu::fingerprint(stack->sources()) == stack->fingerprint())) return;  // weights were written while packed
   Cache& cache = Cache::instance();
   const std::lock_guard<std::mutex> lock(cache.mutex);
   Entry<T>* entry = cache.table<T>().find(weights, form_of(shape.batch, stack->storage()));
-  // Unless they have changed since, or another thread was first.
+  // Not if the weights have changed since, or if another thread has kept a stack first.
   if (entry && !entry->stack && entry->seems_unchanged(weights)) entry->stack = stack;
 }
 template void keep_packed(TensorList, const StackShape&, const std::shared_ptr<cpu::PackedStack<float>>&);

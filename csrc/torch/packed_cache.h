@@ -1,19 +1,21 @@
 // csrc/torch/packed_cache.h: packed weights that are kept from one call to the next, where no gradient is recorded.
 //
-// No call uses kept weights on the strength of what torch tells of the originals: a write through `.data`, NumPy, memory
-// that another process shares or any other alias leaves no trace there. A call compares all bytes of the originals with
-// those that were packed, by fingerprint (cpu/fingerprint.h), and packs for itself where they differ. What torch tells
-// (storages, versions) only says beforehand that weights have probably changed: then nothing is compared.
+// torch's records (storages, versions) do not show every write: a write through `.data`, NumPy, memory that another
+// process shares or any other alias leaves no trace there. So a call does not rely on these records (except under
+// Trust). It compares all bytes of the originals with those that were packed, by fingerprint (cpu/fingerprint.h). If
+// they differ, the call packs for itself. The records only save comparisons: if they show a change, nothing is
+// compared.
 //
-// A stack's first call only takes note of its weights, the second one packs them for keeps: weights that live for one
-// call (a parametrization, autocast, functional_call) and weights that change before each (an evaluation between
-// training steps) cost no memory. What is kept for a weight that has died goes when other weights are first seen, or by
-// drop_packed, which ops.py calls when a module dies.
+// A stack's first call only notes its weights; the second call packs and keeps them. So weights that live for one call
+// (a parametrization, autocast, functional_call) and weights that change before each call (an evaluation between
+// training steps) cost no memory. What is kept for a weight that has died is freed when other weights are first seen,
+// or by drop_packed, which ops.py calls when a module dies.
 //
-// Hazard. Another thread or process may write while a call packs. The fingerprint is taken before and after, and the
-// stack is kept only if both are equal: otherwise its fingerprint could be that of numbers that were not packed.
+// Hazard: another thread or process may write while a call packs. The fingerprint is taken before and after packing,
+// and the stack is kept only if both are equal. Otherwise its fingerprint could be that of numbers that were not
+// packed.
 //
-// Any thread may call anything at any time; a fork copies a whole state.
+// Any thread may call any of these functions at any time. A fork copies the cache in a complete state.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,14 +28,14 @@
 
 namespace stacked_lstm {
 
-// What is kept for these weights, to be checked before it is used (unless Trust says otherwise); or a stack that is not
-// ready, for this call to pack and keep; or null: the call packs for itself.
-// Throws std::runtime_error when there is no memory for what is to be kept.
+// Returns the stack that is kept for these weights; the call must compare it before use (unless Trust is in force). Or
+// a stack that is not ready, which the call must pack and keep. Or null: the call packs for itself. Throws
+// std::runtime_error when there is no memory for a stack that is to be kept.
 template <typename T>
 std::shared_ptr<cpu::PackedStack<T>> find_packed(at::TensorList weights, const StackShape& shape, cpu::Storage storage);
 
-// The stack that is kept for these weights and such a batch, to be checked likewise, or null. Takes no note of weights
-// that it does not know, and no memory.
+// Returns the stack that is kept for these weights and this batch size, which the call must compare likewise, or null.
+// Does not note weights that it does not know, and allocates nothing.
 template <typename T>
 std::shared_ptr<const cpu::PackedStack<T>> peek_packed(at::TensorList weights, int64_t batch, cpu::Storage storage);
 
@@ -45,13 +47,14 @@ void keep_packed(at::TensorList weights, const StackShape& shape, const std::sha
 template <typename T>
 void forget_packed(at::TensorList weights, const StackShape& shape, const std::shared_ptr<cpu::PackedStack<T>>& stack);
 
-// Forgets everything about stacks whose first weight stands here; it need not exist any more.
+// Forgets everything about stacks whose first weight is at this address; the weight need not exist any more.
 void drop_packed(const void* first_weight);
 
-// For packed_counts: a call has used kept weights.
+// Counts a call that has used kept weights, for packed_counts.
 void count_hit();
 
-// While one lives, the calls of this thread take kept weights as they are, if `frozen`: StackedLSTM.freeze.
+// While an object with `frozen` lives, calls of this thread use kept weights without comparing them:
+// StackedLSTM.freeze.
 class Trust {
  public:
   explicit Trust(bool frozen);

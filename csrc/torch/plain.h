@@ -1,5 +1,5 @@
-// csrc/torch/plain.h: whether a call is the plain case, which the short ways (step.h, eager.h) serve: ordinary tensors, and
-// nobody who would want to see the operators. For any other, Python goes by the operators themselves.
+// csrc/torch/plain.h: whether a call is the plain case, which the fast paths (step.h, eager.h) serve: ordinary tensors,
+// and no mode or tracer that has to see the operators. In every other case, Python calls the operators themselves.
 #pragma once
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -9,7 +9,7 @@
 
 namespace stacked_lstm {
 
-// A dense tensor that nothing but autograd and autocast could want to see.
+// A dense tensor on the CPU or a GPU, with no dispatch keys but those of autograd and autocast.
 inline bool is_plain(const at::Tensor& tensor) {
   constexpr auto ignored = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
   const c10::DispatchKeySet keys = tensor.key_set() - ignored;

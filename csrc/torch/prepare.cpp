@@ -66,7 +66,7 @@ void check_same(const Tensor& tensor, const Tensor& input, const char* name) {
                     input.scalar_type(), ", got: ", tensor.scalar_type());
 }
 
-// The parts of a weight's name are put together where it is wrong: a deep stack has many weights.
+// The weight's name is built only when the check fails: a deep stack has many weights.
 void check_shape(const Tensor& tensor, at::IntArrayRef shape, const char* name, const char* direction, int64_t layer) {
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, layer < 0 ? std::string() : "_l" + std::to_string(layer), direction,
                     " should have shape ", shape, ", got: ", tensor.sizes());
@@ -141,7 +141,7 @@ StackShape shape_of(const Tensor& input, const OptionalTensor& batch_sizes, cons
     shape.batch = input.size(1);
     TORCH_CHECK_VALUE(shape.steps > 0, "input should have at least one step");
   }
-  // No buffer is larger than all rows of a whole reserve; with this, none of the arithmetic on sizes can overflow.
+  // No buffer is larger than all rows of a whole reserve. So if this check passes, no arithmetic on sizes can overflow.
   const double elements = static_cast<double>(shape.steps) * static_cast<double>(std::max<int64_t>(shape.batch, 1)) *
                           static_cast<double>(lanes) * 6 * static_cast<double>(round_up(hidden, kUnitPadding));
   TORCH_CHECK_VALUE(elements < 1e17, "the sizes are too large: ", shape.steps, " steps, batch ", shape.batch, ", ",
@@ -151,7 +151,7 @@ StackShape shape_of(const Tensor& input, const OptionalTensor& batch_sizes, cons
   return shape;
 }
 
-// The seed of the masks, where there are masks to draw.
+// The seed of the masks if there are masks to draw, otherwise nullopt.
 OptionalTensor seed_of(const OptionalTensor& seed, const Tensor& input, const Options& options) {
   if (options.dropout == 0 || options.layers == 1) return std::nullopt;
   TORCH_CHECK_VALUE(seed.has_value(), "seed is needed with dropout ", options.dropout, " and ", options.layers,

@@ -1,5 +1,5 @@
-// csrc/torch/prepare.h: what a call says of itself, checked: saving mode, backend, shape, seed. Everything that a kernel relies
-// on is checked here, before anything is allocated.
+// csrc/torch/prepare.h: checks the arguments of a call: saving mode, backend, shape, seed. Everything that a kernel
+// relies on is checked here, before anything is allocated.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,22 +19,23 @@ enum class Backend { cpu, diagonal, persistent, automatic };
 // Checks that there may be kernels of this backend for the tensors' device.
 Backend backend_of(const std::string& name, const at::Device& device);
 
-// Whether the CPU kernels are to store packed weights in 16 bits: where the caller asks to have them rounded so, and
-// where they are bfloat16 anyway and lose nothing.
+// Whether the CPU kernels are to store packed weights in 16 bits: if the caller asks for rounded weights, or if the
+// weights are bfloat16 already and lose nothing.
 bool stores_bf16(bool asked, const std::string& backend, Backend kind, const at::Tensor& input);
 
-// ValueError where a tensor is on another device than the input, of another dtype or of another shape; `name` is in the message.
+// ValueError if a tensor is on another device than the input or has another dtype; `name` is in the message.
 void check_same(const at::Tensor& tensor, const at::Tensor& input, const char* name);
 
-// The parts of a weight's name are put together where it is wrong: a deep stack has many weights.
+// ValueError if a tensor has another shape. The weight's name (`name`, `layer`, `direction`) is built only when the
+// check fails: a deep stack has many weights.
 void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* name, const char* direction = "",
                  int64_t layer = -1);
 
-// The shape of a call whose tensors fit each other. ValueError or TypeError where they do not.
+// The shape of a call. ValueError or TypeError if its tensors do not fit each other.
 StackShape shape_of(const at::Tensor& input, const OptionalTensor& batch_sizes, const at::Tensor& h_0,
                     const at::Tensor& c_0, at::TensorList weights, const Options& options);
 
-// The seed of the masks, where there are masks to draw.
+// The seed of the masks if there are masks to draw, otherwise nullopt.
 OptionalTensor seed_of(const OptionalTensor& seed, const at::Tensor& input, const Options& options);
 
 // The kernels compute in float32 or float64; 16-bit tensors are converted on their way in and out.

@@ -65,7 +65,7 @@ class Floats {
   float* next_;
 };
 
-// T: of the tensors. A: of the arithmetic.
+// T: the type of the tensors. A: the type of the arithmetic.
 template <typename T, typename A>
 bool run(const StepArguments& a, const StackShape& shape, int64_t threads, cpu::Platform& platform,
          StepResults& results) {
@@ -109,7 +109,7 @@ bool run(const StepArguments& a, const StackShape& shape, int64_t threads, cpu::
     schedule = cpu::step(call, workers, platform);
     std::copy(y, y + outputs, output), std::copy(h, h + hs, h_n), std::copy(c, c + cs, c_n);
   }
-  if (!schedule) return false;  // the call that follows forgets the stack
+  if (!schedule) return false;  // the ordinary call that follows forgets the stack
   results.schedule = *schedule;
   count_hit();
   return true;
@@ -128,7 +128,7 @@ std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Pl
       !fits(a.c_0) || !std::all_of(a.weights.begin(), a.weights.end(), fits)) {
     return {};
   }
-  // Rows may be apart, but only where they are not copied anyway.
+  // Rows of the input may lie apart, but not in 16 bits: Floats::widened copies them as one piece.
   const bool wide = type == at::kFloat || type == at::kDouble;
   const bool rows_stand = wide ? a.input.dim() > 0 && a.input.stride(-1) == 1 : a.input.is_contiguous();
   if (!rows_stand || !a.h_0.is_contiguous() || !a.c_0.is_contiguous()) return {};

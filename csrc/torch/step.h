@@ -1,7 +1,7 @@
 // csrc/torch/step.h: one time step of a stack whose packed weights are kept (packed_cache.h), for StackedLSTM.step.
 //
-// It serves the plain case alone, and that one quickly: no dispatcher, no autograd, no allocation but the results. For
-// any other it declines, and its caller goes by the operator, which also says what is wrong with a wrong call.
+// It serves only the plain case, and serves it fast: no dispatcher, no autograd, no allocation but the results. It
+// declines every other case. The caller then uses the operator, which also reports what is wrong with a wrong call.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,7 +23,7 @@ struct StepArguments {
   int64_t layers;
   int64_t proj_size;
   bool bf16_weights;
-  bool frozen;  // kept packed weights are taken on trust
+  bool frozen;  // kept packed weights are used without comparing them with `weights`
 };
 
 struct StepResults {
@@ -32,8 +32,8 @@ struct StepResults {
   const StackShape* shape;  // of the calling thread, until its next step
 };
 
-// Nothing where a gradient may be wanted, a mode or subclass wants to see the call, the arguments do not fit each other
-// or lie in memory otherwise than contiguously, or the weights are not kept (yet), or have changed since they were packed.
+// Returns nothing if a gradient may be wanted, a mode or subclass has to see the call, the arguments do not fit each
+// other or are not contiguous, or the weights are not kept (yet) or have changed since they were packed.
 std::optional<StepResults> step(const StepArguments& arguments, int64_t threads, cpu::Platform& platform);
 
 }  // namespace stacked_lstm

@@ -36,8 +36,8 @@ _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class _Selection(threading.local):
-    # An instance attribute of a threading.local is what torch.compile reads with a guard, so that code compiled under
-    # one backend is compiled anew under another. A ContextVar it cannot trace.
+    # torch.compile reads an instance attribute of a threading.local with a guard, so code that was compiled under one
+    # backend is compiled again under another. torch.compile cannot trace a ContextVar.
     def __init__(self) -> None:
         self.name = "auto"
 
@@ -49,7 +49,7 @@ _selection = _Selection()
 def backend(name: str) -> Iterator[None]:
     """Force what runs inside a ``with`` block, in this thread.
 
-    A backward pass runs on what its forward pass ran on, whether or not it lies in the block.
+    A backward pass runs on the backend of its forward pass, inside and outside the block.
 
     Args:
         name: ``"auto"`` (the default choice), ``"reference"`` (plain torch operations), ``"cpu"`` (the CPU kernels),
@@ -57,8 +57,8 @@ def backend(name: str) -> Iterator[None]:
             ``"persistent"`` (many layers and all steps in one launch, with the recurrent weights on the chip; on a GPU).
 
     Raises:
-        ValueError: for any other name; and from a call inside the block that the persistent kernels cannot run: the
-            message says why.
+        ValueError: for any other name; and, with ``"persistent"``, from a call inside the block that the persistent
+            kernels cannot run; the message says why.
         RuntimeError: from a call inside the block that another backend cannot run; the message says why.
     """
     if name not in BACKENDS:
@@ -72,17 +72,17 @@ def backend(name: str) -> Iterator[None]:
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, transform: str = "") -> tuple[str, str]:
-    """Decide what runs a call, under the backend that is forced, if one is.
+    """Decide what runs a call; a forced backend is obeyed.
 
     Args:
         device: where the tensors are.
         dtype: their dtype, after autocast.
-        transform: what is to be done to the call that no kernel can follow, in words; empty for an ordinary call.
+        transform: the transform of the call that no kernel can follow, in words; empty for an ordinary call.
 
     Returns:
         ``(backend, reason)``, where backend is ``"cpu"``, ``"diagonal"``, ``"persistent"``, ``"reference"``, for tensors
         without data ``"meta"``, or, on a GPU, ``"auto"``: the persistent kernels or the diagonal schedule, whichever is
-        predicted to be faster. That depends on sizes, and the operators decide it when they have them (:func:`gpu_plan`).
+        predicted to be faster. That depends on sizes, so the operators decide it when they know them (:func:`gpu_plan`).
 
     Raises:
         RuntimeError: if the forced backend cannot run the call.
@@ -116,7 +116,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, transform: str = ""
 
 
 def runs_on_cpu() -> bool:
-    """Whether the backend that is forced, if one is, lets plain CPU tensors go to the CPU kernels."""
+    """Whether plain CPU tensors go to the CPU kernels: no other backend is forced."""
     return _selection.name in ("auto", "cpu")
 
 
@@ -126,7 +126,7 @@ def stores_bf16(choice: str, dtype: torch.dtype) -> bool:
 
 
 def kernel_backend(choice: str) -> str:
-    """The operators' argument ``backend`` for a choice; for tensors without data, what would be saved depends on it."""
+    """The operators' argument ``backend`` for a choice. For tensors without data, it only decides how much would be saved."""
     if choice == "meta":
         return _selection.name if _selection.name in ("diagonal", "persistent") else "cpu"
     return choice
@@ -135,7 +135,7 @@ def kernel_backend(choice: str) -> str:
 def gpu_plan(
     sizes: dict[str, Any], seq_len: int, batch_size: int, dtype: torch.dtype, device: torch.device, saving: str, dropout: float
 ) -> dict[str, Any]:
-    """What the operators' backends ``"auto"`` and ``"persistent"`` do with a call: the very decision that they make.
+    """What the operators' backends ``"auto"`` and ``"persistent"`` do with a call: the same decision as theirs.
 
     Args:
         sizes: ``input_size``, ``hidden_size``, ``proj_size``, ``num_layers`` and ``bidirectional``.
@@ -161,12 +161,12 @@ def gpu_plan(
 
 
 def gpu_obstacle(device: torch.device) -> str:
-    """Why the CUDA kernels cannot run on ``device``, in words; empty if they can. A device is asked once."""
+    """Why the CUDA kernels cannot run on ``device``, in words; empty if they can. Each device is asked only once."""
     return _ask_gpu(device)
 
 
-# A device does not change, so torch.compile may take the answer for a constant instead of tracing the question. This is
-# what torch.compiler.assume_constant_result does, less its import of all of torch.compile.
+# A device does not change, so torch.compile may treat the result as a constant instead of tracing the function. This
+# line does what torch.compiler.assume_constant_result does, without importing all of torch.compile.
 gpu_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -192,10 +192,10 @@ def choose_saving(needs_grad: bool, recompute: bool) -> str:
 def last_run() -> dict[str, Any] | None:
     """What ran last in this thread, kernel or reference; ``None`` when nothing has.
 
-    Of a kernel it holds the schedule under the keys of :attr:`Plan.schedule` (or ``backward_schedule``). In either
-    case it holds ``backend``, ``pass`` (``"forward"`` or ``"backward"``), ``saving``, ``layers``, ``seq_len`` and
-    ``batch_size``; of a kernel, ``device`` too. Compiled code that runs the reference leaves no record; torch runs the
-    backward pass of CUDA tensors in threads of its own.
+    The record holds ``backend``, ``pass`` (``"forward"`` or ``"backward"``), ``saving``, ``layers``, ``seq_len`` and
+    ``batch_size``. The record of a kernel also holds ``device`` and the schedule, under the keys of
+    :attr:`Plan.schedule` (or ``backward_schedule``). Compiled code that runs the reference leaves no record. torch runs
+    the backward pass of CUDA tensors in its own threads, so its record is in those threads.
     """
     return _C.last_run() or reference_run.record
 
@@ -206,8 +206,8 @@ class Plan:
 
     Attributes:
         backend: ``"cpu"``, ``"diagonal"``, ``"persistent"``, ``"reference"`` or ``"meta"``.
-        reason: why that one.
-        why_not: where the persistent kernels were considered and cannot run the call, why; otherwise empty.
+        reason: why that backend.
+        why_not: why the persistent kernels, where they were considered, cannot run the call; otherwise empty.
         device: where the parameters are.
         dtype: of the computation, after autocast.
         isa: the instruction set of the CPU kernels; ``None`` for other backends.
@@ -220,7 +220,7 @@ class Plan:
         schedule: the schedule of the forward kernels as numbers (``csrc/stack/wavefront.h`` makes it for the CPU kernels,
             ``csrc/diagonal/diagonal.h`` for the diagonals, ``csrc/persistent/plan.h`` for the persistent kernels, whose ``passes``
             say which blocks own what); empty for other backends.
-        backward_schedule: that of the backward kernels; empty when no backward pass will follow, too.
+        backward_schedule: the schedule of the backward kernels; also empty if no backward pass will follow.
     """
 
     backend: str

@@ -1,7 +1,7 @@
-"""The plan of the persistent kernels as a table and as a picture of who works on which (layer, chunk) when.
+"""The plan of the persistent kernels as a table, and as a picture of when each layer works on which chunk.
 
-``csrc/persistent/planner.cpp`` makes it, for a GPU that need not be here. All times are predicted: from published figures, or
-from those that ``make gpu`` has measured (:func:`read_costs`).
+``csrc/persistent/planner.cpp`` makes the plan; the GPU need not be present. All times are predicted, from published figures or
+from figures that ``make gpu`` has measured (:func:`read_costs`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def persistent_plan(
     """Plan a stack for a GPU, by the persistent kernels and by diagonals, with timelines.
 
     Args:
-        device: a name in ``DEVICES``, or such a dictionary.
+        device: a name in ``DEVICES``, or a dictionary like its values.
         hidden_sizes: H of each layer, which may differ.
         input_size: I; the first layer's H by default.
         dtype: ``"bfloat16"``, ``"float16"``, ``"float32"`` (exact products) or ``"tf32"`` (float32, multiplied as TF32).
@@ -49,9 +49,9 @@ def persistent_plan(
         costs: figures in the place of the built-in ones, as :func:`read_costs` returns them.
 
     Returns:
-        What ``_C.persistent_choice`` returns: the plans ``forward`` and ``backward`` (``why_not`` is one sentence where
-        there is none), ``diagonal_forward`` and ``diagonal_backward``, and which is predicted to be faster: ``persistent``,
-        with a ``reason``.
+        What ``_C.persistent_choice`` returns: the plans ``forward`` and ``backward`` (if there is no plan, its ``why_not`` is
+        one sentence), ``diagonal_forward`` and ``diagonal_backward``; and ``persistent``, whether the persistent kernels are
+        predicted to be faster, with a ``reason``.
     Raises:
         ValueError: for an unknown device, dtype or cost, and for sizes below 1.
     """
@@ -76,7 +76,7 @@ def persistent_plan(
 
 
 def with_clusters_of_16(device: dict[str, Any], count: int) -> dict[str, Any]:
-    """A GPU of this model whose chip holds so many clusters of 16 blocks at once: its other GPCs have fewer SMs than 16.
+    """A GPU of this model whose chip holds ``count`` clusters of 16 blocks at once: its other GPCs have fewer than 16 SMs.
 
     Raises:
         ValueError: if the model cannot hold as many.
@@ -92,7 +92,7 @@ def with_clusters_of_16(device: dict[str, Any], count: int) -> dict[str, Any]:
 # Costs that were measured
 # --------------------------------------------------------------------------------------------------------------------
 
-_ONE_FIGURE = {  # of the model, as benchmarks/primitives.cu reports it: name, unit, and what one of its units is here
+_ONE_FIGURE = {  # of the model, as benchmarks/primitives.cu reports them: name, unit, and factor to the unit here
     "hand_over_us": ("2 KiB and a flag through L2, block to block", "ns", 1e-3),
     "l2_latency": ("latency of L2", "cycles", 1.0),
     "shared_rate": ("reads from shared memory", "bytes/cycle", 1.0),
@@ -101,8 +101,8 @@ _ONE_FIGURE = {  # of the model, as benchmarks/primitives.cu reports it: name, u
     "host_launch_us": ("a launch, on the host", "ns", 1e-3),
 }
 _MMA_WORK = 16 * 8 * 16  # multiply-adds of one mma.sync
-# What a small product takes beyond an empty kernel, in microseconds, and what the host takes to queue one of ATen's beyond
-# a launch: predicted.
+# Predicted, in microseconds: the time of a small product beyond that of an empty kernel, and the time that the host takes to
+# queue a product of ATen beyond that of a launch.
 _SMALL_PRODUCT_US, _ATEN_US = 1.0, 3.0
 
 
@@ -114,10 +114,10 @@ def read_costs(path: Path, device: dict[str, Any]) -> tuple[dict[str, float], di
         device: the GPU that it was measured on, as in ``DEVICES``.
 
     Returns:
-        The costs that were measured, by name, and the device with the rates that were. What the file does not hold stays
-        as it was.
+        The measured costs by name, and the device with its measured rates. Figures that the file does not hold stay as
+        they were.
     Raises:
-        ValueError: for a file without figures of primitives, and for figures that cannot be.
+        ValueError: for a file without figures of primitives, and for impossible figures.
     """
     try:
         figures = json.loads(path.read_text())["primitives"]["figures"]
@@ -139,7 +139,7 @@ def read_costs(path: Path, device: dict[str, Any]) -> tuple[dict[str, float], di
             costs[cost] = value * scale
     clock_ghz = device["clock_mhz"] / 1e3
     if (one_way := median("tagged word through L2, one way", "ns")) is not None:
-        # The receiving block meets once more, when all of its threads have their words.
+        # When all of its threads have their words, the receiving block waits at one more barrier.
         costs["l2_us"] = one_way / 1e3 + costs.get("barrier", _C.persistent_costs()["barrier"]) / clock_ghz / 1e3
     if (rate := median("reads from L2, all multiprocessors, 8 MiB", "GB/s")) is not None:
         costs["l2_rate"] = rate / device["sms"] / clock_ghz
@@ -150,7 +150,7 @@ def read_costs(path: Path, device: dict[str, Any]) -> tuple[dict[str, float], di
     if "host_launch_us" in costs:
         costs["host_product_us"] = costs["host_launch_us"] + _ATEN_US
 
-    # The exchange in a cluster: a straight line through what came to a block, in bytes, and how long that took.
+    # The exchange in a cluster: a straight line through the points (bytes that a block received, time that it took).
     points = []
     for name in figures:
         if found := re.fullmatch(r"exchange by st.async, (\d+) blocks, (\d+) bytes each", name):
@@ -176,7 +176,7 @@ def read_costs(path: Path, device: dict[str, Any]) -> tuple[dict[str, float], di
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """One of the two plans, forward or backward, as a table, a row a layer."""
+    """One of the two plans, forward or backward, as a table with a row for each layer."""
     if plan["why_not"]:
         return f"the persistent kernel cannot run it: {plan['why_not']}."
     lines = [_count(len(plan["passes"]), "pass", "es") + (", the last first" if plan["backward"] else "")]
@@ -226,7 +226,7 @@ def format_plan(plan: dict[str, Any]) -> str:
 
 
 def format_clusters(choices: dict[int, dict[str, Any]], planned: int) -> str:
-    """What the choice would be on chips that hold so many clusters of 16 blocks: number to what ``persistent_plan`` returned."""
+    """The choices on chips that hold different numbers of clusters of 16 blocks: from number to what ``persistent_plan`` returned."""
 
     def where(plan: dict[str, Any]) -> str:
         if plan["why_not"]:
@@ -250,7 +250,7 @@ def format_clusters(choices: dict[int, dict[str, Any]], planned: int) -> str:
 
 
 def format_timeline(plan: dict[str, Any], width: int = 96) -> str:
-    """Who works when, in characters: a row a layer, on the blocks of the first copy."""
+    """Which layer works when, in characters: a row for each layer, for the blocks of the first copy."""
     rows = _rows(plan)
     if not rows:
         return ""
@@ -298,7 +298,7 @@ def draw_timeline(choice: dict[str, Any], path: Path, title: str) -> None:
 
 
 def _rows(plan: dict[str, Any]) -> dict[tuple[int, int], list[tuple[int, float, float]]]:
-    """(pass, layer) -> (chunk, start, end) of what the first copy's blocks do: a batch group a round, direction 0."""
+    """(pass, layer) -> (chunk, start, end) of the work of the first copy's blocks: one batch group per round, direction 0."""
     rows: dict[tuple[int, int], list[tuple[int, float, float]]] = {}
     for number, group, layer, direction, chunk, _, _, _, _, start, end in plan["timeline"]:
         if group % plan["passes"][number]["copies"] == 0 and direction == 0:

@@ -301,7 +301,7 @@ BOTH_KINDS = ("80", "90a")
 
 def archs_of(source: Path) -> Sequence[str]:
     """The architectures that ``source`` is examined for."""
-    return BOTH_KINDS if re.fullmatch(r"persistent_(for|back)ward_f(16|32)\.cu", source.name) else ARCHS
+    return BOTH_KINDS if re.fullmatch(r"(for|back)ward_f(16|32)\.cu", source.name) else ARCHS
 
 
 def examine_all(
