@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import re
 import sys
 import time
-from datetime import datetime
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,22 +22,18 @@ if importlib.util.find_spec("stacked_lstm_ext") is None:
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import compare, limits, suite
-from benchmarks.cases import MODES, SUITES, Cell
+from benchmarks import Impossible, compare, limits, results, suite
+from benchmarks.cases import DTYPES, SUITES, Cell
 from benchmarks.contestants import Contestant, all_contestants
-from benchmarks.environment import cores, describe, load
-from benchmarks.report import entry_text, print_report
+from benchmarks.environment import choose_device, cores, describe, load
+from benchmarks.report import entry_text
+from benchmarks.results import MODES, Result
+from benchmarks.terminal import coloured, print_report
 
 # Of a suite's measurements, verification included; and of what is said about the machine, for each number of threads.
 SECONDS = {"quick": 120.0, "full": 1500.0, "options": 150.0, "streaming": 60.0, "smoke": 2.0}
 STOP_AFTER = {"quick": 195.0, "options": 240.0}  # no further cell is begun
 PROBE_SECONDS = {"quick": 3.0, "full": 6.0, "options": 3.0, "streaming": 3.0, "smoke": 0.2}
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Impossible(Exception):
-    """A request that cannot be met; the message says why."""
-
 
 def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -63,13 +58,6 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show what moved since an older result")
     parser.add_argument("--list", action="store_true", help="print the names of the cells and stop")
     return parser
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        built = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}, and no GPU is seen"
-        raise Impossible(f"--device cuda needs a GPU: this torch, {torch.__version__}, is built {built}")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def choose_threads(text: str | None, suite_name: str, device: torch.device) -> list[int]:
@@ -115,14 +103,13 @@ def measure(
     options: argparse.Namespace,
     cells: list[Cell],
     contestants: list[Contestant],
+    result: Result,
     device: torch.device,
     console: Console,
-) -> suite.Result:
-    """Probe, measure; the whole result."""
+    save: Callable[[], None],
+) -> None:
+    """Probe, measure; the whole result, saved after every row."""
     dtype = DTYPES[options.dtype]
-    if device.type == "cuda":  # full float32 products, as everybody else's, and not TF32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    environment = describe(device)
     threads = sorted({cell.threads for cell in cells} - {0})
     started = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -132,33 +119,31 @@ def measure(
         def report(cell: Cell, doing: str) -> None:
             progress.update(task, description=f"{cell.name}: {doing}")
 
-        def finished(row: suite.Result) -> None:
+        def write(rows: list[Result]) -> None:
+            measured = {(row["group"], row["name"], row["mode"], row["threads"]) for row in rows}
+            result["rows"] = rows
+            result["left_out"] = [
+                c.name for c in cells if (c.case.group, c.case.name, c.mode, c.threads) not in measured
+            ]
+            result["failures"] = results.failures(rows)
+            result["seconds"] = round(time.perf_counter() - started, 1)
+            result["environment"]["load_after"] = load()
+            save()
+
+        def finished(row: Result) -> None:
             progress.advance(task)
             line = f"{row['name']} {row['mode']} {row['threads'] or ''}".rstrip()
             for name, entry in row["contestants"].items():
                 if entry["status"] != "skipped":
-                    console.print(f"  [dim]{line}[/]  {name}", entry_text(entry), highlight=False)
+                    console.print(f"  [dim]{line}[/]  {name}", coloured(entry_text(entry)), highlight=False)
+            write([*result["rows"], row])
 
         machine = limits.machine(dtype) if threads else None
-        rates = machine.rates(threads, PROBE_SECONDS[options.suite]) if machine else {}
+        result["limits"] = machine.rates(threads, PROBE_SECONDS[options.suite]) if machine else {}
         seconds = options.seconds or SECONDS[options.suite]
         stop_after = max(seconds, STOP_AFTER.get(options.suite, math.inf))
-        rows = suite.measure(cells, contestants, dtype, device, seconds, stop_after, report, finished, machine)
+        write(suite.measure(cells, contestants, dtype, device, seconds, stop_after, report, finished, machine))
         progress.update(task, description="measured")
-    measured = {(row["group"], row["name"], row["mode"], row["threads"]) for row in rows}
-    left_out = [c.name for c in cells if (c.case.group, c.case.name, c.mode, c.threads) not in measured]
-    return {
-        "schema": suite.SCHEMA,
-        "suite": options.suite,
-        "device": device.type,
-        "dtype": options.dtype,
-        "seconds": round(time.perf_counter() - started, 1),
-        "environment": environment | {"load_after": load()},
-        "limits": rates,
-        "rows": rows,
-        "left_out": left_out,
-        "failures": suite.failures(rows),
-    }
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -172,12 +157,15 @@ def run(options: argparse.Namespace, console: Console) -> int:
         older = compare.read(options.compare) if options.compare else None
     except (OSError, ValueError) as error:
         raise Impossible(f"--compare: {error}") from None
-    result = measure(options, cells, contestants, device, console)
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.fromisoformat(result["environment"]["time"]).strftime("%Y%m%d-%H%M%S")
-    path = options.out / f"{stamp}-{device.type}-{options.suite}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    if device.type == "cuda":  # full float32 products, as everybody else's, and not TF32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    result = results.new(options.suite, device.type, options.dtype, describe(device))
+    path = results.path_for(options.out, result)
+    try:
+        measure(options, cells, contestants, result, device, console, lambda: results.save(path, result))
+    except KeyboardInterrupt:
+        console.print(f"interrupted; what was measured is in {path}" if path.exists() else "interrupted: nothing was written")
+        return 130
     print_report(result, console)
     if older:
         console.print()
@@ -187,7 +175,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return 1 if result["failures"] else 0
 
 
-def draw_plots(result: suite.Result, folder: Path, console: Console) -> list[Path]:
+def draw_plots(result: Result, folder: Path, console: Console) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         console.print("No plots: matplotlib is not installed.", style="dim")
         return []
@@ -205,9 +193,6 @@ def main(arguments: list[str] | None = None) -> int:
     except Impossible as error:
         Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
         return 2
-    except KeyboardInterrupt:
-        console.print("interrupted: nothing was written")
-        return 130
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-Mode = Literal["inference", "training"]
-MODES: tuple[Mode, ...] = ("inference", "training")
+from benchmarks.results import Mode, threads_text
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,7 @@ class Cell:
     @property
     def name(self) -> str:
         """What ``--only`` matches, and what a progress bar shows."""
-        threads = f" {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
-        return f"{self.case.group}: {self.case.name} {self.mode}{threads}"
+        return f"{self.case.group}: {self.case.name} {self.mode}{threads_text(self.threads, ' ')}"
 
 
 # Shapes (L, B, T, I = H) that cover what a kernel is good or bad at: fill, batch 1, weights beyond a cache, depth.

@@ -6,27 +6,26 @@ A contestant nobody touched, such as nn.LSTM, shows how much the machine itself 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from benchmarks.report import geometric_mean, milliseconds
-from benchmarks.suite import SCHEMA, Result
+from benchmarks import results
+from benchmarks.report import NOTHING, Table, geometric_mean, milliseconds
+from benchmarks.results import Result, at
+from benchmarks.terminal import show
 
 
 def read(path: Path) -> Result:
-    """A result file.
+    """A result file that has timings.
 
     Raises:
-        ValueError: when it is not one, or is of another schema.
+        ValueError: when it has none, is no result, or is of another schema.
     """
-    result = json.loads(path.read_text())
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-        raise ValueError(f"{path.name} is not a benchmark result of schema {SCHEMA}")
+    result = results.load(path)
+    if result["suite"] == "floors":
+        raise ValueError(f"{path.name} holds floors, which are ratios, and no timings to compare")
     return result
 
 
@@ -55,21 +54,17 @@ def print_comparison(old: Result, new: Result, console: Console) -> None:
     if not common:
         console.print("Nothing in common with the older result.")
         return
-    table = Table(title=f"Moved since {old['environment']['time']}", box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("shape", "mode", "threads", "contestant"):
-        table.add_column(column)
-    for column in ("before", "after", "times as fast"):
-        table.add_column(column, justify="right")
+    head = ["shape", "mode", "threads", "contestant", "before", "after", "times as fast"]
+    table = Table(head, words=range(4), title=f"Moved since {old['environment']['time']}")
     for key in common:
         was, now = before[key], after[key]
         if moved(was, now):
-            factor = was["median"] / now["median"]
-            shown = Text(f"{factor:.2f}×", style="green" if factor > 1 else "red")
             _, name, mode, threads, contestant = key
             medians = [milliseconds(entry["median"]) for entry in (was, now)]
-            table.add_row(name, mode, str(threads or "–"), contestant, *medians, shown)
-    if table.row_count:
-        console.print(table)
+            factor = f"{was['median'] / now['median']:.2f}×"
+            table.rows.append([name, mode, str(threads or NOTHING), contestant, *medians, factor])
+    if table.rows:
+        show(table, console)
     else:
         console.print("Nothing moved by more than its spread.")
     for contestant in dict.fromkeys(key[4] for key in common):
@@ -88,7 +83,7 @@ def differences(old: Result, new: Result) -> list[str]:
             "dtype": result["dtype"],
             "CPU": environment["cpu"]["model"],
             "cores": environment["cpu"]["cores"],
-            "GPU": (environment["gpu"] or {}).get("model"),
+            "GPU": at(environment, "gpu", "model"),
             "torch": environment["packages"].get("torch"),
             "instruction set": environment["extension"].get("isa"),
         }
@@ -97,11 +92,21 @@ def differences(old: Result, new: Result) -> list[str]:
     return [f"{name}: {was[name]}, now {now[name]}" for name in was if was[name] != now[name]]
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare", description="Show what moved between two result files."
     )
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    arguments = parser.parse_args()
-    print_comparison(read(arguments.old), read(arguments.new), Console())
+    given = parser.parse_args(arguments)
+    try:
+        old, new = read(given.old), read(given.new)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_comparison(old, new, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,7 +20,8 @@ from torch.nn.utils import skip_init
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import stacked_lstm_ext
-from benchmarks.cases import Case, Mode, Problem
+from benchmarks.cases import Case, Problem
+from benchmarks.results import Mode
 
 Tensors = dict[str, Tensor]  # output, h_n, c_n and, in training, "grad of …" by the name of what it is the gradient of
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import Impossible
+
 PACKAGES = ("torch", "stacked_lstm_ext", "onnxruntime", "onnx", "flashrnn", "haste_pytorch", "torchrl", "triton", "numpy")
 VARIABLES = (
     "OMP_NUM_THREADS",
@@ -50,6 +52,22 @@ def describe(device: torch.device, extension: bool = True) -> dict[str, Any]:
         "variables": {name: os.environ[name] for name in sorted({*VARIABLES, *ours()}) if name in os.environ},
         "load": load(),
     }
+
+
+def no_gpu() -> str:
+    """Why torch can run nothing on a GPU, in words; empty if it can."""
+    if torch.cuda.is_available():
+        return ""
+    built = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}, and no GPU is seen"
+    return f"this torch, {torch.__version__}, is built {built}"
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of ``--device``: "cuda", "cpu", or the GPU if there is one ("auto")."""
+    reason = no_gpu()
+    if name == "cuda" and reason:
+        raise Impossible(f"--device cuda needs a GPU: {reason}")
+    return torch.device("cpu" if name == "cpu" or reason else "cuda")
 
 
 def cpu() -> dict[str, Any]:

@@ -10,25 +10,26 @@ import argparse
 import contextlib
 import functools
 import gc
-import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from benchmarks import results
 from benchmarks.cases import Case
+from benchmarks.contestants import Prepared
 from benchmarks.environment import describe, load
+from benchmarks.report import Table
+from benchmarks.terminal import show
+from benchmarks.timing import Calls, interleave, summarise
 from stacked_lstm_ext import StackedLSTM
 
 Step = Callable[[], Any]
@@ -78,17 +79,9 @@ def training(module: nn.Module, x: Any) -> Step:
 
 def medians(*steps: Step) -> list[float]:
     """Milliseconds of each, taken in turns."""
-    times: list[list[float]] = [[] for _ in steps]
-    for step in steps:
-        for _ in range(2):
-            step()
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for step, taken in zip(steps, times, strict=True):
-            started = time.perf_counter()
-            step()
-            taken.append((time.perf_counter() - started) * 1e3)
-    return [statistics.median(taken) for taken in times]
+    parties = {str(number): Calls(Prepared(step, lambda _: {})) for number, step in enumerate(steps)}
+    rounds = interleave(parties, SECONDS, min_rounds=5)
+    return [summarise(name, rounds)["median"] for name in parties]
 
 
 def packed_training(n: int) -> dict[str, Any]:
@@ -212,21 +205,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.peak_of:
         print(measure_peak(options.peak_of))
         return 0
-    environment = describe(torch.device("cpu"))
-    table = Table("floor", "ours", "other", "ratio", "bound", "holds")
-    rows = {}
+    result = results.new("floors", "cpu", "float32", describe(torch.device("cpu")), threads=options.threads)
+    path = results.path_for(options.out, result)
+    rows = result["rows"] = {}
+    started = time.perf_counter()
+    table = Table(["floor", "ours", "other", "ratio", "bound", "holds"], words=(0, 4, 5))
     for name, (measure, unit) in FLOORS.items():
         row = rows[name] = measure() | {"unit": unit}
         bound = "at least" if "at least" in row else "at most"
         row["holds"] = row["ratio"] >= row[bound] if bound == "at least" else row["ratio"] <= row[bound]
-        values = (f"{row['ours']:.4g} {unit}", f"{row['other']:.4g} {unit}", f"{row['ratio']:.2f}", f"{bound} {row[bound]}")
-        table.add_row(name, *values, "yes" if row["holds"] else "no")
-    Console(width=150).print(table)
-    result = {"threads": options.threads, "environment": environment | {"load_after": load()}, "rows": rows}
-    options.out.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.fromisoformat(environment["time"]).strftime("%Y%m%d-%H%M%S")
-    path = options.out / f"{stamp}-cpu-floors.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        values = [f"{row['ours']:.4g} {unit}", f"{row['other']:.4g} {unit}", f"{row['ratio']:.2f}", f"{bound} {row[bound]}"]
+        table.rows.append([name, *values, "yes" if row["holds"] else "no"])
+        result["environment"]["load_after"] = load()
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        results.save(path, result)
+    show(table, Console(width=150))
     print(f"wrote {path}")
     return 0
 

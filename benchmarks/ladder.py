@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import stacked_lstm_ext
-from benchmarks import environment, suite
-from benchmarks.cases import MODES, Case, Cell, Mode, Problem
+from benchmarks import Impossible, cases, environment, results, suite
+from benchmarks.cases import Case, Cell, Problem
 from benchmarks.contestants import (
     Contestant,
     Prepared,
@@ -43,11 +41,11 @@ from benchmarks.contestants import (
     prepare_function,
     prepare_layers,
 )
-from benchmarks.gpu import timing
-from benchmarks.gpu.report import ladder_table
+from benchmarks.report import ladder_table
+from benchmarks.results import MODES, Mode, Result
 from benchmarks.verify import reference
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: dtype for name, dtype in cases.DTYPES.items() if name != "float64"}
 # By device, where nothing else is asked for.
 SIZES = {
     "cuda": {"layers": 4, "batch": 8, "steps": 512, "hidden": 512},
@@ -187,30 +185,15 @@ def climb(
     rungs: Sequence[Rung] = RUNGS,
     beside: Sequence[Contestant] = (),
     say: Callable[[str], None] = lambda text: None,
-) -> suite.Result:
+) -> Result:
     """Verify every rung, then time those that are right in turns: one row of a result, with the ladder's order."""
     say(f"{case.name} {mode}: reference in float64")
-    on_gpu = device.type == "cuda"
     problem = Problem(case, dtype, device, draw_on=device)
     expected = reference(problem, gradients=mode == "training", device=device)
     field = [*entrants(device, rungs), *beside]
     cell = Cell(case, mode, threads)
-    race: suite.Race = timed_on_gpu if on_gpu else suite.timed_in_rounds
-    row = suite.measure_cell(cell, problem, expected, field, seconds, lambda _, doing: say(doing), race)
+    row = suite.measure_cell(cell, problem, expected, field, seconds, lambda _, doing: say(doing))
     return row | {"precision": str(dtype).removeprefix("torch."), "ladder": described(rungs)}
-
-
-def timed_on_gpu(
-    prepared: dict[str, Prepared], contestants: Sequence[Contestant], device: torch.device, seconds: float, threads: int
-) -> tuple[dict[str, suite.Result], suite.Result]:
-    """Wall clock, host cost and time on the GPU; see benchmarks/gpu/timing.py."""
-    racing = {name: timing.Entrant(one) for name, one in prepared.items()}
-    timing.run(racing, device, max(seconds, 1.0))
-    return {name: timing.summary(one) for name, one in racing.items()}, {"limit_ms": None}
-
-
-class Impossible(Exception):
-    """A request that cannot be met; the message says why."""
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -235,10 +218,8 @@ def arguments_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace, rungs: Sequence[Rung] = RUNGS) -> int:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise Impossible(f"--device cuda needs a GPU, and torch {torch.__version__} sees none")
-    name = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = environment.choose_device(options.device)
+    name = device.type
     asked = {size: getattr(options, size) for size in SIZES[name]}
     chosen = [int(default if asked[size] is None else asked[size]) for size, default in SIZES[name].items()]
     layers, batch, steps, hidden = chosen
@@ -257,36 +238,21 @@ def run(options: argparse.Namespace, rungs: Sequence[Rung] = RUNGS) -> int:
     case = Case(layers, batch, steps, hidden, group="ladder")
     dtype_name = options.dtype or DTYPE[name]
     started = time.perf_counter()
-    facts = environment.describe(device)
+    result = results.new("ladder", name, dtype_name, environment.describe(device))
+    path = results.path_for(options.out, result)
     modes = MODES if options.mode == "both" else (options.mode,)
-    rows = [
-        climb(case, mode, DTYPES[dtype_name], device, options.seconds, threads, rungs, [TorchLSTM()], say)
-        for mode in modes
-    ]
-    result: suite.Result = {
-        "schema": suite.SCHEMA,
-        "suite": "ladder",
-        "device": name,
-        "dtype": dtype_name,
-        "seconds": round(time.perf_counter() - started, 1),
-        "environment": facts,
-        "limits": {},
-        "rows": rows,
-        "left_out": [],
-        "failures": suite.failures(rows),
-    }
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.fromisoformat(facts["time"]).strftime("%Y%m%d-%H%M%S")
-    path = options.out / f"{stamp}-{name}-ladder.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    for mode in modes:
+        row = climb(case, mode, DTYPES[dtype_name], device, options.seconds, threads, rungs, [TorchLSTM()], say)
+        result["rows"].append(row)
+        result |= {"seconds": round(time.perf_counter() - started, 1), "failures": results.failures(result["rows"])}
+        results.save(path, result)
     written = [path]
     if importlib.util.find_spec("matplotlib") is not None:
         from benchmarks.plots import draw_ladder
 
         written += draw_ladder(result, options.out / "ladder.png")
-    for row in rows:
-        say("\n" + "\n".join(ladder_table(row)))
+    for table in map(ladder_table, result["rows"]):
+        say("\n".join(["", f"### {table.title}", "", *table.markdown()]))
     for failure in result["failures"]:
         say(f"WRONG  {failure}")
     say("\n" + "\n".join(f"wrote {one}" for one in written))

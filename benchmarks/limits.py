@@ -34,7 +34,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, Mode
+from benchmarks.cases import Case
+from benchmarks.results import Mode
 
 MIB = 2**20
 STREAM_SIZES = [1 << 15, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 3 << 18, MIB, 3 << 19]

@@ -13,11 +13,10 @@ matplotlib.use("Agg")  # files only: no display needed
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, PercentFormatter, ScalarFormatter
 
-from benchmarks.cases import MODES
-from benchmarks.report import mean_speedup, milliseconds, names, select, thread_counts
-from benchmarks.suite import BASELINE, Result
+from benchmarks.report import mean_speedup, milliseconds, model, names, select, thread_counts
+from benchmarks.results import BASELINE, MODES, OURS, Result
 
-COLOURS = {"StackedLSTM": "#c2410c", BASELINE: "#1d4ed8", "ONNX Runtime": "#64748b"}
+COLOURS = {OURS: "#c2410c", BASELINE: "#1d4ed8", "ONNX Runtime": "#64748b"}
 MORE_COLOURS = ["#15803d", "#7e22ce", "#a16207", "#0e7490", "#be185d"]
 STYLE: Any = {
     "font.size": 9,
@@ -61,7 +60,7 @@ def draw_ladder(result: Result, path: Path) -> list[Path]:
             rungs = [rung["name"] for rung in row["ladder"] if has(row, rung["name"], "median")]
             shown = [*rungs, *([BASELINE] if has(row, BASELINE, "median") else [])]
             medians = [row["contestants"][name]["median"] for name in shown]
-            colours = [COLOURS[BASELINE] if name == BASELINE else COLOURS["StackedLSTM"] for name in shown]
+            colours = [COLOURS[BASELINE] if name == BASELINE else COLOURS[OURS] for name in shown]
             drawn = panel.barh(shown, medians, 0.7, color=colours)
             gains = [None, *(before / own for before, own in pairwise(medians[: len(rungs)]))]
             gains += [None] * (len(shown) - len(gains))
@@ -81,8 +80,7 @@ def draw_ladder(result: Result, path: Path) -> list[Path]:
 
 def source(result: Result) -> str:
     environment = result["environment"]
-    machine = (environment["gpu"] or environment["cpu"])["model"]
-    return f"{machine}, torch {environment['packages']['torch']}, {result['dtype']}, {environment['time'][:10]}"
+    return f"{model(environment)}, torch {environment['packages']['torch']}, {result['dtype']}, {environment['time'][:10]}"
 
 
 def colour(name: str, among: list[str]) -> str:

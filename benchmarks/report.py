@@ -1,29 +1,77 @@
-"""The tables at the end of a run: one a mode, a row for every shape and number of threads, geometric means below."""
+"""What is said of a result, for the CPU suites and the GPU run alike: how figures are written, and the tables that both have.
+
+It reads the result alone and needs the standard library alone. A table is a `Table`: Markdown is made of it here, and in
+``terminal.py`` what a terminal shows.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from benchmarks.cases import MODES
-from benchmarks.suite import BASELINE, Result
+from benchmarks.results import BASELINE, OURS, Result, threads_text
 
 BUSY = 0.3  # share of disturbed rounds from which on a result is not worth keeping
+NOTHING = "–"  # in a cell that has no figure
 
 
-def names(rows: Iterable[Result]) -> list[str]:
-    """Contestants that ran, or should have run, in any of the rows, in the order of the run."""
-    found: dict[str, None] = {}
-    for row in rows:
-        found |= {name: None for name, entry in row["contestants"].items() if entry["status"] != "skipped"}
-    return list(found)
+@dataclass
+class Table:
+    """Cells of text, which may have Markdown's ``**bold**``."""
+
+    head: Sequence[str]
+    rows: list[list[str]] = field(default_factory=list)
+    words: Collection[int] = (0,)  # columns that hold words, and not figures
+    title: str = ""  # on a terminal
+    breaks: list[int] = field(default_factory=list)  # on a terminal, a line before these rows
+
+    def markdown(self) -> list[str]:
+        rule = ["---" if column in self.words else "---:" for column in range(len(self.head))]
+        return [f"| {' | '.join(cells)} |" for cells in (self.head, rule, *self.rows)]
+
+
+# Figures ------------------------------------------------------------------------------------------------------------
+
+
+def milliseconds(value: float | None) -> str:
+    """Three significant digits."""
+    if value is None:
+        return NOTHING
+    return f"{value:.{max(0, min(4, 2 - math.floor(math.log10(value))))}f}" if value > 0 else "0"
+
+
+def times(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def one_line(text: str) -> str:
+    """`text` as a cell can hold it."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def loud(status: str) -> str:
+    """What became of something that should have gone well: "ok", "skipped", "**FAILED**"."""
+    return status if status in ("ok", "skipped") else f"**{status.upper()}**"
+
+
+def wall(entry: Result | None) -> str:
+    """ "2.78 ±1%": median and spread; of an entry without, **WRONG** or **FAILED**, or – where it did not take part."""
+    if entry and "median" in entry:
+        return f"{milliseconds(entry['median'])} ±{100 * entry['spread']:.0f}%"
+    return NOTHING if not entry or entry.get("status", "skipped") == "skipped" else loud(entry["status"])
+
+
+def entry_text(entry: Result | None) -> str:
+    """ "2.78 ±1% 2.15× 86%": also the speed-up over nn.LSTM and the share of the limit."""
+    text = wall(entry)
+    if entry and "median" in entry:
+        if entry.get("speedup") not in (None, 1):
+            text += f" {entry['speedup']:.2f}×"
+        if entry.get("share_of_limit") is not None:
+            text += f" {100 * entry['share_of_limit']:.0f}%"
+    return text
 
 
 def geometric_mean(values: Iterable[float]) -> float | None:
@@ -34,9 +82,22 @@ def geometric_mean(values: Iterable[float]) -> float | None:
 def mean_speedup(rows: Iterable[Result], name: str) -> float | None:
     """Geometric mean of a contestant's speed-up over nn.LSTM; None where it left out a shape: means of different shapes
     do not compare."""
-    rows = [row for row in rows if row["contestants"].get("nn.LSTM", {}).get("speedup")]
+    rows = [row for row in rows if row["contestants"].get(BASELINE, {}).get("speedup")]
     speedups = [s for row in rows if (s := row["contestants"].get(name, {}).get("speedup"))]
     return geometric_mean(speedups) if len(speedups) == len(rows) else None
+
+
+# Rows ---------------------------------------------------------------------------------------------------------------
+
+
+def names(rows: Iterable[Result]) -> list[str]:
+    """Contestants that ran, or should have run, in any of the rows, in the order of the run; but rungs of a ladder have a table
+    of their own."""
+    found: dict[str, None] = {}
+    for row in rows:
+        rungs = {rung["name"] for rung in row.get("ladder") or ()} - {OURS}
+        found |= {n: None for n, entry in row["contestants"].items() if n not in rungs and entry["status"] != "skipped"}
+    return list(found)
 
 
 def select(
@@ -51,83 +112,119 @@ def thread_counts(result: Result) -> list[int]:
     return sorted({row["threads"] for row in result["rows"]})
 
 
-def milliseconds(value: float) -> str:
-    """Three significant digits."""
-    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
-    return f"{value:.{min(digits, 4)}f}"
+def timed(result: Result) -> list[Result]:
+    """Entries with a timing."""
+    return [entry for row in result["rows"] for entry in row["contestants"].values() if "median" in entry]
 
 
-def entry_text(entry: Result | None) -> Text:
-    """ "2.78 ±1% 2.15× 86%": median, spread, speed-up over nn.LSTM, share of the limit."""
-    if entry is None or entry["status"] == "skipped":
-        return Text("–", style="dim")
-    if entry["status"] != "ok":
-        return Text(entry["status"].upper(), style="bold red")
-    text = Text(milliseconds(entry["median"]))
-    text.append(f" ±{100 * entry['spread']:.0f}%", style="dim")
-    if entry.get("speedup") is not None and entry.get("speedup") != 1:
-        text.append(f" {entry['speedup']:.2f}×", style="green" if entry["speedup"] >= 1 else "red")
-    if entry.get("share_of_limit") is not None:
-        text.append(f" {100 * entry['share_of_limit']:.0f}%", style="cyan")
-    return text
+def size(row: Result) -> tuple[int, ...] | None:
+    """L, B, T, H; None of a row that has nothing but the name of what killed its process."""
+    case = row.get("case")
+    return tuple(case[key] for key in ("layers", "batch", "steps", "hidden_size")) if case else None
+
+
+def size_text(row: Result) -> str:
+    """ "4, 8, 200, 256"."""
+    return ", ".join(map(str, size(row) or ())) or row["name"]
+
+
+# The machine --------------------------------------------------------------------------------------------------------
+
+
+def model(environment: Result) -> str:
+    """Of the GPU, where it ran on one; else of the CPU."""
+    return (environment.get("gpu") or environment["cpu"])["model"]
+
+
+def commit_text(environment: Result) -> str:
+    """ "commit 0123456789ab with local changes"; empty where it is not known."""
+    if not environment.get("commit"):
+        return ""
+    revision, *changes = environment["commit"].split(" ", 1)
+    return " ".join([f"commit {revision[:12]}", *changes])
+
+
+def machine(environment: Result) -> str:
+    """The machine, the software, the day and the commit."""
+    cpu = environment["cpu"]
+    caches = "" if environment.get("gpu") else f" ({cpu['cores']} cores, {cpu['caches'].get('L2', '?')} L2)"
+    facts = [model(environment) + caches, f"torch {environment['packages']['torch']}"]
+    if runtime := environment["packages"].get("onnxruntime"):
+        facts.append(f"ONNX Runtime {runtime}")
+    return ", ".join(filter(None, [*facts, environment["time"][:10], commit_text(environment)]))
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
 
 
 def mode_table(result: Result, mode: str) -> Table:
+    """A row for every shape and number of threads, geometric means below."""
     rows = select(result, mode)
     contestants = names(rows)
-    table = Table(
-        title=f"{mode}, {result['dtype']}, on the {result['device'].upper()}", box=box.SIMPLE_HEAD, title_justify="left"
-    )
-    table.add_column("shape", no_wrap=True)
-    table.add_column("threads", justify="right")
-    table.add_column("limit", justify="right")
-    for name in contestants:
-        table.add_column(name, justify="right", no_wrap=True)
-    previous: Any = None
+    title = f"{mode}, {result['dtype']}, on the {result['device'].upper()}"
+    table = Table(["shape", "threads", "limit", *contestants], title=title)
+    previous: Result | None = None
     for row in rows:
-        if previous is not None and previous["group"] != row["group"]:
-            table.add_section()
-        shown = row["name"] if previous is None or previous["name"] != row["name"] else ""
-        limit = milliseconds(row["limit_ms"]) if row.get("limit_ms") else "–"
+        if previous and previous["group"] != row["group"]:
+            table.breaks.append(len(table.rows))
+        shown = "" if previous and previous["name"] == row["name"] else row["name"]
         entries = [entry_text(row["contestants"].get(name)) for name in contestants]
-        table.add_row(shown, str(row["threads"] or "–"), limit, *entries)
+        table.rows.append([shown, str(row["threads"] or NOTHING), milliseconds(row.get("limit_ms") or None), *entries])
         previous = row
-    table.add_section()
+    table.breaks.append(len(table.rows))
     for threads in thread_counts(result):
         means = [mean_speedup(select(result, mode, threads, "grid"), name) for name in contestants]
         if any(means):
-            cells = [
-                "" if name == BASELINE or mean is None else f"{mean:.2f}×" for name, mean in zip(contestants, means)
-            ]
-            table.add_row("geometric mean (grid)", str(threads or "–"), "", *cells, style="bold")
+            cells = [f"{mean:.2f}×" if mean and name != BASELINE else "" for name, mean in zip(contestants, means)]
+            table.rows.append(["geometric mean (grid)", str(threads or NOTHING), "", *cells])
     return table
 
 
-def print_report(result: Result, console: Console) -> None:
-    """Everything a reader of the terminal should see."""
-    for mode in MODES:
-        if select(result, mode):
-            console.print()
-            console.print(mode_table(result, mode))
-    console.print(
-        "Median in ms ± half the distance of its quartiles, speed-up over nn.LSTM, share of the physical limit in the same rounds.",
-        style="dim",
-    )
-    for line in remarks(result):
-        console.print(line, style="bold yellow" if line.startswith("BUSY") else "dim")
-    if result["left_out"]:
-        shapes = dict.fromkeys(re.sub(r" (inference|training).*", "", cell) for cell in result["left_out"])
-        left_out = f"NOT MEASURED, the time was up: {len(result['left_out'])} cells of {', '.join(shapes)}"
-        console.print(left_out, style="bold yellow", highlight=False)
-    for failure in result["failures"]:
-        console.print(Text(f"WRONG  {failure}", style="bold red"))
+LEGEND = "Median in ms ± half the distance of its quartiles, speed-up over nn.LSTM, share of the physical limit in the same rounds."
+
+
+def ladder_table(row: Result) -> Table:
+    """A rung a line, from the lowest up, with its gain over the last one before it that was timed."""
+    entries = row["contestants"]
+    on_gpu = any(entry.get("gpu_median") for entry in entries.values())
+    head = ["", "wall, ms"] + ["GPU, ms"] * on_gpu + ["× the one before", "× the first", ""]
+    name = f"{row['name'].removesuffix(' ' + row['precision'])}, {row['precision']}"
+    title = f"{name}, {row['mode']}{threads_text(row.get('threads', 0))}"
+    table = Table(head, words=(0, len(head) - 1), title=title)
+    first: float | None = None
+    before: float | None = None
+    beside = [{"name": BASELINE, "idea": "*beside the ladder*"}] if BASELINE in entries else []
+    for rung in [*row["ladder"], *beside]:
+        entry = entries.get(rung["name"], {})
+        if "median" not in entry:
+            word = "not here" if wall(entry) == NOTHING else wall(entry)
+            reason = f"{word}: {one_line(entry.get('reason', 'not measured'))}"
+            table.rows.append([rung["name"], *[NOTHING] * (len(head) - 2), reason])
+            continue
+        median = entry["median"]
+        gains = [before / median if before and rung["name"] != BASELINE else None, (first or median) / median]
+        on_the_gpu = [milliseconds(entry.get("gpu_median"))] * on_gpu
+        table.rows.append([rung["name"], wall(entry), *on_the_gpu, *map(times, gains), rung["idea"]])
+        first, before = first or median, median
+    return table
+
+
+# Remarks ------------------------------------------------------------------------------------------------------------
 
 
 def disturbed_share(result: Result) -> float:
     """Share of all rounds in which other processes ran."""
-    timed = [entry for row in result["rows"] for entry in row["contestants"].values() if "median" in entry]
-    disturbed, rounds = (sum(entry[key] for entry in timed) for key in ("disturbed", "rounds"))
+    disturbed, rounds = (sum(entry[key] for entry in timed(result)) for key in ("disturbed", "rounds"))
     return disturbed / rounds if rounds else 0.0
+
+
+def disturbances(result: Result) -> list[str]:
+    """What there is to say of the rounds in which other processes ran."""
+    share = disturbed_share(result)
+    others = f"Other processes ran during {100 * share:.0f} % of the rounds"
+    if share > BUSY:
+        return [f"BUSY MACHINE. {others}: do not keep these numbers; quiet the machine and run again."]
+    return [f"{others}; they were left out where enough quiet ones remained."] if share else []
 
 
 def fell_back(name: str, entry: Result) -> bool:
@@ -137,19 +234,13 @@ def fell_back(name: str, entry: Result) -> bool:
 
 def remarks(result: Result) -> list[str]:
     """What qualifies the numbers: verification, disturbances, who did not take part and why."""
-    timed = [entry for row in result["rows"] for entry in row["contestants"].values() if "median" in entry]
     lines = []
-    if timed:
-        margin = max(entry["error"] / entry["tolerance"] for entry in timed)
+    if entries := timed(result):
+        margin = max(entry["error"] / entry["tolerance"] for entry in entries)
         lines.append(
-            f"All {len(timed)} timings are of verified contestants, {100 * margin:.0f} % of a tolerance used at most."
+            f"All {len(entries)} timings are of verified contestants, {100 * margin:.0f} % of a tolerance used at most."
         )
-        share = disturbed_share(result)
-        others = f"Other processes ran during {100 * share:.0f} % of the rounds"
-        if share > BUSY:
-            lines.append(f"BUSY MACHINE. {others}: do not keep these numbers; quiet the machine and run again.")
-        elif share:
-            lines.append(f"{others}; they were left out where enough quiet ones remained.")
+        lines += disturbances(result)
     fallen = {
         row["name"] for row in result["rows"] for name, entry in row["contestants"].items() if fell_back(name, entry)
     }
@@ -164,3 +255,10 @@ def remarks(result: Result) -> list[str]:
                 skipped.setdefault(name, set()).add(entry["reason"])
     lines += [f"{name}, where it did not run: {', '.join(sorted(reasons))}." for name, reasons in skipped.items()]
     return lines
+
+
+def left_out(result: Result) -> list[str]:
+    """Which cells were not measured; a shape once."""
+    cells = result["left_out"]
+    shapes = dict.fromkeys(re.sub(r" (inference|training).*", "", cell) for cell in cells)
+    return [f"NOT MEASURED, the time was up: {len(cells)} cells of {', '.join(shapes)}"] if cells else []

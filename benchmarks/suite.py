@@ -1,7 +1,7 @@
 """The run: for every cell, verify each contestant that can run it, then time the correct ones, within a budget.
 
-The result is a plain dictionary, written as JSON, and everything after the run (report, plots, comparison, the README's
-table) reads only that: a result file from another machine serves as well.
+What it makes are the rows of a result (``results.py``). Everything after the run (report, plots, comparison, the README's table)
+reads only the result: a file from another machine serves as well.
 """
 
 from __future__ import annotations
@@ -10,27 +10,22 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, Cell, Mode, Problem
+from benchmarks.cases import Case, Cell, Problem
 from benchmarks.contestants import Contestant, Prepared
+from benchmarks.gpu.timing import CallsOnGpu
 from benchmarks.limits import Machine, Probe
-from benchmarks.timing import LIMIT, interleave, summarise, summarise_limit
+from benchmarks.results import Mode, Result, add_ratios, raised
+from benchmarks.timing import LIMIT, Calls, Limit, Party, interleave, share_of_limit, summarise, summarise_limit
 from benchmarks.verify import Verdict, reference, verify
 
-SCHEMA = 1
-Result = dict[str, Any]
-BASELINE = "nn.LSTM"  # what ratios are taken against
-MIN_ROUNDS = 3  # of a cell, though it may take longer than its share
-# Times those who were right: prepared, contestants, device, seconds, threads -> what goes into each one's entry, and into
-# the row.
-Race = Callable[[dict[str, Prepared], Sequence[Contestant], torch.device, float, int], tuple[dict[str, Result], Result]]
-LONG_STEP_S = 1.0  # a step that is verified once, not twice
+LONG_STEP_S = 1.0  # on the CPU, a step that is verified once, not twice
 
 
 class Budget:
@@ -88,8 +83,7 @@ def measure(
                 break
             share = budget.share(weight(cell)) - (time.perf_counter() - started)
             with machine.at(case, cell.mode, cell.threads) if machine else contextlib.nullcontext() as probe:
-                race = partial(timed_in_rounds, probe=probe)
-                rows[cell] = measure_cell(cell, problem, expected, contestants, share, report, race)
+                rows[cell] = measure_cell(cell, problem, expected, contestants, share, report, probe)
             finished(rows[cell])
             started = time.perf_counter()
     return [rows[cell] for cell in cells if cell in rows]
@@ -99,10 +93,10 @@ def measure_cell(
     cell: Cell,
     problem: Problem,
     expected: dict[str, torch.Tensor],
-    contestants: list[Contestant],
+    contestants: Sequence[Contestant],
     seconds: float,
     report: Callable[[Cell, str], None],
-    race: Race,
+    probe: Probe | None = None,
 ) -> Result:
     """Verify, then time. A contestant that is wrong, or raises, is reported as such and never timed."""
     case, mode, device = cell.case, cell.mode, problem.device
@@ -112,97 +106,111 @@ def measure_cell(
     entries: dict[str, Result] = {}
     correct: dict[str, Prepared] = {}
     for contestant in contestants:
-        try:
-            if reason := contestant.obstacle(case, mode, problem.dtype, device):
-                entries[contestant.name] = {"status": "skipped", "reason": reason}
-                continue
-            report(cell, f"verifying {contestant.name}")
-            prepared, verdict, facts = check(contestant, problem, mode, cell.threads, expected)
-        except Exception as error:  # whatever a contestant raises belongs into the report
-            entries[contestant.name] = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
-            continue
-        entries[contestant.name] = {"status": "ok" if verdict.correct else "wrong", **facts, **verified(verdict)}
-        if verdict.correct:
+        entry, prepared = admit(contestant, problem, mode, cell.threads, expected, device, lambda doing: report(cell, doing))
+        entries[contestant.name] = entry
+        if prepared:
             correct[contestant.name] = prepared
     report(cell, "timing")
     of_row: Result = {"limit_ms": None}
     if correct:
         left = seconds - (time.perf_counter() - started)
-        timings, of_row = race(correct, contestants, device, left, cell.threads)
+        timings, of_row = race(correct, contestants, device, left, cell.threads, probe)
         for name, timing in timings.items():
             entries[name] |= timing
-    baseline = entries.get(BASELINE, {}).get("median")
-    for contestant in contestants:
-        entry = entries[contestant.name]
-        entry["ours"] = contestant.ours
-        if "median" in entry:
-            entry["speedup"] = baseline / entry["median"] if baseline else None
-    shape = {**asdict(case), "lengths": list(case.lengths) if case.packed else None}
-    return {
-        "name": case.name,
+    return row_of(case, mode, cell.threads, entries, **of_row)
+
+
+def row_of(case: Case, mode: Mode, threads: int, entries: Mapping[str, Result], name: str = "", **facts: Any) -> Result:
+    """A row of the result, under the case's name unless it has another."""
+    row = {
+        "name": name or case.name,
         "group": case.group,
-        "case": shape,
+        "case": {**asdict(case), "lengths": list(case.lengths) if case.packed else None},
         "mode": mode,
-        "threads": cell.threads,
-        **of_row,
+        "threads": threads,
+        **facts,
         "contestants": entries,
     }
+    add_ratios(row)
+    return row
 
 
-def timed_in_rounds(
-    prepared: dict[str, Prepared],
+def race(
+    prepared: Mapping[str, Prepared],
     contestants: Sequence[Contestant],
     device: torch.device,
     seconds: float,
     threads: int,
     probe: Probe | None = None,
 ) -> tuple[dict[str, Result], Result]:
-    """Everybody's calls, and the limit, in interleaved rounds; see timing.py."""
-    settle = {c.name: c.settle_s for c in contestants} | {LIMIT: Contestant.settle_s} if threads > 1 else {}
-    rounds = interleave(prepared, device, seconds, settle, MIN_ROUNDS, probe=probe)
-    timings = {name: summarise(name, rounds) for name in prepared}
-    return {name: {"spread": timing.spread, **asdict(timing)} for name, timing in timings.items()}, summarise_limit(rounds)
+    """Time the contestants, and probe the limit, in turns: what goes into the entries, and into the row; see timing.py."""
+    settle = {contestant.name: contestant.settle_s for contestant in contestants} if threads > 1 else {}
+    parties: dict[str, Party] = {}
+    for name, one in prepared.items():
+        parties[name] = CallsOnGpu(one, device) if device.type == "cuda" else Calls(one, settle.get(name, 0.0))
+    if probe:
+        parties[LIMIT] = Limit(probe, Contestant.settle_s if threads > 1 else 0.0)
+    rounds = interleave(parties, seconds)
+    return {name: summarise(name, rounds) | share_of_limit(name, rounds) for name in prepared}, summarise_limit(rounds)
+
+
+def admit(
+    contestant: Contestant,
+    problem: Problem,
+    mode: Mode,
+    threads: int,
+    expected: dict[str, torch.Tensor],
+    device: torch.device,
+    say: Callable[[str], None],
+    least_eps: float = 0.0,
+    watch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> tuple[Result, Prepared | None]:
+    """The entry of a contestant that has been verified and, where it was right, what may be timed; see `check`."""
+    ours = {"ours": contestant.ours}
+    try:
+        if reason := contestant.obstacle(problem.case, mode, problem.dtype, device):
+            return {"status": "skipped", "reason": reason} | ours, None
+        say(f"verifying {contestant.name}")
+        prepared, verdict, facts = check(contestant, problem, mode, threads, expected, least_eps, watch)
+    except torch.OutOfMemoryError:
+        return {"status": "skipped", "reason": "out of memory"} | ours, None
+    except Exception as error:  # whatever a contestant raises belongs into the report
+        return raised(error) | ours, None
+    entry = {"status": "ok" if verdict.correct else "wrong", **facts, **figures(verdict)} | ours
+    return entry, prepared if verdict.correct else None
 
 
 def check(
-    contestant: Contestant, problem: Problem, mode: Mode, threads: int, expected: dict[str, torch.Tensor]
+    contestant: Contestant,
+    problem: Problem,
+    mode: Mode,
+    threads: int,
+    expected: dict[str, torch.Tensor],
+    least_eps: float = 0.0,
+    watch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> tuple[Prepared, Verdict, Result]:
     """Prepare a contestant and hold two of its steps against the reference: the second finds what the first left.
 
-    One has to do where a step takes `LONG_STEP_S` or more; the smaller cases of the suite have seen two.
+    On the CPU one has to do where a step takes `LONG_STEP_S` or more; the smaller cases of the suite have seen two. (On a GPU a
+    first step may compile.) `least_eps` is that of products which are narrower than the dtype for all contestants, `watch` is
+    entered around each step.
     """
     gc.collect()
-    eps = contestant.eps(problem.case, mode, problem.dtype)
+    eps = max(contestant.eps(problem.case, mode, problem.dtype) or 0.0, least_eps) or None
     prepared = contestant.prepare(problem, mode, threads)
     with prepared.context():
-        started = time.perf_counter()
-        results = prepared.step()
-        prepared.step_s = time.perf_counter() - started
-        verdict = verify(problem.case, problem.dtype, mode, prepared.tensors(results), expected, eps)
-        if verdict.correct and prepared.step_s < LONG_STEP_S:
+        for _ in range(2):
             started = time.perf_counter()
-            results = prepared.step()
+            with watch():
+                results = prepared.step()
             prepared.step_s = time.perf_counter() - started
             verdict = verify(problem.case, problem.dtype, mode, prepared.tensors(results), expected, eps)
+            if not verdict.correct or (problem.device.type == "cpu" and prepared.step_s >= LONG_STEP_S):
+                break
         return prepared, verdict, prepared.facts()
 
 
-def verified(verdict: Verdict) -> Result:
-    facts: Result = {
-        "error": verdict.error,
-        "tolerance": verdict.tolerance,
-        "furthest": verdict.tensor,
-        "rms": verdict.rms,
-    }
-    return facts | ({"reason": verdict.reason} if verdict.reason else {})
-
-
-def failures(rows: list[Result]) -> list[str]:
-    """What fails the run: a contestant that is wrong, and one of ours that raises."""
-    found = []
-    for row in rows:
-        for name, entry in row["contestants"].items():
-            if entry["status"] == "wrong" or (entry["status"] == "failed" and entry["ours"]):
-                threads = f", {row['threads']} thread{'s' * (row['threads'] != 1)}" if row["threads"] else ""
-                found.append(f"{name} on {row['name']}, {row['mode']}{threads}: {entry['status']}: {entry['reason']}")
-    return found
+def figures(verdict: Verdict) -> Result:
+    """What an entry says of a verification."""
+    said: Result = {"error": verdict.error, "tolerance": verdict.tolerance, "furthest": verdict.tensor, "rms": verdict.rms}
+    return said | ({"reason": verdict.reason} if verdict.reason else {})

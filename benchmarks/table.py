@@ -9,18 +9,28 @@ other dtypes). Only what the file holds is written, with its machine.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.cases import MODES
-from benchmarks.compare import read
-from benchmarks.report import BUSY, disturbed_share, geometric_mean, mean_speedup, milliseconds, names, select, thread_counts
-from benchmarks.suite import BASELINE, Result
+from benchmarks import results
+from benchmarks.report import (
+    BUSY,
+    NOTHING,
+    Table,
+    disturbed_share,
+    geometric_mean,
+    machine,
+    mean_speedup,
+    milliseconds,
+    names,
+    select,
+    size_text,
+    thread_counts,
+)
+from benchmarks.results import BASELINE, MODES, OURS, Result, threads_text
 
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
-OURS = "StackedLSTM"
 
 
 def columns_of(result: Result, rows: list[Result]) -> list[tuple[str, int]]:
@@ -30,24 +40,20 @@ def columns_of(result: Result, rows: list[Result]) -> list[tuple[str, int]]:
 
 
 def heading(mode: str, threads: int) -> str:
-    return mode + (f", {threads} thread{'s' * (threads != 1)}" if threads else "")
-
-
-def size_of(case: Result) -> str:
-    return ", ".join(str(case[key]) for key in ("layers", "batch", "steps", "hidden_size"))
+    return mode + threads_text(threads)
 
 
 def cells(
     result: Result, rows: list[Result], first: str, name_of: Callable[[Result], str], cell_of: Callable[[Result], str]
-) -> list[str]:
-    """A line for each shape, a column for each mode and number of threads."""
+) -> Table:
+    """A row for each shape, a column for each mode and number of threads."""
     columns = columns_of(result, rows)
-    lines = [f"| {first} | " + " | ".join(heading(*column) for column in columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    table = Table([first, *(heading(*column) for column in columns)])
     for shape in dict.fromkeys(row["name"] for row in rows):
         at = {(row["mode"], row["threads"]): row for row in rows if row["name"] == shape}
-        shown = [cell_of(at[column]) if column in at else "–" for column in columns]
-        lines.append(f"| {name_of(next(iter(at.values())))} | " + " | ".join(shown) + " |")
-    return lines
+        shown = [cell_of(at[column]) if column in at else NOTHING for column in columns]
+        table.rows.append([name_of(next(iter(at.values()))), *shown])
+    return table
 
 
 def shares(result: Result) -> list[str]:
@@ -58,10 +64,10 @@ def shares(result: Result) -> list[str]:
     def cell(row: Result) -> str:
         of = {name: 100 * entry["share_of_limit"] for name, entry in row["contestants"].items() if entry.get("share_of_limit")}
         if OURS not in of:
-            return "–"
+            return NOTHING
         return ", ".join([f"**{of[OURS]:.0f} %**", *(f"{of[name]:.0f}" for name in others if name in of)])
 
-    lines = cells(result, rows, "layers, batch, steps, width", lambda row: size_of(row["case"]), cell)
+    lines = cells(result, rows, "layers, batch, steps, width", size_text, cell).markdown()
     lines += ["", f"Shares of the limit: ours in bold, then {', '.join(others)} where they run the shape."]
     means = []
     for column in columns_of(result, rows):
@@ -79,10 +85,10 @@ def options(result: Result) -> list[str]:
 
     def cell(row: Result) -> str:
         entry = row["contestants"].get(OURS, {})
-        return f"{entry['speedup']:.2f}" if entry.get("speedup") else "–"
+        return f"{entry['speedup']:.2f}" if entry.get("speedup") else NOTHING
 
-    lines = cells(result, rows, "shape", lambda row: row["name"], cell)
-    return [*lines, "", f"Times as fast as `{BASELINE}`, {result['dtype']}."]
+    table = cells(result, rows, "shape", lambda row: row["name"], cell)
+    return [*table.markdown(), "", f"Times as fast as `{BASELINE}`, {result['dtype']}."]
 
 
 def streaming(result: Result) -> list[str]:
@@ -98,23 +104,23 @@ def streaming(result: Result) -> list[str]:
             step_us = 1e3 * entry["median"] / row["case"]["steps"]
             speedup = f" ({entry['speedup']:.1f}×)" if entry.get("speedup") else ""
             shown.append(f"{variant} {step_us:.1f} µs{speedup}".strip())
-        return "; ".join(shown) or "–"
+        return "; ".join(shown) or NOTHING
 
     def name(row: Result) -> str:
         return ", ".join(str(row["case"][key]) for key in ("layers", "batch", "hidden_size"))
 
-    lines = cells(result, rows, "step by step: layers, batch, width", name, cell)
-    return [*lines, "", f"In brackets, times as fast as `{BASELINE}` called in the same way."]
+    table = cells(result, rows, "step by step: layers, batch, width", name, cell)
+    return [*table.markdown(), "", f"In brackets, times as fast as `{BASELINE}` called in the same way."]
 
 
 def floors(result: Result) -> list[str]:
-    lines = [f"| on {result['threads']} threads | | | ratio | |", "| --- | ---: | ---: | ---: | --- |"]
+    table = Table([f"on {result['threads']} threads", "", "", "ratio", ""], words=(0, 4))
     for name, row in result["rows"].items():
         ours, other = (f"{row[key]:.3g} {row['unit']}" for key in ("ours", "other"))
         bound = "at least" if "at least" in row else "at most"
         missed = "" if row["holds"] else ", missed"
-        lines.append(f"| {name} | {ours} | {other} | {row['ratio']:.2f} | {bound} {row[bound]:g}{missed} |")
-    return lines
+        table.rows.append([name, ours, other, f"{row['ratio']:.2f}", f"{bound} {row[bound]:g}{missed}"])
+    return table.markdown()
 
 
 KINDS: dict[str, Callable[[Result], list[str]]] = {
@@ -127,14 +133,11 @@ KINDS: dict[str, Callable[[Result], list[str]]] = {
 
 def for_docs(result: Result, path: Path) -> tuple[str, str]:
     """The markers' name and the table, with its source."""
-    suite = result.get("suite", "floors")
-    kind = "shares" if suite in ("quick", "full") else suite
+    kind = "shares" if result["suite"] in ("quick", "full") else result["suite"]
     if kind not in KINDS:
-        raise ValueError(f"docs have tables of {', '.join(KINDS)}, got: a result of the suite {suite}")
-    dtype = result.get("dtype", "float32")
-    name = kind if dtype == "float32" else f"{kind}-{dtype}"
-    environment = result["environment"]
-    source = f"[{path.name}](../benchmarks/results/{path.name}): {machine(environment)}."
+        raise ValueError(f"docs have tables of {', '.join(KINDS)}, got: a result of the suite {result['suite']}")
+    name = kind if result["dtype"] == "float32" else f"{kind}-{result['dtype']}"
+    source = f"[{path.name}](../benchmarks/results/{path.name}): {machine(result['environment'])}."
     return name, "\n".join([*KINDS[kind](result), "", source])
 
 
@@ -147,24 +150,20 @@ def markdown(result: Result) -> str:
     if ours is None:
         raise ValueError("the result holds no timing of ours on the grid")
     columns = columns_of(result, rows)
-    lines = cells(
-        result,
-        rows,
-        "layers, batch, steps, width",
-        lambda row: size_of(row["case"]),
-        lambda row: timed(row["contestants"].get(ours, {})),
+    table = cells(
+        result, rows, "layers, batch, steps, width", size_text, lambda row: timing_text(row["contestants"].get(ours, {}))
     )
     for name in names(rows):
         means = [mean_speedup(select(result, *column, "grid"), name) for column in columns]
         if name != BASELINE and any(means):
-            shown = (f"**{mean:.2f}×**" if mean else "–" for mean in means)
-            lines.append(f"| **{name}, geometric mean** | " + " | ".join(shown) + " |")
-    return "\n".join([*lines, "", caption(result, ours)])
+            shown = (f"**{mean:.2f}×**" if mean else NOTHING for mean in means)
+            table.rows.append([f"**{name}, geometric mean**", *shown])
+    return "\n".join([*table.markdown(), "", caption(result, ours)])
 
 
-def timed(entry: Result) -> str:
+def timing_text(entry: Result) -> str:
     if "median" not in entry:
-        return entry.get("status", "–")
+        return entry.get("status", NOTHING)
     speedup = f" ({entry['speedup']:.2f}×)" if entry.get("speedup") else ""
     return f"{milliseconds(entry['median'])} ms{speedup}"
 
@@ -177,20 +176,6 @@ def caption(result: Result, ours: str) -> str:
     )
 
 
-def machine(environment: Result) -> str:
-    """Of a result's environment: the machine, the software, the day and the commit."""
-    cpu, gpu = environment["cpu"], environment["gpu"]
-    hardware = gpu["model"] if gpu else f"{cpu['model']} ({cpu['cores']} cores, {cpu['caches'].get('L2', '?')} L2)"
-    software = f"torch {environment['packages']['torch']}"
-    if runtime := environment["packages"].get("onnxruntime"):
-        software += f", ONNX Runtime {runtime}"
-    commit = ""
-    if environment["commit"]:
-        revision, *changes = environment["commit"].split(" ", 1)
-        commit = " ".join([f", commit {revision[:12]}", *changes])
-    return f"{hardware}, {software}, {environment['time'][:10]}{commit}"
-
-
 def put_into(page: str, table: str, name: str = "table") -> str:
     """`page` with what stands between the two markers of that name replaced.
 
@@ -199,7 +184,7 @@ def put_into(page: str, table: str, name: str = "table") -> str:
     """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
-        raise ValueError(f"the file needs one {begin} and, after it, one {end}")
+        raise ValueError(f"the page needs one {begin} and, after it, one {end}")
     before, rest = page.split(begin)
     return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
@@ -215,9 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, help="page with the markers of the result's kind, such as docs/cpu.md")
     given = parser.parse_args(arguments)
     try:
-        result = json.loads(given.result.read_text())
-        floors_only = isinstance(result, dict) and isinstance(result.get("rows"), dict)
-        result = result if floors_only else read(given.result)
+        result = results.load(given.result)
+        floors_only = result["suite"] == "floors"
         if not floors_only and disturbed_share(result) > BUSY:
             print("warning: the machine was busy; measure again before you publish this", file=sys.stderr)
         if given.docs:

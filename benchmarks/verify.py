@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.cases import Case, Mode, Problem
+from benchmarks.cases import Case, Problem
 from benchmarks.contestants import Tensors
+from benchmarks.results import Mode
 from stacked_lstm_ext.reference import lstm_reference
 
 

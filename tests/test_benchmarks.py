@@ -15,10 +15,12 @@ import torch
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
-from benchmarks import compare, contestants, limits, suite, table, timing
+from benchmarks import compare, contestants, limits, results, suite, table, timing
 from benchmarks.cases import DEPTH, GRID, SUITES, Case, Cell, Problem
 from benchmarks.contestants import FlashRNN, Haste, OnnxRuntime, Prepared, StackedLSTM, TorchLSTM, TorchRL, gates_from_haste
-from benchmarks.report import mean_speedup, milliseconds, print_report, remarks
+from benchmarks.report import mean_speedup, milliseconds, remarks
+from benchmarks.terminal import print_report
+from benchmarks.timing import Calls, Limit, Round
 from benchmarks.verify import reference, tolerance, verify
 
 CPU = torch.device("cpu")
@@ -108,7 +110,7 @@ def test_a_wrong_contestant_is_named_fails_the_run_and_is_never_timed(mode, tens
     assert "median" not in entry
     assert broken.steps == 1, "it ran once more than its verification needed"
     assert row["contestants"]["nn.LSTM"]["status"] == "ok"
-    assert suite.failures([row]) == [f"Broken on L2 B3 T5 H8, {mode}, 1 thread: wrong: {entry['reason']}"]
+    assert results.failures([row]) == [f"Broken on L2 B3 T5 H8, {mode}, 1 thread: wrong: {entry['reason']}"]
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
@@ -143,9 +145,9 @@ def test_an_exception_of_a_peer_is_shown_and_one_of_ours_fails_the_run():
     raising = Raising()
     row = measured(Cell(Case(1, 1, 2, 4), "inference", 1), raising, TorchLSTM())
     assert row["contestants"]["Raising"]["reason"] == "RuntimeError: no kernel for this size"
-    assert suite.failures([row]) == []
+    assert results.failures([row]) == []
     row["contestants"]["Raising"]["ours"] = True
-    assert len(suite.failures([row])) == 1
+    assert len(results.failures([row])) == 1
 
 
 def test_gradients_of_an_earlier_step_are_not_added_to():
@@ -301,24 +303,24 @@ def test_no_two_cells_share_a_name():
 
 def test_contestants_take_turns_and_the_first_one_too():
     calls = []
-    steps = {name: Prepared(lambda name=name: calls.append(name), lambda _: {}) for name in "ABC"}
-    timing.interleave(steps, CPU, seconds=0.0, min_rounds=4)
+    parties = {name: Calls(Prepared(lambda name=name: calls.append(name), lambda _: {})) for name in "ABC"}
+    timing.interleave(parties, seconds=0.0, min_rounds=4)
     turns = [name for name, before in zip(calls, [None, *calls]) if name != before]
     assert "".join(turns) == "ABC" + "ABC" + "BCA" + "CAB" + "ABC"  # once to size the blocks, then four rounds
 
 
 def test_disturbed_rounds_are_left_out_where_enough_quiet_ones_remain():
-    quiet = [timing.Round(False, {"A": [1.0, 2.0, 3.0]}) for _ in range(3)]
-    loud = timing.Round(True, {"A": [100.0] * 9})
-    assert timing.summarise("A", [*quiet, loud]).median == 2.0
-    assert timing.summarise("A", [*quiet, loud]).disturbed == 1
-    assert timing.summarise("A", [*quiet[:2], loud]).median == 100.0, "two quiet rounds are too few to stand for three"
+    quiet = [Round(False, {"A": {"wall": [1.0, 2.0, 3.0]}}) for _ in range(3)]
+    loud = Round(True, {"A": {"wall": [100.0] * 9}})
+    assert timing.summarise("A", [*quiet, loud])["median"] == 2.0
+    assert timing.summarise("A", [*quiet, loud])["disturbed"] == 1
+    assert timing.summarise("A", [*quiet[:2], loud])["median"] == 100.0, "two quiet rounds are too few to stand for three"
 
 
 def test_median_quartiles_and_spread_are_those_of_the_calls():
-    result = timing.summarise("A", [timing.Round(False, {"A": [5.0, 1.0, 4.0, 2.0, 3.0]})])
-    assert (result.median, result.quartiles, result.fastest, result.calls) == (3.0, (2.0, 4.0), 1.0, 5)
-    assert result.spread == pytest.approx(1 / 3)
+    entry = timing.summarise("A", [Round(False, {"A": {"wall": [5.0, 1.0, 4.0, 2.0, 3.0]}})])
+    assert [entry[key] for key in ("median", "quartiles", "fastest", "calls")] == [3.0, (2.0, 4.0), 1.0, 5]
+    assert entry["spread"] == pytest.approx(1 / 3)
 
 
 def test_the_budget_is_shared_by_weight(monkeypatch):
@@ -422,11 +424,11 @@ def drifting(monkeypatch, speeds, disturbed=(), probe=None):
     def limit(seconds):
         return probe(now[0]) if probe else limits.Moment(8.0 / now[0], 100 * now[0], 50 * now[0])
 
-    def time_calls(step, calls, device):
+    def time_calls(step, calls, wait):
         step()
         (ms,) = took.values()
         took.clear()
-        return [ms], []
+        return {"wall": [ms], "host": [ms]}
 
     def processor_seconds():  # asked for before and after each round
         if rounds[0] % 2 == 0:
@@ -436,10 +438,10 @@ def drifting(monkeypatch, speeds, disturbed=(), probe=None):
 
     monkeypatch.setattr(timing, "time_calls", time_calls)
     monkeypatch.setattr(timing, "other_processor_seconds", processor_seconds)
-    monkeypatch.setattr(suite, "MIN_ROUNDS", len(speeds))
+    monkeypatch.setattr(timing, "MIN_ROUNDS", len(speeds))
     who = [SimpleNamespace(name="StackedLSTM", settle_s=0.0), SimpleNamespace(name="nn.LSTM", settle_s=0.0)]
     racing = dict([prepared("StackedLSTM", 10.0), prepared("nn.LSTM", 20.0)])
-    return suite.timed_in_rounds(racing, who, CPU, 0.0, 1, limit)
+    return suite.race(racing, who, CPU, 0.0, 1, limit)
 
 
 def test_a_share_of_the_limit_is_what_it_is_however_the_machine_drifts(monkeypatch):
@@ -474,17 +476,17 @@ def test_a_disturbed_round_counts_neither_for_the_limit_nor_for_a_share(monkeypa
 
 def test_the_limit_takes_its_turn_and_another_one_in_each_round():
     calls = []
-    steps = {name: Prepared(lambda name=name: calls.append(name), lambda _: {}) for name in "AB"}
+    parties = {name: Calls(Prepared(lambda name=name: calls.append(name), lambda _: {})) for name in "AB"}
 
     def probe(seconds):
         calls.append("limit")
         return limits.Moment(1.0, 1.0, 1.0)
 
-    rounds = timing.interleave(steps, CPU, seconds=0.0, min_rounds=3, probe=probe)
+    rounds = timing.interleave(parties | {timing.LIMIT: Limit(probe)}, seconds=0.0, min_rounds=3)
     turns = [name for name, before in zip(calls, [None, *calls]) if name != before]
     # Once to size the blocks, then A B limit, B limit A, limit A B, of which two calls in a row show as one.
     assert turns == ["A", "B", "A", "B", "limit", "B", "limit", "A", "limit", "A", "B"]
-    assert all(turn.limit for turn in rounds)
+    assert all(one.taken[timing.LIMIT]["ms"] == [1.0] for one in rounds)
 
 
 def test_without_a_compiler_there_is_no_limit_and_no_share(monkeypatch, tmp_path, capsys):
@@ -575,6 +577,25 @@ def test_asking_for_a_gpu_that_is_not_there_says_so():
     assert "Traceback" not in ran.stderr
 
 
+def test_an_interrupted_run_leaves_what_it_has_measured_and_names_the_rest(monkeypatch, tmp_path, capsys):
+    real, begun = suite.measure_cell, []
+
+    def measure_cell(cell, *arguments):
+        if begun:
+            raise KeyboardInterrupt
+        begun.append(cell.name)
+        return real(cell, *arguments)
+
+    monkeypatch.setattr(suite, "measure_cell", measure_cell)
+    arguments = [*QUICKLY, "--only", "grid", "--contestants", "^StackedLSTM$", "--out", str(tmp_path)]
+    assert command.main(arguments) == 130
+    (path,) = tmp_path.glob("*")
+    assert f"interrupted; what was measured is in {path}" in capsys.readouterr().out.replace("\n", "")
+    left = results.load(path)
+    assert [row["mode"] for row in left["rows"]] == ["inference"] and begun == ["grid: L2 B3 T5 H8 inference 1 thread"]
+    assert left["left_out"] == ["grid: L2 B3 T5 H8 training 1 thread"]
+
+
 # What is made of a result -------------------------------------------------------------------------------------------
 
 
@@ -591,6 +612,29 @@ def test_a_comparison_shows_what_moved_and_what_differs(result, capsys):
     assert "10.00×" in shown
     assert shown.count("×") == 1, "only one timing has moved"
     assert f"torch: {torch.__version__}, now 9.9" in shown
+
+
+def test_every_committed_result_is_read_and_of_each_suite_and_dtype_there_is_one():
+    read = [results.load(path) for path in (REPOSITORY / "benchmarks" / "results").glob("*.json")]
+    kinds = [(result["suite"], result["device"], result["dtype"]) for result in read if result["suite"] != "gpu"]
+    assert {suite for suite, _, _ in kinds} == {"quick", "options", "streaming", "floors"}
+    assert len(set(kinds)) == len(kinds), "an older one of the same kind is superseded, and goes"
+
+
+NO_RESULTS = [  # what a file holds, what the reader says
+    ("[]", "is not a benchmark result of schema 1"),
+    ('{"schema": 2, "rows": []}', "is not a benchmark result of schema 1"),
+    ("{", "Expecting property name"),
+    ('{"threads": 2, "environment": {}, "rows": {"a floor": {}}}', "holds floors, which are ratios, and no timings to compare"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), NO_RESULTS, ids=[text[:12] for text, _ in NO_RESULTS])
+def test_what_cannot_be_compared_is_refused_in_words(text, message, tmp_path, capsys):
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    assert compare.main([str(path), str(path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_table_stands_between_the_markers_and_names_the_machine(result, tmp_path):
@@ -636,7 +680,7 @@ def test_a_readme_without_its_markers_is_left_alone(result, text, tmp_path, caps
     readme = tmp_path / "README.md"
     readme.write_text(text)
     assert table.main([str(result[1]), "--readme", str(readme)]) == 2
-    assert "the file needs one <!-- table:begin -->" in capsys.readouterr().err
+    assert "the page needs one <!-- table:begin -->" in capsys.readouterr().err
     assert readme.read_text() == text
 
 

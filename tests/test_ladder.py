@@ -10,11 +10,13 @@ import torch
 
 pytest.importorskip("rich")  # of the benchmarks' own reports
 
-from benchmarks import compare, ladder, suite
-from benchmarks.cases import MODES, Case, Problem
+from benchmarks import compare, ladder, results, suite, timing
+from benchmarks.cases import Case, Problem
 from benchmarks.contestants import Prepared, StackedLSTM, TorchLSTM
-from benchmarks.gpu.report import ladder_table
+from benchmarks.gpu.timing import CallsOnGpu
 from benchmarks.ladder import FusedGates, NaiveLoop, Rung
+from benchmarks.report import ladder_table
+from benchmarks.results import MODES
 from benchmarks.verify import reference, tolerance
 
 CPU = torch.device("cpu")
@@ -118,8 +120,8 @@ def test_a_rung_that_is_wrong_is_never_timed_and_the_next_is_held_against_the_on
     entry = row["contestants"]["spoilt"]
     assert entry["status"] == status and reason in entry["reason"] and "median" not in entry
     assert spoilt.steps == 1, "it ran once more than its verification needed"
-    assert len(suite.failures([row])) == 1
-    *_, first, shown, last = ladder_table(row)
+    assert len(results.failures([row])) == 1
+    *_, first, shown, last = ladder_table(row).markdown()
     assert f"**{status.upper()}**: " in shown and reason in shown
     medians = [row["contestants"][name]["median"] for name in ("naive loop", "StackedLSTM (cpu)")]
     assert "| 1.00 |" in first and f"| {medians[0] / medians[1]:.2f} |" in last
@@ -133,9 +135,9 @@ def test_a_rung_that_does_not_exist_on_the_device_is_named_with_its_reason():
     skipped = {name: entry["reason"] for name, entry in entries.items() if entry["status"] == "skipped"}
     assert set(skipped) == {"fused gates", "StackedLSTM (diagonal)", "StackedLSTM (persistent)"}
     assert all("GPU" in reason for reason in skipped.values())
-    text = "\n".join(ladder_table(row))
+    text = "\n".join(ladder_table(row).markdown())
     assert text.count("not here: ") == 3 and "*beside the ladder*" in text
-    assert suite.failures([row]) == [], "what does not exist fails nothing"
+    assert results.failures([row]) == [], "what does not exist fails nothing"
 
 
 def test_on_a_gpu_the_rungs_are_those_of_the_docs():
@@ -154,7 +156,7 @@ def test_a_backend_that_refuses_the_sizes_is_no_rung_and_says_why(monkeypatch):
     monkeypatch.setattr(StackedLSTM, "obstacle", lambda self, *_: reason if self.backend == "cpu" else None)
     row = ladder.climb(TINY, "inference", torch.float32, CPU, 0.05, 1)
     assert row["contestants"]["StackedLSTM (cpu)"]["reason"] == reason
-    assert f"| not here: {reason} |" in ladder_table(row)[-1]
+    assert f"| not here: {reason} |" in ladder_table(row).markdown()[-1]
 
 
 def test_a_plan_that_raises_what_it_should_not_is_a_failure(monkeypatch):
@@ -163,7 +165,7 @@ def test_a_plan_that_raises_what_it_should_not_is_a_failure(monkeypatch):
 
     monkeypatch.setattr(StackedLSTM, "obstacle", broken)
     row = ladder.climb(TINY, "inference", torch.float32, CPU, 0.05, 1)
-    assert any("TypeError: plan() got" in failure for failure in suite.failures([row]))
+    assert any("TypeError: plan() got" in failure for failure in results.failures([row]))
     assert "median" in row["contestants"]["naive loop"], "the others go on"
 
 
@@ -237,7 +239,7 @@ def test_on_a_gpu_time_there_is_shown_too():
         "contestants": entries,
         "ladder": rungs,
     }
-    assert ladder_table(row)[2:] == [
+    assert ladder_table(row).markdown() == [
         "|  | wall, ms | GPU, ms | × the one before | × the first |  |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
         "| naive loop | 300 ±1% | 150 | – | 1.00 | idea of naive loop |",
@@ -248,7 +250,6 @@ def test_on_a_gpu_time_there_is_shown_too():
 
 
 def test_a_gpu_s_race_gives_what_the_table_needs():
-    prepared = {"one": Prepared(lambda: None, lambda _: {})}
-    entries, _ = ladder.timed_on_gpu(prepared, [], CPU, 0.0, 0)
-    entry = entries["one"]
-    assert {"median", "spread", "quartiles", "gpu_median", "rounds", "disturbed"} <= entry.keys()
+    rounds = timing.interleave({"one": CallsOnGpu(Prepared(lambda: None, lambda _: {}), CPU)}, 0.0)
+    entry = timing.summarise("one", rounds)
+    assert {"median", "spread", "quartiles", "gpu_median", "rounds", "disturbed", "host_us"} <= entry.keys()

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import Impossible
 from benchmarks.gpu import build, parts, results
 from benchmarks.gpu.parts import FIRST_PARTS, PARTS, Outcome, Part, kill
 from benchmarks.gpu.report import markdown
@@ -31,10 +32,6 @@ FINISH_S = 10.0  # kept for killing what hangs, and for the table
 LEAST_S = 8.0  # a part is not begun with less
 MACHINE_S = 90.0  # for torch to find the GPU: the first time, on a cold disk, that takes long
 LOGS = results.ROOT / "build" / "gpu"
-
-
-class Impossible(Exception):
-    """A request that cannot be met; the message says why."""
 
 
 def arguments_parser(registry: Sequence[Part]) -> argparse.ArgumentParser:

@@ -221,11 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.background:
         os.nice(options.nice)
         return bool(compile_variant(variant, architectures_here(), end))
-    result = results.load(options.result)
 
     def finish(code: Exit, summary: str, **facts: object) -> int:
-        result["build" if variant.name == "ordinary" else variant.name] = {"summary": results.scrub(summary), **facts}
-        results.save(options.result, result)
+        section = "build" if variant.name == "ordinary" else variant.name
+        results.put(options.result, section, summary=results.scrub(summary), **facts)
         print(summary, flush=True)
         return code
 

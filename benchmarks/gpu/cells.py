@@ -1,8 +1,8 @@
 """Which shapes are measured, in which precision, in order of importance: a short run leaves out what comes last.
 
-Two groups carry a claim each, which report.py judges: "targets", where the persistent kernel is to be several times as
-fast as cuDNN, and "gpu", the floors, where from `FLOOR_DEPTH` layers on ours is nowhere to be slower. "anchors" are shapes
-for which others have published figures.
+Two groups carry a claim each (claims.py), which report.py judges: "targets", where the persistent kernel is to be several times
+as fast as cuDNN, and "gpu", the floors, where ours is nowhere to be slower. "anchors" are shapes for which others have published
+figures.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.cases import Case, Mode
+from benchmarks.cases import Case
+from benchmarks.gpu.claims import (
+    DEPTH_BATCH,
+    DEPTH_WIDTH,
+    DEPTHS,
+    ONE_LAYER,
+    TARGET_BATCHES,
+    TARGET_LAYERS,
+    TARGET_STEPS,
+    TARGET_WIDTHS,
+)
+from benchmarks.results import MODES, Mode
 
 STEPS = 256
 BATCHES = (1, 8, 32, 64, 256)
 WIDTHS = (128, 256, 512, 1024)
-DEPTHS = (1, 2, 4, 8, 16)
-FLOOR_DEPTH = 4  # from so many layers on, ours is to be no slower than cuDNN
-
-# The targets: one layer of the shape that FlashRNN's authors and others have published, a grid, and a series of depths.
-ONE_LAYER = (1, 16, 1024, 768)  # L, B, T, H
-TARGET_STEPS = 512
-TARGET_LAYERS, TARGET_WIDTHS, TARGET_BATCHES = (4, 8), (256, 512, 1024), (1, 8, 32)
-DEPTH_BATCH, DEPTH_WIDTH = 8, 256
 LADDER = (4, 8, 512)  # L, B, H: where the ladder's rungs are measured too
 
 
@@ -62,7 +65,7 @@ class Target:
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        return ("inference", "training")
+        return MODES
 
 
 def grid(layers: int, batch: int, width: int) -> Case:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import results
-from benchmarks.gpu.parts import Exit, died, kill
+from benchmarks.gpu.parts import Exit, arguments_parser, died, kill
 
 EXCHANGES = ("cluster", "l2")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -80,10 +80,7 @@ def line(exchange: str, dtype: str, found: Mapping[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.check", description=__doc__.splitlines()[0])
-    parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = arguments_parser("check", __doc__)
     parser.add_argument("--one", choices=EXCHANGES, help="this exchange, in this process")
     options = parser.parse_args(arguments)
     return one(options) if options.one else both(options)
@@ -97,9 +94,8 @@ def one(options: argparse.Namespace) -> int:
         except Exception as error:  # what a kernel raises belongs into the report
             reason = " ".join(results.scrub(f"{type(error).__name__}: {error}").split())[:800]
             found = {"status": "failed", "reason": reason}
-        result = results.load(options.result)
-        result.setdefault("check", {"summary": "cut", "runs": {}})["runs"][f"{dtype} by {options.one}"] = found
-        results.save(options.result, result)
+        runs = runs_of(options.result) | {f"{dtype} by {options.one}": found}
+        results.put(options.result, "check", summary="cut", runs=runs)
         print(line(options.one, dtype, found), flush=True)
         if found["status"] == "failed" and not sound(options.device):
             return Exit.FAILED
@@ -132,7 +128,7 @@ def both(options: argparse.Namespace) -> int:
             lost.append(f"by {exchange}: not done after {share:.0f} s")
         else:
             lost += [f"by {exchange}: {died(code)}"] if code not in (Exit.OK, Exit.FAILED) else []
-    runs = results.load(options.result).get("check", {}).get("runs", {})
+    runs = runs_of(options.result)
     wrong = [name for name, found in runs.items() if found["status"] != "ok"]
     right = len(runs) - len(wrong)
     summary = f"{right} of {len(EXCHANGES) * len(DTYPES)} right"
@@ -146,10 +142,13 @@ def child(options: argparse.Namespace, exchange: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu.check", *arguments, "--one", exchange]
 
 
+def runs_of(path: Path) -> results.Result:
+    """What has been checked so far, by any process."""
+    return results.load(path).get("check", {}).get("runs", {})
+
+
 def finish(path: Path, code: Exit, summary: str) -> int:
-    result = results.load(path)
-    result.setdefault("check", {"runs": {}})["summary"] = summary
-    results.save(path, result)
+    results.put(path, "check", summary=summary, runs=runs_of(path))
     print(summary, flush=True)
     return code
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.cells import (
+from benchmarks.gpu.claims import (
     DEPTH_BATCH,
     DEPTH_WIDTH,
     DEPTHS,
@@ -21,8 +21,9 @@ from benchmarks.gpu.cells import (
     TARGET_STEPS,
     TARGET_WIDTHS,
 )
-from benchmarks.gpu.report import milliseconds
-from benchmarks.gpu.results import ROOT
+from benchmarks.report import Table, milliseconds
+from benchmarks.results import ROOT
+from benchmarks.table import put_into
 from stacked_lstm_ext.ops import _C
 from stacked_lstm_ext.plan.persistent import DEVICES, with_clusters_of_16
 
@@ -76,30 +77,24 @@ def step(device: str, layers: int = 8, hidden: int = 512, batch: int = 8) -> lis
     return lines
 
 
-def row(first: str, cells: Sequence[str]) -> str:
-    return "| " + " | ".join([first, *cells]) + " |"
-
-
 def markdown(device: str) -> str:
     """The three tables."""
     layers, batch, steps, width = ONE_LAYER
     held = list(chips(device))
     ranges = f" A range: from a chip that holds {held[0]} clusters of 16 blocks to one that holds {held[-1]}."
+    grid = Table([f"T = {TARGET_STEPS}", *(f"B = {b}" for b in TARGET_BATCHES)])
+    for n in TARGET_LAYERS:
+        for h in TARGET_WIDTHS:
+            grid.rows.append([f"L = {n}, H = {h}", *(cell(device, n, b, TARGET_STEPS, h) for b in TARGET_BATCHES)])
+    depths = Table([f"B = {DEPTH_BATCH}, T = {TARGET_STEPS}, H = {DEPTH_WIDTH}", *(f"L = {n}" for n in DEPTHS)])
+    depths.rows.append(["", *(cell(device, n, DEPTH_BATCH, TARGET_STEPS, DEPTH_WIDTH) for n in DEPTHS)])
     lines = [
         f"Predicted for {DEVICES[device]['full_name']}: ms of a call in 16 bits, inference / training. "
         f"\\*: the diagonal schedule is taken.{ranges * (len(held) > 1)}",
         "",
-        row(f"T = {TARGET_STEPS}", [f"B = {b}" for b in TARGET_BATCHES]),
-        "| --- |" + " ---: |" * len(TARGET_BATCHES),
-        *(
-            row(f"L = {n}, H = {h}", [cell(device, n, b, TARGET_STEPS, h) for b in TARGET_BATCHES])
-            for n in TARGET_LAYERS
-            for h in TARGET_WIDTHS
-        ),
+        *grid.markdown(),
         "",
-        row(f"B = {DEPTH_BATCH}, T = {TARGET_STEPS}, H = {DEPTH_WIDTH}", [f"L = {n}" for n in DEPTHS]),
-        "| --- |" + " ---: |" * len(DEPTHS),
-        row("", [cell(device, n, DEPTH_BATCH, TARGET_STEPS, DEPTH_WIDTH) for n in DEPTHS]),
+        *depths.markdown(),
         "",
         f"One layer, B = {batch}, T = {steps}, H = {width}: {cell(device, layers, batch, steps, width)}.",
         "",
@@ -108,18 +103,9 @@ def markdown(device: str) -> str:
     return "\n".join(lines)
 
 
-def put_into(page: str, text: str, name: str = "expected") -> str:
-    """`page` with `text` between its markers. ``ValueError`` where they are not there, once each and in order."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
-        raise ValueError(f"the page needs one {begin} and, after it, one {end}")
-    before, rest = page.split(begin)
-    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
-
-
 def completed(page: str, device: str, slots: Path = SLOTS) -> str:
     """`page` with the tables and, where `python -m tests.cuda_check --slots` has been run, what that counted."""
-    page = put_into(page, markdown(device))
+    page = put_into(page, markdown(device), "expected")
     return put_into(page, f"```\n{slots.read_text().strip()}\n```", "step") if slots.exists() else page
 
 

@@ -68,13 +68,9 @@ def describe(device: torch.device, extension: bool) -> dict[str, Any]:
 
 def obstacle(device: torch.device) -> str:
     """Why nothing can be run on this device, in words; empty if something can."""
-    if device.type != "cuda" or torch.cuda.is_available():
-        return ""
-    if torch.version.cuda is None:
-        return (
-            f"this torch, {torch.__version__}, is built without CUDA; name a Python that has one: make gpu GPU_PYTHON=…"
-        )
-    return f"this torch, {torch.__version__}, is built for CUDA {torch.version.cuda}, and no GPU is seen"
+    reason = environment.no_gpu() if device.type == "cuda" else ""
+    hint = "; name a Python that has one: make gpu GPU_PYTHON=…" if reason and torch.version.cuda is None else ""
+    return reason + hint
 
 
 def main() -> None:

@@ -7,25 +7,24 @@ behind it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import gc
 import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import ladder, suite
-from benchmarks.cases import Case, Mode, Problem
+from benchmarks.cases import Case, Problem
 from benchmarks.contestants import PEERS, Contestant, Prepared, StackedLSTM, Tensors, TorchLSTM
 from benchmarks.gpu import cells, machine, results, timing
-from benchmarks.gpu.parts import Exit
+from benchmarks.gpu.parts import Exit, arguments_parser
+from benchmarks.results import OURS, Mode, at, failures, raised
+from benchmarks.timing import Party, interleave, summarise
 from benchmarks.verify import reference, verify
 from stacked_lstm_ext.options import StackOptions
 from stacked_lstm_ext.plan import choose_saving, gpu_plan
@@ -103,7 +102,6 @@ class Measurement:
         return self.end - time.perf_counter()
 
     def save(self) -> None:
-        add_ratios(self.result["rows"])
         self.result["failures"] = failures(self.result["rows"])
         results.save(self.path, self.result)
 
@@ -147,10 +145,10 @@ class Measurement:
     def write_off_what_died(self) -> None:
         """A row for what was being done when the last process died."""
         if note := self.note.read():
-            ours = note["who"].startswith("StackedLSTM") or note["who"] in ("timing", REFERENCE, ladder.FusedGates.name)
+            ours = note["who"].startswith(OURS) or note["who"] in ("timing", REFERENCE, ladder.FusedGates.name)
             reason = f"the process hung or died ({'while timing' if note['who'] == 'timing' else 'at its first steps'})"
             entry = {"status": "failed", "reason": reason, "ours": ours}
-            name = "StackedLSTM" if note["who"] == "timing" else note["who"]
+            name = OURS if note["who"] == "timing" else note["who"]
             case = note["name"].rsplit(" ", 1)
             self.result["rows"].append(
                 {
@@ -225,65 +223,45 @@ class Measurement:
     ) -> tuple[results.Result, bool]:
         """Verify, then time. Who is wrong, or raises, is never timed."""
         entries: dict[str, results.Result] = {}
-        racing: dict[str, timing.Entrant] = {}
+        racing: dict[str, Party] = {}
         sound = True
         for entrant in entrants:
             who = entrant.contestant
-            if entrant.unless and at(entries.get("StackedLSTM"), "ran", "backend") == entrant.unless:
+            if entrant.unless and at(entries, OURS, "ran", "backend") == entrant.unless:
                 continue
             self.note.write(target.name, mode, who.name)
-            try:
-                if reason := who.obstacle(entrant.problem.case, mode, entrant.problem.dtype, self.device):
-                    entries[who.name] = {"status": "skipped", "reason": reason, "ours": who.ours}
-                    continue
-                self.say(f"{target.name} {mode}: verifying {who.name}")
-                own = who.eps(entrant.problem.case, mode, entrant.problem.dtype) or 0.0
-                with self.patience(who):
-                    prepared, entry = self.check(entrant, mode, max(own, target.precision.eps))
-            except torch.OutOfMemoryError:
-                entries[who.name] = {"status": "skipped", "reason": "out of memory", "ours": who.ours}
-                continue
-            except Exception as error:  # whatever it raises belongs into the report
-                reason = results.scrub(f"{type(error).__name__}: {error}"[:500])
-                entries[who.name] = {"status": "failed", "reason": reason, "ours": who.ours}
+            entry, prepared = self.admit(entrant, mode, target)
+            entries[who.name] = entry
+            if entry["status"] == "failed":
                 sound = self.sound()
-                if not sound:
-                    break
-                continue
-            entries[who.name] = entry | {"ours": who.ours}
-            if entry["status"] == "ok":
+            elif prepared:
                 replay = None
                 if entrant.graph and self.captures(who):
-                    replay, entries[who.name]["graph"] = self.capture(entrant, mode, target.precision.eps)
+                    replay, entry["graph"] = self.capture(entrant, mode, target.precision.eps)
                     sound = self.sound()
-                    if not sound:
-                        break
-                racing[who.name] = timing.Entrant(prepared, replay)
+                racing[who.name] = timing.CallsOnGpu(prepared, self.device, replay)
+            if not sound:
+                break
         if sound and racing:
             self.note.write(target.name, mode, "timing")
             try:
-                timing.run(racing, self.device, seconds)
-                for name, raced in racing.items():
-                    found = timing.summary(raced)
+                rounds = interleave(racing, seconds, most_rounds=timing.MOST_ROUNDS)
+                for name in racing:
+                    found = summarise(name, rounds)
                     entries[name] |= found | {"graph": found.get("graph", entries[name].get("graph"))}
             except Exception as error:
-                reason = results.scrub(f"while timing: {type(error).__name__}: {error}"[:500])
                 for name in racing:
-                    entries[name] |= {"status": "failed", "reason": reason}
+                    entries[name] |= raised(error, "while timing: ")
                 sound = self.sound()
-        row = {
-            "name": target.name,
-            "group": target.case.group,
-            "case": asdict(target.case) | {"lengths": list(target.case.lengths) if target.case.packed else None},
-            "precision": target.precision.name,
-            "mode": mode,
-            "threads": 0,
-            "clocks": machine.clocks(self.device) if sound else {},
-            "contestants": entries,
-        }
+        facts: results.Result = {"precision": target.precision.name}
+        facts["clocks"] = machine.clocks(self.device) if sound else {}
         if target.backends and self.device.type == "cuda":
-            row["predicted"] = predicted(target, mode, self.device)
-        return row | ({"ladder": ladder.described()} if target.ladder else {}), sound
+            facts["predicted"] = predicted(target, mode, self.device)
+        if target.ladder:
+            facts["ladder"] = ladder.described()
+        row = suite.row_of(target.case, mode, 0, entries, target.name, **facts)
+        add_packed_ratios(row)
+        return row, sound
 
     @contextlib.contextmanager
     def patience(self, who: Contestant) -> Iterator[None]:
@@ -304,23 +282,26 @@ class Measurement:
         finally:
             done.set()
 
-    def check(self, entrant: Field, mode: Mode, eps: float) -> tuple[Prepared, results.Result]:
-        """Two steps against the reference: the second one finds what the first has left behind."""
-        gc.collect()
-        prepared = entrant.contestant.prepare(entrant.problem, mode, 0)
-        facts: results.Result = {}
-        with prepared.context():
-            for _ in range(2):
-                before = self.memory(reset=True)
-                step = prepared.step()
-                peak = self.memory() - before
-                found = prepared.tensors(step)
-                verdict = verify(entrant.problem.case, entrant.problem.dtype, mode, found, entrant.expected, eps)
-                if not verdict.correct:
-                    break
-            facts = prepared.facts()
-        entry = {"status": "ok" if verdict.correct else "wrong", **facts, **suite.verified(verdict)}
-        return prepared, entry | ({"peak_mib": round(peak / 2**20, 1)} if self.device.type == "cuda" else {})
+    def admit(self, entrant: Field, mode: Mode, target: cells.Target) -> tuple[results.Result, Prepared | None]:
+        """The entry of a contestant that has been verified, with the memory that its step takes, and what may be timed."""
+        peak = 0
+
+        @contextlib.contextmanager
+        def watch() -> Iterator[None]:
+            nonlocal peak
+            before = self.memory(reset=True)
+            yield
+            peak = self.memory() - before
+
+        def say(doing: str) -> None:
+            self.say(f"{target.name} {mode}: {doing}")
+
+        who, eps = entrant.contestant, target.precision.eps
+        with self.patience(who):
+            entry, prepared = suite.admit(who, entrant.problem, mode, 0, entrant.expected, self.device, say, eps, watch)
+        if self.device.type == "cuda" and entry["status"] in ("ok", "wrong"):
+            entry["peak_mib"] = round(peak / 2**20, 1)
+        return entry, prepared
 
     def capture(self, entrant: Field, mode: Mode, eps: float) -> tuple[Prepared | None, results.Result]:
         """A CUDA graph of the step, verified: a replay has to write what has been overwritten with NaN."""
@@ -334,8 +315,7 @@ class Measurement:
                 verdict = verify(entrant.problem.case, entrant.problem.dtype, mode, found, entrant.expected, eps)
         except Exception as error:
             self.failed_captures[name] = self.failed_captures.get(name, 0) + 1
-            reason = results.scrub(f"{type(error).__name__}: {error}"[:500])
-            return None, {"status": "failed", "reason": reason}
+            return None, raised(error)
         if not verdict.correct:
             return None, {"status": "wrong", "reason": verdict.reason}
         return replay, {"status": "ok"}
@@ -416,7 +396,7 @@ def predicted(target: cells.Target, mode: Mode, device: torch.device) -> results
     try:
         found = gpu_plan(options, case.steps, case.batch, target.precision.dtype, device, saving)
     except Exception as error:
-        return {"error": results.scrub(f"{type(error).__name__}: {error}"[:500])}
+        return {"error": raised(error)["reason"]}
     return {key: found[key] for key in ("persistent_us", "diagonal_us", "reason", "why_not")}
 
 
@@ -440,42 +420,12 @@ def check_reference(device: torch.device) -> None:
             raise RuntimeError(f"the float64 reference differs between the CPU and {device}: {name}")
 
 
-def add_ratios(rows: list[results.Result]) -> None:
-    """How many times as fast as nn.LSTM: by wall clock, on the GPU, and of graphs; and packed over padded."""
-    for row in rows:
-        baseline = row["contestants"].get(suite.BASELINE, {})
-        for entry in row["contestants"].values():
-            for name, numbers in (
-                ("speedup", ("median",)),
-                ("gpu_speedup", ("gpu_median",)),
-                ("graph_speedup", ("graph", "gpu", "median")),
-            ):
-                theirs, own = at(baseline, *numbers), at(entry, *numbers)
-                entry[name] = theirs / own if theirs and own else None
-        packed, padded = row["contestants"].get("StackedLSTM", {}), row["contestants"].get(Padded.name, {})
-        for name, key in (("packed_over_padded", "median"), ("packed_over_padded_gpu", "gpu_median")):
-            if at(packed, key) and at(padded, key):
-                row[name] = packed[key] / padded[key]
-
-
-def at(entry: Any, *keys: str) -> Any:
-    """``entry[key][key]…``, or None where something on the way is missing."""
-    for key in keys:
-        entry = (entry or {}).get(key)
-    return entry
-
-
-def failures(rows: list[results.Result]) -> list[str]:
-    """What fails the part: a contestant that is wrong; one of ours that raises, or whose graph does."""
-    found = suite.failures(rows)
-    for row in rows:
-        for name, entry in row["contestants"].items():
-            graph = entry.get("graph") or {}
-            if entry.get("ours") and graph.get("status") in ("failed", "wrong"):
-                found.append(
-                    f"{name} on {row['name']}, {row['mode']}, as a CUDA graph: {graph['status']}: {graph['reason']}"
-                )
-    return found
+def add_packed_ratios(row: results.Result) -> None:
+    """How much longer a packed batch takes than the padded one, where both were measured."""
+    packed, padded = row["contestants"].get(OURS), row["contestants"].get(Padded.name)
+    for name, key in (("packed_over_padded", "median"), ("packed_over_padded_gpu", "gpu_median")):
+        if at(packed, key) and at(padded, key):
+            row[name] = packed[key] / padded[key]
 
 
 def line(row: results.Result) -> str:
@@ -491,10 +441,7 @@ def line(row: results.Result) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.measure", description=__doc__.splitlines()[0])
-    parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = arguments_parser("measure", __doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--first", action="store_true", help="few shapes, and no profile")
     parser.add_argument("--backends", default="auto")

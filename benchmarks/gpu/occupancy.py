@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
 from benchmarks.gpu import program, results
-from benchmarks.gpu.parts import Exit
+from benchmarks.gpu.parts import Exit, arguments_parser
 
 SOURCE = results.ROOT / "benchmarks" / "occupancy.cu"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.occupancy", description=__doc__.splitlines()[0])
-    parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options = parser.parse_args(arguments)
-    result = results.load(options.result)
+    options = arguments_parser("occupancy", __doc__).parse_args(arguments)
     found: list[results.Result] = []
 
     def finish(code: Exit, summary: str) -> int:
-        result["occupancy"] = {"summary": results.scrub(summary), "sizes": found}
-        results.save(options.result, result)
+        results.put(options.result, "occupancy", summary=results.scrub(summary), sizes=found)
         print(summary, flush=True)
         return code
 
@@ -33,8 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         size = json.loads(line)
         found.append(size)
         print(f"clusters of {size['cluster']:>2}: {size['clusters']:>3}, that is {size['blocks']:>3} blocks", flush=True)
-        result["occupancy"] = {"summary": "cut", "sizes": found}
-        results.save(options.result, result)
+        results.put(options.result, "occupancy", summary="cut", sizes=found)
 
     if options.device == "cpu":
         return finish(Exit.SKIPPED, "a GPU's occupancy needs a GPU")

@@ -6,6 +6,7 @@ process of its own, and one that notes what it has done (``resumes``) is begun a
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -48,6 +49,15 @@ class Part:
 
     def arguments(self) -> list[str]:
         return list(self.command) or [sys.executable, "-m", f"benchmarks.gpu.{self.name}"]
+
+
+def arguments_parser(name: str, about: str) -> argparse.ArgumentParser:
+    """The options that every part gets from the run; `about` is its docstring, of which the first line is shown."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.gpu.{name}", description=about.splitlines()[0])
+    parser.add_argument("--result", type=Path, required=True, help="the result file, which the part adds a section to")
+    parser.add_argument("--seconds", type=float, required=True, help="the time that the part has")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    return parser
 
 
 def program(name: str, *options: str) -> tuple[str, ...]:

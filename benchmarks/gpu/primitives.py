@@ -5,15 +5,13 @@ Compiles benchmarks/primitives.cu, a program of its own, and runs it. The cost m
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import program, results
-from benchmarks.gpu.parts import Exit
+from benchmarks.gpu.parts import Exit, arguments_parser
 
 SOURCE = results.ROOT / "benchmarks" / "primitives.cu"
 CUT = "cut while it ran"  # what the file says until the program has ended
@@ -40,17 +38,11 @@ def judge(code: int, output: str, said: str) -> tuple[Exit, str, dict[str, Any]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.primitives", description=__doc__.splitlines()[0])
-    parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options = parser.parse_args(arguments)
+    options = arguments_parser("primitives", __doc__).parse_args(arguments)
     heard: dict[str, Any] = {}
 
     def finish(code: Exit, summary: str, figures: dict[str, Any]) -> int:
-        result = results.load(options.result)
-        result["primitives"] = {"summary": results.scrub(summary), "figures": figures}
-        results.save(options.result, result)
+        results.put(options.result, "primitives", summary=results.scrub(summary), figures=figures)
         if summary != CUT:
             print(summary, flush=True)
         return code

@@ -1,71 +1,37 @@
-"""The result file: one JSON, rewritten after every step, so that a run which is killed leaves what it has.
+"""The result file of the GPU run: ``benchmarks/results.py``, with its name, and the Markdown beside it.
 
-Only one process writes at a time: the run between two parts, a part while it runs. The Markdown beside it is made from
-the file alone. What the file holds is told in docs/benchmarks.md.
+Only one process writes at a time: the run between two parts, a part while it runs.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results
 from benchmarks.gpu.report import markdown
+from benchmarks.results import ROOT, Result, load, scrub
 
-SCHEMA = 1  # that of benchmarks/suite.py: `python -m benchmarks.compare` reads either
-ROOT = Path(__file__).resolve().parents[2]
-Result = dict[str, Any]
+__all__ = ["ROOT", "Result", "load", "new", "path_for", "put", "save", "scrub"]
 
 
 def new(environment: Result, device: str, quick: bool) -> Result:
-    """A result with nothing in it."""
-    return {
-        "schema": SCHEMA,
-        "suite": "gpu",
-        "quick": quick,
-        "device": device,
-        "dtype": "several",  # every row names its own
-        "seconds": 0.0,
-        "environment": environment,
-        "limits": {},
-        "parts": [],
-        "rows": [],
-        "left_out": [],
-        "failures": [],
-    }
+    """A result with nothing in it; every row names its own dtype."""
+    return results.new("gpu", device, "several", environment, quick=quick, parts=[])
 
 
 def path_for(folder: Path, environment: Result, device: str) -> Path:
     """``<gpu>-<date>.json``, such as ``nvidia-h100-80gb-hbm3-20261123-014500.json``."""
     model = (environment.get("gpu") or {}).get("model") or device
-    stamp = datetime.fromisoformat(environment["time"]).strftime("%Y%m%d-%H%M%S")
-    return folder / f"{re.sub(r'[^a-z0-9]+', '-', model.lower()).strip('-')}-{stamp}.json"
-
-
-def load(path: Path) -> Result:
-    return json.loads(path.read_text())
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', model.lower()).strip('-')}-{results.stamp(environment)}.json"
 
 
 def save(path: Path, result: Result) -> None:
-    """Write the file and its Markdown; a reader, or a kill in between, finds the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for target, text in (
-        (path, json.dumps(result, indent=1) + "\n"),
-        (path.with_suffix(".md"), markdown(result)),
-    ):
-        beside = target.with_name(target.name + ".new")
-        beside.write_text(text)
-        os.replace(beside, target)
+    """Write the file and, made from it alone, its Markdown."""
+    results.save(path, result, {".md": markdown(result)})
 
 
-def scrub(text: str) -> str:
-    """`text` without the folders of this machine: result files are published."""
-    folders = {str(Path.home()): "~", str(ROOT): ".", sys.prefix: "<python>"}
-    for folder, name in sorted(folders.items(), key=lambda item: -len(item[0])):  # .venv lies in the repository
-        if len(folder) > 1:
-            text = text.replace(folder, name)
-    return text
+def put(path: Path, section: str, **facts: Any) -> None:
+    """Replace one section of the file by what a part has found so far."""
+    save(path, load(path) | {section: facts})

@@ -7,7 +7,6 @@ writes, so it looks at all kernels, and what it finds inside a library is noted 
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -15,10 +14,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 
 from benchmarks.gpu import results
-from benchmarks.gpu.parts import Exit, died, kill
+from benchmarks.gpu.parts import Exit, arguments_parser, died, kill
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 LOGS = results.ROOT / "build" / "gpu" / "sanitize"
@@ -94,19 +92,14 @@ def progress(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.sanitize", description=__doc__.splitlines()[0])
-    parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = arguments_parser("sanitize", __doc__)
     parser.add_argument("--tools", default=",".join(TOOLS), help="some of them (default: %(default)s)")
     options = parser.parse_args(arguments)
     end = time.monotonic() + options.seconds - 5
     command = [sys.executable, "-m", "benchmarks.gpu.sanitized", "--device", options.device]
 
     def finish(code: Exit, summary: str, tools: list[results.Result]) -> int:
-        result = results.load(options.result)
-        result["sanitize"] = {"summary": summary, "tools": tools}
-        results.save(options.result, result)
+        results.put(options.result, "sanitize", summary=summary, tools=tools)
         print(summary, flush=True)
         return code
 
@@ -124,9 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         for running in as_completed(tools):
             ran.append(tool := running.result())
             print(f"{tool['tool']}: {tool['status']}: {tool['reason']} ({tool['seconds']:.0f} s)", flush=True)
-            result = results.load(options.result)
-            result["sanitize"] = {"summary": f"cut: {len(ran)} of {len(names)} tools done", "tools": ran}
-            results.save(options.result, result)
+            results.put(options.result, "sanitize", summary=f"cut: {len(ran)} of {len(names)} tools done", tools=ran)
     ran.sort(key=lambda tool: names.index(tool["tool"]))
     clean = [tool["tool"] for tool in ran if tool["status"] == "ok"]
     wrong = [f"{tool['tool']} {tool['status']}" for tool in ran if tool["status"] not in ("ok", "skipped")]

@@ -6,7 +6,6 @@ the part's time, and the others have run.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import os
@@ -20,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.gpu import results
-from benchmarks.gpu.parts import Exit, died, kill
+from benchmarks.gpu.parts import Exit, arguments_parser, died, kill
 
 REPORTS = results.ROOT / "build" / "gpu" / "tests"
 AT_ONCE = 4
@@ -138,11 +137,7 @@ def read_report(report: Path) -> results.Result:
 
 
 def main(arguments: list[str] | None = None, tests: Path = results.ROOT / "tests") -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.test", description=__doc__.splitlines()[0])
-    parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options, extra = parser.parse_known_args(arguments)
+    options, extra = arguments_parser("test", __doc__).parse_known_args(arguments)
     REPORTS.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.seconds - 5
     if options.device == "cpu":
@@ -153,9 +148,7 @@ def main(arguments: list[str] | None = None, tests: Path = results.ROOT / "tests
     def finish(summary: str, code: Exit) -> Exit:
         total = {key: sum(ran[key] for ran in found) for key in ("passed", "failed", "skipped")}
         failures = [failure for ran in found for failure in ran["failures"]]
-        result = results.load(options.result)
-        result["tests"] = {"summary": summary, **total, "failures": failures, "files": found}
-        results.save(options.result, result)
+        results.put(options.result, "tests", summary=summary, **total, failures=failures, files=found)
         return code
 
     if absent := [name for name in ("pytest", "numpy") if importlib.util.find_spec(name) is None]:

@@ -1,4 +1,4 @@
-"""How long they take: wall clock, host cost, GPU time and replays of a CUDA graph, of each in turn.
+"""What is timed on a GPU, in the rounds of ``benchmarks/timing.py``: calls, what they cost the host, and replays of CUDA graphs.
 
 wall    of a call, from before it to the end of its work on the GPU, which is idle before
 host    of the same call, until it returns: what it costs to put the work into the stream
@@ -9,150 +9,69 @@ graph   wall and gpu of a replay of the call as a CUDA graph
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks.cases import Mode, Problem
+from benchmarks.cases import Problem
 from benchmarks.contestants import Contestant, Prepared
-from benchmarks.timing import QUIET_SHARE, TICK_S, other_processor_seconds, quantile
+from benchmarks.results import Mode
+from benchmarks.timing import Calls, Series
 
-MIN_ROUNDS, ROUNDS = 3, 5
-MOST_CALLS = 50  # of one kind in one round
+MOST_ROUNDS = 5  # of a row in `make gpu`, which has many
 SPIN_HZ = 1.5e9  # about what a GPU's clock is; the spin need only be long enough
 SPIN_MOST_S = 0.02
-
-Series = dict[str, list[float]]  # of each kind, in milliseconds
-
-
-@dataclass
-class Entrant:
-    """What is timed: a call and, where it could be captured, its replay."""
-
-    call: Prepared
-    replay: Prepared | None = None
-    taken: Series = field(default_factory=dict)
-    rounds: int = 0
-    disturbed: int = 0
+REPLAY_HOST_S = 1e-3  # at most what it takes to put a replay into the stream
 
 
-def run(entrants: Mapping[str, Entrant], device: torch.device, seconds: float) -> None:
-    """Time every entrant for about `seconds` in all, in rounds, so that a drift meets all of them alike."""
-    if not entrants:
-        return
-    end = time.perf_counter() + seconds
-    share = seconds / (ROUNDS * sum(2 + 2 * (entrant.replay is not None) for entrant in entrants.values()))
-    gc.collect()
-    gc.disable()
-    try:
-        spent = 0.0
-        rounds = 0
-        while rounds < MIN_ROUNDS or (rounds < ROUNDS and time.perf_counter() + spent < end):
-            started, before = time.perf_counter(), other_processor_seconds()
-            for entrant in entrants.values():
-                turn(entrant, device, share)
-            spent = time.perf_counter() - started
-            disturbed = other_processor_seconds() - before > QUIET_SHARE * spent + TICK_S
-            rounds += 1
-            for entrant in entrants.values():
-                entrant.rounds += 1
-                entrant.disturbed += disturbed
-    finally:
-        gc.enable()
+class CallsOnGpu(Calls):
+    """A contestant: its calls and, where it could be captured, replays of its CUDA graph. On the CPU, in a dry run: its calls."""
+
+    most = 50
+
+    def __init__(self, prepared: Prepared, device: torch.device, replay: Prepared | None = None) -> None:
+        super().__init__(prepared)
+        self.device, self.replay, self.replays = device, replay, 1
+        self.blocks = 2 if replay is None else 4
+
+    def prepare(self, block_s: float) -> None:
+        super().prepare(block_s)
+        if self.replay is not None:
+            self.replays = self.fitting(self.replay, block_s)
+
+    def turn(self) -> Series:
+        with self.prepared.context():
+            taken = self.block(self.prepared, self.calls)
+            if self.device.type == "cuda":
+                taken["gpu"] = time_on_gpu(self.prepared.step, self.device, self.calls, taken["host"][-1] / 1e3)
+        if self.replay is not None:
+            taken["graph_wall"] = self.block(self.replay, self.replays)["wall"]
+            taken["graph_gpu"] = time_on_gpu(self.replay.step, self.device, self.replays, REPLAY_HOST_S)
+        return taken
+
+    def wait(self) -> None:
+        synchronize(self.device)
 
 
-def turn(entrant: Entrant, device: torch.device, share_s: float) -> None:
-    """One entrant's part of a round."""
-    with entrant.call.context():
-        wall = time_calls(entrant.call.step, device, share_s, entrant.taken, "wall", "host")
-        if device.type == "cuda":
-            host = entrant.taken["host"][-1] / 1e3
-            time_on_gpu(entrant.call.step, device, calls_in(share_s, wall), host, entrant.taken, "gpu")
-    if entrant.replay is not None:
-        wall = time_calls(entrant.replay.step, device, share_s, entrant.taken, "graph_wall", "graph_host")
-        time_on_gpu(entrant.replay.step, device, calls_in(share_s, wall), 1e-3, entrant.taken, "graph_gpu")
-
-
-def calls_in(seconds: float, milliseconds: float) -> int:
-    return max(1, min(MOST_CALLS, int(seconds * 1e3 / max(milliseconds, 1e-3))))
-
-
-def time_calls(
-    step: Callable[[], Any], device: torch.device, seconds: float, taken: Series, wall: str, host: str
-) -> float:
-    """Calls one by one, each waited for, after one that is not counted; returns what that one took, in ms."""
-    synchronize(device)
-    started = time.perf_counter()
-    step()
-    synchronize(device)
-    first = (time.perf_counter() - started) * 1e3
-    for _ in range(calls_in(seconds, first)):
-        started = time.perf_counter()
-        step()
-        returned = time.perf_counter()
-        synchronize(device)
-        ended = time.perf_counter()
-        taken.setdefault(wall, []).append((ended - started) * 1e3)
-        taken.setdefault(host, []).append((returned - started) * 1e3)
-    return first
-
-
-def time_on_gpu(
-    step: Callable[[], Any], device: torch.device, calls: int, host_s: float, taken: Series, kind: str
-) -> None:
+def time_on_gpu(step: Callable[[], Any], device: torch.device, calls: int, host_s: float) -> list[float]:
     """Calls one by one between events, the host ahead of the GPU."""
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     spin = getattr(torch.cuda, "_sleep", lambda cycles: None)
+    taken = []
     for _ in range(calls):
         spin(int(min(SPIN_MOST_S, 1.5 * host_s) * SPIN_HZ))
         first.record()
         step()
         last.record()
         torch.cuda.synchronize(device)
-        taken.setdefault(kind, []).append(first.elapsed_time(last))
+        taken.append(first.elapsed_time(last))
+    return taken
 
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def summary(entrant: Entrant) -> dict[str, Any]:
-    """Medians, quartiles and counts, under the keys of ``benchmarks.timing`` where it has them."""
-    wall = spread(entrant.taken["wall"])
-    found: dict[str, Any] = {
-        **wall,
-        "fastest": min(entrant.taken["wall"]),
-        "rounds": entrant.rounds,
-        "disturbed": entrant.disturbed,
-        "host_us": spread([1e3 * ms for ms in entrant.taken["host"]]),
-        "gpu_median": None,
-    }
-    if "gpu" in entrant.taken:
-        gpu = spread(entrant.taken["gpu"])
-        found |= {"gpu_median": gpu["median"], "gpu": gpu}
-    if "graph_wall" in entrant.taken:
-        found["graph"] = {
-            "status": "ok",
-            **spread(entrant.taken["graph_wall"]),
-            "gpu": spread(entrant.taken["graph_gpu"]),
-        }
-    return found
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    ordered = sorted(values)
-    low, middle, high = (quantile(ordered, share) for share in (0.25, 0.5, 0.75))
-    return {
-        "median": middle,
-        "quartiles": (low, high),
-        "spread": (high - low) / 2 / middle if middle else 0.0,
-        "calls": len(ordered),
-    }
 
 
 def capture(contestant: Contestant, problem: Problem, mode: Mode) -> Prepared:

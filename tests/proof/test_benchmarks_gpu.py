@@ -19,13 +19,16 @@ import torch
 
 pytest.importorskip("rich")  # of benchmarks.compare
 
-from benchmarks import compare, contestants, verify
+from benchmarks import compare, contestants, suite, verify
+from benchmarks import results as result_files
 from benchmarks.cases import Case
 from benchmarks.contestants import PEERS, Prepared, StackedLSTM, TorchLSTM
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import build, cells, check, machine, measure, occupancy, parts, primitives, program, report, results, sanitize, timing
 from benchmarks.gpu import test as test_part
+from benchmarks.gpu.claims import FLASHRNN
 from benchmarks.gpu.parts import Exit, Part
+from benchmarks.timing import MIN_ROUNDS, interleave, summarise
 
 CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).parents[2]
@@ -324,6 +327,21 @@ def test_without_a_gpu_the_run_says_so_at_once(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+BARE = [  # what a machine lacks, what has to work there all the same
+    ("torch rich matplotlib numpy onnx onnxruntime stacked_lstm_ext", "gpu.__main__ gpu.report results report table"),
+    ("rich matplotlib onnx onnxruntime flashrnn haste_pytorch torchrl triton pytest", "gpu.measure gpu.machine gpu.check ladder"),
+]
+
+
+@pytest.mark.parametrize("lacks, works", BARE, ids=["without torch", "with torch alone"])
+def test_the_run_needs_no_packages_but_torch_and_its_own_process_not_even_that(lacks, works):
+    """The run outlives a torch that hangs, and its parts do without what pip could install."""
+    lines = ["import sys, importlib", f"sys.modules.update(dict.fromkeys({lacks.split()!r}))"]
+    lines += [f"for name in {works.split()!r}: importlib.import_module('benchmarks.' + name)"]
+    ran = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.slow
 def test_a_dry_run_on_the_cpu_goes_through_to_its_table(tmp_path):
     """The real command and the real measuring, on tiny shapes, with every process that it takes."""
@@ -525,20 +543,20 @@ def test_contestants_take_turns(monkeypatch):
     """Each in every round, and what is measured of each comes from its own calls."""
     calls = []
 
-    def entrant(name, pause):
+    def party(name, pause):
         def step():
             calls.append(name)
             time.sleep(pause)
 
-        return timing.Entrant(Prepared(step, lambda _: {}))
+        return timing.CallsOnGpu(Prepared(step, lambda _: {}), CPU)
 
-    entrants = {"A": entrant("A", 0.001), "B": entrant("B", 0.004)}
-    timing.run(entrants, CPU, seconds=0.3)
+    rounds = interleave({"A": party("A", 0.001), "B": party("B", 0.004)}, seconds=0.3, most_rounds=timing.MOST_ROUNDS)
     turns = "".join(name for name, before in zip(calls, [None, *calls]) if name != before)
-    assert turns == "AB" * entrants["A"].rounds
-    a, b = (timing.summary(entrants[name]) for name in "AB")
+    # Once to size the blocks, then A B, B A, A B, …: who ends a round begins the next one, and its two turns show as one.
+    assert turns == ("AB" * len(turns))[: len(rounds) + 3]
+    a, b = (summarise(name, rounds) for name in "AB")
     assert a["median"] < b["median"] and a["host_us"]["median"] <= 1e3 * a["median"] * 1.01
-    assert a["rounds"] >= timing.MIN_ROUNDS and a["gpu_median"] is None
+    assert MIN_ROUNDS <= a["rounds"] <= timing.MOST_ROUNDS and a["gpu_median"] is None
 
 
 class FakedGPU:
@@ -630,6 +648,14 @@ def test_on_a_gpu_host_cost_events_graphs_and_memory_are_measured_too(result_fil
     assert rows[0]["contestants"]["StackedLSTM"]["graph_speedup"] > 0
 
 
+def test_the_suites_time_on_a_gpu_in_the_same_way(faked_gpu):
+    prepared = {name: Prepared(lambda: None, lambda _: {}) for name in ("StackedLSTM", "nn.LSTM")}
+    entries, of_row = suite.race(prepared, [StackedLSTM(), TorchLSTM()], faked_gpu(), 0.0, 0)
+    for entry in entries.values():
+        assert entry["gpu_median"] == entry["gpu"]["median"] and entry["host_us"]["median"] > 0 and "graph" not in entry
+    assert of_row["limit_ms"] is None
+
+
 def test_on_a_gpu_a_target_has_both_schedules_the_ladder_and_what_was_predicted(result_file, faked_gpu, monkeypatch):
     def obstacle(self, case, mode, dtype, device):
         return "4096 hidden units do not fit" if self.backend == "persistent" else None
@@ -716,17 +742,6 @@ def test_every_target_is_measured_on_both_schedules_and_the_published_shape_firs
     assert ladder in first
     assert {(t.case.layers, t.case.batch, t.case.hidden_size) for t in first} >= {(1, 8, 256), (16, 8, 256)}
     assert {1, 8, 32} <= {t.case.batch for t in first} and {256, 512, 1024} <= {t.case.hidden_size for t in first}
-
-
-def test_the_report_judges_the_shapes_that_are_measured():
-    """The two lists are apart, so that tables can be made where torch is not to be imported."""
-    assert report.ONE_LAYER == cells.ONE_LAYER and report.GRID_STEPS == cells.TARGET_STEPS
-    assert (report.GRID_LAYERS, report.GRID_WIDTHS) == (cells.TARGET_LAYERS, cells.TARGET_WIDTHS)
-    assert report.GRID_BATCHES == cells.TARGET_BATCHES
-    grid = len(cells.TARGET_LAYERS) * len(cells.TARGET_WIDTHS) * len(cells.TARGET_BATCHES)
-    assert grid * len(report.FLOOR_PRECISIONS) == report.GRID_ROWS
-    ends = [(layers, cells.DEPTH_BATCH, cells.TARGET_STEPS, cells.DEPTH_WIDTH) for layers in (1, 16)]
-    assert tuple(ends) == report.DEPTH_ENDS
 
 
 def test_the_ladder_and_forced_backends_take_part_where_a_target_asks_for_them(result_file):
@@ -851,8 +866,10 @@ def target_row(layers, batch, steps, hidden, precision, mode, ours, theirs, ran=
 def made_up_result(*rows):
     result = results.new(dict(ENVIRONMENT), "cuda", quick=False)
     result["rows"] = list(rows)
-    measure.add_ratios(result["rows"])
-    result["failures"] = measure.failures(result["rows"])
+    for made in rows:
+        result_files.add_ratios(made)
+        measure.add_packed_ratios(made)
+    result["failures"] = result_files.failures(rows)
     return result
 
 
@@ -888,7 +905,7 @@ def test_the_floors_are_counted_and_the_worst_is_named():
 
 def test_the_targets_are_judged_one_by_one():
     rows = [
-        target_row(1, 16, 1024, 768, "bfloat16", "inference", 1.6, 8.0, **{report.FLASHRNN: 4.0}),
+        target_row(1, 16, 1024, 768, "bfloat16", "inference", 1.6, 8.0, **{FLASHRNN: 4.0}),
         target_row(1, 16, 1024, 768, "float16", "inference", 1.2, 2.0),
         target_row(4, 8, 512, 256, "bfloat16", "inference", 1.0, 10.0),
         target_row(8, 1, 512, 1024, "float16", "inference", 4.0, 6.0),
@@ -924,11 +941,11 @@ def test_a_target_met_on_some_of_its_rows_is_met_so_far():
 
 def test_without_flashrnn_its_target_says_so():
     made = target_row(1, 16, 1024, 768, "bfloat16", "inference", 1.0, 2.0)
-    made["contestants"][report.FLASHRNN] = {"status": "skipped", "reason": "flashrnn not installed", "ours": False}
+    made["contestants"][FLASHRNN] = {"status": "skipped", "reason": "flashrnn not installed", "ours": False}
     text = report.markdown(made_up_result(made))
     assert "× FlashRNN | ≥ 3 | not measured: flashrnn not installed | not measured: flashrnn not installed |" in text
-    assert f"{report.FLASHRNN}:" not in text.split("## Peers")[0], "who never ran has no column"
-    assert f"\n{report.FLASHRNN}: flashrnn not installed.\n" in text, "and is named with the reason"
+    assert f"{FLASHRNN}:" not in text.split("## Peers")[0], "who never ran has no column"
+    assert f"\n{FLASHRNN}: flashrnn not installed.\n" in text, "and is named with the reason"
 
 
 def test_the_two_schedules_stand_side_by_side_with_what_was_predicted():
@@ -989,7 +1006,7 @@ def test_peers_stand_beside_ours_and_who_did_not_run_is_named_once():
         made["contestants"][name] = entry
     anchor = row("L4 B32 T30 H128 float32", group="anchors", theirs=3.0)
     lines = report.peers_table(made_up_result(made, plain, anchor))
-    assert "| L, B, T, H | | StackedLSTM | nn.LSTM | TorchRL (Triton) |" in lines
+    assert "| L, B, T, H |  | StackedLSTM | nn.LSTM | TorchRL (Triton) |" in lines
     assert "| 1, 16, 1024, 768 | bfloat16 inference | 1.00 (0.500) | 2.00 (1.00) | 5.00 (2.50) |" in lines
     assert "| 4, 8, 256, 256 | float32 inference | 1.00 (0.500) | 3.00 (1.50) | – |" in lines
     assert "haste: no bfloat16." in lines and "FlashRNN (cuda): h_n is off by 0.3." in lines
