@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -424,3 +425,17 @@ def test_aotinductor_packages_and_runs_with_dynamic_sizes(tmp_path):
         for batch, steps in [(4, 6), (1, 3), (9, 40)]:
             x = torch.randn(batch, steps, 3)
             torch.testing.assert_close(runner(x), module(x))
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="the program was saved by torch 2.13")
+def test_a_program_that_was_exported_by_an_earlier_version_still_runs():
+    """Its call of the operator has the arguments that the schema had then: whatever was added since has a default."""
+    program = torch.export.load(Path(__file__).parent / "data" / "exported-0.1.0.pt2")
+    lstm = StackedLSTM(3, 5, 2, bidirectional=True, proj_size=2, batch_first=True)
+    lstm.load_state_dict(program.state_dict)
+    x = torch.randn(3, 7, 3)
+    with torch.no_grad():
+        expected, states = lstm(x)
+        actual, (h_n, c_n) = program.module()(x)
+    for result, truth in zip((actual, h_n, c_n), (expected, *states)):
+        assert torch.equal(result, truth)
