@@ -38,7 +38,7 @@ c10::IValue to_value(const StackOptions& options, const std::string& backend) {
   return c10::ivalue::Tuple::create(std::move(elements));
 }
 std::pair<StackOptions, std::string> from_value(const c10::IValue& value) {
-  const c10::ivalue::TupleElements& elements = value.toTupleRef().elements();
+  const std::vector<c10::IValue> elements = value.toTupleRef().elements().vec();
   StackOptions options;
   size_t n = 0;
   for_each_option([&](const char*, auto field) {
