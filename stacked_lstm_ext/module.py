@@ -194,6 +194,8 @@ class StackedLSTM(nn.RNNBase):
                 own[flag] = True
             else:
                 own.pop(flag, None)  # then the flag of the class counts
+        if not self._unusual and "recompute" in own and "bf16_weights" in own:  # the constructor sets them last
+            self._stack_options()
 
     def _check_options(self) -> None:
         """Refuse options that no call can obey. If the instance is no longer unusual, take the fast paths again."""
