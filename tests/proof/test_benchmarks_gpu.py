@@ -783,9 +783,9 @@ def test_what_was_predicted_is_kept_beside_what_is_measured(monkeypatch):
     target = cells.target(4, 8, 256, cells.BF16)
     found = measure.predicted(target, "training", torch.device("cuda"))
     assert found == {"persistent_us": 1.0, "diagonal_us": 2.0, "reason": "because", "why_not": ""}
-    sizes, steps, batch, dtype, _, saving, dropout = asked[0]
-    assert sizes["num_layers"] == 4 and sizes["hidden_size"] == sizes["input_size"] == 256
-    assert (steps, batch, dtype, saving, dropout) == (512, 8, torch.bfloat16, "full", 0.0)
+    options, steps, batch, dtype, _, saving = asked[0]
+    assert options.num_layers == 4 and options.hidden_size == options.input_size == 256 and options.dropout == 0
+    assert (steps, batch, dtype, saving) == (512, 8, torch.bfloat16, "full")
     monkeypatch.setattr(measure, "gpu_plan", lambda *_: no_kernel(None))
     assert "no kernel" in measure.predicted(target, "inference", torch.device("cuda"))["error"]
 
