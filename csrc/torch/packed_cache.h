@@ -70,7 +70,7 @@ class Trust {
 
 struct PackedCounts {
   int64_t stacks;  // kept
-  int64_t bytes;   // of those
+  int64_t bytes;   // of these stacks
   int64_t noted;   // seen once
   int64_t hits;    // calls that used kept weights, since the process began
 };
