@@ -41,6 +41,26 @@ using at::Tensor;
 using at::TensorList;
 namespace py = pybind11;
 
+// An option as Python has it: one value, or a sequence with an entry for each layer or boundary.
+template <typename T>
+T option_from(const py::handle& value, const T*) {
+  return value.cast<T>();
+}
+template <typename T>
+PerLayer<T> option_from(const py::handle& value, const PerLayer<T>*) {
+  if (py::isinstance<py::sequence>(value)) return PerLayer<T>(value.cast<std::vector<T>>());
+  return value.cast<T>();
+}
+template <typename T>
+py::object option_to(const T& option) {
+  return py::cast(option);
+}
+template <typename T>
+py::object option_to(const PerLayer<T>& option) {
+  if (option.each.empty()) return py::cast(option.every);
+  return py::tuple(py::cast(option.each));
+}
+
 py::dict describe(const Schedule& schedule, int64_t directions) {
   py::list phases;
   for (int64_t p = 0; p < schedule.phases; ++p) {
@@ -201,12 +221,12 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
 }
 
 // A call of the module by the fast path of eager.h; None if that declines. `h_0` and `c_0` None: zeros. `dropout`: the rate
-// in effect.
+// in effect, or the rates of all boundaries.
 py::object call(const py::handle& input, const py::handle& batch_sizes, const py::handle& h_0, const py::handle& c_0,
-                const py::list& weights, const py::handle& seed, const StackOptions& options, double dropout,
+                const py::list& weights, const py::handle& seed, const StackOptions& options, const py::handle& dropout,
                 const std::string& backend, bool frozen) {
   StackOptions in_effect = options;
-  in_effect.dropout = dropout;
+  in_effect.dropout = option_from(dropout, &in_effect.dropout);
   std::vector<Tensor> tensors;
   tensors.reserve(weights.size());
   for (const py::handle weight : weights) {
@@ -250,7 +270,7 @@ void set_python_formula(py::object formula) {
     const py::tuple found = (*kept)(
         py::make_tuple(flowing[0], flowing[1], flowing[2]),
         py::make_tuple(saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights, saved.seed), saved.output,
-        saved.reserve, needs, py::make_tuple(o.bias, o.num_layers, o.bidirectional, o.proj_size, o.dropout),
+        saved.reserve, needs, py::make_tuple(o.bias, o.num_layers, o.bidirectional, option_to(o.proj_size), option_to(o.dropout)),
         o.recompute ? "recompute" : "full", saved.backend, o.bf16_weights);
     std::vector<Tensor> gradients;
     const auto add = [&](const py::handle& one) { gradients.push_back(one.is_none() ? Tensor() : one.cast<Tensor>()); };
@@ -268,7 +288,7 @@ void bind_options(py::module_& m) {
     size_t known = 0;
     for_each_option([&](const char* name, auto field) {
       if (!given.contains(name)) return;
-      made.*field = given[name].cast<std::remove_reference_t<decltype(made.*field)>>();
+      made.*field = option_from(given[name], &(made.*field));
       ++known;
     });
     if (known != given.size())
@@ -276,7 +296,9 @@ void bind_options(py::module_& m) {
     return made;
   }));
   options.def(py::self == py::self);
-  for_each_option([&](const char* name, auto field) { options.def_readonly(name, field); });
+  for_each_option([&](const char* name, auto field) {
+    options.def_property_readonly(name, [field](const StackOptions& made) { return option_to(made.*field); });
+  });
   options.def_static("fields", [] {
     std::vector<std::string> names;
     for_each_option([&](const char* name, auto) { names.emplace_back(name); });
