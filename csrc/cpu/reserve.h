@@ -50,9 +50,9 @@ inline int64_t reserve_elements(const StackShape& shape, const Keeping& keeping)
 //   gates                          ■■■■■■■   of as many last steps as fit in 1/kKeptGates of the rows; backward takes
 //                                            these steps first
 template <typename T>
-class Reserve {
+class CpuReserve {
  public:
-  Reserve(T* data, const StackShape& shape, const Keeping& keeping)
+  CpuReserve(T* data, const StackShape& shape, const Keeping& keeping)
       : shape_(shape), layout_(shape, kept_rows(shape, keeping)), data_(data) {
     checkpoints_ = keeping.saving == Saving::recompute && !keeping.states;
     some_gates_ = keeping.saving == Saving::recompute;

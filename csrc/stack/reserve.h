@@ -24,6 +24,7 @@ struct KeptRows {
 
 class ReserveLayout {
  public:
+  ReserveLayout() = default;
   ReserveLayout(const StackShape& shape, const KeptRows& kept) : kept_(kept) {
     if (!kept.h) return;
     int64_t units = 0;  // of all lanes, padded
@@ -49,7 +50,7 @@ class ReserveLayout {
  private:
   int64_t units_before(int64_t lane) const { return units_before_[static_cast<size_t>(lane)]; }
 
-  const KeptRows kept_;
+  KeptRows kept_;
   std::vector<int64_t> units_before_;  // padded units of all lanes before each lane
   std::vector<int64_t> h_before_;      // elements of h of all layers before each layer
   int64_t c_ = 0, gates_ = 0, h_ = 0;  // elements

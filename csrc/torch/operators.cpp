@@ -39,13 +39,13 @@ std::shared_ptr<const persistent::Decision> persistent_decision(Backend kind, co
 
 Results run_forward(Backend kind, const Call& call) {
   if (auto decision = persistent_decision(kind, call)) {
-    persistent::Counts counts;
+    persistent::PersistentCounts counts;
     Results results = persistent::forward(call, std::move(decision), counts);
     remember(counts, call, false);
     return results;
   }
   if (kind == Backend::cpu) return forward_cpu(call);
-  diagonal::Counts counts;
+  diagonal::DiagonalCounts counts;
   Results results = diagonal::forward(call, counts);
   remember(counts, call, false);
   return results;
@@ -108,14 +108,14 @@ Gradients backward(const OperatorArguments& a, const Kept& kept, IncomingGradien
   check(incoming.c_n, a.c_0.sizes(), "grad_c_n");
   if (states) take_state_gradients(call, incoming);
   if (auto decision = persistent_decision(kind, call)) {
-    persistent::Counts counts;
+    persistent::PersistentCounts counts;
     Gradients gradients =
         persistent::backward(call, kept, incoming, input_grad, weight_grad, std::move(decision), counts);
     remember(counts, call, true);
     return gradients;
   }
   if (kind == Backend::cpu) return backward_cpu(call, kept, incoming, input_grad, weight_grad);
-  diagonal::Counts counts;
+  diagonal::DiagonalCounts counts;
   Gradients gradients = diagonal::backward(call, kept, incoming, input_grad, weight_grad, counts);
   remember(counts, call, true);
   return gradients;
