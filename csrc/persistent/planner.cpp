@@ -177,11 +177,11 @@ class Planner {
                                                 : int64_t{kMaxWarps} * i.pieces * piece_elements(m_.ask.bytes));
       }
       if (longest == 0) {
-        return "no " + pass + " kernel is compiled for elements of " + text(m_.ask.bytes) + " bytes and " +
+        return "no " + kind + " kernel is compiled for elements of " + text(m_.ask.bytes) + " bytes and " +
                name_of(m_.ask.product) + " products";
       }
       if (hidden > longest) {
-        return who + ", and the " + pass + " kernels hold recurrent rows of at most " + text(longest);
+        return who + ", and the " + kind + " kernels hold recurrent rows of at most " + text(longest);
       }
       const auto least = [](int64_t& to, int64_t value) { to = to == 0 ? value : std::min(to, value); };
       for_each_cut(m_.ask, m_.backward, hidden, [&](Cut cut) {
@@ -192,13 +192,13 @@ class Planner {
         least(least_blocks, directions_ * cut.blocks);
         if (held(cut) >= directions_ * cut.blocks) least_held = 1;
       });
-      if (least_shared == 0) return who + ", which the compiled " + pass + " kernels do not divide";
+      if (least_shared == 0) return who + ", which the compiled " + kind + " kernels do not divide";
       if (least_blocks == 0) {
         return who + ": a block needs at least " + text(least_shared) + " bytes of shared memory, and " + on + " has " +
                text(m_.device.shared_block);
       }
       if (least_blocks > m_.device.sms) {
-        return who + ": with its recurrent weights in registers, " + pass + " needs at least " + text(least_blocks) +
+        return who + ": with its recurrent weights in registers, " + kind + " needs at least " + text(least_blocks) +
                " blocks, one an SM, and " + on + " has " + text(m_.device.sms) + " SMs";
       }
       if (least_held == 0) {
