@@ -93,12 +93,14 @@ def persistent_plan(
     timeline: bool = False,
     costs: dict[str, float] = {},
     capacity: Callable[[bool, dict[str, Any], int, int, bool], int] | None = None,
+    states: bool = False,
 ) -> dict[str, Any]:
     """The plan of the persistent kernels for a stack, forward or backward (``csrc/persistent/plan.h``), and its predicted time.
 
     ``device`` is a name of ``persistent_devices()``, such a dictionary, or ``{"like": name, ...}``. ``product``: "tensor"
-    or "exact"; ``saving``: "none", "full" or "recompute". ``capacity(backward, cut, most_inputs, hidden, over)`` stands for
-    a driver that says how many blocks the device holds. ``why_not`` is one sentence if the kernels cannot run the stack.
+    or "exact"; ``saving``: "none", "full" or "recompute"; ``states``: h and c of every layer are results.
+    ``capacity(backward, cut, most_inputs, hidden, over)`` stands for a driver that says how many blocks the device holds.
+    ``why_not`` is one sentence if the kernels cannot run the stack.
     ``timeline`` asks for the entries ``(pass, batch_group, layer, direction, chunk, first_block, blocks, needs_layer,
     needs_chunks, start_us, end_us)``. ``ValueError`` for a device, product, saving or cost that is not known and for sizes
     below 1."""
@@ -117,6 +119,7 @@ def persistent_choice(
     timeline: bool = False,
     costs: dict[str, float] = {},
     capacity: Callable[[bool, dict[str, Any], int, int, bool], int] | None = None,
+    states: bool = False,
 ) -> dict[str, Any]:
     """Both plans, the predicted time of the diagonal schedule, whether the persistent kernels are chosen (``persistent``),
     and the ``reason``. ``saving`` "none": no backward."""

@@ -295,6 +295,7 @@ void backward_lane(const BackwardArguments<T>& a, const BackwardLane<T>& l, cons
           dh += l.grad_h_n ? widen(l.grad_h_n[at + j]) : 0.0;
           dc[j] = l.grad_c_n ? widen(l.grad_c_n[at + j]) : 0.0;
         }
+        if (l.grad_cell) dc[j] += widen(l.grad_cell[row * s.h_stride + j]);
         Gates<double> y;
         if (l.gates) {
           const float* g = l.gates + 4 * row * s.saved_stride + j;

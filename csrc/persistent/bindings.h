@@ -182,10 +182,11 @@ void take_instances(Ask& ask) {
 
 // What the planner is asked, for the instances that are compiled. `capacity`: None, or a function that answers instead
 // of CUDA's driver: capacity(backward, cut, most_inputs, hidden, over) -> blocks.
-inline Ask ask_of(int64_t element_bytes, const std::string& product, const std::string& saving,
+inline Ask ask_of(int64_t element_bytes, const std::string& product, const std::string& saving, bool states,
                   const py::object& capacity) {
   Ask ask;
   ask.bytes = element_bytes;
+  ask.states = states;
   if (product != "tensor" && product != "exact") {
     throw py::value_error("product should be one of tensor, exact, got: " + product);
   }
@@ -228,7 +229,7 @@ inline void bind_persistent_plan(py::module_& m) {
   m.def("persistent_device_from", [](const py::dict& told) { return describe(device_from(properties_of(told))); });
   m.def("persistent_costs", [] { return describe(Costs{}); });
   m.def("persistent_instances", [](int64_t element_bytes, bool backward) {
-    const Ask ask = ask_of(element_bytes, "tensor", "none", py::none());
+    const Ask ask = ask_of(element_bytes, "tensor", "none", false, py::none());
     const Instance* first = backward ? ask.backward : ask.forward;
     py::list instances;
     for (const Instance* i = first; i < first + (backward ? ask.backward_count : ask.forward_count); ++i) {
@@ -244,28 +245,29 @@ inline void bind_persistent_plan(py::module_& m) {
       [](const py::object& device, int64_t input_size, const std::vector<int64_t>& hidden_sizes, int64_t proj_size,
          bool bidirectional, int64_t seq_len, int64_t batch_size, int64_t element_bytes, const std::string& product,
          const std::string& saving, bool backward, bool with_timeline, const py::dict& costs,
-         const py::object& capacity) {
+         const py::object& capacity, bool states) {
         const StackShape shape = stack_of(input_size, hidden_sizes, proj_size, bidirectional, seq_len, batch_size);
         const Costs figures = costs_of(costs);
-        const Ask ask = ask_of(element_bytes, product, saving, capacity);
+        const Ask ask = ask_of(element_bytes, product, saving, states, capacity);
         return describe(plan(shape, device_of(device), figures, ask, backward), shape, figures, with_timeline);
       },
       "device"_a, "input_size"_a, "hidden_sizes"_a, "proj_size"_a, "bidirectional"_a, "seq_len"_a, "batch_size"_a,
       "element_bytes"_a, "product"_a = "tensor", "saving"_a = "none", "backward"_a = false, "timeline"_a = false,
-      "costs"_a = py::dict(), "capacity"_a = py::none());
+      "costs"_a = py::dict(), "capacity"_a = py::none(), "states"_a = false);
   m.def(
       "persistent_choice",
       [](const py::object& device, int64_t input_size, const std::vector<int64_t>& hidden_sizes, int64_t proj_size,
          bool bidirectional, int64_t seq_len, int64_t batch_size, int64_t element_bytes, const std::string& product,
-         const std::string& saving, bool with_timeline, const py::dict& costs, const py::object& capacity) {
+         const std::string& saving, bool with_timeline, const py::dict& costs, const py::object& capacity,
+         bool states) {
         const StackShape shape = stack_of(input_size, hidden_sizes, proj_size, bidirectional, seq_len, batch_size);
         const Costs figures = costs_of(costs);
-        const Ask ask = ask_of(element_bytes, product, saving, capacity);
+        const Ask ask = ask_of(element_bytes, product, saving, states, capacity);
         return describe(choose(shape, device_of(device), figures, ask), shape, figures, with_timeline);
       },
       "device"_a, "input_size"_a, "hidden_sizes"_a, "proj_size"_a, "bidirectional"_a, "seq_len"_a, "batch_size"_a,
       "element_bytes"_a, "product"_a = "tensor", "saving"_a = "none", "timeline"_a = false, "costs"_a = py::dict(),
-      "capacity"_a = py::none());
+      "capacity"_a = py::none(), "states"_a = false);
 }
 
 }  // namespace stacked_lstm::persistent

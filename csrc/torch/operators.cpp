@@ -30,8 +30,8 @@ namespace {
 // call.
 std::shared_ptr<const persistent::Decision> persistent_decision(Backend kind, const Call& call) {
   if (kind != Backend::persistent && kind != Backend::automatic) return nullptr;
-  auto decision =
-      persistent::decide({call.shape, call.options, call.saving, call.input.scalar_type(), call.input.device()});
+  auto decision = persistent::decide(
+      {call.shape, call.options, call.saving, call.input.scalar_type(), call.input.device(), call.states});
   if (kind == Backend::automatic) return decision->choice.persistent ? decision : nullptr;
   TORCH_CHECK_VALUE(decision->why_not.empty(), "the persistent kernel cannot run this call: ", decision->why_not);
   return decision;
