@@ -37,7 +37,8 @@ class StackStep {
     int64_t units = 0, columns = 0, widest = 0;
     for (const LayerShape& layer : shape_.layers) {
       units = std::max(units, layer.padded_hidden());
-      columns = std::max(columns, std::max(round_up(layer.output(), kWidth * kernels_.lanes), layer.padded_hidden()));
+      columns = std::max(columns,
+                         std::max(round_up(layer.output(), kWidth * kernels_.vector_elements), layer.padded_hidden()));
       widest = std::max({widest, layer.input, layer.output(), layer.hidden});
     }
     const int64_t layers = shape_.depth();
@@ -88,11 +89,11 @@ class StackStep {
     const PackedLane<T>& weights = call_.weights.lanes()[static_cast<size_t>(index)];
     const Storage storage = call_.weights.storage();
     const int64_t batch = shape_.batch, hidden = layer.hidden, padded = layer.padded_hidden(), out = layer.output();
-    const int64_t lanes = kernels_.lanes, width = recurrent_width(batch);
+    const int64_t elements = kernels_.vector_elements, width = recurrent_width(batch);
     const bool projects = layer.projection > 0;
     const int64_t hand_overs = projects ? 2 : 1;  // a layer
-    const Range blocks = share_of(padded / lanes, rank, size);
-    const Range units{std::min(blocks.first * lanes, hidden), std::min(blocks.last * lanes, hidden)};
+    const Range unit_blocks = share_of(padded / elements, rank, size);
+    const Range units{std::min(unit_blocks.first * elements, hidden), std::min(unit_blocks.last * elements, hidden)};
     void* const operands = operands_ + rank * operand_bytes_;
     T* const gates = gates_ + index * batch * 4 * ldc_;
     T* const h = h_ + index * batch * ldh_;
@@ -105,8 +106,8 @@ class StackStep {
     kernels_.product({
         .panels = {weights.weight_hh, storage},
         .width = width,
-        .first_panel = blocks.first * 4 / width,
-        .last_panel = blocks.last * 4 / width,
+        .first_panel = unit_blocks.first * 4 / width,
+        .last_panel = unit_blocks.last * 4 / width,
         .a = h_0,
         .lda = out,
         .rows = batch,
@@ -120,15 +121,15 @@ class StackStep {
     });
     for (int64_t b = 0; b < batch; ++b) {
       T* const row = c + b * padded;
-      std::fill(row + std::max(units.last, blocks.first * lanes), row + blocks.last * lanes, T(0));
+      std::fill(row + std::max(units.last, unit_blocks.first * elements), row + unit_blocks.last * elements, T(0));
       copy(c_0 + b * hidden, row, units);
     }
     wait_all(size, index * hand_overs);
     StepForward<T> step{
         .panels = {weights.weight_ih, storage},
         .width = kWidth,
-        .first_block = blocks.first,
-        .last_block = blocks.last,
+        .first_unit_block = unit_blocks.first,
+        .last_unit_block = unit_blocks.last,
         .h = index == 0 ? call_.input : h_ + (index - 1) * batch * ldh_,
         .ldh = index == 0 ? call_.input_stride : ldh_,
         .rows = batch,
@@ -153,7 +154,7 @@ class StackStep {
     if (projects) {
       hand_over(rank, index * hand_overs + 1);
       wait_all(size, index * hand_overs + 1);
-      const Range panels = share_of(panels_of(out, kWidth, lanes), rank, size);
+      const Range panels = share_of(panels_of(out, kWidth, elements), rank, size);
       kernels_.product({
           .panels = {weights.weight_hr, storage},
           .width = kWidth,
@@ -169,7 +170,7 @@ class StackStep {
           .c = h,
           .ldc = ldh_,
       });
-      columns = {std::min(panels.first * kWidth * lanes, out), std::min(panels.last * kWidth * lanes, out)};
+      columns = {std::min(panels.first * kWidth * elements, out), std::min(panels.last * kWidth * elements, out)};
       for (int64_t b = 0; b < batch; ++b) copy(h + b * ldh_, h_n + b * out, columns);
     }
     hand_over(rank, (index + 1) * hand_overs);
@@ -185,7 +186,7 @@ class StackStep {
 
   const StepCall<T>& call_;
   const StackShape& shape_;
-  const Kernels<T>& kernels_;
+  const CpuKernels<T>& kernels_;
   Platform& platform_;
   const int64_t workers_;
   Team team_;

@@ -177,9 +177,9 @@ struct BackwardCall {
 //   gates                          ■■■■■■■   of as many last steps as fit in 1/kKeptGates of the rows; backward takes
 //                                            these steps first
 template <typename T>
-class Reserve {
+class CpuReserve {
  public:
-  Reserve(T* data, const StackShape& shape, Saving saving, bool keep_top)
+  CpuReserve(T* data, const StackShape& shape, Saving saving, bool keep_top)
       : shape_(shape), full_(saving == Saving::full), kept_(kept_rows(shape, saving)) {
     const ReserveSize size = reserve_size(shape, saving, keep_top);
     if (size.total() == 0) return;

@@ -358,7 +358,7 @@ PYBIND11_MODULE(_C, m) {
     py::list workers;
     for (int64_t worker = 0; worker < schedule.workers(); ++worker) {
       py::list tasks;
-      schedule.for_each_position(directions, worker, [&](int64_t position, const Place& place) {
+      schedule.for_each_position(directions, worker, [&](int64_t position, const WorkerPlace& place) {
         const int64_t lane = lane_at(position, lanes, backward);
         for (int64_t chunk = 0; chunk < schedule.chunks(seq_len); ++chunk) {
           const Needs n = needs(schedule, seq_len, directions, position, chunk);
@@ -452,9 +452,9 @@ PYBIND11_MODULE(_C, m) {
     persistent::force_passes(backward, std::move(passes));
   });
   // The fingerprint (cpu/fingerprint.h) of the contents of this memory.
-  m.def("fingerprint", [](const std::vector<std::pair<uintptr_t, int64_t>>& pieces, int64_t part, int64_t parts) {
+  m.def("fingerprint", [](const std::vector<std::pair<uintptr_t, int64_t>>& ranges, int64_t part, int64_t parts) {
     std::vector<cpu::Bytes> memory;
-    for (const auto& [data, bytes] : pieces) memory.push_back({reinterpret_cast<const void*>(data), bytes});
+    for (const auto& [data, bytes] : ranges) memory.push_back({reinterpret_cast<const void*>(data), bytes});
     const cpu::Fingerprint found = cpu::fingerprint(memory, part, parts);
     return std::pair(found.low, found.high);
   });
