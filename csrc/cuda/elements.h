@@ -35,7 +35,7 @@ struct Mask {
 };
 
 // What the cells of a step share. Widths and strides are in elements.
-struct Sizes {
+struct CellSizes {
   int64_t width;          // units of a cell: H, or P where projected rows are copied or collected
   int64_t output_stride;  // of a row of a layer's output: D·(P or H)
   int64_t saved_stride;   // of a row of c in the reserve; a row of gates has four times as much
@@ -140,15 +140,15 @@ struct Maths {
 // ---- Dropout --------------------------------------------------------------------------------------------------------
 
 // Multiplies V neighbours, which begin at `unit` of a lane, by their mask. If V > 1, V divides the column, so that the
-// neighbours are words of one Philox block.
+// neighbours are words of one quad (philox.h).
 template <int V, typename A>
-STACKED_LSTM_HOST_DEVICE void apply_mask(A (&x)[V], const Sizes& sizes, const Element& element, int64_t row,
+STACKED_LSTM_HOST_DEVICE void apply_mask(A (&x)[V], const CellSizes& sizes, const Element& element, int64_t row,
                                          int64_t unit) {
   const uint64_t column = static_cast<uint64_t>(element.column + unit);
-  const uint64_t blocks = static_cast<uint64_t>(sizes.output_stride + 3) / 4;
-  const uint64_t block = static_cast<uint64_t>(element.first_row + row) * blocks + column / 4;
+  const uint64_t quads = static_cast<uint64_t>(sizes.output_stride + 3) / 4;
+  const uint64_t quad = static_cast<uint64_t>(element.first_row + row) * quads + column / 4;
   const uint64_t seed = static_cast<uint64_t>(*sizes.mask.seed);
-  const Philox random = philox4x32_10(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
+  const Philox random = philox4x32_10(static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32),
                                       static_cast<uint32_t>(element.layer), 0, static_cast<uint32_t>(seed),
                                       static_cast<uint32_t>(seed >> 32));
   const A scale = static_cast<A>(sizes.mask.scale);

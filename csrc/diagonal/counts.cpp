@@ -22,11 +22,11 @@ Diagonals plan(const StackShape& shape, int64_t accumulator_bytes) {
 
 void force_chunk(std::optional<int64_t> steps) { forced_chunk = steps; }
 
-Counts predict(const StackShape& shape, const StackOptions& options, Saving saving, int64_t accumulator_bytes,
-               bool backward, bool weight_grad, bool input_grad) {
+DiagonalCounts predict(const StackShape& shape, const StackOptions& options, Saving saving, int64_t accumulator_bytes,
+                       bool backward, bool weight_grad, bool input_grad) {
   const Diagonals schedule = plan(shape, accumulator_bytes);
   const int64_t lanes = shape.lanes(), projected = options.proj_size > 0 ? 1 : 0, two = shape.directions == 2 ? 1 : 0;
-  Counts counts{schedule};
+  DiagonalCounts counts{schedule};
   if (shape.batch == 0) return counts;
   counts.launches = (1 + projected) * schedule.diagonals();
   counts.products = (1 + projected) * schedule.diagonals();

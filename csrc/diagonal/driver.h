@@ -47,7 +47,7 @@ auto with_storage(at::ScalarType type, Run&& run) {
 
 // What forward and backward have in common.
 template <typename T>
-class Driver {
+class DiagonalDriver {
  protected:
   using A = Accumulator<T>;
 
@@ -55,7 +55,7 @@ class Driver {
     int64_t first, count;
   };
 
-  Driver(const Call& call, Counts& counts)
+  DiagonalDriver(const Call& call, DiagonalCounts& counts)
       : call_(call),
         shape_(call.shape),
         plan_(plan(call.shape, sizeof(A))),
@@ -82,7 +82,7 @@ class Driver {
     mask_ = mask_of(call);
   }
 
-  gates::Sizes sizes(int64_t width) const {
+  gates::CellSizes sizes(int64_t width) const {
     return {width, directions_ * output_, padded_, directions_ * 4 * hidden_, mask_};
   }
 
@@ -124,7 +124,7 @@ class Driver {
   }
 
   template <typename Cell>
-  void launch(std::string (*kernel)(const gates::Sizes&, const Cell*, int64_t, void*), int64_t width,
+  void launch(std::string (*kernel)(const gates::CellSizes&, const Cell*, int64_t, void*), int64_t width,
               const std::vector<Cell>& cells) {
     ++counts_.launches;
     const std::string error = kernel(sizes(width), cells.data(), static_cast<int64_t>(cells.size()), stream_);
@@ -137,7 +137,7 @@ class Driver {
    public:
     LaneProduct() = default;
     LaneProduct(Tensor result, Tensor a, Tensor b) : all_{std::move(result), std::move(a), std::move(b)} {}
-    void run(Driver& driver, int64_t first, int64_t count, int64_t rows, bool round = false) {
+    void run(DiagonalDriver& driver, int64_t first, int64_t count, int64_t rows, bool to_storage = false) {
       if (first != first_ || count != count_ || rows != rows_) {
         for (int n = 0; n < 3; ++n) {
           view_[n] = all_[n].narrow(0, first, count);
@@ -145,7 +145,7 @@ class Driver {
         }
         first_ = first, count_ = count, rows_ = rows;
       }
-      if (round) {
+      if (to_storage) {
         driver.multiply_and_round(view_[0], view_[1], view_[2], false);
       } else {
         driver.multiply(view_[0], view_[1], view_[2]);
@@ -160,9 +160,9 @@ class Driver {
   const Call& call_;
   const StackShape& shape_;
   const Diagonals plan_;
-  const gates::Kernels<T>& kernels_;
+  const gates::GateKernels<T>& kernels_;
   void* stream_;
-  Counts& counts_;
+  DiagonalCounts& counts_;
   const Products<T> products_;
   const at::TensorOptions storage_, accumulator_;
   const int64_t directions_, depth_, lanes_, batch_, rows_, hidden_, projection_, output_, padded_;

@@ -10,8 +10,8 @@ namespace stacked_lstm::diagonal {
 namespace {
 
 template <typename T>
-class Backward : Driver<T> {
-  using Base = Driver<T>;
+class Backward : DiagonalDriver<T> {
+  using Base = DiagonalDriver<T>;
   using Base::accumulator_;
   using Base::batch_;
   using Base::call_;
@@ -34,7 +34,7 @@ class Backward : Driver<T> {
 
  public:
   Backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad, bool weight_grad,
-           Counts& counts)
+           DiagonalCounts& counts)
       : Base(call, counts),
         reserve_(kept.reserve.contiguous()),
         parts_(reserve_, call.shape, call.saving),
@@ -296,7 +296,7 @@ class Backward : Driver<T> {
   }
 
   const Tensor reserve_;
-  const Parts<T> parts_;
+  const GpuReserve<T> parts_;
   const Tensor top_, grad_output_, grad_h_n_, h_0_, c_0_;
   const IncomingGradients& incoming_;
   const bool input_grad_, weight_grad_, recompute_;
@@ -320,7 +320,7 @@ class Backward : Driver<T> {
 }  // namespace
 
 Gradients backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
-                   bool weight_grad, Counts& counts) {
+                   bool weight_grad, DiagonalCounts& counts) {
   const Guards guards(call.input.device());
   if (call.shape.batch == 0) {
     counts.schedule = plan(call.shape, call.input.scalar_type() == at::kDouble ? sizeof(double) : sizeof(float));

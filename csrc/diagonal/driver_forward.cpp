@@ -9,8 +9,8 @@ namespace stacked_lstm::diagonal {
 namespace {
 
 template <typename T>
-class Forward : Driver<T> {
-  using Base = Driver<T>;
+class Forward : DiagonalDriver<T> {
+  using Base = DiagonalDriver<T>;
   using Base::accumulator_;
   using Base::batch_;
   using Base::call_;
@@ -31,7 +31,7 @@ class Forward : Driver<T> {
   using typename Base::LaneProduct;
 
  public:
-  Forward(const Call& call, Counts& counts) : Base(call, counts) {}
+  Forward(const Call& call, DiagonalCounts& counts) : Base(call, counts) {}
 
   Results run() {
     allocate();
@@ -82,11 +82,11 @@ class Forward : Driver<T> {
     if (chunk % plan_.input_chunks == 0) {
       for (int64_t lane = lanes.first; lane < lanes.first + direct; ++lane) {
         const auto rows = Base::chunk_rows(lane, chunk, plan_.input_chunks);
-        const int64_t slot = lane % directions_, layer = Base::layer_of(lane);
+        const int64_t direction = lane % directions_, layer = Base::layer_of(lane);
         const Tensor source = layer == 0 ? Base::input_ : above_.select(0, (layer - 1) % 2);
-        Base::multiply(single(first_input_.select(0, slot).narrow(0, 0, rows.count)),
+        Base::multiply(single(first_input_.select(0, direction).narrow(0, 0, rows.count)),
                        single(source.narrow(0, rows.first, rows.count)), single(Base::weight(lane, Weight::ih).t()));
-        first_input_row_[slot] = rows.first;
+        first_input_row_[direction] = rows.first;
       }
     }
     const int64_t first = std::max<int64_t>(lanes.first, 1), last = lanes.first + lanes.count;
@@ -105,15 +105,15 @@ class Forward : Driver<T> {
     copies_.clear();
     for (int64_t lane = lanes.first; lane < lanes.first + lanes.count; ++lane) {
       const int64_t t = Base::time(lane, stage, s), row = shape_.first_row(t), rows = shape_.active(t);
-      const int64_t layer = Base::layer_of(lane), slot = lane % directions_;
+      const int64_t layer = Base::layer_of(lane), direction = lane % directions_;
       const int64_t chunk_row = Base::chunk_rows(lane, plan_.chunk_of(stage, lane)).first;
       most = std::max(most, rows);
 
       gates::ForwardCell<T> cell{};
-      cell.input_part =
-          directions_ == 2 || layer == 0
-              ? data<A>(first_input_) + (slot * first_input_.size(1) + row - first_input_row_[slot]) * 4 * hidden_
-              : upper_input_ + ((layer - 1) * chunk_rows_ + row - chunk_row) * 4 * hidden_;
+      cell.input_part = directions_ == 2 || layer == 0
+                            ? data<A>(first_input_) +
+                                  (direction * first_input_.size(1) + row - first_input_row_[direction]) * 4 * hidden_
+                            : upper_input_ + ((layer - 1) * chunk_rows_ + row - chunk_row) * 4 * hidden_;
       cell.recurrent_part = recurrent_ + lane * batch_ * 4 * hidden_;
       cell.bias = bias_.defined() ? data<A>(bias_) + lane * 4 * hidden_ : nullptr;
       cell.c = data<A>(c_) + lane * batch_ * hidden_;
@@ -160,7 +160,7 @@ class Forward : Driver<T> {
     const int64_t layer = Base::layer_of(lane), stride = directions_ * output_;
     if (layer + 1 == depth_) return data<T>(output_all_) + row * stride + Base::column_of(lane);
     if (call_.saving == Saving::none) return nullptr;
-    T* const h = const_cast<T*>(Parts<T>(reserve_, shape_, call_.saving).h);
+    T* const h = const_cast<T*>(GpuReserve<T>(reserve_, shape_, call_.saving).h);
     return h + (layer * rows_ + row) * stride + Base::column_of(lane);
   }
   // Where h of a row is stored for the layer above: with one direction a chunk, with two directions all steps.
@@ -189,7 +189,7 @@ class Forward : Driver<T> {
 
 }  // namespace
 
-Results forward(const Call& call, Counts& counts) {
+Results forward(const Call& call, DiagonalCounts& counts) {
   const Guards guards(call.input.device());
   if (call.shape.batch == 0) {
     counts.schedule = plan(call.shape, call.input.scalar_type() == at::kDouble ? sizeof(double) : sizeof(float));

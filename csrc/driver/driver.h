@@ -131,13 +131,13 @@ inline int64_t reserve_elements(const StackShape& shape, Saving saving, int64_t 
 // The parts of a reserve: [lane][row] c and (unless backward computes them again) the gates, in units padded to
 // kUnitPadding, then [layer][row] h of the layers below the top layer, as T.
 template <typename T>
-struct Parts {
+struct GpuReserve {
   using A = Accumulator<T>;
   const A* c = nullptr;
   const A* gates = nullptr;
   const T* h = nullptr;
 
-  Parts(const Tensor& reserve, const StackShape& shape, Saving saving) {
+  GpuReserve(const Tensor& reserve, const StackShape& shape, Saving saving) {
     if (saving == Saving::none) return;
     const int64_t cells = shape.rows() * shape.lanes() * shape.layers[0].padded_hidden();
     c = const_data<A>(reserve);
@@ -150,7 +150,7 @@ struct Parts {
 template <typename T>
 Tensor h_in_reserve(const Tensor& reserve, const StackShape& shape, Saving saving, int64_t layer) {
   const int64_t rows = shape.rows(), stride = shape.directions * shape.layers[0].output();
-  const T* const h = Parts<T>(reserve, shape, saving).h + layer * rows * stride;
+  const T* const h = GpuReserve<T>(reserve, shape, saving).h + layer * rows * stride;
   const int64_t at = reinterpret_cast<const char*>(h) - static_cast<const char*>(reserve.const_data_ptr());
   return reserve.view(at::kByte)
       .narrow(0, at, rows * stride * static_cast<int64_t>(sizeof(T)))

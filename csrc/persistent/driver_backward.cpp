@@ -91,8 +91,8 @@ class Beside {
 };
 
 template <typename T>
-class Backward : Driver<T> {
-  using Base = Driver<T>;
+class Backward : PersistentDriver<T> {
+  using Base = PersistentDriver<T>;
   using Base::batch_;
   using Base::call_;
   using Base::depth_;
@@ -113,7 +113,7 @@ class Backward : Driver<T> {
   using typename Base::Copies;
 
  public:
-  Backward(const Call& call, const Plan& plan, const Table& table, Counts& counts, const Kept& kept,
+  Backward(const Call& call, const Plan& plan, const PersistentTable& table, PersistentCounts& counts, const Kept& kept,
            const IncomingGradients& incoming, bool input_grad, bool weight_grad)
       : Base(call, plan, table, counts),
         reserve_(kept.reserve.contiguous()),
@@ -354,7 +354,7 @@ class Backward : Driver<T> {
   }
 
   const Tensor reserve_;
-  const Parts<T> parts_;
+  const GpuReserve<T> parts_;
   const Tensor top_, grad_output_, grad_h_n_, grad_c_n_, h_0_, c_0_;
   const bool input_grad_, weight_grad_, recompute_;
   Gradients result_;
@@ -371,7 +371,7 @@ class Backward : Driver<T> {
 }  // namespace
 
 Gradients backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
-                   bool weight_grad, std::shared_ptr<const Decision> decision, Counts& counts) {
+                   bool weight_grad, std::shared_ptr<const Decision> decision, PersistentCounts& counts) {
   const Guards guards(call.input.device());
   counts.decision = std::move(decision);
   return with_storage(call.input.scalar_type(), [&](auto zero) {

@@ -5,8 +5,8 @@ namespace stacked_lstm::persistent {
 namespace {
 
 template <typename T>
-class Forward : Driver<T> {
-  using Base = Driver<T>;
+class Forward : PersistentDriver<T> {
+  using Base = PersistentDriver<T>;
   using Base::batch_;
   using Base::call_;
   using Base::depth_;
@@ -23,7 +23,8 @@ class Forward : Driver<T> {
   using Base::width_;
 
  public:
-  Forward(const Call& call, const Plan& plan, const Table& table, Counts& counts) : Base(call, plan, table, counts) {}
+  Forward(const Call& call, const Plan& plan, const PersistentTable& table, PersistentCounts& counts)
+      : Base(call, plan, table, counts) {}
 
   Results run() {
     const Saving saving = call_.saving;
@@ -113,7 +114,7 @@ class Forward : Driver<T> {
 
 }  // namespace
 
-Results forward(const Call& call, std::shared_ptr<const Decision> decision, Counts& counts) {
+Results forward(const Call& call, std::shared_ptr<const Decision> decision, PersistentCounts& counts) {
   const Guards guards(call.input.device());
   counts.decision = std::move(decision);
   return with_storage(call.input.scalar_type(), [&](auto zero) {

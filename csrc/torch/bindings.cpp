@@ -63,7 +63,7 @@ py::dict describe(const Schedule& schedule, int64_t directions) {
                   py::arg("why") = why);
 }
 
-py::dict describe(const diagonal::Counts& counts) {
+py::dict describe(const diagonal::DiagonalCounts& counts) {
   const Diagonals& schedule = counts.schedule;
   const std::string why = schedule.directions == 2
                               ? "the two directions of a layer run side by side, the layers in turn"
@@ -96,7 +96,7 @@ py::dict describe_launches(const persistent::Pass& pass, const StackShape& shape
       py::arg("exchange") = cut.exchange == persistent::Exchange::cluster ? "cluster" : "l2",
       py::arg("blocks") = pass.copies * lanes * cut.blocks, py::arg("blocks_lane") = cut.blocks,
       py::arg("units_block") = cut.block_units(), py::arg("splits") = cut.splits, py::arg("pieces") = cut.pieces,
-      py::arg("m_tiles") = cut.m_tiles, py::arg("tiles") = cut.tiles, py::arg("chunk_steps") = cut.chunk_steps,
+      py::arg("m_tiles") = cut.unit_tiles, py::arg("tiles") = cut.batch_tiles, py::arg("chunk_steps") = cut.chunk_steps,
       py::arg("inputs_in_shared") = cut.inputs_in_shared, py::arg("batch_groups") = pass.batch_groups,
       py::arg("copies") = pass.copies, py::arg("rounds") = pass.rounds);
   if (backward) {
@@ -128,10 +128,10 @@ persistent::Pass pass_of(const py::dict& d) {
   pass.last_layer = number("last_layer", 1);
   pass.cut.product = number("exact", 0) ? persistent::Product::exact : persistent::Product::tensor;
   pass.cut.exchange = number("l2", 0) ? persistent::Exchange::l2 : persistent::Exchange::cluster;
-  pass.cut.tiles = small("tiles", 1);
+  pass.cut.batch_tiles = small("tiles", 1);
   pass.cut.pieces = small("pieces", 2);
   pass.cut.splits = small("splits", 1);
-  pass.cut.m_tiles = small("m_tiles", 0);
+  pass.cut.unit_tiles = small("m_tiles", 0);
   pass.cut.groups = small("groups", 1);
   pass.cut.blocks = small("blocks", 1);
   pass.cut.chunk_steps = small("chunk_steps", 1);
@@ -380,8 +380,8 @@ PYBIND11_MODULE(_C, m) {
     const Run& last = *last_run();
     py::dict run;
     if (const auto* schedule = std::get_if<Schedule>(&last.how)) run = describe(*schedule, last.shape.directions);
-    if (const auto* counts = std::get_if<diagonal::Counts>(&last.how)) run = describe(*counts);
-    if (const auto* counts = std::get_if<persistent::Counts>(&last.how)) {
+    if (const auto* counts = std::get_if<diagonal::DiagonalCounts>(&last.how)) run = describe(*counts);
+    if (const auto* counts = std::get_if<persistent::PersistentCounts>(&last.how)) {
       run = describe_launches(*counts->decision, last.shape, last.type, last.backward);
       run["launches"] = counts->launches;
       run["products"] = counts->products;
@@ -430,15 +430,15 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("major"), py::arg("minor"), py::arg("archs") = py::none());
   // For tests: the driver of the diagonal schedule runs these kernels on the CPU (`table`: the address of a
-  // gates::Table; 0: the usual kernels). So a test can run it with the CUDA kernels on the emulator.
+  // gates::GateTable; 0: the usual kernels). So a test can run it with the CUDA kernels on the emulator.
   m.def("_use_gate_kernels",
-        [](uintptr_t table) { driver::use_host_gate_kernels(reinterpret_cast<const gates::Table*>(table)); });
+        [](uintptr_t table) { driver::use_host_gate_kernels(reinterpret_cast<const gates::GateTable*>(table)); });
   // For tests: the persistent kernels' driver runs these kernels on the CPU (`table`: the address of a
-  // persistent::Table; 0: none). `watchdog`: the kernels report a wait that took too long.
+  // persistent::PersistentTable; 0: none). `watchdog`: the kernels report a wait that took too long.
   m.def(
       "_use_persistent_kernels",
       [](uintptr_t table, bool watchdog) {
-        persistent::use_host_kernels(reinterpret_cast<const persistent::Table*>(table), watchdog);
+        persistent::use_host_kernels(reinterpret_cast<const persistent::PersistentTable*>(table), watchdog);
       },
       py::arg("table"), py::arg("watchdog") = false);
   m.def("gpu_plan", &gpu_plan);

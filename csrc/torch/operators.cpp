@@ -53,13 +53,13 @@ Results forward(const OperatorArguments& a, const StackShape* checked) {
                   a.options, a.saving,
                   stores,    checked ? *checked : made};
   if (auto decision = persistent_decision(kind, call)) {
-    persistent::Counts counts;
+    persistent::PersistentCounts counts;
     Results results = persistent::forward(call, std::move(decision), counts);
     remember(counts, call, false);
     return results;
   }
   if (kind == Backend::cpu) return forward_cpu(call);
-  diagonal::Counts counts;
+  diagonal::DiagonalCounts counts;
   Results results = diagonal::forward(call, counts);
   remember(counts, call, false);
   return results;
@@ -98,14 +98,14 @@ Gradients backward(const OperatorArguments& a, const Kept& kept, const IncomingG
   check(incoming.h_n, a.h_0.sizes(), "grad_h_n");
   check(incoming.c_n, a.c_0.sizes(), "grad_c_n");
   if (auto decision = persistent_decision(kind, call)) {
-    persistent::Counts counts;
+    persistent::PersistentCounts counts;
     Gradients gradients =
         persistent::backward(call, kept, incoming, input_grad, weight_grad, std::move(decision), counts);
     remember(counts, call, true);
     return gradients;
   }
   if (kind == Backend::cpu) return backward_cpu(call, kept, incoming, input_grad, weight_grad);
-  diagonal::Counts counts;
+  diagonal::DiagonalCounts counts;
   Gradients gradients = diagonal::backward(call, kept, incoming, input_grad, weight_grad, counts);
   remember(counts, call, true);
   return gradients;

@@ -627,7 +627,7 @@ struct ForwardTest {
   using A = Accumulator<T>;
   using Cell = gates::ForwardCell<T>;
   static constexpr const char* name = "forward";
-  static constexpr auto kernel = &gates::Kernels<T>::forward;
+  static constexpr auto kernel = &gates::GateKernels<T>::forward;
 
   explicit ForwardTest(Maker& m)
       : setup(m.setup),
@@ -734,7 +734,7 @@ struct BackwardTest {
   using A = Accumulator<T>;
   using Cell = gates::BackwardCell<T>;
   static constexpr const char* name = "backward";
-  static constexpr auto kernel = &gates::Kernels<T>::backward;
+  static constexpr auto kernel = &gates::GateKernels<T>::backward;
 
   explicit BackwardTest(Maker& m)
       : in(m),
@@ -801,7 +801,7 @@ template <typename T>
 struct CollectTest {
   using Cell = gates::CollectCell<T>;
   static constexpr const char* name = "collect";
-  static constexpr auto kernel = &gates::Kernels<T>::collect;
+  static constexpr auto kernel = &gates::GateKernels<T>::collect;
 
   explicit CollectTest(Maker& m)
       : in(m),
@@ -830,7 +830,7 @@ struct CopyTest {
   using A = Accumulator<T>;
   using Cell = gates::CopyCell<T>;
   static constexpr const char* name = "copy";
-  static constexpr auto kernel = &gates::Kernels<T>::copy;
+  static constexpr auto kernel = &gates::GateKernels<T>::copy;
 
   explicit CopyTest(Maker& m)
       : setup(m.setup),
@@ -871,7 +871,7 @@ struct Arguments {
 } arguments;
 Random values(1);
 
-const gates::Table& table() { return arguments.host ? gates::host_kernels() : gates::cuda_kernels(); }
+const gates::GateTable& table() { return arguments.host ? gates::host_kernels() : gates::cuda_gate_kernels(); }
 
 // The threads of a launch: blocks of 128, as many of them along a row as it has packs of `pack` units, if it has so many.
 uint64_t threads_of(int64_t width, int64_t rows, int64_t cells, int64_t pack) {
@@ -898,7 +898,7 @@ void run(const Setup& setup) {
   }
   for (auto& test : tests) test->each_buffer([](const char*, auto& buffer) { buffer.hand_over(); });
 
-  gates::Sizes sizes;
+  gates::CellSizes sizes;
   sizes.width = setup.width;
   sizes.output_stride = setup.directions * setup.width + setup.pad;
   sizes.saved_stride = setup.width + setup.pad;
@@ -1036,7 +1036,7 @@ void cells_part() {
     setup.rows.clear();
     for (int64_t n = 0; n < cells; ++n) setup.rows.push_back(n * 5 % 4);
     if (cells == 0) {
-      gates::Sizes sizes{5, 5, 5, 20, {}};
+      gates::CellSizes sizes{5, 5, 5, 20, {}};
       expect(table().of<T>().forward(sizes, nullptr, 0, nullptr).empty(), "no cell at all");
       expect(table().of<T>().copy(sizes, nullptr, 0, nullptr).empty(), "no cell at all");
       continue;
@@ -1144,7 +1144,7 @@ template <typename T>
 void refusal_part() {
   if (arguments.host) return;
   const auto refused = [](int64_t width, int64_t rows) {
-    gates::Sizes sizes{width, width, width, 4 * width, {}};
+    gates::CellSizes sizes{width, width, width, 4 * width, {}};
     gates::CopyCell<T> cell{};
     cell.rows = rows;
     const std::string error = table().of<T>().copy(sizes, &cell, 1, nullptr);
@@ -1153,7 +1153,7 @@ void refusal_part() {
         "a step that no grid holds: '" + error + "'");
   };
   // A step of nothing is none, and so is refused by nobody.
-  const gates::Sizes no_units{};
+  const gates::CellSizes no_units{};
   gates::CopyCell<T> cell{};
   cell.rows = 3;
   const std::string error = table().of<T>().copy(no_units, &cell, 1, nullptr);
