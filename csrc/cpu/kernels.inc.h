@@ -404,7 +404,18 @@ void maths(const T* x, int64_t n, T* sigmoid, T* tanh) {
 
 template <typename T>
 constexpr CpuKernels<T> kTable = {
-    kVectorElements<T>, kUnits,      pack_gates<T>,   pack_rows<T>,     pack_columns<T>,
-    pack_bias<T>,       product<T>,  step_forward<LstmCell, T>, step_backward<LstmCell, T>, replay<LstmCell, T>,
-    gradient<T>,        sum_rows<T>, maths<T>,        digest,
+    kVectorElements<T>,
+    kUnits,
+    pack_gates<T>,
+    pack_rows<T>,
+    pack_columns<T>,
+    pack_bias<T>,
+    product<T>,
+    step_forward<LstmCell, T>,
+    step_backward<LstmCell, T>,
+    replay<LstmCell, T>,
+    gradient<T>,
+    sum_rows<T>,
+    maths<T>,
+    digest,
 };

@@ -148,8 +148,7 @@ struct EachOfTwo {
     Gates<Two> y;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const Gates<float> one =
-          activate_gates<Maths>(Gates<float>{a.i.of[n], a.f.of[n], a.g.of[n], a.o.of[n]});
+      const Gates<float> one = activate_gates<Maths>(Gates<float>{a.i.of[n], a.f.of[n], a.g.of[n], a.o.of[n]});
       y.i.of[n] = one.i, y.f.of[n] = one.f, y.g.of[n] = one.g, y.o.of[n] = one.o;
     }
     return y;

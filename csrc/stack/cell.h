@@ -69,7 +69,8 @@ struct LstmCell {
   // `c` and `c_next` are the cell state before and after the step, `dh` the whole gradient of h (from the loss, the layer
   // above and step t+1). `dc` comes in as dL/dc' from step t+1 and leaves as dL/dc. Returns the gradients of the sums.
   template <typename Math, typename T>
-  STACKED_LSTM_HOST_DEVICE static Gates<T> backward(const Gates<T>& y, const T& c, const T& c_next, const T& dh, T& dc) {
+  STACKED_LSTM_HOST_DEVICE static Gates<T> backward(const Gates<T>& y, const T& c, const T& c_next, const T& dh,
+                                                    T& dc) {
     const T tanh_c = Math::tanh(c_next);
     const T dc_next = dc + dh * y.o * (1 - tanh_c * tanh_c);
     dc = dc_next * y.f;

@@ -173,8 +173,17 @@ struct Problem {
     for (std::vector<T>& again : inferred) {
       again.assign(output.size(), nan);
       std::vector<T> h(h_n.size()), c(c_n.size());
-      cpu::forward(ForwardCall<T>{shape, x, packed.ready() ? std::vector<LaneWeights<T>>{} : lane_weights, h_0.data(),
-                                  c_0.data(), links, {}, again.data(), h.data(), c.data(), nullptr,
+      cpu::forward(ForwardCall<T>{shape,
+                                  x,
+                                  packed.ready() ? std::vector<LaneWeights<T>>{} : lane_weights,
+                                  h_0.data(),
+                                  c_0.data(),
+                                  links,
+                                  {},
+                                  again.data(),
+                                  h.data(),
+                                  c.data(),
+                                  nullptr,
                                   bf16_weights},
                    workers, platform, &packed);
     }
