@@ -166,7 +166,7 @@ def packed_counts() -> dict[str, int]:
     (calls that used kept weights since the start)."""
 
 def fingerprint(memory: list[tuple[int, int]], part: int, parts: int) -> tuple[int, int]:
-    """The lower and the upper 64 bits of the fingerprint (``csrc/cpu/fingerprint.h``) of pieces of memory, each
+    """The lower and the upper 64 bits of the fingerprint (``csrc/cpu/fingerprint.h``) of ranges of memory, each
     ``(address, bytes)``, or of part ``part`` of ``parts`` of it."""
 
 def call(

@@ -118,7 +118,9 @@ class DiagonalDriver {
     return {row, shape_.first_row(std::max(one, other) + 1) - row};
   }
 
-  gates::Element element(int64_t lane, int64_t t) const { return {t * batch_, column_of(lane), layer_of(lane), mask(layer_of(lane))}; }
+  gates::Element element(int64_t lane, int64_t t) const {
+    return {t * batch_, column_of(lane), layer_of(lane), mask(layer_of(lane))};
+  }
 
   void multiply(const Tensor& result, const Tensor& a, const Tensor& b) { products_.multiply(result, a, b); }
   void multiply_and_round(const Tensor& result, const Tensor& a, const Tensor& b, bool wide = true) {

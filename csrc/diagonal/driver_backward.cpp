@@ -102,9 +102,7 @@ class Backward : DiagonalDriver<T> {
   }
 
   // h of a layer, all rows: (rows, D·output).
-  const T* h_of(int64_t layer) const {
-    return layer + 1 == depth_ ? const_data<T>(top_) : parts_.h(layer);
-  }
+  const T* h_of(int64_t layer) const { return layer + 1 == depth_ ? const_data<T>(top_) : parts_.h(layer); }
 
   // Makes what the products over all steps read: h(t-1) of every lane, and the inputs of layers 1 and up, masked by
   // dropout.

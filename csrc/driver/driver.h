@@ -140,7 +140,9 @@ class GpuReserve {
 
   GpuReserve() = default;
   GpuReserve(Tensor reserve, const Call& call)
-      : reserve_(std::move(reserve)), shape_(&call.shape), layout_(call.shape, kept_rows(call.shape, call.saving, call.states)) {}
+      : reserve_(std::move(reserve)),
+        shape_(&call.shape),
+        layout_(call.shape, kept_rows(call.shape, call.saving, call.states)) {}
 
   // c of a lane, rows of padded_hidden.
   A* c(int64_t lane) const { return layout_.kept().c > 0 ? cells() + layout_.c(lane) : nullptr; }

@@ -6,7 +6,7 @@
 //                                                             (─): half the bytes of gathering the dgates themselves.
 //
 // A step s:   receive the partial sums of dh(s) that all blocks have sent, and add them up in the order of the blocks   →
-//             cell_backward   →   dgates(s) to shared memory   →   barrier   →   times the block's part of W_hhᵀ   →   send
+//             the cell's backward   →   dgates(s) to shared memory   →   barrier   →   times the block's part of W_hhᵀ   →   send
 //             the partial sums of dh(s-1)   →   and only then write dgates(s) to memory, and load what step s-1 needs.
 //
 // dh from a lane above in the same launch: a block takes the gate rows of its own units in the lane above. For a chunk
@@ -67,7 +67,7 @@ class BackwardCells {
   float c_[kCells], dc_[kCells];
   bool was_active_, active_;
   // Of this step, known before dh is.
-  CellSlopes<float> slope_[kCells];
+  LstmCell::Slopes<float> slope_[kCells];
   float incoming_[kCells];
   Packed grad_[kCells];  // dgates(s)
 
@@ -160,9 +160,9 @@ class BackwardCells {
       if (!lane.gates) {
         add_bias(y, lane.bias_ih, unit);
         add_bias(y, lane.bias_hh, unit);
-        y = activate<MathsOf<T>>(y);
+        y = LstmCell::activate<MathsOf<T>>(y, c_before_[n], c_[n]);
       }
-      slope_[n] = cell_slopes<MathsOf<T>>(y, c_before_[n], c_[n]);
+      slope_[n] = LstmCell::slopes<MathsOf<T>>(y, c_before_[n], c_[n]);
     }
   }
 
@@ -172,7 +172,7 @@ class BackwardCells {
     for (int n = 0; n < kCells; ++n) {
       if (!cells_.has(n)) continue;
       // If the sequence has no such step, or there is no such unit, all slopes are zero, and so are these gradients.
-      const Gates<float> d = cell_backward(slope_[n], incoming_[n] + sums[n], dc_[n]);
+      const Gates<float> d = LstmCell::backward(slope_[n], incoming_[n] + sums[n], dc_[n]);
       const float all[4] = {d.i, d.f, d.g, d.o};
       const int unit = cells_.unit_of(n) - block_.first_unit;
 #pragma unroll
