@@ -221,6 +221,7 @@ Outcome forward(const ForwardArguments<T>& a, void*) {
       const ForwardLane<T>& below = a.lane[l.below];
       if (l.x != (below.above ? below.above : below.h) || below.reverse || l.reverse)
         return failed("x is not what is below");
+      if (l.inputs != s.hidden) return failed("inputs of a lane above another");
       if (l.x_row_stride != s.h_stride || l.x_step_stride != s.batch * s.h_stride) return failed("strides of h");
     }
     if (l.h_column != (l.reverse ? s.hidden : 0)) return failed("the column of a direction");
