@@ -62,6 +62,7 @@ struct BackwardCell {
   const A* c;               // rows of saved_stride
   const A* c_before;        // rows of saved_stride: c of the step before, for the first `continued` rows
   const T* c_0;             // (B, H): for the other rows, whose first step this is
+  const T* grad_cell;       // rows of gates_stride / 4: dL/dc of this step, from the loss; or null
   A* grad_c;                // (rows, H): in and out
   T* grad_gates;            // (rows, 4H)
   T* all_grad_gates;        // rows of gates_stride: once more, beside those of all other steps
@@ -255,6 +256,11 @@ STACKED_LSTM_HOST_DEVICE void backward_units(const CellSizes& sizes, const Backw
     for (int n = 0; n < V; ++n) c_before[n] = widen(before.element[n]);
   }
   Pack<A, V> dc = load<V>(cell.grad_c + row * hidden + unit);
+  if (cell.grad_cell) {
+    const Pack<T, V> grad = load<V>(cell.grad_cell + row * (sizes.gates_stride / 4) + unit);
+    STACKED_LSTM_UNROLL
+    for (int n = 0; n < V; ++n) dc.element[n] += widen(grad.element[n]);
+  }
 
   A grad[4][V], h[V];
   STACKED_LSTM_UNROLL
@@ -327,7 +333,7 @@ bool packs_fit(const Incoming<T>& c) {
 template <int V, typename T>
 bool packs_fit(const BackwardCell<T>& c) {
   return packs_fit<V>(c.incoming) && aligned<V>(c.gates, c.input_part, c.recurrent_part, c.bias, c.c, c.c_before, c.c_0,
-                                                c.grad_c, c.grad_gates, c.all_grad_gates, c.cell_h);
+                                                c.grad_cell, c.grad_c, c.grad_gates, c.all_grad_gates, c.cell_h);
 }
 template <int V, typename T>
 bool packs_fit(const CollectCell<T>& c) {
@@ -337,6 +343,17 @@ template <int V, typename T>
 bool packs_fit(const CopyCell<T>& c) {
   return aligned<V>(c.source, c.initial, c.target) && c.source_stride % V == 0 && c.target_stride % V == 0 &&
          c.element.column % V == 0;
+}
+
+// Whether a step may be computed V units at a time.
+template <int V, typename Cell>
+bool packs_fit(const CellSizes& sizes, const Cell* cells, int64_t count) {
+  bool fit = packs_fit<V>(sizes);
+  for (int64_t n = 0; fit && n < count; ++n) {
+    fit = packs_fit<V>(cells[n]);
+    if constexpr (requires { cells->grad_cell; }) fit = fit && (!cells[n].grad_cell || sizes.gates_stride / 4 % V == 0);
+  }
+  return fit;
 }
 
 }  // namespace stacked_lstm::gates

@@ -27,11 +27,7 @@ class Forward : PersistentDriver<T> {
     result_.output = at::empty(call_.output_sizes(), storage_);
     result_.h_n = at::empty(call_.h_0.sizes(), storage_);
     result_.c_n = at::empty(call_.c_0.sizes(), storage_);
-    const int64_t kept = reserve_elements(shape_, call_.saving, call_.states, sizeof(T), sizeof(float));
-    result_.reserve = at::empty({kept}, Base::floats_);
-    // No kernel writes the padding. Zeros there make the bits of a reserve the same every time.
-    const auto padded = [](const LayerShape& layer) { return layer.hidden != layer.padded_hidden(); };
-    if (std::any_of(shape_.layers.begin(), shape_.layers.end(), padded)) result_.reserve.zero_();
+    result_.reserve = make_reserve<T>(call_);
     parts_ = GpuReserve<T>(result_.reserve, call_);
     // The input is read where it is if its rows have no gaps; otherwise it is copied.
     input_ = call_.input.stride(-1) == 1 || call_.input.size(-1) == 1 ? call_.input : call_.input.contiguous();
