@@ -126,10 +126,10 @@ def cuda_obstacle(major: int, minor: int, archs: str | None = None) -> str:
     build by default), in words; empty if it can."""
 
 def _use_gate_kernels(table: int) -> None:
-    """Run diagonals on the CPU with the kernels of the ``gates::Table`` at this address; 0 restores the usual kernels."""
+    """Run diagonals on the CPU with the kernels of the ``gates::GateTable`` at this address; 0 restores the usual kernels."""
 
 def _use_persistent_kernels(table: int, watchdog: bool = False) -> None:
-    """Let the persistent kernels of the ``persistent::Table`` at this address run on CPU tensors; 0: none run. With
+    """Let the persistent kernels of the ``persistent::PersistentTable`` at this address run on CPU tensors; 0: none run. With
     ``watchdog``, these kernels report a wait that took too long."""
 
 def gpu_plan(

@@ -52,8 +52,8 @@ MAY_LINK = re.compile(
 
 # Host functions that lead to every kernel, as their mangled names spell them: a missing source would leave one out.
 KERNEL_TABLES = (
-    "5gates12cuda_kernels",
-    "10persistent12cuda_kernels",
+    "5gates17cuda_gate_kernels",
+    "10persistent23cuda_persistent_kernels",
     *(
         f"10persistent{len(entry)}{entry}I{element}E6launch"
         for entry in ("ForwardEntry", "BackwardEntry")

@@ -55,14 +55,14 @@ Outcome failed(const std::string& text) { return {Outcome::failed, text}; }
 template <typename T, typename Arguments>
 std::string misfit(const Arguments& a, const Instance* instances, int count) {
   const Cut& cut = a.cut;
-  const Sizes& s = a.sizes;
+  const LaunchSizes& s = a.sizes;
   const auto number = [](int64_t n) { return std::to_string(n); };
   if (std::none_of(instances, instances + count, [&](const Instance& i) { return i.runs(cut); }))
     return "no such kernel";
   if (s.lanes < 1 || s.lanes > kMaxLanes) return number(s.lanes) + " lanes";
   if (cut.units() < s.hidden) return "units for " + number(cut.units()) + " of " + number(s.hidden);
   if (std::string error = blocks_misfit(cut); !error.empty()) return error;
-  if (s.first_group < 0 || s.copies < 1 || s.first_group + s.copies > s.batch_groups)
+  if (s.first_batch_group < 0 || s.copies < 1 || s.first_batch_group + s.copies > s.batch_groups)
     return "batch groups out of range";
   for (int group = 0; group < s.batch_groups; ++group) {
     if (s.first_sequence(group + 1) - s.first_sequence(group) > cut.columns()) return "a batch group is too wide";
@@ -82,7 +82,7 @@ std::string stale_words(const uint64_t* words, Words count) {
 
 // What both directions ask of a step.
 struct Steps {
-  const Sizes& s;
+  const LaunchSizes& s;
   int reverse;
 
   int time(int step) const { return reverse ? s.steps - 1 - step : step; }
@@ -93,7 +93,7 @@ struct Steps {
 };
 
 // 0, or what is kept times its scale.
-double mask_of(const gates::Mask& mask, const Sizes& s, int layer, int64_t column, int t, int b) {
+double mask_of(const gates::Mask& mask, const LaunchSizes& s, int layer, int64_t column, int t, int b) {
   if (!mask.seed) return 1;
   const uint64_t blocks = static_cast<uint64_t>(s.h_stride + 3) / 4;
   const uint64_t e = (static_cast<uint64_t>(t) * static_cast<uint64_t>(s.batch) + static_cast<uint64_t>(b)) * blocks +
@@ -132,10 +132,10 @@ const std::vector<Instance>& forward_instances() {
   for (const Product product : kProducts) {
     if (product == Product::exact && !std::is_same_v<T, float>) continue;
     for (const Exchange exchange : kExchanges) {
-      for (const int tiles : {1, 2, 4}) {
+      for (const int batch_tiles : {1, 2, 4}) {
         for (const int pieces : {2, 4, 8}) {
-          if (few && (tiles > 1 || pieces > 2)) continue;
-          all.push_back({product, exchange, tiles, pieces, 0});
+          if (few && (batch_tiles > 1 || pieces > 2)) continue;
+          all.push_back({product, exchange, batch_tiles, pieces, 0});
         }
       }
     }
@@ -145,10 +145,10 @@ const std::vector<Instance>& forward_instances() {
 
 template <typename T>
 void forward_lane(const ForwardArguments<T>& a, const ForwardLane<T>& l) {
-  const Sizes& s = a.sizes;
+  const LaunchSizes& s = a.sizes;
   const Steps steps{s, l.reverse};
   const int hidden = s.hidden, inputs = l.inputs;
-  const int begin = s.first_sequence(s.first_group), end = s.first_sequence(s.first_group + s.copies);
+  const int begin = s.first_sequence(s.first_batch_group), end = s.first_sequence(s.first_batch_group + s.copies);
   std::vector<double> w_ih(static_cast<size_t>(4 * hidden) * inputs), w_hh(static_cast<size_t>(4 * hidden) * hidden);
   for (size_t n = 0; n < w_ih.size(); ++n) w_ih[n] = operand(a.cut, l.weight_ih[n]);
   for (size_t n = 0; n < w_hh.size(); ++n) w_hh[n] = operand(a.cut, l.weight_hh[n]);
@@ -189,7 +189,7 @@ void forward_lane(const ForwardArguments<T>& a, const ForwardLane<T>& l) {
         }
         l.h[row * s.h_stride + j] = h[j];
         if (l.above) {
-          const double kept = mask_of(a.mask, s, l.layer, l.h_column + j, t, b);
+          const double kept = mask_of(l.mask, s, l.layer, l.h_column + j, t, b);
           l.above[row * s.h_stride + j] = narrow<T>(static_cast<float>(widen(h[j]) * kept));
         }
       }
@@ -205,13 +205,13 @@ template <typename T>
 Outcome forward(const ForwardArguments<T>& a, void*) {
   const auto& instances = forward_instances<T>();
   const Cut& cut = a.cut;
-  const Sizes& s = a.sizes;
+  const LaunchSizes& s = a.sizes;
   std::string error = misfit<T>(a, instances.data(), static_cast<int>(instances.size()));
   if (error.empty()) error = stale_words(a.words, forward_words<T>(cut, s.copies, s.lanes));
   if (!error.empty()) return failed(error);
   if (s.first_step != 0 || s.last_step != s.steps) return failed("forward takes all steps");
   if (cut.splits * cut.pieces * kPieceElements<T> < s.hidden) return failed("K is less than hidden");
-  if (cut.groups * cut.splits > kMaxWarps || cut.m_tiles != 0) return failed("the warps of a block");
+  if (cut.groups * cut.splits > kMaxWarps || cut.unit_tiles != 0) return failed("the warps of a block");
   for (int n = 0; n < s.lanes; ++n) {
     const ForwardLane<T>& l = a.lane[n];
     if (!l.weight_ih || !l.weight_hh || !l.x || !l.h || l.inputs < 1) return failed("something is missing");
@@ -223,7 +223,7 @@ Outcome forward(const ForwardArguments<T>& a, void*) {
       if (l.x_row_stride != s.h_stride || l.x_step_stride != s.batch * s.h_stride) return failed("strides of h");
     }
     if (l.h_column != (l.reverse ? s.hidden : 0)) return failed("the column of a direction");
-    if (l.above && !a.mask.seed) return failed("a mask without a seed");
+    if (l.above && !l.mask.seed) return failed("a mask without a seed");
   }
   const Outcome outcome = outcome_of(a);
   if (outcome.kind != Outcome::ok) return outcome;
@@ -241,11 +241,11 @@ const std::vector<Instance>& backward_instances() {
   for (const Product product : kProducts) {
     if (product == Product::exact && !std::is_same_v<T, float>) continue;
     for (const Exchange exchange : kExchanges) {
-      for (const int tiles : {1, 2, 4}) {
+      for (const int batch_tiles : {1, 2, 4}) {
         for (const int groups : {1, 2, 4}) {
-          for (const int m_tiles : {1, 2, 4, 8}) {
-            if (few && (tiles > 1 || groups > 2 || m_tiles > 1)) continue;
-            all.push_back({product, exchange, tiles, backward_pieces<T>(groups), m_tiles});
+          for (const int unit_tiles : {1, 2, 4, 8}) {
+            if (few && (batch_tiles > 1 || groups > 2 || unit_tiles > 1)) continue;
+            all.push_back({product, exchange, batch_tiles, backward_pieces<T>(groups), unit_tiles});
           }
         }
       }
@@ -256,10 +256,10 @@ const std::vector<Instance>& backward_instances() {
 
 template <typename T>
 void backward_lane(const BackwardArguments<T>& a, const BackwardLane<T>& l, const BackwardLane<T>* over) {
-  const Sizes& s = a.sizes;
+  const LaunchSizes& s = a.sizes;
   const Steps steps{s, l.reverse};
   const int hidden = s.hidden;
-  const int begin = s.first_sequence(s.first_group), end = s.first_sequence(s.first_group + s.copies);
+  const int begin = s.first_sequence(s.first_batch_group), end = s.first_sequence(s.first_batch_group + s.copies);
   std::vector<double> w_hh(static_cast<size_t>(4 * hidden) * hidden), w_ih;
   for (size_t n = 0; n < w_hh.size(); ++n) w_hh[n] = operand(a.cut, l.weight_hh[n]);
   if (over) {
@@ -286,7 +286,7 @@ void backward_lane(const BackwardArguments<T>& a, const BackwardLane<T>& l, cons
         if (l.grad_above || over) {
           const double above = over ? product(w_ih, over->grad_gates + row * s.gates_stride, j)
                                     : static_cast<double>(l.grad_above[row * s.h_stride + j]);
-          dh += above * mask_of(a.mask, s, l.layer, l.h_column + j, t, b);
+          dh += above * mask_of(l.mask, s, l.layer, l.h_column + j, t, b);
         }
         if (later) {  // from memory: of the launch before, too
           dh += product(w_hh, l.grad_gates + steps.row(step + 1, b) * s.gates_stride, j);
@@ -348,12 +348,12 @@ template <typename T>
 Outcome backward(const BackwardArguments<T>& a, void*) {
   const auto& instances = backward_instances<T>();
   const Cut& cut = a.cut;
-  const Sizes& s = a.sizes;
+  const LaunchSizes& s = a.sizes;
   std::string error = misfit<T>(a, instances.data(), static_cast<int>(instances.size()));
   if (error.empty()) error = stale_words(a.words, backward_words<T>(cut, s.copies, s.lanes));
   if (!error.empty()) return failed(error);
   if (cut.pieces != backward_pieces<T>(cut.groups)) return failed("pieces are not those of the groups");
-  if (128 * cut.m_tiles < s.hidden) return failed("rows for fewer units than there are");
+  if (128 * cut.unit_tiles < s.hidden) return failed("rows for fewer units than there are");
   for (int n = 0; n < s.lanes; ++n) {
     const BackwardLane<T>& l = a.lane[n];
     if (!l.weight_hh || !l.c || !l.grad_gates) return failed("something is missing");
@@ -376,7 +376,7 @@ int64_t forward_capacity(const Cut&, int, int) { return capacity; }
 int64_t backward_capacity(const Cut&, int, bool) { return capacity; }
 
 template <typename T>
-Kernels<T> kernels() {
+PersistentKernels<T> kernels() {
   const auto &f = forward_instances<T>(), &b = backward_instances<T>();
   return {f.data(),    static_cast<int>(f.size()), b.data(),         static_cast<int>(b.size()), forward<T>,
           backward<T>, forward_capacity,           backward_capacity};
@@ -387,7 +387,7 @@ Kernels<T> kernels() {
 // Everything as at the start; then the address of the table.
 extern "C" const void* host_persistent_kernels(bool few_instances) {
   launches = 0, capacity = 1 << 20, refuse_from = 1 << 20, watchdog_at = -1, few = few_instances;
-  static Table table;
+  static PersistentTable table;
   table = {kernels<float>(), kernels<bfloat16>(), kernels<float16>()};
   return &table;
 }

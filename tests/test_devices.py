@@ -29,7 +29,7 @@ def gpus(monkeypatch):
         facts = _C.build_info() | {"cuda": built}
         monkeypatch.setattr(_C, "build_info", lambda: facts)
         monkeypatch.setattr(_C, "cuda_obstacle", lambda major, minor: TOO_OLD if major < 8 else "")
-        # A build with CUDA kernels would ask the driver about a GPU that is not there. What is planned for one that is:
+        # A build with CUDA kernels would ask CUDA's driver about a GPU that is not there. What is planned for one that is:
         # test_persistent.py, with the GPU's description made up, and tests/gpu.
         no_plan = {"persistent": False, "why_not": NO_PERSISTENT, "reason": NO_PERSISTENT, "persistent_us": 0.0, "diagonal_us": 0.0}
         monkeypatch.setattr(_C, "gpu_plan", lambda *_: no_plan)

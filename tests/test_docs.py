@@ -87,7 +87,7 @@ def test_what_the_ideas_are_predicted_to_save_follows_from_the_cost_model_s_figu
     assert f"W_hh in registers | in shared memory, read every step | {weights:.2f} µs" in page
     fewer = f"{8 * 512 / (512 + 7 * chunk):.1f} times fewer with the planner's C = {chunk}"
     assert fewer in " ".join(page.split())  # wherever its lines break
-    assert "kPassTiles = 4," in (REPOSITORY / "csrc" / "persistent" / "kernels.h").read_text()
+    assert "kProjectedTiles = 4," in (REPOSITORY / "csrc" / "persistent" / "kernels.h").read_text()
 
 
 def test_the_predicted_times_on_the_kernels_page_are_what_the_planner_says_now():

@@ -511,7 +511,7 @@ def test_a_stack_far_larger_than_the_chip_goes_to_whichever_is_faster():
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Devices: as a driver describes them, and as it takes back what they promise
+# Devices: as CUDA's driver describes them, and as it takes back what they promise
 # --------------------------------------------------------------------------------------------------------------------
 
 H100 = {
@@ -590,7 +590,7 @@ CHIPS = {  # H100s by how many of their GPCs have 16 SMs or more: the other GPCs
 
 
 def holds(device, exchanges=("cluster", "l2")):
-    """What the driver of such a chip says: of these exchanges; of the other one that it holds a single block."""
+    """What CUDA's driver says of such a chip: of these exchanges; of the other one that it holds a single block."""
 
     def capacity(backward, cut, *_):
         if cut["exchange"] not in exchanges:

@@ -198,7 +198,7 @@ int stuck(Rule rule, int programs) {
     std::mt19937 random(static_cast<unsigned>(program));
     played = Played{};
     played.default_a = program % 2 == 0;
-    InTurn<PlayedCalls> turns;
+    LaunchesInTurn<PlayedCalls> turns;
     const auto streams = static_cast<unsigned>(2 + random() % 4);
     const unsigned launches = 4 + random() % 24;
     for (unsigned n = 0; n < launches; ++n) {
@@ -256,7 +256,7 @@ const std::vector<Row> kTable = {
     {"and no more", {{'A', {100, 1, 2}, ""}, {'B', {64, 1, 2}, ""}}},
     {"a few blocks beside clusters", {{'A', {64, 16}, ""}, {'B', {3, 1}, ""}}},
     {"each of them may cost a cluster", {{'A', {64, 16}, ""}, {'B', {4, 1}, "A"}}},
-    {"a late stream waits for the group before", {{'A', {132}, ""}, {'B', {70}, "A"}, {'C', {5}, "A"}, {'C', {5}, ""}}},
+    {"a late stream waits for the turn before", {{'A', {132}, ""}, {'B', {70}, "A"}, {'C', {5}, "A"}, {'C', {5}, ""}}},
     {"captures are apart",
      {{'A', {132}, ""},
       {'B', {132}, "", 1},
@@ -269,7 +269,7 @@ const std::vector<Row> kTable = {
 void table() {
   for (const Row& row : kTable) {
     played = Played{};
-    InTurn<PlayedCalls> turns;
+    LaunchesInTurn<PlayedCalls> turns;
     for (size_t n = 0; n < row.launches.size(); ++n) {
       const Launch& launch = row.launches[n];
       played.waits.clear();
@@ -290,7 +290,7 @@ void table() {
 
 void calls() {
   const Demand all = demand_of(Kind{132});
-  const auto queue = [](InTurn<PlayedCalls>& turns, char stream, const Demand& demand) {
+  const auto queue = [](LaunchesInTurn<PlayedCalls>& turns, char stream, const Demand& demand) {
     played.waits.clear();
     return turns.run(stream, demand, [&] {
       if (played.fails == Played::launching) return 1;
@@ -301,7 +301,7 @@ void calls() {
   {
     played = Played{};
     played.default_a = true;
-    InTurn<PlayedCalls> turns;
+    LaunchesInTurn<PlayedCalls> turns;
     for (int n = 0; n < 5; ++n) queue(turns, 'A', all);
     expect(played.made == 0 && played.records == 0, "the default stream alone pays for no events");
     queue(turns, 'B', all);
@@ -314,20 +314,20 @@ void calls() {
   {
     played = Played{};
     played.default_a = true;
-    InTurn<PlayedCalls> turns;
+    LaunchesInTurn<PlayedCalls> turns;
     for (const char stream : {'A', 'B', 'A'}) queue(turns, stream, demand_of(Kind{20}));
     expect(played.records == 2, "also where the second stream's launch fits beside the first");
   }
   {
     played = Played{};
-    InTurn<PlayedCalls> turns;
+    LaunchesInTurn<PlayedCalls> turns;
     for (int n = 0; n < 1000; ++n) queue(turns, n % 2 ? 'A' : 'B', all);
     for (int n = 0; n < 1000; ++n) queue(turns, n % 2 ? 'A' : 'B', demand_of(Kind{20}));
     expect(played.made <= 5, "events are used again, and " + std::to_string(played.made) + " were made");
   }
   {
     played = Played{};
-    InTurn<PlayedCalls> turns;
+    LaunchesInTurn<PlayedCalls> turns;
     for (uint64_t n = 1; n <= 3000; ++n) {
       played.captures['A'] = played.captures['B'] = n;
       queue(turns, 'A', all);
@@ -338,7 +338,7 @@ void calls() {
   }
   {
     played = Played{};
-    InTurn<PlayedCalls> turns;
+    LaunchesInTurn<PlayedCalls> turns;
     queue(turns, 'A', all);
     played.renamed['A'] = 1000;  // destroyed, and a new stream has its handle
     queue(turns, 'A', all);
@@ -346,7 +346,7 @@ void calls() {
   }
   for (const auto fails : {Played::launching, Played::waiting, Played::recording, Played::numbering}) {
     played = Played{};
-    InTurn<PlayedCalls> turns;
+    LaunchesInTurn<PlayedCalls> turns;
     queue(turns, 'A', all);
     const size_t before = played.operations.size();
     played.fails = fails;
@@ -360,7 +360,7 @@ void calls() {
 
 void threads() {
   played = Played{};
-  InTurn<PlayedCalls> turns;
+  LaunchesInTurn<PlayedCalls> turns;
   std::vector<std::thread> all;
   for (char stream = 'A'; stream < 'E'; ++stream) {
     all.emplace_back([&turns, stream] {

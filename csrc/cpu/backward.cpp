@@ -12,92 +12,95 @@ void BackwardWave<T>::LaneRun::run() {
   for (int64_t chunk = 0; chunk < w_.chunks(); ++chunk) {  // counted from the end of the sequence
     w_.wait_for_input(position_, place_, chunk);
     const Range steps = w_.steps_of(w_.chunks() - 1 - chunk);
-    stage_dy(steps);
+    copy_dy(steps);
     for (int64_t s = steps.last - 1; s >= steps.first; --s) {
       if (w_.recompute_ && s < stretch_.first) recompute(s);
       step(s, steps);
     }
     input_gradient(steps);
     publish(progress_.chunks, chunk + 1);
-    if (!w_.ring_holds_all()) finish_blocks(steps.first, chunk + 1);
+    if (!w_.ring_holds_all()) finish_gradient_blocks(steps.first, chunk + 1);
   }
   step_out();
-  finish_blocks(0, w_.chunks());
+  finish_gradient_blocks(0, w_.chunks());
   publish(progress_.done, 1);
 }
 
 template <typename T>
 void BackwardWave<T>::LaneRun::pack() {
   const LaneWeights<T>& weights = w_.call_.weights[static_cast<size_t>(index_)];
-  const Kernels<T>& k = w_.kernels_;
+  const CpuKernels<T>& k = w_.kernels_;
   Range own = w_.share_packing(dh_panels_, place_);
   const Storage storage = w_.storage_;
   k.pack_columns(weights.weight_hh, out_, 4, hidden_, padded_, w_.width_, own.first, own.last, storage,
-                 lane_.weight_hh);
+                 buffers_.weight_hh);
   own = w_.share_packing(w_.own_panels(position_, place_, layer_.input, kWidth), place_);
   if (w_.input_gradient(layer_index_, direction_).data) {
     k.pack_columns(weights.weight_ih, layer_.input, 4, hidden_, padded_, kWidth, own.first, own.last, storage,
-                   lane_.weight_ih);
+                   buffers_.weight_ih);
   }
   if (projects_) {
-    own = w_.share_packing(unit_panels(), place_);
-    k.pack_columns(weights.weight_hr, hidden_, 1, out_, out_, kWidth, own.first, own.last, storage, lane_.weight_hr);
+    own = w_.share_packing(unit_panels(kWidth), place_);
+    k.pack_columns(weights.weight_hr, hidden_, 1, out_, out_, kWidth, own.first, own.last, storage, buffers_.weight_hr);
   }
   if (w_.recompute_) {
-    own = w_.share_packing(blocks_, place_);
+    own = w_.share_packing(unit_blocks_, place_);
     const Range panels{own.first * 4 / kWidth, own.last * 4 / kWidth};
-    k.pack_gates(weights.weight_ih, hidden_, layer_.input, kWidth, panels.first, panels.last, storage, lane_.gates_ih);
-    k.pack_gates(weights.weight_hh, hidden_, out_, kWidth, panels.first, panels.last, storage, lane_.gates_hh);
-    k.pack_bias(weights.bias_ih, weights.bias_hh, hidden_, own.first, own.last, lane_.bias);
+    k.pack_gates(weights.weight_ih, hidden_, layer_.input, kWidth, panels.first, panels.last, storage,
+                 buffers_.gates_ih);
+    k.pack_gates(weights.weight_hh, hidden_, out_, kWidth, panels.first, panels.last, storage, buffers_.gates_hh);
+    k.pack_bias(weights.bias_ih, weights.bias_hh, hidden_, own.first, own.last, buffers_.bias);
   }
   w_.packing_done(position_, place_);
 }
 
 template <typename T>
 void BackwardWave<T>::LaneRun::start() {
-  const int64_t batch = w_.shape_.batch;
   for (int64_t b = sequences_.first; b < sequences_.last; ++b) {
-    T *dc = lane_.dc + b * padded_, *c_0 = lane_.c_0 + b * padded_;
-    const int64_t at = (index_ * batch + b) * hidden_;
-    std::fill(dc + blocks_.first * lanes(), dc + blocks_.last * lanes(), T(0));
-    std::fill(c_0 + blocks_.first * lanes(), c_0 + blocks_.last * lanes(), T(0));
+    T *dc = buffers_.dc + b * padded_, *c_0 = buffers_.c_0 + b * padded_;
+    const int64_t at = c_at_ + b * hidden_;
+    std::fill(dc + unit_blocks_.first * vector_elements(), dc + unit_blocks_.last * vector_elements(), T(0));
+    std::fill(c_0 + unit_blocks_.first * vector_elements(), c_0 + unit_blocks_.last * vector_elements(), T(0));
     if (w_.call_.grad_c_n) Base::copy_columns(w_.call_.grad_c_n + at, dc, units_);
     Base::copy_columns(w_.call_.c_0 + at, c_0, units_);
   }
 }
 
 template <typename T>
-void BackwardWave<T>::LaneRun::stage_dy(const Range& steps) {
+void BackwardWave<T>::LaneRun::copy_dy(const Range& steps) {
   const StackShape& shape = w_.shape_;
   const int64_t width = shape.directions * out_, offset = direction_ * out_;
   const bool top = layer_index_ + 1 == shape.depth();
-  const bool drops = !top && w_.call_.dropout.active();
+  const Link link = top ? Link{} : w_.call_.links[layer_index_];
+  const bool whole_row = link.changes_h();
+  const Input<T> grad_h = w_.gradients_of(w_.call_.grad_h, layer_index_);
   T* out = scratch_.dy;
   for (int64_t s = steps.first; s < steps.last; ++s) {
     const int64_t n = rows_at(s), first = row_at(s);
     for (int64_t b = 0; b < n; ++b, out += ld_) {
       std::fill(out + columns_.first, out + padded_end_, T(0));
       const int64_t row = first + b;
+      const T* given = grad_h.data ? grad_h.row(shape, time(s), sequences_.first + b) + offset : nullptr;
       if (top) {
-        const Input<T>& dy = w_.call_.grad_output;
-        if (dy.data) Base::copy_columns(dy.row(shape, time(s), sequences_.first + b) + offset, out, columns_);
+        if (given) Base::copy_columns(given, out, columns_);
         continue;
       }
-      // The mask is drawn for groups of four features of a whole row, and this lane's columns may start inside a group.
-      // So, with dropout, the whole row is staged and masked.
-      T* sum = drops ? scratch_.staged : out - offset;
-      const Range range = drops ? Range{0, width} : Range{offset + columns_.first, offset + columns_.last};
+      // The mask is drawn for quads of features of a whole row, and this lane's columns may start inside a quad. So,
+      // with dropout, the whole row is copied and masked.
+      T* sum = whole_row ? scratch_.copied : out - offset;
+      const Range range = whole_row ? Range{0, width} : Range{offset + columns_.first, offset + columns_.last};
       const Rows above = w_.input_gradient(layer_index_ + 1, 0);
       Base::copy_columns(above.data + row * above.stride, sum, range);
       if (shape.directions == 2) {
         const T* other = w_.input_gradient(layer_index_ + 1, 1).data + row * above.stride;
         for (int64_t n2 = range.first; n2 < range.last; ++n2) sum[n2] += other[n2];
       }
-      if (drops) {
-        w_.call_.dropout.apply(sum, width, time(s) * shape.batch + sequences_.first + b, layer_index_);
+      if (whole_row) {
+        link.backward(sum, width, time(s) * shape.batch + sequences_.first + b);
         std::memcpy(out + columns_.first, sum + offset + columns_.first,
                     static_cast<size_t>(columns_.size()) * sizeof(T));
       }
+      for (int64_t n2 = columns_.first; given && n2 < columns_.last; ++n2) out[n2] += given[n2];
     }
   }
 }
@@ -114,7 +117,7 @@ void BackwardWave<T>::LaneRun::recompute(int64_t s) {
     const T* gates = gates_of(step);
     T* c_next = scratch_.c + rows_between(stretch_.first, step) * padded_;
     with_c_before(step, [&](int64_t row, int64_t rows, const T* c) {
-      w_.kernels_.states(gates + row * 4 * padded_, c, rows, padded_, blocks_.first, blocks_.last,
+      w_.kernels_.states(gates + row * 4 * padded_, c, rows, padded_, unit_blocks_.first, unit_blocks_.last,
                          c_next + row * padded_);
     });
   }
@@ -122,51 +125,50 @@ void BackwardWave<T>::LaneRun::recompute(int64_t s) {
 
 template <typename T>
 void BackwardWave<T>::LaneRun::recompute_gates(const Range& steps) {
-  const Range panels{blocks_.first * 4 / kWidth, blocks_.last * 4 / kWidth};
+  const Range panels{unit_blocks_.first * 4 / kWidth, unit_blocks_.last * 4 / kWidth};
   int64_t lda = layer_.input + kRowPadding;
-  const int64_t rows = stage_x(steps, scratch_.staged, lda);
+  const int64_t rows = copy_x(steps, scratch_.copied, lda);
   Product<T> product{
-      .panels = {lane_.gates_ih, w_.storage_},
+      .panels = {buffers_.gates_ih, w_.storage_},
       .width = kWidth,
       .first_panel = panels.first,
       .last_panel = panels.last,
-      .a = scratch_.staged,
+      .a = scratch_.copied,
       .lda = lda,
       .rows = rows,
       .unroll_rows = w_.shape_.rows(),
       .inner = layer_.input,
       .rounded = true,
       .operands = scratch_.operands,
-      .init = lane_.bias,
+      .init = buffers_.bias,
       .c = scratch_.gates,
       .ldc = 4 * padded_,
   };
   w_.kernels_.product(product);
   lda = out_ + kRowPadding;
-  stage_h_before(sequences_, steps, scratch_.staged, lda);
-  product.panels.data = lane_.gates_hh, product.lda = lda, product.inner = out_;
+  copy_h_before(sequences_, steps, scratch_.copied, lda);
+  product.panels.data = buffers_.gates_hh, product.lda = lda, product.inner = out_;
   product.rounded = w_.call_.bf16_activations;
   product.init = scratch_.gates, product.init_step = 4 * padded_;
   w_.kernels_.product(product);
-  w_.kernels_.activate(scratch_.gates, rows, padded_, blocks_.first, blocks_.last);
+  w_.kernels_.activate(scratch_.gates, rows, padded_, unit_blocks_.first, unit_blocks_.last);
 }
 
 template <typename T>
 void BackwardWave<T>::LaneRun::recurrent_gradient(int64_t s) {
-  const StackShape& shape = w_.shape_;
   const int64_t later = rows_at(s + 1), n = rows_at(s);
-  const int64_t at = (index_ * shape.batch + sequences_.first) * out_;
+  const int64_t at = h_at_ + sequences_.first * out_;
   w_.wait_slices(position_, place_.batch_slice, &Progress::steps, hand_overs_before(s));
   if (w_.slices(position_) > 1) {
-    for (int64_t b = 0; b < later; ++b) Base::prefetch(lane_.dgates + (slot_at(s + 1) + b) * lddg_, 4 * padded_);
+    for (int64_t b = 0; b < later; ++b) Base::prefetch(buffers_.dgates + (ring_row_at(s + 1) + b) * lddg_, 4 * padded_);
   }
   if (later > 0) {
     w_.kernels_.product({
-        .panels = {lane_.weight_hh, w_.storage_},
+        .panels = {buffers_.weight_hh, w_.storage_},
         .width = w_.width_,
         .first_panel = dh_panels_.first,
         .last_panel = dh_panels_.last,
-        .a = lane_.dgates + slot_at(s + 1) * lddg_,
+        .a = buffers_.dgates + ring_row_at(s + 1) * lddg_,
         .lda = lddg_,
         .rows = later,
         .unroll_rows = active_at(s + 1),
@@ -180,8 +182,8 @@ void BackwardWave<T>::LaneRun::recurrent_gradient(int64_t s) {
   }
   for (int64_t b = n; b < later; ++b) {
     Base::copy_columns(scratch_.dh + b * ld_, w_.call_.grad_h_0 + at + b * out_, columns_);
-    const int64_t c = (index_ * shape.batch + sequences_.first + b) * hidden_;
-    Base::copy_columns(lane_.dc + (sequences_.first + b) * padded_, w_.call_.grad_c_0 + c, units_);
+    const int64_t c = c_at_ + (sequences_.first + b) * hidden_;
+    Base::copy_columns(buffers_.dc + (sequences_.first + b) * padded_, w_.call_.grad_c_0 + c, units_);
   }
   for (int64_t b = later; b < n; ++b) {
     T* dh = scratch_.dh + b * ld_;
@@ -191,13 +193,24 @@ void BackwardWave<T>::LaneRun::recurrent_gradient(int64_t s) {
 }
 
 template <typename T>
+void BackwardWave<T>::LaneRun::add_cell_gradient(int64_t s) {
+  const Input<T> grad_c = w_.gradients_of(w_.call_.grad_c, layer_index_);
+  if (!grad_c.data) return;
+  for (int64_t b = 0; b < rows_at(s); ++b) {
+    const T* given = grad_c.row(w_.shape_, time(s), sequences_.first + b) + direction_ * hidden_;
+    T* dc = buffers_.dc + (sequences_.first + b) * padded_;
+    for (int64_t n = units_.first; n < units_.last; ++n) dc[n] += given[n];
+  }
+}
+
+template <typename T>
 void BackwardWave<T>::LaneRun::step(int64_t s, const Range& steps) {
-  const int64_t n = rows_at(s), slot = slot_at(s);
+  const int64_t n = rows_at(s), ring_row = ring_row_at(s);
   make_room(s);
   recurrent_gradient(s);
   const T* dy = scratch_.dy + rows_between(steps.first, s) * ld_;
   if (projects_) {
-    T* projected = lane_.dh + slot * lddr_;
+    T* projected = buffers_.dh + ring_row * lddr_;
     for (int64_t b = 0; b < n; ++b) {
       for (int64_t j = columns_.first; j < columns_.last; ++j) {
         projected[b * lddr_ + j] = scratch_.dh[b * ld_ + j] + dy[b * ld_ + j];
@@ -205,9 +218,9 @@ void BackwardWave<T>::LaneRun::step(int64_t s, const Range& steps) {
     }
     publish(progress_.steps, hand_overs_before(s) + 1);
     w_.wait_slices(position_, place_.batch_slice, &Progress::steps, hand_overs_before(s) + 1);
-    const Range panels = unit_panels();
+    const Range panels = unit_panels(kWidth);
     w_.kernels_.product({
-        .panels = {lane_.weight_hr, w_.storage_},
+        .panels = {buffers_.weight_hr, w_.storage_},
         .width = kWidth,
         .first_panel = panels.first,
         .last_panel = panels.last,
@@ -223,11 +236,12 @@ void BackwardWave<T>::LaneRun::step(int64_t s, const Range& steps) {
     });
     dy = nullptr;
   }
+  add_cell_gradient(s);
   const T *gates = gates_of(s), *c_next = c_after(s);
   with_c_before(s, [&](int64_t row, int64_t rows, const T* c) {
     w_.kernels_.step_backward({
-        .first_block = blocks_.first,
-        .last_block = blocks_.last,
+        .first_unit_block = unit_blocks_.first,
+        .last_unit_block = unit_blocks_.last,
         .rows = rows,
         .hidden = hidden_,
         .padded_hidden = padded_,
@@ -238,10 +252,10 @@ void BackwardWave<T>::LaneRun::step(int64_t s, const Range& steps) {
         .lddy = ld_,
         .c_next = c_next + row * padded_,
         .c = c,
-        .dc = lane_.dc + (sequences_.first + row) * padded_,
-        .dgates = lane_.dgates + (slot + row) * lddg_,
+        .dc = buffers_.dc + (sequences_.first + row) * padded_,
+        .dgates = buffers_.dgates + (ring_row + row) * lddg_,
         .lddg = lddg_,
-        .projected = projects_ ? lane_.hidden + (slot + row) * ldm_ : nullptr,
+        .projected = projects_ ? buffers_.hidden + (ring_row + row) * ldm_ : nullptr,
         .ldm = ldm_,
     });
   });
@@ -255,13 +269,13 @@ void BackwardWave<T>::LaneRun::input_gradient(const Range& steps) {
   const Range panels = w_.own_panels(position_, place_, layer_.input, kWidth);
   const Range columns = w_.columns_of(panels, kWidth, layer_.input);
   w_.wait_slices(position_, place_.batch_slice, &Progress::steps, hand_overs_before(steps.first - 1));
-  for_each_run(steps, sequences_, [&](int64_t first, int64_t rows, int64_t slot) {
+  for_each_run(steps, sequences_, [&](int64_t first, int64_t rows, int64_t ring_row) {
     w_.kernels_.product({
-        .panels = {lane_.weight_ih, w_.storage_},
+        .panels = {buffers_.weight_ih, w_.storage_},
         .width = kWidth,
         .first_panel = panels.first,
         .last_panel = panels.last,
-        .a = lane_.dgates + slot * lddg_,
+        .a = buffers_.dgates + ring_row * lddg_,
         .lda = lddg_,
         .rows = rows,
         .unroll_rows = w_.shape_.rows(),

@@ -3,45 +3,47 @@
 //
 // A worker takes its positions in turn, from the top layer down. In each position it takes the chunks from the last to
 // the first:
-//   1. wait for the chunk of the layer above, and stage dL/dh: the sum of that layer's input gradients over its
-//      directions, masked by the dropout between the two layers;
+//   1. wait for the chunk of the layer above, and copy dL/dh: the sum of that layer's input gradients over its
+//      directions, through the link between the two layers, and the caller's gradient of h;
 //   2. for each step, from the last to the first: compute dG(s+1)·W_hh and the cell's derivative, and hand dG(s) over
 //      to the other unit slices (with a projection: hand dh over first, then compute dh·W_hr);
 //   3. compute the gradient of the layer's input, dG·W_ih of the whole chunk, in one product; publish the chunk;
-//   4. compute the weight gradients, dGᵀ·[x, h_prev], of the blocks of rows that are complete now. All workers of the
+//   4. compute the weight gradients, dGᵀ·[x, h_prev], of the gradient blocks that are complete now. All workers of the
 //      lane meet for this and share out the gate rows. Layers side by side lose no time by it: each layer pauses a
 //      chunk after the layer above.
 //
-//      steps, from right to left          A block is whole steps with at most kGradientRows rows together, or one step.
-//   ┄┄┄┬───────┬─────────┬┄┄┄┄┄┄┄┄┄┄┄     The blocks depend on the call's shape alone. So do the bits of the weight
-//      │ chunk │ block   │ blocks that    gradients, which add up the blocks' sums from the last block to the first. A
-//      │       │         │ are summed     ring holds the rows of dG (with a projection, of dh and o·tanh(c) too): as
-//   ┄┄┄┴───────┴─────────┴┄┄┄┄┄┄┄┄┄┄┄     many rows as a block and a chunk have. If it can hold all rows of the call,
-//                                         the workers meet only at the end.
+//     steps, from right to left          A gradient block is whole steps with at most kGradientRows rows together, or
+//   ┄┄┬───────┬──────────┬┄┄┄┄┄┄┄┄┄┄     one step. These blocks depend on the call's shape alone. So do the bits of
+//     │ chunk │ gradient │ gradient      the weight gradients, which add up their sums from the last one to the first.
+//     │       │ block    │ blocks that   A ring holds the rows of dG (with a projection, of dh and o·tanh(c) too): as
+//     │       │          │ are summed    many rows as a gradient block and a chunk have. If it can hold all rows of the
+//   ┄┄┴───────┴──────────┴┄┄┄┄┄┄┄┄┄┄     call, the workers meet only at the end.
 //
 // Recomputation. A stretch is a run of steps that starts after a kept c, or at step 0. When a worker comes to the last
-// step of a stretch, it first recomputes what was not kept (Reserve in stack.h) of all steps of the stretch: the gates,
-// by two products of x and h, and then c, step after step forward. It waits for no other worker, because all x and h
-// are known. The length of a stretch changes no bit: the gates of a row depend on no other row, and every kept c is
-// used as it is.
+// step of a stretch, it first recomputes what was not kept (CpuReserve in stack.h) of all steps of the stretch: the
+// gates, by two products of x and h, and then c, step after step forward. It waits for no other worker, because all x
+// and h are known. The length of a stretch changes no bit: the gates of a row depend on no other row, and every kept c
+// is used as it is.
 //
 // Hazards.
-//   dG(s) overwrites the rows that are a ring's length back. The products of a block's chunks and the sums over the
-//   block read its rows. Both are done once every worker of the lane has published the block (Progress::blocks), with
-//   one exception: the rows of the block's first step are read once more by the step before it, which belongs to the
-//   next block. So make_room() counts these rows as rows of the next block. (Unit slices are never more than a step
-//   apart. Batch slices can be, and in a packed batch the rows of one batch slice overwrite rows of another.)
-//   A worker that waits for room waits neither for itself nor for a worker that waits for it. The ring holds a block
-//   and a chunk, so the block that it waits for was complete at the end of an earlier chunk. This worker has published
-//   that block, and the other workers need no more of this worker than that earlier chunk to publish the block too.
+//   dG(s) overwrites the rows that are a ring's length back. The products of a gradient block's chunks and the sums
+//   over the gradient block read its rows. Both are done once every worker of the lane has published the gradient block
+//   (Progress::gradient_blocks), with one exception: the rows of its first step are read once more by the step before
+//   it, which belongs to the next gradient block. So make_room() counts these rows as rows of the next one. (Unit
+//   slices are never more than a step apart. Batch slices can be, and in a packed batch the rows of one batch slice
+//   overwrite rows of another.)
+//   A worker that waits for room waits neither for itself nor for a worker that waits for it. The ring holds a gradient
+//   block and a chunk, so the gradient block that it waits for was complete at the end of an earlier chunk. This worker
+//   has published it, and the other workers need no more of this worker than that earlier chunk to publish it too.
 //   There are set_count_ sets of a ring, packed weights and states. The lane at position p uses the set of the lane at
 //   position p - set_count_ again. It starts only when every worker is done with that lane (Progress::done).
 //   The layers share one buffer of input gradients. A unit slice overwrites chunk c of the layer above only after all
-//   unit slices have handed over all steps of the chunk. By then they have staged the old contents, and no other worker
+//   unit slices have handed over all steps of the chunk. By then they have copied the old contents, and no other worker
 //   reads them. Bidirectional layers alternate between two buffers a direction, because each direction reads all that
 //   both directions of the layer above have left.
 #pragma once
 
+#include "../stack/states.h"
 #include "wave.h"
 
 namespace stacked_lstm::cpu {
@@ -60,28 +62,32 @@ class BackwardWave : Wave<T> {
       : Base(call.shape, storage_of(call), workers, platform, true),
         call_(call),
         platform_(platform),
-        reserve_(const_cast<T*>(call.reserve), call.shape, call.saving, call.keep_top),
+        reserve_(const_cast<T*>(call.reserve), call.shape, call.keeping),
+        states_(call.shape),
         width_(recurrent_width(call.shape.batch)),
-        recompute_(call.saving == Saving::recompute),
+        recompute_(call.keeping.saving == Saving::recompute),
         stretch_rows_(recompute_ ? stretch_rows() : 0),
         product_rows_(std::max(this->chunk_rows_, stretch_rows_)),
-        staged_rows_(std::max<int64_t>(product_rows_, kGradientRows<T>)) {
+        copied_rows_(std::max<int64_t>(product_rows_, kGradientRows<T>)) {
     widest_ = round_up(std::max({this->widest_input_, this->widest_output_, this->widest_hidden_}), kUnitPadding * 4);
     for (int64_t k = 1; k < shape_.depth(); ++k) widest_below_ = std::max(widest_below_, shape_.layers[k].input);
     const int64_t batch = std::max<int64_t>(shape_.batch, 1);
-    const int64_t block = shape_.packed() ? std::max(kGradientRows<T>, batch) : block_steps() * batch;
-    ring_rows_ = std::min(std::max<int64_t>(shape_.rows(), 1), block + this->chunk_rows_);
-    int64_t groups = 1;  // each works on one lane at a time
-    for (int64_t p = 0; p < schedule_.phases; ++p) groups = std::max(groups, schedule_.phase[p].layer_groups);
-    // Without recomputation there is one set more, for the lane that a group is just finishing: the group's first
+    const int64_t gradient_block_rows =
+        shape_.packed() ? std::max(kGradientRows<T>, batch) : gradient_block_steps() * batch;
+    ring_rows_ = std::min(std::max<int64_t>(shape_.rows(), 1), gradient_block_rows + this->chunk_rows_);
+    int64_t layer_groups = 1;  // each works on one lane at a time
+    for (int64_t p = 0; p < schedule_.phases; ++p) {
+      layer_groups = std::max(layer_groups, schedule_.phase[p].layer_groups);
+    }
+    // Without recomputation there is one set more, for the lane that a layer group is just finishing: its first
     // worker can go on to the next lane. This costs memory and saves one wait per lane.
-    set_count_ = std::min({this->workers_, this->lane_count_, recompute_ ? groups : groups + 1});
+    set_count_ = std::min({this->workers_, this->lane_count_, recompute_ ? layer_groups : layer_groups + 1});
     memory_->lay_out([&] { take_memory(); });
   }
 
   Schedule run() {
     Base::run(platform_, [&](int64_t worker) {
-      schedule_.for_each_position(shape_.directions, worker, [&](int64_t position, const Place& place) {
+      schedule_.for_each_position(shape_.directions, worker, [&](int64_t position, const WorkerPlace& place) {
         LaneRun(*this, position, place, scratch_[static_cast<size_t>(worker)]).run();
       });
     });
@@ -89,7 +95,7 @@ class BackwardWave : Wave<T> {
   }
 
  private:
-  struct Set {                                // what a lane works with
+  struct LaneBuffers {                        // what a lane works with
     void *weight_ih, *weight_hh, *weight_hr;  // packed for backward, by pack_columns
     void *gates_ih, *gates_hh;                // packed for forward, by pack_gates; only with recomputation
     T* bias;
@@ -100,7 +106,7 @@ class BackwardWave : Wave<T> {
     T* hidden;  // likewise, only with a projection: its input
   };
   struct Scratch {
-    T* staged;       // x or h of a chunk, or of a block
+    T* copied;       // x or h of a chunk, or of a gradient block
     T* dy;           // of a chunk: dL/dh from above, and later dG·W_ih
     T* large;        // scratch of GradientProduct
     T* dh;           // of a step
@@ -113,8 +119,10 @@ class BackwardWave : Wave<T> {
   };
 
   int64_t lane_of(int64_t position) const { return lane_at(position, this->lane_count_, true); }
-  // Steps of a block of weight gradients, if every step has the whole batch.
-  int64_t block_steps() const { return std::max<int64_t>(kGradientRows<T> / std::max<int64_t>(shape_.batch, 1), 1); }
+  // Steps of a gradient block, if every step has the whole batch.
+  int64_t gradient_block_steps() const {
+    return std::max<int64_t>(kGradientRows<T> / std::max<int64_t>(shape_.batch, 1), 1);
+  }
   bool ring_holds_all() const { return ring_rows_ >= shape_.rows(); }
   // The most rows of a stretch: enough for products at full rate and few enough to stay in a near cache, but at least
   // the rows of the whole batch from one kept c to the next.
@@ -131,7 +139,7 @@ class BackwardWave : Wave<T> {
   // Where the rows of time t begin in the ring. The rows of one step are consecutive. In a packed batch they may reach
   // past the ring's end, where take_set() leaves room for them. Steps that are in the ring at the same time never
   // overlap.
-  int64_t slot_of(int64_t t) const { return shape_.first_row(t) % ring_rows_; }
+  int64_t ring_row_of(int64_t t) const { return shape_.first_row(t) % ring_rows_; }
 
   // Columns of dG·W_hh, padding included.
   static int64_t recurrent_columns(const LayerShape& layer) {
@@ -149,7 +157,7 @@ class BackwardWave : Wave<T> {
       const int64_t ld = widest_ + kRowPadding;
       const int64_t cells = stretch_rows_ * this->widest_hidden_;
       scratch_.push_back(
-          {memory_->take<T>(staged_rows_ * ld), memory_->take<T>(this->chunk_rows_ * ld),
+          {memory_->take<T>(copied_rows_ * ld), memory_->take<T>(this->chunk_rows_ * ld),
            memory_->take<T>(call_.gradients.empty() ? 0 : kGradientScratch<T>), memory_->take<T>(shape_.batch * ld),
            memory_->take<T>(cells * 4), memory_->take<T>(cells),
            this->take_operands(memory_, product_rows_, std::max(4 * this->widest_hidden_, widest_), storage_)});
@@ -157,7 +165,7 @@ class BackwardWave : Wave<T> {
   }
 
   // A set that is large enough for any lane.
-  Set take_set() {
+  LaneBuffers take_set() {
     int64_t ih = 0, hh = 0, hr = 0, input = 0, output = 0;
     bool projects = false;
     for (const LayerShape& layer : shape_.layers) {
@@ -169,28 +177,32 @@ class BackwardWave : Wave<T> {
       input = std::max(input, elements(inner, layer.input)), output = std::max(output, elements(inner, layer.output()));
       projects = projects || layer.projection > 0;
     }
-    Set set{};
+    LaneBuffers buffers{};
     const auto panels = [&](int64_t elements) { return this->take_panels(memory_, elements, storage_); };
-    set.weight_ih = panels(ih), set.weight_hh = panels(hh);
-    if (projects) set.weight_hr = panels(hr);
+    buffers.weight_ih = panels(ih), buffers.weight_hh = panels(hh);
+    if (projects) buffers.weight_hr = panels(hr);
     if (recompute_) {
-      set.gates_ih = panels(input), set.gates_hh = panels(output);
-      set.bias = memory_->take<T>(4 * this->widest_hidden_);
+      buffers.gates_ih = panels(input), buffers.gates_hh = panels(output);
+      buffers.bias = memory_->take<T>(4 * this->widest_hidden_);
     }
-    set.dc = memory_->take<T>(shape_.batch * this->widest_hidden_);
-    set.c_0 = memory_->take<T>(shape_.batch * this->widest_hidden_);
-    const int64_t rows = ring_rows_ + (shape_.packed() ? shape_.batch : 0);  // see slot_of
-    set.dgates = memory_->take<T>(rows * (4 * this->widest_hidden_ + kRowPadding));
+    buffers.dc = memory_->take<T>(shape_.batch * this->widest_hidden_);
+    buffers.c_0 = memory_->take<T>(shape_.batch * this->widest_hidden_);
+    const int64_t rows = ring_rows_ + (shape_.packed() ? shape_.batch : 0);  // see ring_row_of
+    buffers.dgates = memory_->take<T>(rows * (4 * this->widest_hidden_ + kRowPadding));
     if (projects) {
-      set.dh = memory_->take<T>(rows * (this->widest_output_ + kRowPadding));
-      set.hidden = memory_->take<T>(rows * this->widest_hidden_);
+      buffers.dh = memory_->take<T>(rows * (this->widest_output_ + kRowPadding));
+      buffers.hidden = memory_->take<T>(rows * this->widest_hidden_);
     }
-    return set;
+    return buffers;
   }
 
   // h of a layer, as forward left it.
   const T* output_of(int64_t layer) const {
-    return layer + 1 == shape_.depth() && !call_.keep_top ? call_.output : reserve_.h(layer);
+    return layer + 1 == shape_.depth() && !call_.keeping.keep_top ? call_.output : reserve_.h(layer);
+  }
+  // The caller's gradients of a layer's h or c of all steps; data is null if there are none.
+  static Input<T> gradients_of(const std::vector<Input<T>>& layers, int64_t layer) {
+    return layers.empty() ? Input<T>{} : layers[static_cast<size_t>(layer)];
   }
   // Where one direction of a layer writes the gradient of its input.
   Rows input_gradient(int64_t layer, int64_t direction) const {
@@ -201,7 +213,7 @@ class BackwardWave : Wave<T> {
   // One worker's part in one lane.
   class LaneRun {
    public:
-    LaneRun(BackwardWave& wave, int64_t position, const Place& place, const Scratch& scratch)
+    LaneRun(BackwardWave& wave, int64_t position, const WorkerPlace& place, const Scratch& scratch)
         : w_(wave),
           position_(position),
           place_(place),
@@ -210,35 +222,38 @@ class BackwardWave : Wave<T> {
           layer_index_(index_ / wave.shape_.directions),
           direction_(index_ % wave.shape_.directions),
           layer_(wave.shape_.layers[layer_index_]),
-          lane_(wave.sets_[static_cast<size_t>(position % wave.set_count_)]),
+          buffers_(wave.sets_[static_cast<size_t>(position % wave.set_count_)]),
           sequences_(wave.sequences(place)),
           hidden_(layer_.hidden),
           padded_(layer_.padded_hidden()),
           out_(layer_.output()),
+          h_at_(wave.states_.h(index_)),
+          c_at_(wave.states_.c(index_)),
           projects_(layer_.projection > 0),
           lddg_(4 * padded_ + kRowPadding),
           ld_(wave.widest_ + kRowPadding),
-          blocks_(wave.own_blocks(position, place, padded_)),
-          units_{std::min(blocks_.first * lanes(), hidden_), std::min(blocks_.last * lanes(), hidden_)},
+          unit_blocks_(wave.own_unit_blocks(position, place, padded_)),
+          units_{std::min(unit_blocks_.first * vector_elements(), hidden_),
+                 std::min(unit_blocks_.last * vector_elements(), hidden_)},
           dh_panels_(recurrent_panels()),
           columns_(projects_ ? wave.columns_of(dh_panels_, wave.width_, out_) : units_),
-          padded_end_(projects_ ? columns_.last : blocks_.last * lanes()),
+          padded_end_(projects_ ? columns_.last : unit_blocks_.last * vector_elements()),
           lddr_(out_ + kRowPadding),
           ldm_(padded_),
           progress_(wave.own(position, place)),
           stretch_{wave.shape_.steps, wave.shape_.steps},
-          block_(block_before(wave.shape_.steps)),
-          oldest_(block_) {}
+          gradient_block_(gradient_block_before(wave.shape_.steps)),
+          oldest_(gradient_block_) {}
 
     void run();
 
    private:
-    int64_t lanes() const { return w_.kernels_.lanes; }
+    int64_t vector_elements() const { return w_.kernels_.vector_elements; }
     int64_t time(int64_t s) const { return w_.shape_.time(index_, s); }
     int64_t rows_at(int64_t s) const { return w_.rows_at(index_, sequences_, s); }
     // First local row of step s, in the call and in the ring.
     int64_t row_at(int64_t s) const { return w_.shape_.first_row(time(s)) + sequences_.first; }
-    int64_t slot_at(int64_t s) const { return w_.slot_of(time(s)) + sequences_.first; }
+    int64_t ring_row_at(int64_t s) const { return w_.ring_row_of(time(s)) + sequences_.first; }
     // Local rows of steps first … last-1.
     int64_t rows_between(int64_t first, int64_t last) const {
       if (!w_.shape_.packed()) return (last - first) * sequences_.size();
@@ -251,18 +266,20 @@ class BackwardWave : Wave<T> {
     // Own panels of dG·W_hh. Its columns are the own units or, with a projection, an own share of the projected
     // columns.
     Range recurrent_panels() const {
-      if (projects_) return w_.own_panels(position_, place_, out_, w_.width_);
-      return {blocks_.first / w_.width_, (blocks_.last + w_.width_ - 1) / w_.width_};
+      return projects_ ? w_.own_panels(position_, place_, out_, w_.width_) : unit_panels(w_.width_);
     }
-    Range unit_panels() const { return {blocks_.first / kWidth, (blocks_.last + kWidth - 1) / kWidth}; }
+    Range unit_panels(int64_t width) const {
+      if (unit_blocks_.size() == 0) return {0, 0};  // a narrow layer may have no units for this worker
+      return {unit_blocks_.first / width, (unit_blocks_.last + width - 1) / width};
+    }
 
     void pack();
 
     // Sets dc of every sequence to the gradient of c_n, where backward starts the sequence; and copies c_0.
     void start();
 
-    // Stages dL/dh of a chunk, own columns, from the loss or the layer above. Padding is zero.
-    void stage_dy(const Range& steps);
+    // Copies dL/dh of a chunk, own columns, from the loss or the layer above. Padding is zero.
+    void copy_dy(const Range& steps);
 
     // The gates of step s, and c after it: from the reserve if they were kept, else from the stretch.
     const T* gates_of(int64_t s) const {
@@ -279,7 +296,7 @@ class BackwardWave : Wave<T> {
     void with_c_before(int64_t s, F&& f) const {
       const int64_t n = rows_at(s), before = std::min(rows_at(s - 1), n);
       if (before > 0) f(0, before, c_after(s - 1));
-      if (before < n) f(before, n - before, lane_.c_0 + (sequences_.first + before) * padded_);
+      if (before < n) f(before, n - before, buffers_.c_0 + (sequences_.first + before) * padded_);
     }
 
     // Recomputes the stretch whose last step is s.
@@ -288,21 +305,21 @@ class BackwardWave : Wave<T> {
     // Recomputes the gates of `steps`, the first steps of the stretch, from h of this layer and of the layer below.
     void recompute_gates(const Range& steps);
 
-    int64_t stage_x(const Range& steps, T* out, int64_t ldo) const {
-      return w_.stage_input(w_.call_.input, w_.call_.dropout, layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr,
-                            index_, sequences_, steps, out, ldo);
+    int64_t copy_x(const Range& steps, T* out, int64_t ldo) const {
+      return w_.copy_input(w_.call_.input, w_.call_.links, layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr,
+                           index_, sequences_, steps, out, ldo);
     }
-    // Stages, for each row of `steps`, h of the step before; h_0 where the sequence starts.
-    int64_t stage_h_before(const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
+    // Copies, for each row of `steps`, h of the step before; h_0 where the sequence starts.
+    int64_t copy_h_before(const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
       const StackShape& shape = w_.shape_;
       const T* h = w_.output_of(layer_index_) + direction_ * out_;
       const int64_t ldh = shape.directions * out_, back = direction_ ? 1 : -1;
-      return w_.stage(
+      return w_.copy_rows(
           index_, sequences, steps, out_,
           [&](int64_t t, int64_t b) {
             const int64_t before = t + back;
             const bool first = before < 0 || before >= shape.steps || b >= shape.active(before);
-            return first ? w_.call_.h_0 + (index_ * shape.batch + b) * out_ : h + (shape.first_row(before) + b) * ldh;
+            return first ? w_.call_.h_0 + h_at_ + b * out_ : h + (shape.first_row(before) + b) * ldh;
           },
           out, ldo);
     }
@@ -315,6 +332,9 @@ class BackwardWave : Wave<T> {
     // The number of hand-overs of all steps after s.
     int64_t hand_overs_before(int64_t s) const { return (w_.shape_.steps - 1 - s) * (projects_ ? 2 : 1); }
 
+    // Adds the caller's gradient of c after step s to dc.
+    void add_cell_gradient(int64_t s);
+
     void step(int64_t s, const Range& steps);
 
     // Goes back past step 0: what remains is the gradient of the initial state.
@@ -323,7 +343,7 @@ class BackwardWave : Wave<T> {
     // dG·W_ih of a chunk, own columns.
     void input_gradient(const Range& steps);
 
-    // ---- The ring, and the weight gradients of a block: this worker's share of the gate rows.
+    // ---- The ring, and the weight gradients of a gradient block: this worker's share of the gate rows.
 
     Range times_of(const Range& steps) const {
       const int64_t all = w_.shape_.steps;
@@ -335,10 +355,10 @@ class BackwardWave : Wave<T> {
       return w_.shape_.first_row(times.last) - w_.shape_.first_row(times.first);
     }
 
-    // The block that ends before step `last`: steps with at most kGradientRows rows together, or one step. There is no
-    // block before step 0: the result is then {-1, 0}.
-    Range block_before(int64_t last) const {
-      if (!w_.shape_.packed()) return {last > 0 ? std::max<int64_t>(last - w_.block_steps(), 0) : -1, last};
+    // The gradient block that ends before step `last`: steps with at most kGradientRows rows together, or one step.
+    // There is none before step 0: the result is then {-1, 0}.
+    Range gradient_block_before(int64_t last) const {
+      if (!w_.shape_.packed()) return {last > 0 ? std::max<int64_t>(last - w_.gradient_block_steps(), 0) : -1, last};
       int64_t first = last - 1;
       while (first > 0 && rows_of({first - 1, last}) <= kGradientRows<T>) --first;
       return {first, last};
@@ -347,94 +367,101 @@ class BackwardWave : Wave<T> {
     // Waits until no worker reads the rows that step s overwrites any more: see Hazards.
     void make_room(int64_t s);
 
-    // Sums over the blocks that begin at `first_step` or later, once all workers of the lane have done `chunks` chunks.
-    void finish_blocks(int64_t first_step, int64_t chunks);
+    // Sums over the gradient blocks that begin at `first_step` or later, once all workers of the lane have done
+    // `chunks` chunks.
+    void finish_gradient_blocks(int64_t first_step, int64_t chunks);
 
-    // Calls f(row, rows, slot) for runs of rows of `sequences` that are consecutive both in the call, from `row` on,
-    // and in the ring, from `slot` on. The runs come in rising time.
+    // Calls f(row, rows, ring_row) for runs of rows of `sequences` that are consecutive both in the call, from `row`
+    // on, and in the ring, from `ring_row` on. The runs come in rising time.
     template <typename F>
     void for_each_run(const Range& steps, const Range& sequences, F&& f) const {
       const Range times = times_of(steps);
       for (int64_t t = times.first; t < times.last;) {
-        const int64_t row = w_.shape_.first_row(t), slot = w_.slot_of(t);
+        const int64_t row = w_.shape_.first_row(t), ring_row = w_.ring_row_of(t);
         int64_t rows = 0;
         do {
           rows += w_.local_rows(sequences, t++);
-        } while (t < times.last && w_.shape_.first_row(t) == row + rows && w_.slot_of(t) == slot + rows);
-        if (rows > 0) f(row + sequences.first, rows, slot + sequences.first);
+        } while (t < times.last && w_.shape_.first_row(t) == row + rows && w_.ring_row_of(t) == ring_row + rows);
+        if (rows > 0) f(row + sequences.first, rows, ring_row + sequences.first);
       }
     }
 
-    // The rows of a block. In the ring they are one run or two; the second run begins with row number `parting`.
-    struct BlockRows {
+    // The rows of a gradient block. In the ring they are one run or two; the second run begins with row number
+    // `parting`.
+    struct GradientBlockRows {
       int64_t rows = 0, parting = 0;
-      int64_t slots[2] = {};
+      int64_t ring_row[2] = {};
     };
 
     void weight_gradients();
 
     Range everyone() const { return {0, w_.shape_.batch}; }
-    bool first_block() const { return block_.last == w_.shape_.steps; }
+    bool first_gradient_block() const { return gradient_block_.last == w_.shape_.steps; }
 
-    // Adds dGᵀ·b over the block's rows to c; the first block is not added but stored. The rows of b are consecutive.
-    void add_product(T* c, int64_t columns, const Range& units, const BlockRows& block, const T* b, int64_t ldb);
+    // Adds dGᵀ·b over the gradient block's rows to c; the first one is not added but stored. The rows of b are
+    // consecutive.
+    void add_product(T* c, int64_t columns, const Range& units, const GradientBlockRows& gradient_block, const T* b,
+                     int64_t ldb);
 
-    void input_weight_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block);
+    void input_weight_gradient(const LaneGradients<T>& g, const Range& units, const GradientBlockRows& gradient_block);
 
     // b is h of the step before; h_0 where a sequence starts.
-    void recurrent_weight_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block);
+    void recurrent_weight_gradient(const LaneGradients<T>& g, const Range& units,
+                                   const GradientBlockRows& gradient_block);
 
-    void bias_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block);
+    void bias_gradient(const LaneGradients<T>& g, const Range& units, const GradientBlockRows& gradient_block);
 
     // dW_hr = dhᵀ·(o·tanh(c)).
-    void projection_gradient(const LaneGradients<T>& g, const Range& own, const BlockRows& block);
+    void projection_gradient(const LaneGradients<T>& g, const Range& own, const GradientBlockRows& gradient_block);
 
-    // Stages all sequences of the block, step by step in rising time, the order of dG's rows. stage(step, to, ldo)
-    // stages one step.
-    template <typename Stage>
-    void stage_block(int64_t columns, Stage&& stage) const {
+    // Copies all sequences of the gradient block, step by step in rising time, the order of dG's rows. copy(step, to,
+    // ldo) copies one step.
+    template <typename Copy>
+    void copy_gradient_block(int64_t columns, Copy&& copy) const {
       const int64_t ldo = columns + kRowPadding;
-      T* to = scratch_.staged;
-      for (int64_t n = 0; n < block_.size(); ++n) {
-        const int64_t s = direction_ ? block_.last - 1 - n : block_.first + n;
-        to += stage(Range{s, s + 1}, to, ldo) * ldo;
+      T* to = scratch_.copied;
+      for (int64_t n = 0; n < gradient_block_.size(); ++n) {
+        const int64_t s = direction_ ? gradient_block_.last - 1 - n : gradient_block_.first + n;
+        to += copy(Range{s, s + 1}, to, ldo) * ldo;
       }
     }
 
     BackwardWave& w_;
     const int64_t position_;
-    const Place place_;
+    const WorkerPlace place_;
     const Scratch& scratch_;
     const int64_t index_, layer_index_, direction_;
     const LayerShape& layer_;
-    const Set& lane_;
+    const LaneBuffers& buffers_;
     const Range sequences_;
     const int64_t hidden_, padded_, out_;
+    const int64_t h_at_, c_at_;  // where the lane's states are in h_0, c_0 and the like
     const bool projects_;
     const int64_t lddg_, ld_;
-    const Range blocks_, units_, dh_panels_, columns_;
+    const Range unit_blocks_, units_, dh_panels_, columns_;
     const int64_t padded_end_;  // the end of the own columns with their padding
     const int64_t lddr_, ldm_;
     Progress& progress_;
     Range stretch_;         // the steps of the current stretch; empty at first
-    Range block_;           // the next block to sum over, as steps in the lane's order
-    int64_t finished_ = 0;  // how many blocks came before block_
-    Range oldest_;          // the first block that a worker may still read, as far as this worker knows
-    int64_t released_ = 0;  // how many blocks came before oldest_
+    Range gradient_block_;  // the next gradient block to sum over, as steps in the lane's order
+    int64_t finished_ = 0;  // how many came before gradient_block_
+    Range oldest_;          // the first gradient block that a worker may still read, as far as this worker knows
+    int64_t released_ = 0;  // how many came before oldest_
   };
 
   const BackwardCall<T>& call_;
   Platform& platform_;
   Workspace::Lease memory_;
-  const Reserve<T> reserve_;
+  const CpuReserve<T> reserve_;
+  const StateLayout states_;
   const int64_t width_;
   const bool recompute_;
   const int64_t stretch_rows_;  // at most
   const int64_t product_rows_;  // at most
-  const int64_t staged_rows_;
+  const int64_t copied_rows_;
   int64_t widest_ = 0, widest_below_ = 0;
   int64_t ring_rows_ = 0, set_count_ = 0;
-  std::vector<Set> sets_;
+  std::vector<LaneBuffers> sets_;
   std::vector<Scratch> scratch_;
   T* passing_[2][2] = {};  // gradients of layers' inputs: with two directions, layers alternate; else all share one
 };

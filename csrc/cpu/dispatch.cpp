@@ -64,7 +64,7 @@ Isa chosen() {
 const char* isa() { return name_of(chosen()); }
 
 template <typename T>
-const Kernels<T>& kernels() {
+const CpuKernels<T>& kernels() {
   switch (chosen()) {
     case Isa::avx512_bf16:
       return *kernels_avx512_bf16<T>();
@@ -76,7 +76,7 @@ const Kernels<T>& kernels() {
       return *kernels_default<T>();
   }
 }
-template const Kernels<float>& kernels();
-template const Kernels<double>& kernels();
+template const CpuKernels<float>& kernels();
+template const CpuKernels<double>& kernels();
 
 }  // namespace stacked_lstm::cpu

@@ -24,7 +24,7 @@ uint64_t drawn() {
 
 struct Key {
   alignas(64) uint64_t words[(kFingerprintBlock + kFingerprintShift) / 8];
-  const uint64_t seed = drawn();  // of the blocks' keys
+  const uint64_t seed = drawn();  // of the fingerprint blocks' keys
 
   Key() {
     const uint64_t other = drawn();
@@ -50,16 +50,16 @@ Fingerprint fingerprint(const std::vector<Bytes>& memory, int64_t part, int64_t 
   const Key& k = key();
   const auto digest = kernels<float>().digest;
   int64_t blocks = 0;
-  for (const Bytes& piece : memory) blocks += blocks_of(piece);
+  for (const Bytes& range : memory) blocks += blocks_of(range);
   const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
   Fingerprint sum;
-  int64_t before = 0;  // blocks of the pieces before
-  for (const Bytes& piece : memory) {
-    const int64_t own = blocks_of(piece);
+  int64_t before = 0;  // fingerprint blocks of the ranges before
+  for (const Bytes& range : memory) {
+    const int64_t own = blocks_of(range);
     for (int64_t n = std::max<int64_t>(first - before, 0); n < std::min(last - before, own); ++n) {
       const int64_t at = n * kFingerprintBlock;
       uint64_t ab[2];
-      digest(static_cast<const char*>(piece.data) + at, std::min(piece.count - at, kFingerprintBlock), k.words, ab);
+      digest(static_cast<const char*>(range.data) + at, std::min(range.count - at, kFingerprintBlock), k.words, ab);
       const auto block = static_cast<uint64_t>(before + n);
       sum += product(ab[0] + number(k.seed, 2 * block), ab[1] + number(k.seed, 2 * block + 1));
     }

@@ -4,15 +4,15 @@
 // bytes differ. Each process draws its key at random, so this holds for any two contents that were not made with the
 // key's help.
 //
-//   words m[n] of 64 bits, in blocks of kFingerprintBlock bytes; lo and hi are the halves of a word:
-//   a block   a = Σ (lo(m[n]) + lo(k[n])) · (hi(m[n]) + hi(k[n]))        halves modulo 2^32, sums modulo 2^64
-//             b = likewise with the key's words from byte 64 on
-//   all       Σ over blocks (a + p[block]) · (b + q[block])              modulo 2^128
+//   words m[n] of 64 bits, in fingerprint blocks of kFingerprintBlock bytes; lo and hi are the halves of a word:
+//   one block    a = Σ (lo(m[n]) + lo(k[n])) · (hi(m[n]) + hi(k[n]))        halves modulo 2^32, sums modulo 2^64
+//                b = likewise with the key's words from byte 64 on
+//   all blocks   Σ over blocks (a + p[block]) · (b + q[block])              modulo 2^128
 //
-// This is NH (Black, Halevi, Krawczyk, Krovetz and Rogaway 1999, UMAC) at both levels. Two different blocks have the
-// same a with a probability of at most 2^-32, and the same a and b with at most 2^-64: whether the a's are equal does
-// not depend on the key word that b has at the last word that differs. Different pairs (a, b) have the same last sum
-// with a probability of at most 2^-64.
+// This is NH (Black, Halevi, Krawczyk, Krovetz and Rogaway 1999, UMAC) at both levels. Two different fingerprint blocks
+// have the same a with a probability of at most 2^-32, and the same a and b with at most 2^-64: whether the a's are
+// equal does not depend on the key word that b has at the last word that differs. Different pairs (a, b) have the same
+// last sum with a probability of at most 2^-64.
 #pragma once
 
 #include <cstdint>

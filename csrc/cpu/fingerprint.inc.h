@@ -1,4 +1,4 @@
-// csrc/cpu/fingerprint.inc.h: a and b of a block of memory (fingerprint.h), included by kernels.inc.h for each
+// csrc/cpu/fingerprint.inc.h: a and b of a fingerprint block (fingerprint.h), included by kernels.inc.h for each
 // instruction set.
 
 typedef uint64_t Words64 __attribute__((vector_size(STACKED_LSTM_VECTOR_BYTES)));

@@ -11,8 +11,9 @@
 //   h has two buffers a lane. A worker writes h(s) over h(s-2) only after every slice has handed over h(s-1), and a
 //   slice does that only after it has read h(s-2).
 //   In inference the layers share two buffers of y. Layer k+2 writes chunk c over layer k's only after layer k+1 has
-//   published chunk c, and layer k+1 does that after it has staged layer k's chunk c. (A bidirectional layer waits for
+//   published chunk c, and layer k+1 does that after it has copied layer k's chunk c. (A bidirectional layer waits for
 //   all chunks.)
+#include "../stack/states.h"
 #include "wave.h"
 
 namespace stacked_lstm::cpu {
@@ -29,7 +30,7 @@ class ForwardWave : Wave<T> {
       : Base(call.shape, storage_of(call), workers, platform, false),
         call_(call),
         platform_(platform),
-        reserve_(call.reserve, call.shape, call.saving, call.keep_top),
+        reserve_(call.reserve, call.shape, call.keeping),
         packed_(packed),
         shares_(packed && packed->ready() && check ? static_cast<size_t>(this->workers_) : 0),
         width_(recurrent_width(call.shape.batch)) {
@@ -43,7 +44,7 @@ class ForwardWave : Wave<T> {
       const bool found = weights_are_current(worker);
       if (worker == 0) current = found;
       if (!found) return;
-      schedule_.for_each_position(shape_.directions, worker, [&](int64_t position, const Place& place) {
+      schedule_.for_each_position(shape_.directions, worker, [&](int64_t position, const WorkerPlace& place) {
         run_lane(position, place, scratch_[static_cast<size_t>(worker)]);
       });
     });
@@ -56,9 +57,9 @@ class ForwardWave : Wave<T> {
   void take_memory() {
     weights_ =
         packed_ ? packed_->lanes() : lay_out<T>(shape_, storage_, [&](int64_t n) { return memory_->take<char>(n); });
-    lanes_.clear();
-    for (int64_t lane = 0; lane < this->lane_count_; ++lane) lanes_.push_back(make_lane(lane));
-    if (call_.saving == Saving::none && shape_.depth() > 1) {
+    buffers_.clear();
+    for (int64_t lane = 0; lane < this->lane_count_; ++lane) buffers_.push_back(take_buffers(lane));
+    if (!call_.keeping.anything() && shape_.depth() > 1) {
       const int64_t elements = shape_.rows() * shape_.directions * this->widest_output_;
       for (int64_t n = 0; n < std::min<int64_t>(shape_.depth() - 1, 2); ++n) passing_[n] = memory_->take<T>(elements);
     }
@@ -71,7 +72,7 @@ class ForwardWave : Wave<T> {
     }
   }
 
-  struct Lane {
+  struct LaneBuffers {
     T* h[2];  // [sequence][ldh]
     int64_t ldh;
     T* c;       // [sequence][padded_hidden]
@@ -79,7 +80,7 @@ class ForwardWave : Wave<T> {
     int64_t ldm;
   };
   struct Scratch {
-    T* staged;       // a chunk's input
+    T* copied;       // a chunk's input
     T* projected;    // a chunk's W_ih·x + b
     void* operands;  // of any product
   };
@@ -89,25 +90,25 @@ class ForwardWave : Wave<T> {
     Fingerprint fingerprint;
   };
 
-  Lane make_lane(int64_t index) {
+  LaneBuffers take_buffers(int64_t index) {
     const LayerShape& layer = shape_.of_lane(index);
     const int64_t units = layer.padded_hidden();
-    const int64_t columns = std::max(round_up(layer.output(), kWidth * kernels_.lanes), units);
-    Lane lane{};
-    lane.ldh = columns + kRowPadding;
-    for (T*& h : lane.h) h = memory_->take<T>(shape_.batch * lane.ldh);
-    lane.c = memory_->take<T>(shape_.batch * layer.padded_hidden());
+    const int64_t columns = std::max(round_up(layer.output(), kWidth * kernels_.vector_elements), units);
+    LaneBuffers buffers{};
+    buffers.ldh = columns + kRowPadding;
+    for (T*& h : buffers.h) h = memory_->take<T>(shape_.batch * buffers.ldh);
+    buffers.c = memory_->take<T>(shape_.batch * layer.padded_hidden());
     if (layer.projection > 0) {
-      lane.ldm = layer.padded_hidden() + kRowPadding;
-      lane.hidden = memory_->take<T>(shape_.batch * lane.ldm);
+      buffers.ldm = layer.padded_hidden() + kRowPadding;
+      buffers.hidden = memory_->take<T>(shape_.batch * buffers.ldm);
     }
-    return lane;
+    return buffers;
   }
 
   // h of a layer, all directions: the caller's output, the reserve, or a buffer that the layer two above uses again.
   T* output_of(int64_t layer) const {
     if (layer + 1 == shape_.depth()) return call_.output;
-    return call_.saving == Saving::none ? passing_[layer % 2] : reserve_.h(layer);
+    return call_.keeping.anything() ? reserve_.h(layer) : passing_[layer % 2];
   }
 
   // Whether the packed weights are those of the sources as they are now. Every worker reads a share of the sources, and
@@ -127,11 +128,11 @@ class ForwardWave : Wave<T> {
     return all == packed_->fingerprint();
   }
 
-  void pack(int64_t position, const Place& place, const LayerShape& layer, const Range& blocks) {
+  void pack(int64_t position, const WorkerPlace& place, const LayerShape& layer, const Range& unit_blocks) {
     if (packed_ && packed_->ready()) return;
     const PackedLane<T>& packed = weights_[static_cast<size_t>(position)];
     const LaneWeights<T>& w = call_.weights[static_cast<size_t>(position)];
-    const Range own = this->share_packing(blocks, place);
+    const Range own = this->share_packing(unit_blocks, place);
     const auto panels = [&](int64_t width) { return Range{own.first * 4 / width, own.last * 4 / width}; };
     kernels_.pack_gates(w.weight_ih, layer.hidden, layer.input, kWidth, panels(kWidth).first, panels(kWidth).last,
                         storage_, packed.weight_ih);
@@ -146,17 +147,18 @@ class ForwardWave : Wave<T> {
     this->packing_done(position, place);
   }
 
-  void run_lane(int64_t position, const Place& place, const Scratch& scratch) {
+  void run_lane(int64_t position, const WorkerPlace& place, const Scratch& scratch) {
     const int64_t index = position, layer_index = index / shape_.directions, direction = index % shape_.directions;
     const LayerShape& layer = shape_.layers[layer_index];
-    const Lane& lane = lanes_[static_cast<size_t>(index)];
+    const LaneBuffers& buffers = buffers_[static_cast<size_t>(index)];
     const PackedLane<T>& weights = weights_[static_cast<size_t>(index)];
     const Range sequences = this->sequences(place);
     const int64_t count = sequences.size(), first = sequences.first;
     const int64_t hidden = layer.hidden, padded = layer.padded_hidden(), out = layer.output();
     const int64_t ldy = shape_.directions * out;
-    const Range blocks = this->own_blocks(position, place, padded);
-    const Range units{std::min(blocks.first * kernels_.lanes, hidden), std::min(blocks.last * kernels_.lanes, hidden)};
+    const Range unit_blocks = this->own_unit_blocks(position, place, padded);
+    const Range units{std::min(unit_blocks.first * kernels_.vector_elements, hidden),
+                      std::min(unit_blocks.last * kernels_.vector_elements, hidden)};
     const bool projects = layer.projection > 0;
     const Range columns =
         projects ? this->columns_of(this->own_panels(position, place, out, kWidth), kWidth, out) : units;
@@ -164,23 +166,26 @@ class ForwardWave : Wave<T> {
     const int64_t slices = this->slices(position);
     Count& steps_done = this->own(position, place).steps;
 
-    pack(position, place, layer, blocks);
+    pack(position, place, layer, unit_blocks);
 
-    T* h[2] = {lane.h[0] + first * lane.ldh, lane.h[1] + first * lane.ldh};
-    T* c = lane.c + first * padded;
+    T* h[2] = {buffers.h[0] + first * buffers.ldh, buffers.h[1] + first * buffers.ldh};
+    T* c = buffers.c + first * padded;
     T* y = output_of(layer_index) + direction * out;
-    const T* h_0 = call_.h_0 + (index * shape_.batch + first) * out;
-    const T* c_0 = call_.c_0 + (index * shape_.batch + first) * hidden;
-    T* h_n = call_.h_n + (index * shape_.batch + first) * out;
-    T* c_n = call_.c_n + (index * shape_.batch + first) * hidden;
-    if (place.batch_slice == 0) reserve_.clear_rest(index, blocks.first * kernels_.lanes, blocks.last * kernels_.lanes);
+    const StateLayout states(shape_);
+    const int64_t h_at = states.h(index) + first * out, c_at = states.c(index) + first * hidden;
+    const T *h_0 = call_.h_0 + h_at, *c_0 = call_.c_0 + c_at;
+    T *h_n = call_.h_n + h_at, *c_n = call_.c_n + c_at;
+    if (place.batch_slice == 0) {
+      reserve_.clear_rest(index, unit_blocks.first * kernels_.vector_elements,
+                          unit_blocks.last * kernels_.vector_elements);
+    }
 
     // Copies h_0 of sequences [from, to), which start with the step that reads buffer h[parity].
     const auto start = [&](int64_t from, int64_t to, int64_t parity) {
-      for (int64_t b = from; b < to; ++b) Base::copy_columns(h_0 + b * out, h[parity] + b * lane.ldh, columns);
+      for (int64_t b = from; b < to; ++b) Base::copy_columns(h_0 + b * out, h[parity] + b * buffers.ldh, columns);
     };
     for (int64_t b = 0; b < count; ++b) {
-      std::fill(c + b * padded + units.first, c + b * padded + blocks.last * kernels_.lanes, T(0));
+      std::fill(c + b * padded + units.first, c + b * padded + unit_blocks.last * kernels_.vector_elements, T(0));
       Base::copy_columns(c_0 + b * hidden, c + b * padded, units);
     }
     start(0, this->rows_at(index, sequences, 0), 0);
@@ -191,14 +196,14 @@ class ForwardWave : Wave<T> {
       this->wait_for_input(position, place, chunk);
       const int64_t lda = layer.input + kRowPadding;
       const int64_t rows =
-          this->stage_input(call_.input, call_.dropout, layer_index ? output_of(layer_index - 1) : nullptr, index,
-                            sequences, steps, scratch.staged, lda);
+          this->copy_input(call_.input, call_.links, layer_index ? output_of(layer_index - 1) : nullptr, index,
+                           sequences, steps, scratch.copied, lda);
       kernels_.product({
           .panels = {weights.weight_ih, storage_},
           .width = kWidth,
-          .first_panel = blocks.first * 4 / kWidth,
-          .last_panel = blocks.last * 4 / kWidth,
-          .a = scratch.staged,
+          .first_panel = unit_blocks.first * 4 / kWidth,
+          .last_panel = unit_blocks.last * 4 / kWidth,
+          .a = scratch.copied,
           .lda = lda,
           .rows = rows,
           .unroll_rows = shape_.rows(),
@@ -216,15 +221,15 @@ class ForwardWave : Wave<T> {
         T *saved_c = reserve_.c(index, s), *saved_gates = reserve_.gates(index, s);
         this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 1);
         if (slices > 1) {
-          for (int64_t b = 0; b < n; ++b) Base::prefetch(from + b * lane.ldh, out);
+          for (int64_t b = 0; b < n; ++b) Base::prefetch(from + b * buffers.ldh, out);
         }
         StepForward<T> step{
             .panels = {weights.weight_hh, storage_},
             .width = width_,
-            .first_block = blocks.first,
-            .last_block = blocks.last,
+            .first_unit_block = unit_blocks.first,
+            .last_unit_block = unit_blocks.last,
             .h = from,
-            .ldh = lane.ldh,
+            .ldh = buffers.ldh,
             .rows = n,
             .unroll_rows = shape_.active(t),
             .inner = out,
@@ -235,14 +240,14 @@ class ForwardWave : Wave<T> {
             .padded_hidden = padded,
             .c = c,
             .h_next = to,
-            .ldh_next = lane.ldh,
+            .ldh_next = buffers.ldh,
             .y = y + row * ldy,
             .ldy = ldy,
             .saved_c = saved_c ? saved_c + first * padded : nullptr,
             .saved_gates = saved_gates ? saved_gates + first * padded * 4 : nullptr,
             .from_last = (s & 1) != 0,
         };
-        if (projects) step.h_next = lane.hidden + first * lane.ldm, step.ldh_next = lane.ldm;
+        if (projects) step.h_next = buffers.hidden + first * buffers.ldm, step.ldh_next = buffers.ldm;
         if (projects || slices > 1) step.y = nullptr;  // written after the hand-over: no worker waits for y in a chunk
         kernels_.step_forward(step);
         if (projects) {
@@ -255,26 +260,26 @@ class ForwardWave : Wave<T> {
               .first_panel = panels.first,
               .last_panel = panels.last,
               .a = step.h_next,
-              .lda = lane.ldm,
+              .lda = buffers.ldm,
               .rows = n,
               .unroll_rows = shape_.active(t),
               .inner = hidden,
               .rounded = call_.bf16_activations,
               .operands = scratch.operands,
               .c = to,
-              .ldc = lane.ldh,
+              .ldc = buffers.ldh,
           });
         }
         projected += n * 4 * padded;
         const int64_t next = this->rows_at(index, sequences, s + 1);
         for (int64_t b = next; b < n; ++b) {  // sequences that end here
-          Base::copy_columns(to + b * lane.ldh, h_n + b * out, columns);
+          Base::copy_columns(to + b * buffers.ldh, h_n + b * out, columns);
           Base::copy_columns(c + b * padded, c_n + b * hidden, units);
         }
         start(n, next, (s + 1) & 1);
         publish(steps_done, (s + 1) * hand_overs + 1);
         if (projects || slices > 1) {
-          for (int64_t b = 0; b < n; ++b) Base::copy_columns(to + b * lane.ldh, y + (row + b) * ldy, columns);
+          for (int64_t b = 0; b < n; ++b) Base::copy_columns(to + b * buffers.ldh, y + (row + b) * ldy, columns);
         }
       }
       publish(this->own(position, place).chunks, chunk + 1);
@@ -284,12 +289,12 @@ class ForwardWave : Wave<T> {
   const ForwardCall<T>& call_;
   Platform& platform_;
   Workspace::Lease memory_;
-  const Reserve<T> reserve_;
+  const CpuReserve<T> reserve_;
   PackedStack<T>* const packed_;
   std::vector<Share> shares_;  // one per worker; empty if nothing is to be checked
   const int64_t width_;
   std::vector<PackedLane<T>> weights_;
-  std::vector<Lane> lanes_;
+  std::vector<LaneBuffers> buffers_;
   std::vector<Scratch> scratch_;
   T* passing_[2] = {};
 };

@@ -2,10 +2,10 @@
 // set.
 //
 //          two vectors           dW = dGᵀ·x sums over the rows of both, so a tile broadcasts along a row of dG, not
-//         ┌───────────┐          down a column. The rows of a block are copied in the order in which the tiles read
+//         ┌───────────┐          down a column. Rows of a gradient block are copied in the order in which tiles read
 //   rows  │ x (L1/L2) │          them: as many columns of dG at a time as stay in the second-level cache for all of x,
 //         └───────────┘          and two vectors of x at a time, which stay there for all of these columns. dW is read
-//  ▒▒▒▒▒▒ dG (L2) → broadcast    and written once a block. If dG of the block is small and in one piece, it is in that
+//  ▒▒▒▒▒▒ dG (L2) → broadcast    and written once a gradient block. If dG of it is small and in one run, it is in that
 //                                cache already, and is read in place. Units that multiply bfloat16 take two rows at a
 //                                time, rounded when they are copied.
 
@@ -17,7 +17,7 @@ void gradient_tile(const typename Panel::Word* __restrict a, int64_t lda,
                    const typename Panel::Stored* __restrict panel, int64_t steps, typename Panel::T* c, int64_t ldc,
                    int64_t columns, bool accumulate) {
   using T = typename Panel::T;
-  constexpr int V = kLanes<T>, Width = 2;
+  constexpr int V = kVectorElements<T>, Width = 2;
   unroll<Rows>([&](auto m) INLINE_LAMBDA {
     __builtin_prefetch(c + m * ldc, 1);
     __builtin_prefetch(c + m * ldc + V, 1);
@@ -77,7 +77,7 @@ INLINE void copy_columns(RowAt&& row_at, int64_t rows, int64_t count, [[maybe_un
     }
 #if defined(STACKED_LSTM_BF16_UNITS)
     if constexpr (Panel::kRows == 2) {
-      constexpr int V = kLanes<float>;
+      constexpr int V = kVectorElements<float>;
       static_assert(kTileRows<2> <= V);
       const auto some = [&](const float* p) INLINE_LAMBDA { return left >= V ? load(p) : load_first(p, count); };
       const IntVec<float> words = round_rows(some(from), row + 1 < rows ? some(row_at(row + 1)) : Vec<float>{});
@@ -93,7 +93,7 @@ INLINE void copy_columns(RowAt&& row_at, int64_t rows, int64_t count, [[maybe_un
 template <typename Panel, typename RowAt>
 INLINE void copy_panel(RowAt&& row_at, int64_t rows, int64_t left, typename Panel::Stored* panel) {
   using T = typename Panel::T;
-  constexpr int V = kLanes<T>;
+  constexpr int V = kVectorElements<T>;
   const auto some = [&](const T* p, int64_t v) INLINE_LAMBDA {
     return left - v >= V ? load(p + v) : left > v ? load_first(p + v, left - v) : Vec<T>{};
   };
@@ -111,13 +111,13 @@ INLINE void copy_panel(RowAt&& row_at, int64_t rows, int64_t left, typename Pane
   }
 }
 
-// Every element is the sum of the blocks' sums in the order of the blocks, so how m and n are shared out changes no
-// bit.
+// Every element is the sum of the gradient blocks' sums in the order of these blocks, so how m and n are shared out
+// changes no bit.
 template <typename Panel>
 void gradient_of(const GradientProduct<typename Panel::T>& p) {
   using T = typename Panel::T;
   using Word = typename Panel::Word;
-  constexpr int columns = 2 * kLanes<T>;
+  constexpr int columns = 2 * kVectorElements<T>;
   auto* const some_a = static_cast<Word*>(p.scratch);
   void* const rest = some_a + kGradientRows<T> * kGradientColumns;
   auto* const panel = static_cast<typename Panel::Stored*>(rest);
@@ -126,9 +126,9 @@ void gradient_of(const GradientProduct<typename Panel::T>& p) {
     const int64_t rows = p.rows - first < kGradientRows<T> ? p.rows - first : kGradientRows<T>;
     const int64_t steps = (rows + Panel::kRows - 1) / Panel::kRows;
     const bool accumulate = p.accumulate || first > 0;
-    const int64_t parting = p.parting - first;  // in this block
+    const int64_t parting = p.parting - first;  // in this gradient block
     const bool together = parting <= 0 || parting >= rows;
-    // Row n of the block, column m: from one of the two pieces.
+    // Row n of the gradient block, column m: from one of the two runs.
     const auto a_at = [&, head = p.a + first * p.lda, tail = p.a_rest - parting * p.lda](int64_t n, int64_t m)
                           INLINE_LAMBDA { return (n < parting ? head : tail) + n * p.lda + m; };
     const auto b_at = [&, head = p.b + first * p.ldb, tail = p.b_rest - parting * p.ldb](int64_t n, int64_t m)

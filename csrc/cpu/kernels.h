@@ -3,9 +3,9 @@
 // kernels_default.cpp, kernels_avx2.cpp, kernels_avx512.cpp and kernels_avx512_bf16.cpp each compile kernels.inc.h for
 // their instructions and fill such a table; dispatch.cpp picks one at run time.
 //
-// Panels. A packed matrix with N columns and inner dimension K is stored as panels of `width · lanes` columns, each
-// [K][width · lanes]: the order in which a product reads it. Two column orders:
-//   gates:  the 4H gate rows of W, `lanes` units at a time: [unit block][gate i, f, g, o][lane]
+// Panels. A packed matrix with N columns and inner dimension K is stored as panels of `width · vector_elements`
+// columns, each [K][width · vector_elements]: the order in which a product reads it. Two column orders:
+//   gates:  the 4H gate rows of W, `vector_elements` units at a time: [unit block][gate i, f, g, o][element]
 //   plain:  the columns in their own order
 // A panel may store its weights in half the bytes (Storage::bf16), rounded once, when they are packed. Two weights
 // share a 32-bit word. Each instruction set's table defines which two it pairs:
@@ -25,7 +25,7 @@
 // low may have different signs, and because infinity times a low part of zero is NaN.
 //
 // Gates. The activations of the gates (`gates` buffers, saved or not) have the gate order, too:
-// [row][unit block][gate][lane], 4·padded_hidden numbers a row. The gradients of the pre-activations have torch's
+// [row][unit block][gate][element], 4·padded_hidden numbers a row. The gradients of the pre-activations have torch's
 // order: [row][gate][padded_hidden].
 //
 // Bits. The order of every sum depends on sizes of the whole call alone, never on how rows or columns are shared out.
@@ -83,7 +83,7 @@ template <typename T>
 struct StepForward {
   Panels panels;  // W_hh, gate order
   int64_t width;
-  int64_t first_block, last_block;
+  int64_t first_unit_block, last_unit_block;
   const T* h;  // h of the step before
   int64_t ldh;
   int64_t rows;
@@ -106,7 +106,7 @@ struct StepForward {
 // The cell's backward for unit blocks first … last-1 of `rows` rows.
 template <typename T>
 struct StepBackward {
-  int64_t first_block, last_block;
+  int64_t first_unit_block, last_unit_block;
   int64_t rows;
   int64_t hidden, padded_hidden;
   const T* gates;
@@ -124,8 +124,8 @@ struct StepBackward {
 };
 
 // A weight gradient: c[m][n] = Σ over rows of a[row][m]·b[row][n], added to c with `accumulate`. The sum is taken in
-// blocks of kGradientRows rows. As much of a and b is copied to `scratch` at a time as stays in a second-level cache.
-// The rows may be in two pieces, as in a ring; where the second piece begins changes no bit of the sums.
+// gradient blocks of kGradientRows rows. As much of a and b is copied to `scratch` at a time as stays in a second-level
+// cache. The rows may be in two runs, as in a ring; where the second run begins changes no bit of the sums.
 template <typename T>
 inline constexpr int64_t kGradientRows = 1536 / int64_t{sizeof(T)};
 inline constexpr int64_t kGradientColumns = 280;  // of a
@@ -157,8 +157,8 @@ constexpr int64_t operand_part(int64_t inner) { return (inner + 31) / 32 * 16; }
 constexpr int64_t operand_words(int64_t inner, int64_t parts) { return parts * operand_part(inner) + 16; }
 
 template <typename T>
-struct Kernels {
-  int64_t lanes;
+struct CpuKernels {
+  int64_t vector_elements;
   bool units;  // there are units that multiply bfloat16: products of panels in Storage::bf16 need memory for operands
   // Panels first … last-1 of W (4H, K), row-major, columns in gate order, `width` vectors a panel.
   void (*pack_gates)(const T* w, int64_t hidden, int64_t inner, int64_t width, int64_t first, int64_t last,
@@ -166,8 +166,8 @@ struct Kernels {
   // Panels of the transpose of W (columns, K): column n is row n of W.
   void (*pack_rows)(const T* w, int64_t columns, int64_t inner, int64_t width, int64_t first, int64_t last,
                     Storage storage, void* panels);
-  // Panels of W (blocks·rows_per_block, columns) as it is; every block of rows is padded with zeros to `padded_rows`.
-  void (*pack_columns)(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_block, int64_t padded_rows,
+  // Panels of W (row_blocks·rows_per_block, columns) as it is; every row block is padded with zeros to `padded_rows`.
+  void (*pack_columns)(const T* w, int64_t columns, int64_t row_blocks, int64_t rows_per_block, int64_t padded_rows,
                        int64_t width, int64_t first, int64_t last, Storage storage, void* panels);
   // Sum of two biases (either may be null), in gate order, unit blocks first … last-1.
   void (*pack_bias)(const T* b_ih, const T* b_hh, int64_t hidden, int64_t first, int64_t last, T* bias);
@@ -175,39 +175,39 @@ struct Kernels {
   void (*step_forward)(const StepForward<T>&);
   void (*step_backward)(const StepBackward<T>&);
   // Pre-activations to activations, in place, for unit blocks first … last-1.
-  void (*activate)(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_block, int64_t last_block);
+  void (*activate)(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_unit_block, int64_t last_unit_block);
   // c after a step, [row][padded_hidden], from its activations and c before it, for unit blocks first … last-1.
-  void (*states)(const T* gates, const T* c, int64_t rows, int64_t padded_hidden, int64_t first_block,
-                 int64_t last_block, T* c_next);
+  void (*states)(const T* gates, const T* c, int64_t rows, int64_t padded_hidden, int64_t first_unit_block,
+                 int64_t last_unit_block, T* c_next);
   void (*gradient)(const GradientProduct<T>&);
   // sum[n] = Σ over rows of a[row][n], n < columns, row after row; added to sum with `accumulate`.
   void (*sum_rows)(const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate, T* sum);
   // sigmoid and tanh of n numbers, for tests.
   void (*maths)(const T* x, int64_t n, T* sigmoid, T* tanh);
-  // The sums a and b of a block of memory, see fingerprint.h.
+  // The sums a and b of a fingerprint block, see fingerprint.h.
   void (*digest)(const void* data, int64_t bytes, const void* key, uint64_t* ab);
 };
 
 // Bytes that a product or a step of `rows` rows needs for its operands; 0 if it takes the activations as they are.
 template <typename T>
-int64_t operand_bytes(const Kernels<T>& kernels, Storage storage, int64_t rows, int64_t inner) {
+int64_t operand_bytes(const CpuKernels<T>& kernels, Storage storage, int64_t rows, int64_t inner) {
   return kernels.units && storage == Storage::bf16 ? rows * operand_words(inner, 2) * int64_t{sizeof(int32_t)} : 0;
 }
 
 // The table of each instruction set; null if it was not built.
 template <typename T>
-const Kernels<T>* kernels_default();
+const CpuKernels<T>* kernels_default();
 template <typename T>
-const Kernels<T>* kernels_avx2();
+const CpuKernels<T>* kernels_avx2();
 template <typename T>
-const Kernels<T>* kernels_avx512();
+const CpuKernels<T>* kernels_avx512();
 template <typename T>
-const Kernels<T>* kernels_avx512_bf16();
+const CpuKernels<T>* kernels_avx512_bf16();
 
 // The instruction set in use: the best that the processor has, or the one that STACKED_LSTM_EXT_ISA names.
 // Throws std::runtime_error when the named instruction set is unknown, was not built, or cannot run here.
 const char* isa();
 template <typename T>
-const Kernels<T>& kernels();
+const CpuKernels<T>& kernels();
 
 }  // namespace stacked_lstm::cpu

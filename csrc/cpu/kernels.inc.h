@@ -36,7 +36,7 @@ struct Whole {
 
   template <int Width>
   static INLINE void load_weights(const Stored* w, Weight (&weight)[Width]) {
-    unroll<Width>([&](auto v) INLINE_LAMBDA { weight[v] = load(w + v * kLanes<T>); });
+    unroll<Width>([&](auto v) INLINE_LAMBDA { weight[v] = load(w + v * kVectorElements<T>); });
   }
   static INLINE Vec<T> spread(Word x) { return broadcast(x); }
   static INLINE Vec<T> multiply_add(Weight weight, Vec<T> x, Vec<T> sum) { return weight * x + sum; }
@@ -49,7 +49,7 @@ struct Halves : Whole<float> {
   template <int Width>
   static INLINE void load_weights(const Stored* w, Weight (&weight)[Width]) {
     unroll<Width / 2>([&](auto pair) INLINE_LAMBDA {
-      unpack_bf16(w + 2 * pair * kLanes<T>, weight[2 * pair], weight[2 * pair + 1]);
+      unpack_bf16(w + 2 * pair * kVectorElements<T>, weight[2 * pair], weight[2 * pair + 1]);
     });
   }
 };
@@ -66,7 +66,8 @@ struct Pairs {
 
   template <int Width>
   static INLINE void load_weights(const Stored* w, Weight (&weight)[Width]) {
-    unroll<Width>([&](auto v) INLINE_LAMBDA { __builtin_memcpy(&weight[v], w + v * 2 * kLanes<T>, sizeof weight[v]); });
+    unroll<Width>(
+        [&](auto v) INLINE_LAMBDA { __builtin_memcpy(&weight[v], w + v * 2 * kVectorElements<T>, sizeof weight[v]); });
   }
   static INLINE IntVec<T> spread(Word x) { return x + IntVec<T>{}; }
   static INLINE Vec<T> multiply_add(Weight weight, IntVec<T> x, Vec<T> sum) { return dot_pairs(weight, x, sum); }
@@ -88,7 +89,7 @@ INLINE Operands<typename Panel::Word> operands_of(const typename Panel::T* a, in
     return {a, lda, 0};
   } else {
 #if defined(STACKED_LSTM_BF16_UNITS)
-    constexpr int V = kLanes<float>;
+    constexpr int V = kVectorElements<float>;
     auto* const words = static_cast<int32_t*>(memory);
     const int64_t ld = operand_words(inner, Panel::kParts), part = operand_part(inner);
     const auto some = [&](const float* x, int64_t count) INLINE_LAMBDA {
@@ -117,7 +118,7 @@ void tile(const typename Panel::Stored* __restrict panel, const typename Panel::
           [[maybe_unused]] int64_t part_words, int64_t steps, const typename Panel::T* init, int64_t init_step,
           typename Panel::T* c, int64_t ldc) {
   using T = typename Panel::T;
-  constexpr int V = kLanes<T>, stored = Width * V * Panel::kRows;
+  constexpr int V = kVectorElements<T>, stored = Width * V * Panel::kRows;
   Vec<T> sum[Sums * Rows * Width];
   unroll<Sums * Rows * Width>([&](auto n) INLINE_LAMBDA {
     constexpr int part = n / (Rows * Width), row = n / Width % Rows, v = n % Width;
@@ -235,7 +236,7 @@ INLINE void there_or_back(int64_t first, int64_t last, bool from_last, F&& f) {
 
 template <typename Panel, int Width>
 void product_of_width(const Product<typename Panel::T>& p) {
-  constexpr int64_t columns = Width * kLanes<typename Panel::T>;
+  constexpr int64_t columns = Width * kVectorElements<typename Panel::T>;
   if (p.first_panel >= p.last_panel) return;
   const auto* const panels = static_cast<const typename Panel::Stored*>(p.panels.data);
   const int64_t steps = (p.inner + Panel::kRows - 1) / Panel::kRows;
@@ -260,22 +261,22 @@ void product(const Product<T>& p) {
 
 template <typename T>
 INLINE Gates<Vec<T>> load_gates(const T* p) {
-  constexpr int V = kLanes<T>;
+  constexpr int V = kVectorElements<T>;
   return {load(p), load(p + V), load(p + 2 * V), load(p + 3 * V)};
 }
 template <typename T>
 INLINE void store_gates(T* p, const Gates<Vec<T>>& y) {
-  constexpr int V = kLanes<T>;
+  constexpr int V = kVectorElements<T>;
   store(p, y.i), store(p + V, y.f), store(p + 2 * V, y.g), store(p + 3 * V, y.o);
 }
 
 // The cell for one unit block of `rows` rows; `pre` holds their pre-activations. Not inlined, so that every caller runs
 // the same instructions and gets the same bits.
 template <typename T>
-__attribute__((noinline)) void cells_forward(const StepForward<T>& s, const T* pre, int64_t block, int64_t row,
+__attribute__((noinline)) void cells_forward(const StepForward<T>& s, const T* pre, int64_t unit_block, int64_t row,
                                              int64_t rows) {
-  constexpr int V = kLanes<T>;
-  const int64_t unit = block * V;
+  constexpr int V = kVectorElements<T>;
+  const int64_t unit = unit_block * V;
   for (int64_t end = row + rows; row < end; ++row, pre += 4 * V) {
     const Gates<Vec<T>> y = activate<Math<T>>(load_gates(pre));
     Vec<T> c = load(s.c + row * s.padded_hidden + unit);
@@ -291,23 +292,23 @@ __attribute__((noinline)) void cells_forward(const StepForward<T>& s, const T* p
 template <typename Panel, int Width>
 void step_forward_of_width(const StepForward<typename Panel::T>& s) {
   using T = typename Panel::T;
-  constexpr int V = kLanes<T>;
+  constexpr int V = kVectorElements<T>;
   constexpr int64_t columns = Width * V;
-  if (s.first_block >= s.last_block) return;
+  if (s.first_unit_block >= s.last_unit_block) return;
   const auto* const panels = static_cast<const typename Panel::Stored*>(s.panels.data);
   const int64_t steps = (s.inner + Panel::kRows - 1) / Panel::kRows;
   const auto h = operands_of<Panel>(s.h, s.ldh, s.rows, s.inner, s.operands);
   const Tile<Panel>* tiles = tiles_for<Panel, Width>(s.unroll_rows);
   alignas(STACKED_LSTM_VECTOR_BYTES) T pre[kTileRows<Width> * 4 * V];
-  there_or_back(s.first_block, s.last_block, s.from_last, [&](int64_t block) INLINE_LAMBDA {
+  there_or_back(s.first_unit_block, s.last_unit_block, s.from_last, [&](int64_t unit_block) INLINE_LAMBDA {
     share_rows(s.rows, kTileRows<Width>, [&](int64_t row, int64_t count) INLINE_LAMBDA {
       for (int64_t part = 0; part < 4 / Width; ++part) {
-        const int64_t panel = block * (4 / Width) + part;
+        const int64_t panel = unit_block * (4 / Width) + part;
         tiles[count](panels + panel * steps * Panel::kRows * columns, h.data + row * h.ld, h.ld, h.part, steps,
                      s.projected + row * 4 * s.padded_hidden + panel * columns, 4 * s.padded_hidden,
                      pre + part * columns, 4 * V);
       }
-      cells_forward(s, pre, block, row, count);
+      cells_forward(s, pre, unit_block, row, count);
     });
   });
 }
@@ -320,21 +321,21 @@ void step_forward(const StepForward<T>& s) {
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
 
-// The first `count` lanes of v, and zero in the others. This is no product with a mask: if a row has an Inf in it, its
-// padded units hold NaNs (0·Inf in their products), and NaNs must not reach the products of backward.
+// The first `count` elements of v, and zero in the others. This is no product with a mask: if a row has an Inf in it,
+// its padded units hold NaNs (0·Inf in their products), and NaNs must not reach the products of backward.
 template <typename T>
-INLINE Vec<T> first_lanes(Vec<T> v, int64_t count) {
-  alignas(STACKED_LSTM_VECTOR_BYTES) T all[kLanes<T>];
+INLINE Vec<T> first_elements(Vec<T> v, int64_t count) {
+  alignas(STACKED_LSTM_VECTOR_BYTES) T all[kVectorElements<T>];
   store(all, v);
   return load_first(all, count);
 }
 
 template <typename T>
 void step_backward(const StepBackward<T>& s) {
-  constexpr int V = kLanes<T>;
+  constexpr int V = kVectorElements<T>;
   for (int64_t row = 0; row < s.rows; ++row) {
-    for (int64_t block = s.first_block; block < s.last_block; ++block) {
-      const int64_t unit = block * V, at = row * s.padded_hidden + unit;
+    for (int64_t unit_block = s.first_unit_block; unit_block < s.last_unit_block; ++unit_block) {
+      const int64_t unit = unit_block * V, at = row * s.padded_hidden + unit;
       Vec<T> dh = load(s.dh + row * s.lddh + unit);
       if (s.dy) dh = dh + load(s.dy + row * s.lddy + unit);
       Vec<T> dc = load(s.dc + at);
@@ -342,8 +343,8 @@ void step_backward(const StepBackward<T>& s) {
       const Vec<T> c_next = load(s.c_next + at);
       Gates<Vec<T>> d = cell_backward<Math<T>>(y, load(s.c + at), c_next, dh, dc);
       if (const int64_t left = s.hidden - unit; left < V) {
-        d = {first_lanes<T>(d.i, left), first_lanes<T>(d.f, left), first_lanes<T>(d.g, left),
-             first_lanes<T>(d.o, left)};
+        d = {first_elements<T>(d.i, left), first_elements<T>(d.f, left), first_elements<T>(d.g, left),
+             first_elements<T>(d.o, left)};
       }
       if (s.projected) store(s.projected + row * s.ldm + unit, y.o * Math<T>::tanh(c_next));
       store(s.dc + at, dc);
@@ -355,21 +356,21 @@ void step_backward(const StepBackward<T>& s) {
 }
 
 template <typename T>
-void activate_rows(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_block, int64_t last_block) {
+void activate_rows(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_unit_block, int64_t last_unit_block) {
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t block = first_block; block < last_block; ++block) {
-      T* p = gates + (row * padded_hidden + block * kLanes<T>)*4;
+    for (int64_t unit_block = first_unit_block; unit_block < last_unit_block; ++unit_block) {
+      T* p = gates + (row * padded_hidden + unit_block * kVectorElements<T>)*4;
       store_gates(p, activate<Math<T>>(load_gates(p)));
     }
   }
 }
 
 template <typename T>
-void states(const T* gates, const T* c, int64_t rows, int64_t padded_hidden, int64_t first_block, int64_t last_block,
-            T* c_next) {
+void states(const T* gates, const T* c, int64_t rows, int64_t padded_hidden, int64_t first_unit_block,
+            int64_t last_unit_block, T* c_next) {
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t block = first_block; block < last_block; ++block) {
-      const int64_t at = row * padded_hidden + block * kLanes<T>;
+    for (int64_t unit_block = first_unit_block; unit_block < last_unit_block; ++unit_block) {
+      const int64_t at = row * padded_hidden + unit_block * kVectorElements<T>;
       store(c_next + at, cell_state(load_gates(gates + at * 4), load(c + at)));
     }
   }
@@ -377,7 +378,7 @@ void states(const T* gates, const T* c, int64_t rows, int64_t padded_hidden, int
 
 template <typename T>
 void sum_rows(const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate, T* sum) {
-  constexpr int V = kLanes<T>;
+  constexpr int V = kVectorElements<T>;
   for (int64_t n = 0; n < columns; n += V) {  // rows are padded to whole vectors
     const int64_t left = columns - n;
     Vec<T> total{};
@@ -392,9 +393,9 @@ void sum_rows(const T* a, int64_t lda, int64_t rows, int64_t columns, bool accum
 
 template <typename T>
 void maths(const T* x, int64_t n, T* sigmoid, T* tanh) {
-  for (int64_t at = 0; at < n; at += kLanes<T>) {
+  for (int64_t at = 0; at < n; at += kVectorElements<T>) {
     const int64_t left = n - at;
-    const Vec<T> v = left < kLanes<T> ? load_first(x + at, left) : load(x + at);
+    const Vec<T> v = left < kVectorElements<T> ? load_first(x + at, left) : load(x + at);
     store_first(sigmoid + at, Math<T>::sigmoid(v), left);
     store_first(tanh + at, Math<T>::tanh(v), left);
   }
@@ -403,8 +404,8 @@ void maths(const T* x, int64_t n, T* sigmoid, T* tanh) {
 #include "fingerprint.inc.h"
 
 template <typename T>
-constexpr Kernels<T> kTable = {
-    kLanes<T>,    kUnits,      pack_gates<T>,   pack_rows<T>,     pack_columns<T>,
-    pack_bias<T>, product<T>,  step_forward<T>, step_backward<T>, activate_rows<T>,
-    states<T>,    gradient<T>, sum_rows<T>,     maths<T>,         digest,
+constexpr CpuKernels<T> kTable = {
+    kVectorElements<T>, kUnits,      pack_gates<T>,   pack_rows<T>,     pack_columns<T>,
+    pack_bias<T>,       product<T>,  step_forward<T>, step_backward<T>, activate_rows<T>,
+    states<T>,          gradient<T>, sum_rows<T>,     maths<T>,         digest,
 };

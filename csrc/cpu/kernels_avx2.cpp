@@ -33,14 +33,14 @@ namespace {
 namespace stacked_lstm::cpu {
 
 template <typename T>
-const Kernels<T>* kernels_avx2() {
+const CpuKernels<T>* kernels_avx2() {
 #if defined(__x86_64__)
   return &kTable<T>;
 #else
   return nullptr;
 #endif
 }
-template const Kernels<float>* kernels_avx2();
-template const Kernels<double>* kernels_avx2();
+template const CpuKernels<float>* kernels_avx2();
+template const CpuKernels<double>* kernels_avx2();
 
 }  // namespace stacked_lstm::cpu

@@ -34,14 +34,14 @@ namespace {
 namespace stacked_lstm::cpu {
 
 template <typename T>
-const Kernels<T>* kernels_avx512() {
+const CpuKernels<T>* kernels_avx512() {
 #if defined(__x86_64__)
   return &kTable<T>;
 #else
   return nullptr;
 #endif
 }
-template const Kernels<float>* kernels_avx512();
-template const Kernels<double>* kernels_avx512();
+template const CpuKernels<float>* kernels_avx512();
+template const CpuKernels<double>* kernels_avx512();
 
 }  // namespace stacked_lstm::cpu

@@ -38,14 +38,14 @@ namespace {
 namespace stacked_lstm::cpu {
 
 template <typename T>
-const Kernels<T>* kernels_avx512_bf16() {
+const CpuKernels<T>* kernels_avx512_bf16() {
 #if defined(__x86_64__)
   return &kTable<T>;
 #else
   return nullptr;
 #endif
 }
-template const Kernels<float>* kernels_avx512_bf16();
-template const Kernels<double>* kernels_avx512_bf16();
+template const CpuKernels<float>* kernels_avx512_bf16();
+template const CpuKernels<double>* kernels_avx512_bf16();
 
 }  // namespace stacked_lstm::cpu

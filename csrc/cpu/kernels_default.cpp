@@ -18,10 +18,10 @@ namespace {
 }  // namespace
 
 template <typename T>
-const Kernels<T>* kernels_default() {
+const CpuKernels<T>* kernels_default() {
   return &kTable<T>;
 }
-template const Kernels<float>* kernels_default();
-template const Kernels<double>* kernels_default();
+template const CpuKernels<float>* kernels_default();
+template const CpuKernels<double>* kernels_default();
 
 }  // namespace stacked_lstm::cpu

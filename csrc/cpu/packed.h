@@ -21,11 +21,11 @@ inline int64_t recurrent_width(int64_t batch) { return batch <= 6 ? 4 : 2; }
 // Vectors a panel of all other products.
 inline constexpr int64_t kWidth = 2;
 
-inline int64_t panels_of(int64_t columns, int64_t width, int64_t lanes) {
-  return (columns + width * lanes - 1) / (width * lanes);
+inline int64_t panels_of(int64_t columns, int64_t width, int64_t vector_elements) {
+  return (columns + width * vector_elements - 1) / (width * vector_elements);
 }
-inline int64_t panel_elements(int64_t columns, int64_t inner, int64_t width, int64_t lanes) {
-  return panels_of(columns, width, lanes) * width * lanes * inner;
+inline int64_t panel_elements(int64_t columns, int64_t inner, int64_t width, int64_t vector_elements) {
+  return panels_of(columns, width, vector_elements) * width * vector_elements * inner;
 }
 
 template <typename T>
@@ -49,7 +49,7 @@ std::vector<PackedLane<T>> lay_out(const StackShape& shape, Storage storage, Tak
     lane.bias = reinterpret_cast<T*>(take(gate_rows * int64_t{sizeof(T)}));
     if (layer.projection > 0) {
       const int64_t rows = stored_rows(storage, layer.hidden);
-      lane.weight_hr = take(panel_elements(layer.projection, rows, kWidth, kernels<T>().lanes) * stored);
+      lane.weight_hr = take(panel_elements(layer.projection, rows, kWidth, kernels<T>().vector_elements) * stored);
     }
     lanes.push_back(lane);
   }

@@ -16,27 +16,28 @@ INLINE int64_t rows_in_panel(int64_t inner) {
 // Stores N neighbouring vectors of a panel's row, or of the rows that share words. at(row, vector) returns the numbers.
 template <int N, typename T, typename At>
 INLINE void store_vectors(T* out, At&& at) {
-  unroll<N>([&](auto v) INLINE_LAMBDA { store(out + v * kLanes<T>, at(0, v)); });
+  unroll<N>([&](auto v) INLINE_LAMBDA { store(out + v * kVectorElements<T>, at(0, v)); });
 }
 template <int N, typename At>
 INLINE void store_vectors(Bf16* out, At&& at) {
   if constexpr (kRowsTogether<Bf16> == 2) {
-    unroll<N>([&](auto v) INLINE_LAMBDA { pack_bf16(out + 2 * v * kLanes<float>, at(0, v), at(1, v)); });
+    unroll<N>([&](auto v) INLINE_LAMBDA { pack_bf16(out + 2 * v * kVectorElements<float>, at(0, v), at(1, v)); });
   } else {
-    unroll<N / 2>([&](auto v)
-                      INLINE_LAMBDA { pack_bf16(out + 2 * v * kLanes<float>, at(0, 2 * v), at(0, 2 * v + 1)); });
+    unroll<N / 2>(
+        [&](auto v) INLINE_LAMBDA { pack_bf16(out + 2 * v * kVectorElements<float>, at(0, 2 * v), at(0, 2 * v + 1)); });
   }
 }
 
-// `lanes` rows of W from `first` on, of which `count` exist; the others are zero.
+// `kVectorElements` rows of W from `first` on, of which `count` exist; the others are zero.
 template <typename T>
 struct RowsOf {
   const T* first;
   int64_t count;
 
-  // Columns k … k + lanes - 1 of these rows, one vector each. Nothing is read past the last row or a row's end.
-  INLINE void columns(int64_t k, int64_t inner, Vec<T> (&v)[kLanes<T>]) const {
-    constexpr int V = kLanes<T>;
+  // Columns k … k + kVectorElements - 1 of these rows, one vector each. Nothing is read past the last row or a row's
+  // end.
+  INLINE void columns(int64_t k, int64_t inner, Vec<T> (&v)[kVectorElements<T>]) const {
+    constexpr int V = kVectorElements<T>;
     const T* const p = first + k;
     if (count >= V && inner - k >= V) {
       unroll<V>([&](auto n) INLINE_LAMBDA { v[n] = load(p + n * inner); });
@@ -55,14 +56,14 @@ struct RowsOf {
 // How many vectors of a panel are packed at a time: one if it fills a cache line of the panel, else two. Vectors that
 // share words are always packed together.
 template <typename T, typename W>
-inline constexpr int kVectorsTogether = kLanes<T> * kRowsTogether<W> * int{sizeof(W)} >= 64 ? 1 : 2;
+inline constexpr int kVectorsTogether = kVectorElements<T> * kRowsTogether<W> * int{sizeof(W)} >= 64 ? 1 : 2;
 
 // Packs rows of W as neighbouring vectors of a panel. The processor's prefetchers follow neither so many rows nor the
 // strided lines of the panel. So each iteration prefetches as much as it reads of the rows that are packed next, in the
 // order of their addresses, and the lines that the next iteration writes.
 template <typename T, typename W>
-void pack_lanes(const RowsOf<T>* rows, const RowsOf<T>* next, int64_t inner, W* out, int64_t ldo) {
-  constexpr int V = kLanes<T>, R = kRowsTogether<W>, N = kVectorsTogether<T, W>;
+void pack_rows_of(const RowsOf<T>* rows, const RowsOf<T>* next, int64_t inner, W* out, int64_t ldo) {
+  constexpr int V = kVectorElements<T>, R = kRowsTogether<W>, N = kVectorsTogether<T, W>;
   constexpr int kLine = 64 / int{sizeof(T)}, kSecondLevel = 2;  // rows a power of two apart share sets of the first
   for (int64_t k = 0; k < inner; k += V, out += V * ldo) {
     Vec<T> v[N][V];
@@ -95,7 +96,7 @@ INLINE void with_storage(Storage storage, void* panels, Run&& run) {
 template <typename T, typename RowsOfColumn>
 INLINE void pack_panels(int64_t inner, int64_t width, int64_t first, int64_t last, Storage storage, void* panels,
                         RowsOfColumn&& rows_of) {
-  const int64_t ldo = width * kLanes<T>;
+  const int64_t ldo = width * kVectorElements<T>;
   with_storage<T>(storage, panels, [&]<typename W>(W* out) INLINE_LAMBDA {
     constexpr int N = kVectorsTogether<T, W>;
     const int64_t rows = rows_in_panel<W>(inner);
@@ -104,7 +105,7 @@ INLINE void pack_panels(int64_t inner, int64_t width, int64_t first, int64_t las
         const int64_t column = panel * width + v, following = column + N < last * width ? column + N : column;
         RowsOf<T> of[N], next[N];
         unroll<N>([&](auto n) INLINE_LAMBDA { of[n] = rows_of(column + n), next[n] = rows_of(following + n); });
-        pack_lanes(of, next, inner, out + panel * rows * ldo + v * kLanes<T> * kRowsTogether<W>, ldo);
+        pack_rows_of(of, next, inner, out + panel * rows * ldo + v * kVectorElements<T> * kRowsTogether<W>, ldo);
       }
     }
   });
@@ -114,7 +115,7 @@ template <typename T>
 void pack_gates(const T* w, int64_t hidden, int64_t inner, int64_t width, int64_t first, int64_t last, Storage storage,
                 void* panels) {
   pack_panels<T>(inner, width, first, last, storage, panels, [&](int64_t column) INLINE_LAMBDA {
-    const int64_t unit = column / 4 * kLanes<T>, gate = column % 4;
+    const int64_t unit = column / 4 * kVectorElements<T>, gate = column % 4;
     return RowsOf<T>{w + (gate * hidden + unit) * inner, hidden - unit};
   });
 }
@@ -123,33 +124,34 @@ template <typename T>
 void pack_rows(const T* w, int64_t columns, int64_t inner, int64_t width, int64_t first, int64_t last, Storage storage,
                void* panels) {
   pack_panels<T>(inner, width, first, last, storage, panels, [&](int64_t column) INLINE_LAMBDA {
-    const int64_t row = column * kLanes<T>;
+    const int64_t row = column * kVectorElements<T>;
     return RowsOf<T>{w + row * inner, columns - row};
   });
 }
 
 template <typename T>
-void pack_columns(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_block, int64_t padded_rows,
+void pack_columns(const T* w, int64_t columns, int64_t row_blocks, int64_t rows_per_block, int64_t padded_rows,
                   int64_t width, int64_t first, int64_t last, Storage storage, void* panels) {
-  constexpr int V = kLanes<T>;
+  constexpr int V = kVectorElements<T>;
   const int64_t ldo = width * V;
-  // Panels that are written at once: few, but enough for a row to be read in pieces of many lines.
+  // Panels that are written at once: few, but enough for a row to be read in runs of many lines.
   const int64_t together = 32 / width;
-  // How many rows ahead W is prefetched, if its rows are long: the processor's prefetchers do not follow pieces of such
+  // How many rows ahead W is prefetched, if its rows are long: the processor's prefetchers do not follow runs of such
   // rows.
   constexpr int kRowsAhead = 4;
   const bool ask = columns * int64_t{sizeof(T)} >= 1024;
   with_storage<T>(storage, panels, [&]<typename W>(W* data) INLINE_LAMBDA {
     constexpr int R = kRowsTogether<W>;
-    const int64_t rows = rows_in_panel<W>(blocks * padded_rows);
+    const int64_t rows = rows_in_panel<W>(row_blocks * padded_rows);
     for (int64_t some = first; some < last; some += together) {
       const int64_t end = last - some < together ? last : some + together;
-      int64_t block = 0, row = 0;
+      int64_t row_block = 0, row = 0;
       for (int64_t to = 0; to < rows; to += R) {
         const T* from[R];  // null: a row of zeros
         for (const T*& p : from) {
-          p = block < blocks && row < rows_per_block ? w + (block * rows_per_block + row) * columns : nullptr;
-          if (++row == padded_rows) row = 0, ++block;
+          p = row_block < row_blocks && row < rows_per_block ? w + (row_block * rows_per_block + row) * columns
+                                                             : nullptr;
+          if (++row == padded_rows) row = 0, ++row_block;
         }
         for (int64_t panel = some; panel < end; ++panel) {
           W* const out = data + (panel * rows + to) * ldo;
@@ -170,7 +172,7 @@ void pack_columns(const T* w, int64_t columns, int64_t blocks, int64_t rows_per_
 
 template <typename T>
 void pack_bias(const T* b_ih, const T* b_hh, int64_t hidden, int64_t first, int64_t last, T* bias) {
-  constexpr int V = kLanes<T>;
+  constexpr int V = kVectorElements<T>;
   for (int64_t unit = first * V; unit < last * V; ++unit) {
     for (int64_t gate = 0; gate < 4; ++gate) {
       T sum = 0;

@@ -36,10 +36,11 @@ double cache_bytes([[maybe_unused]] int wanted) {
 
 CpuMachine measure(int64_t element) {
   CpuMachine m;
-  const double lanes = static_cast<double>(element == 8 ? kernels<double>().lanes : kernels<float>().lanes);
-  m.multiply_adds *= lanes / 16;
-  m.cell *= 16 / lanes;
-  m.unit_grain = std::max<int64_t>(static_cast<int64_t>(lanes) * 4, 1);
+  const double elements =
+      static_cast<double>(element == 8 ? kernels<double>().vector_elements : kernels<float>().vector_elements);
+  m.multiply_adds *= elements / 16;
+  m.cell *= 16 / elements;
+  m.unit_grain = std::max<int64_t>(static_cast<int64_t>(elements) * 4, 1);
   if (const double l2 = cache_bytes(2); l2 > 0) m.l2_bytes = l2;
   if (const double l3 = cache_bytes(3); l3 > 0) m.l3_bytes = l3;
   return m;

@@ -10,6 +10,7 @@
 
 #include "../stack/stack.h"
 #include "../stack/wavefront.h"
+#include "call.h"
 #include "kernels.h"
 
 namespace stacked_lstm::cpu {

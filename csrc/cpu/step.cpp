@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <new>
 
+#include "../stack/states.h"
 #include "wave.h"
 
 namespace stacked_lstm::cpu {
@@ -37,7 +38,8 @@ class StackStep {
     int64_t units = 0, columns = 0, widest = 0;
     for (const LayerShape& layer : shape_.layers) {
       units = std::max(units, layer.padded_hidden());
-      columns = std::max(columns, std::max(round_up(layer.output(), kWidth * kernels_.lanes), layer.padded_hidden()));
+      columns = std::max(columns,
+                         std::max(round_up(layer.output(), kWidth * kernels_.vector_elements), layer.padded_hidden()));
       widest = std::max({widest, layer.input, layer.output(), layer.hidden});
     }
     const int64_t layers = shape_.depth();
@@ -46,7 +48,7 @@ class StackStep {
       h_ = memory_->template take<T>(layers * shape_.batch * ldh_);
       c_ = memory_->template take<T>(layers * shape_.batch * ldc_);
       gates_ = memory_->template take<T>(layers * shape_.batch * 4 * ldc_);
-      hidden_ = shape_.layers[0].projection > 0 ? memory_->template take<T>(layers * shape_.batch * ldc_) : nullptr;
+      hidden_ = shape_.projects() ? memory_->template take<T>(layers * shape_.batch * ldc_) : nullptr;
       operand_bytes_ = operand_bytes(kernels_, call.weights.storage(), shape_.batch, widest);
       operands_ = memory_->template take<char>(workers_ * operand_bytes_);
       done_ = memory_->template take<Count>(workers_);
@@ -77,7 +79,8 @@ class StackStep {
   }
 
  private:
-  // A worker's count of hand-overs goes on from layer to layer.
+  // A worker's count of hand-overs goes on from layer to layer. A layer without a projection skips its first.
+  static constexpr int64_t kHandOvers = 2;  // a layer
   void hand_over(int64_t rank, int64_t count) { publish(done_[rank], count); }
   void wait_all(int64_t size, int64_t count) const {
     for (int64_t n = 0; n < size; ++n) team_.wait(done_[n], count);
@@ -88,25 +91,24 @@ class StackStep {
     const PackedLane<T>& weights = call_.weights.lanes()[static_cast<size_t>(index)];
     const Storage storage = call_.weights.storage();
     const int64_t batch = shape_.batch, hidden = layer.hidden, padded = layer.padded_hidden(), out = layer.output();
-    const int64_t lanes = kernels_.lanes, width = recurrent_width(batch);
+    const int64_t elements = kernels_.vector_elements, width = recurrent_width(batch);
     const bool projects = layer.projection > 0;
-    const int64_t hand_overs = projects ? 2 : 1;  // a layer
-    const Range blocks = share_of(padded / lanes, rank, size);
-    const Range units{std::min(blocks.first * lanes, hidden), std::min(blocks.last * lanes, hidden)};
+    const Range unit_blocks = share_of(padded / elements, rank, size);
+    const Range units{std::min(unit_blocks.first * elements, hidden), std::min(unit_blocks.last * elements, hidden)};
     void* const operands = operands_ + rank * operand_bytes_;
     T* const gates = gates_ + index * batch * 4 * ldc_;
     T* const h = h_ + index * batch * ldh_;
     T* const c = c_ + index * batch * ldc_;
-    const T* const h_0 = call_.h_0 + index * batch * out;
-    const T* const c_0 = call_.c_0 + index * batch * hidden;
-    T* const h_n = call_.h_n + index * batch * out;
-    T* const c_n = call_.c_n + index * batch * hidden;
+    const StateLayout states(shape_);
+    const int64_t h_at = states.h(index), c_at = states.c(index);
+    const T *const h_0 = call_.h_0 + h_at, *const c_0 = call_.c_0 + c_at;
+    T *const h_n = call_.h_n + h_at, *const c_n = call_.c_n + c_at;
 
     kernels_.product({
         .panels = {weights.weight_hh, storage},
         .width = width,
-        .first_panel = blocks.first * 4 / width,
-        .last_panel = blocks.last * 4 / width,
+        .first_panel = unit_blocks.first * 4 / width,
+        .last_panel = unit_blocks.last * 4 / width,
         .a = h_0,
         .lda = out,
         .rows = batch,
@@ -120,15 +122,15 @@ class StackStep {
     });
     for (int64_t b = 0; b < batch; ++b) {
       T* const row = c + b * padded;
-      std::fill(row + std::max(units.last, blocks.first * lanes), row + blocks.last * lanes, T(0));
+      std::fill(row + std::max(units.last, unit_blocks.first * elements), row + unit_blocks.last * elements, T(0));
       copy(c_0 + b * hidden, row, units);
     }
-    wait_all(size, index * hand_overs);
+    wait_all(size, index * kHandOvers);
     StepForward<T> step{
         .panels = {weights.weight_ih, storage},
         .width = kWidth,
-        .first_block = blocks.first,
-        .last_block = blocks.last,
+        .first_unit_block = unit_blocks.first,
+        .last_unit_block = unit_blocks.last,
         .h = index == 0 ? call_.input : h_ + (index - 1) * batch * ldh_,
         .ldh = index == 0 ? call_.input_stride : ldh_,
         .rows = batch,
@@ -151,9 +153,9 @@ class StackStep {
     if (projects) step.h_next = hidden_ + index * batch * ldc_, step.ldh_next = ldc_, step.y = nullptr;
     kernels_.step_forward(step);
     if (projects) {
-      hand_over(rank, index * hand_overs + 1);
-      wait_all(size, index * hand_overs + 1);
-      const Range panels = share_of(panels_of(out, kWidth, lanes), rank, size);
+      hand_over(rank, index * kHandOvers + 1);
+      wait_all(size, index * kHandOvers + 1);
+      const Range panels = share_of(panels_of(out, kWidth, elements), rank, size);
       kernels_.product({
           .panels = {weights.weight_hr, storage},
           .width = kWidth,
@@ -169,10 +171,10 @@ class StackStep {
           .c = h,
           .ldc = ldh_,
       });
-      columns = {std::min(panels.first * kWidth * lanes, out), std::min(panels.last * kWidth * lanes, out)};
+      columns = {std::min(panels.first * kWidth * elements, out), std::min(panels.last * kWidth * elements, out)};
       for (int64_t b = 0; b < batch; ++b) copy(h + b * ldh_, h_n + b * out, columns);
     }
-    hand_over(rank, (index + 1) * hand_overs);
+    hand_over(rank, (index + 1) * kHandOvers);
     for (int64_t b = 0; b < batch; ++b) copy(c + b * padded, c_n + b * hidden, units);
     if (index + 1 == shape_.depth()) {
       for (int64_t b = 0; b < batch; ++b) copy(h_n + b * out, call_.output + b * out, columns);
@@ -185,7 +187,7 @@ class StackStep {
 
   const StepCall<T>& call_;
   const StackShape& shape_;
-  const Kernels<T>& kernels_;
+  const CpuKernels<T>& kernels_;
   Platform& platform_;
   const int64_t workers_;
   Team team_;

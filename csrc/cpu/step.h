@@ -18,8 +18,8 @@ struct StepCall {
   const PackedStack<T>& weights;
   const T* input;  // (B, I), rows `input_stride` apart
   int64_t input_stride;
-  const T* h_0;  // (L, B, output)
-  const T* c_0;  // (L, B, hidden)
+  const T* h_0;  // states: see stack/states.h
+  const T* c_0;
   T* output;     // (B, output)
   T* h_n;
   T* c_n;

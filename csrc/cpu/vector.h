@@ -24,7 +24,7 @@ using Vec = typename VectorOf<T>::V;
 template <typename T>
 using IntVec = typename VectorOf<T>::I;
 template <typename T>
-inline constexpr int kLanes = STACKED_LSTM_VECTOR_BYTES / int{sizeof(T)};
+inline constexpr int kVectorElements = STACKED_LSTM_VECTOR_BYTES / int{sizeof(T)};
 
 template <typename T>
 INLINE Vec<T> load(const T* p) {  // p need not be aligned
@@ -38,13 +38,13 @@ INLINE void store(T* p, Vec<T> v) {
 }
 template <typename T>
 INLINE Vec<T> load_first(const T* p, int64_t count) {  // the rest is zero
-  alignas(STACKED_LSTM_VECTOR_BYTES) T buffer[kLanes<T>] = {};
+  alignas(STACKED_LSTM_VECTOR_BYTES) T buffer[kVectorElements<T>] = {};
   for (int64_t n = 0; n < count; ++n) buffer[n] = p[n];
   return load(buffer);
 }
 template <typename T>
 INLINE void store_first(T* p, Vec<T> v, int64_t count) {
-  if (count >= kLanes<T>) return store(p, v);
+  if (count >= kVectorElements<T>) return store(p, v);
   for (int64_t n = 0; n < count; ++n) p[n] = v[n];
 }
 template <typename T>
@@ -109,30 +109,31 @@ INLINE void unroll(F&& f) {
       INLINE_LAMBDA { (f(std::integral_constant<int, n>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
-// One half of an exchange between two rows, a and b, which are pairs of blocks of `distance` lanes. The result has
-// blocks of a and b in turn: of each pair the lower block, or with `upper` the upper block.
-template <typename T, int distance, bool upper, int... lane>
-INLINE Vec<T> exchange(Vec<T> a, Vec<T> b, std::integer_sequence<int, lane...>) {
-  constexpr int N = sizeof...(lane);
+// One of the two rows that take the place of rows a and b, which are pairs of runs of `distance` elements. It has runs
+// of a and b in turn: of each pair the lower run, or with `upper` the upper run.
+template <typename T, int distance, bool upper, int... element>
+INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::integer_sequence<int, element...>) {
+  constexpr int N = sizeof...(element);
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b,
-                                 ((lane & distance) == 0 ? lane + upper * distance : N + lane - !upper * distance)...);
+  return __builtin_shufflevector(
+      a, b, ((element & distance) == 0 ? element + upper * distance : N + element - !upper * distance)...);
 #else
   return __builtin_shuffle(
-      a, b, IntVec<T>{((lane & distance) == 0 ? lane + upper * distance : N + lane - !upper * distance)...});
+      a, b, IntVec<T>{((element & distance) == 0 ? element + upper * distance : N + element - !upper * distance)...});
 #endif
 }
 
-// Transposes v, whose rows are one vector each: log2(lanes) rounds of exchanges between rows that are 1, 2, 4, … apart.
+// Transposes v, whose rows are one vector each: rows that are 1, 2, 4, … apart are interleaved, log2(kVectorElements)
+// times in all.
 template <typename T, int distance = 1>
-INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
-  if constexpr (distance < kLanes<T>) {
-    constexpr auto lanes = std::make_integer_sequence<int, kLanes<T>>{};
-    unroll<kLanes<T>>([&](auto row) INLINE_LAMBDA {
+INLINE void transpose(Vec<T> (&v)[kVectorElements<T>]) {
+  if constexpr (distance < kVectorElements<T>) {
+    constexpr auto elements = std::make_integer_sequence<int, kVectorElements<T>>{};
+    unroll<kVectorElements<T>>([&](auto row) INLINE_LAMBDA {
       if constexpr ((row & distance) == 0) {
         const Vec<T> a = v[row], b = v[row + distance];
-        v[row] = exchange<T, distance, false>(a, b, lanes);
-        v[row + distance] = exchange<T, distance, true>(a, b, lanes);
+        v[row] = interleave<T, distance, false>(a, b, elements);
+        v[row + distance] = interleave<T, distance, true>(a, b, elements);
       }
     });
     transpose<T, 2 * distance>(v);

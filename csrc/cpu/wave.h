@@ -1,4 +1,4 @@
-// csrc/cpu/wave.h: what the forward and the backward wavefront share: ranges, progress, packing, staging.
+// csrc/cpu/wave.h: what the forward and the backward wavefront share: ranges, progress, packing, copies of rows.
 //
 // Names. A worker has one place in the box of the schedule (wavefront.h). "Own" units, columns and panels are those of
 // its unit slice; "local" rows are those of its batch slice.
@@ -31,11 +31,11 @@ inline constexpr int64_t kRowPadding = 16;
 
 // How far each worker is with each position. Every count only rises.
 struct Progress {
-  Count packed;  // 1: own panels are ready for the other batch slices
-  Count steps;   // hand-overs inside a lane, see the drivers
-  Count chunks;  // chunks done: output of the lane's layer may be read
-  Count blocks;  // in backward: blocks of weight gradients done and not read any more (see Hazards in backward_wave.h)
-  Count done;    // 1: this worker reads nothing of the lane any more
+  Count packed;           // 1: own panels are ready for the other batch slices
+  Count steps;            // hand-overs inside a lane, see the drivers
+  Count chunks;           // chunks done: output of the lane's layer may be read
+  Count gradient_blocks;  // in backward: gradient blocks done and not read any more (see Hazards in backward_wave.h)
+  Count done;             // 1: this worker reads nothing of the lane any more
 };
 
 // How a call's packed weights are stored.
@@ -74,7 +74,9 @@ class Wave {
     schedule_ = plan(shape_, size, sizeof(T), storage_, backward_);
     schedule_.chunk_steps = std::min(schedule_.chunk_steps, chunk_limit_);
     first_sequence_ = share_batch(shape_, schedule_.batch_slices).first;
-    for (Progress& p : progress_) p.packed.value = p.steps.value = p.chunks.value = p.blocks.value = p.done.value = 0;
+    for (Progress& p : progress_) {
+      p.packed.value = p.steps.value = p.chunks.value = p.gradient_blocks.value = p.done.value = 0;
+    }
   }
 
   // Runs worker(rank) for every worker of the schedule.
@@ -103,7 +105,9 @@ class Wave {
   int64_t slices_limit() const {
     return std::max(schedule_.phase[0].unit_slices, schedule_.phases == 2 ? schedule_.phase[1].unit_slices : 1);
   }
-  Progress& own(int64_t position, const Place& place) { return progress(position, place.batch_slice, place.slice); }
+  Progress& own(int64_t position, const WorkerPlace& place) {
+    return progress(position, place.batch_slice, place.slice);
+  }
 
   // Waits for all unit slices of a position, in one batch slice.
   void wait_slices(int64_t position, int64_t batch_slice, Count Progress::* count, int64_t value) {
@@ -115,14 +119,14 @@ class Wave {
   void wait_everybody(int64_t position, Count Progress::* count, int64_t value) {
     for (int64_t b = 0; b < schedule_.batch_slices; ++b) wait_slices(position, b, count, value);
   }
-  void wait_for_input(int64_t position, const Place& place, int64_t chunk) {
+  void wait_for_input(int64_t position, const WorkerPlace& place, int64_t chunk) {
     const Needs n = needs(schedule_, shape_.steps, shape_.directions, position, chunk);
     for (int64_t p = n.first_position; p < n.first_position + n.positions; ++p) {
       wait_slices(p, place.batch_slice, &Progress::chunks, n.chunks);
     }
   }
 
-  Range sequences(const Place& place) const {
+  Range sequences(const WorkerPlace& place) const {
     const int64_t* const first = &first_sequence_[static_cast<size_t>(place.batch_slice)];
     return {first[0], first[1]};
   }
@@ -140,23 +144,23 @@ class Wave {
   int64_t chunks() const { return schedule_.chunks(shape_.steps); }
 
   // Own panels of a product with `columns` columns.
-  Range own_panels(int64_t position, const Place& place, int64_t columns, int64_t width) const {
-    return share_of(panels_of(columns, width, kernels_.lanes), place.slice, slices(position));
+  Range own_panels(int64_t position, const WorkerPlace& place, int64_t columns, int64_t width) const {
+    return share_of(panels_of(columns, width, kernels_.vector_elements), place.slice, slices(position));
   }
   // Own unit blocks, padding included, so that all of a reserve is written. They fill whole panels of the widest kind,
   // so that no panel of a forward or backward product belongs to two slices.
-  Range own_blocks(int64_t position, const Place& place, int64_t padded_hidden) const {
+  Range own_unit_blocks(int64_t position, const WorkerPlace& place, int64_t padded_hidden) const {
     const Range panels = own_panels(position, place, padded_hidden, 4);
-    const int64_t blocks = padded_hidden / kernels_.lanes;
-    return {std::min(panels.first * 4, blocks), std::min(panels.last * 4, blocks)};
+    const int64_t unit_blocks = padded_hidden / kernels_.vector_elements;
+    return {std::min(panels.first * 4, unit_blocks), std::min(panels.last * 4, unit_blocks)};
   }
   Range columns_of(const Range& panels, int64_t width, int64_t columns) const {
-    const int64_t w = width * kernels_.lanes;
+    const int64_t w = width * kernels_.vector_elements;
     return {std::min(panels.first * w, columns), std::min(panels.last * w, columns)};
   }
   // `columns`, rounded up to whole panels.
   int64_t padded_columns(int64_t columns, int64_t width) const {
-    return panel_elements(columns, 1, width, kernels_.lanes);
+    return panel_elements(columns, 1, width, kernels_.vector_elements);
   }
 
   static void* take_panels(Workspace::Lease& memory, int64_t elements, Storage storage) {
@@ -170,11 +174,11 @@ class Wave {
   }
 
   // This batch slice's share of a packing job. Every batch slice needs all panels.
-  Range share_packing(const Range& panels, const Place& place) const {
+  Range share_packing(const Range& panels, const WorkerPlace& place) const {
     const Range part = share_of(panels.size(), place.batch_slice, schedule_.batch_slices);
     return {panels.first + part.first, panels.first + part.last};
   }
-  void packing_done(int64_t position, const Place& place) {
+  void packing_done(int64_t position, const WorkerPlace& place) {
     publish(own(position, place).packed, 1);
     for (int64_t b = 0; b < schedule_.batch_slices; ++b) team_.wait(progress(position, b, place.slice).packed, 1);
   }
@@ -182,8 +186,8 @@ class Wave {
   // Copies the local rows of a lane's steps to `out`, in the lane's order. row_of(t, b) says where a row is. Returns
   // the number of rows.
   template <typename RowOf>
-  int64_t stage(int64_t lane, const Range& sequences, const Range& steps, int64_t columns, RowOf&& row_of, T* out,
-                int64_t ldo) const {
+  int64_t copy_rows(int64_t lane, const Range& sequences, const Range& steps, int64_t columns, RowOf&& row_of, T* out,
+                    int64_t ldo) const {
     int64_t row = 0;
     for (int64_t s = steps.first; s < steps.last; ++s) {
       const int64_t t = shape_.time(lane, s), rows = local_rows(sequences, t);
@@ -193,29 +197,25 @@ class Wave {
     }
     return row;
   }
-  // Stages the input of a lane's layer, dropout included: for layer 0 the caller's input, else `below`, h of the layer
+  // Copies the input of a lane's layer: for layer 0 the caller's input, else what the link makes of `below`, h of the layer
   // below.
-  int64_t stage_input(const Input<T>& input, const Dropout& dropout, const T* below, int64_t lane,
-                      const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
+  int64_t copy_input(const Input<T>& input, const Links& links, const T* below, int64_t lane,
+                     const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
     const int64_t layer = lane / shape_.directions, width = shape_.layers[layer].input;
     if (layer == 0) {
-      return stage(
+      return copy_rows(
           lane, sequences, steps, width, [&](int64_t t, int64_t b) { return input.row(shape_, t, b); }, out, ldo);
     }
-    const int64_t rows = stage(
+    const int64_t rows = copy_rows(
         lane, sequences, steps, width, [&](int64_t t, int64_t b) { return below + (shape_.first_row(t) + b) * width; },
         out, ldo);
-    if (dropout.active()) apply_dropout(dropout, layer - 1, lane, sequences, steps, width, out, ldo);
-    return rows;
-  }
-  void apply_dropout(const Dropout& dropout, int64_t layer, int64_t lane, const Range& sequences, const Range& steps,
-                     int64_t width, T* out, int64_t ldo) const {
+    const Link link = links[layer - 1];
+    if (!link.changes_h()) return rows;
     for (int64_t s = steps.first; s < steps.last; ++s) {
-      const int64_t t = shape_.time(lane, s), rows = local_rows(sequences, t);
-      for (int64_t b = 0; b < rows; ++b, out += ldo) {
-        dropout.apply(out, width, t * shape_.batch + sequences.first + b, layer);
-      }
+      const int64_t t = shape_.time(lane, s), n = local_rows(sequences, t);
+      for (int64_t b = 0; b < n; ++b, out += ldo) link.forward(out, width, t * shape_.batch + sequences.first + b);
     }
+    return rows;
   }
 
   // Prefetches a row that other cores have just written: all its lines at once, not one by one as a product reaches
@@ -231,7 +231,7 @@ class Wave {
   }
 
   const StackShape& shape_;
-  const Kernels<T>& kernels_;
+  const CpuKernels<T>& kernels_;
   const int64_t lane_count_;
   const Storage storage_;
   const bool backward_;

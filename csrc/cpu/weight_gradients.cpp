@@ -1,4 +1,4 @@
-// csrc/cpu/weight_gradients.cpp: the gradients of a lane's weights, one block of rows after the other: each worker's
+// csrc/cpu/weight_gradients.cpp: the gradients of a lane's weights, one gradient block after the other: each worker's
 // share of the gate rows. See backward_wave.h.
 #include "backward_wave.h"
 
@@ -7,62 +7,62 @@ namespace stacked_lstm::cpu {
 template <typename T>
 void BackwardWave<T>::LaneRun::make_room(int64_t s) {
   while (rows_of({s, std::min(oldest_.last + 1, w_.shape_.steps)}) > w_.ring_rows_) {
-    w_.wait_everybody(position_, &Progress::blocks, ++released_);
-    oldest_ = block_before(oldest_.first);
+    w_.wait_everybody(position_, &Progress::gradient_blocks, ++released_);
+    oldest_ = gradient_block_before(oldest_.first);
   }
 }
 
 template <typename T>
-void BackwardWave<T>::LaneRun::finish_blocks(int64_t first_step, int64_t chunks) {
-  if (block_.first < first_step) return;
+void BackwardWave<T>::LaneRun::finish_gradient_blocks(int64_t first_step, int64_t chunks) {
+  if (gradient_block_.first < first_step) return;
   const bool wanted = !w_.call_.gradients.empty();
   if (wanted) w_.wait_everybody(position_, &Progress::chunks, chunks);
-  for (; block_.first >= first_step; block_ = block_before(block_.first)) {
+  for (; gradient_block_.first >= first_step; gradient_block_ = gradient_block_before(gradient_block_.first)) {
     if (wanted) weight_gradients();
-    publish(progress_.blocks, ++finished_);
+    publish(progress_.gradient_blocks, ++finished_);
   }
 }
 
 template <typename T>
 void BackwardWave<T>::LaneRun::weight_gradients() {
   const LaneGradients<T>& g = w_.call_.gradients[static_cast<size_t>(index_)];
-  BlockRows block;
+  GradientBlockRows gradient_block;
   int64_t runs = 0;
-  for_each_run(block_, everyone(), [&](int64_t, int64_t rows, int64_t slot) {
-    if (runs == 0) block.parting = rows;
-    block.slots[runs++] = slot, block.rows += rows;
+  for_each_run(gradient_block_, everyone(), [&](int64_t, int64_t rows, int64_t ring_row) {
+    if (runs == 0) gradient_block.parting = rows;
+    gradient_block.ring_row[runs++] = ring_row, gradient_block.rows += rows;
   });
   const int64_t slices = w_.slices(position_), workers = slices * w_.schedule_.batch_slices;
   const int64_t part = place_.batch_slice * slices + place_.slice;
   const Range units = share_of(hidden_, part, workers);
   if (units.size() > 0) {
-    input_weight_gradient(g, units, block);
-    recurrent_weight_gradient(g, units, block);
-    if (g.bias_ih) bias_gradient(g, units, block);
+    input_weight_gradient(g, units, gradient_block);
+    recurrent_weight_gradient(g, units, gradient_block);
+    if (g.bias_ih) bias_gradient(g, units, gradient_block);
   }
   if (projects_) {
     const Range rows = share_of(out_, part, workers);
-    if (rows.size() > 0) projection_gradient(g, rows, block);
+    if (rows.size() > 0) projection_gradient(g, rows, gradient_block);
   }
 }
 
 template <typename T>
-void BackwardWave<T>::LaneRun::add_product(T* c, int64_t columns, const Range& units, const BlockRows& block,
-                                           const T* b, int64_t ldb) {
+void BackwardWave<T>::LaneRun::add_product(T* c, int64_t columns, const Range& units,
+                                           const GradientBlockRows& gradient_block, const T* b, int64_t ldb) {
   GradientProduct<T> product{
       .c = c,
       .ldc = columns,
-      .a = lane_.dgates + block.slots[0] * lddg_,
-      .a_rest = lane_.dgates + block.slots[1] * lddg_,
+      .a = buffers_.dgates + gradient_block.ring_row[0] * lddg_,
+      .a_rest = buffers_.dgates + gradient_block.ring_row[1] * lddg_,
       .lda = lddg_,
       .b = b,
-      .b_rest = b + block.parting * ldb,
+      .b_rest = b + gradient_block.parting * ldb,
       .ldb = ldb,
-      .rows = block.rows,
-      .parting = block.parting,
+      .rows = gradient_block.rows,
+      .parting = gradient_block.parting,
       .m = 4 * hidden_,
       .n = columns,
-      .accumulate = !first_block(),
+      .accumulate = !first_gradient_block(),
       .rounded = w_.call_.bf16_activations,
       .scratch = scratch_.large,
   };
@@ -77,79 +77,81 @@ void BackwardWave<T>::LaneRun::add_product(T* c, int64_t columns, const Range& u
 
 template <typename T>
 void BackwardWave<T>::LaneRun::input_weight_gradient(const LaneGradients<T>& g, const Range& units,
-                                                     const BlockRows& block) {
+                                                     const GradientBlockRows& gradient_block) {
   const StackShape& shape = w_.shape_;
   const Input<T>& x = w_.call_.input;
-  const int64_t row = shape.first_row(times_of(block_).first), width = layer_.input;
+  const int64_t row = shape.first_row(times_of(gradient_block_).first), width = layer_.input;
   // If x is a matrix, it is read in place.
   const bool matrix = x.row_stride >= width && (shape.packed() || x.step_stride == shape.batch * x.row_stride);
   if (layer_index_ == 0 && matrix) {
-    add_product(g.weight_ih, width, units, block, x.data + row * x.row_stride, x.row_stride);
-  } else if (layer_index_ > 0 && !w_.call_.dropout.active()) {
-    add_product(g.weight_ih, width, units, block, w_.output_of(layer_index_ - 1) + row * width, width);
+    add_product(g.weight_ih, width, units, gradient_block, x.data + row * x.row_stride, x.row_stride);
+  } else if (layer_index_ > 0 && !w_.call_.links[layer_index_ - 1].changes_h()) {
+    add_product(g.weight_ih, width, units, gradient_block, w_.output_of(layer_index_ - 1) + row * width, width);
   } else {
-    stage_block(width, [&](const Range& step, T* to, int64_t ldo) {
-      return w_.stage_input(w_.call_.input, w_.call_.dropout, layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr,
-                            index_, everyone(), step, to, ldo);
+    copy_gradient_block(width, [&](const Range& step, T* to, int64_t ldo) {
+      return w_.copy_input(w_.call_.input, w_.call_.links, layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr,
+                           index_, everyone(), step, to, ldo);
     });
-    add_product(g.weight_ih, width, units, block, scratch_.staged, width + kRowPadding);
+    add_product(g.weight_ih, width, units, gradient_block, scratch_.copied, width + kRowPadding);
   }
 }
 
 template <typename T>
 void BackwardWave<T>::LaneRun::recurrent_weight_gradient(const LaneGradients<T>& g, const Range& units,
-                                                         const BlockRows& block) {
+                                                         const GradientBlockRows& gradient_block) {
   const StackShape& shape = w_.shape_;
-  if (!shape.packed() && block_.first > 0) {
-    const int64_t ldh = shape.directions * out_, before = times_of(block_).first + (direction_ ? 1 : -1);
+  if (!shape.packed() && gradient_block_.first > 0) {
+    const int64_t ldh = shape.directions * out_, before = times_of(gradient_block_).first + (direction_ ? 1 : -1);
     const T* h = w_.output_of(layer_index_) + direction_ * out_ + shape.first_row(before) * ldh;
-    add_product(g.weight_hh, out_, units, block, h, ldh);
+    add_product(g.weight_hh, out_, units, gradient_block, h, ldh);
   } else {
-    stage_block(out_, [&](const Range& step, T* to, int64_t ldo) { return stage_h_before(everyone(), step, to, ldo); });
-    add_product(g.weight_hh, out_, units, block, scratch_.staged, out_ + kRowPadding);
+    copy_gradient_block(
+        out_, [&](const Range& step, T* to, int64_t ldo) { return copy_h_before(everyone(), step, to, ldo); });
+    add_product(g.weight_hh, out_, units, gradient_block, scratch_.copied, out_ + kRowPadding);
   }
 }
 
 template <typename T>
-void BackwardWave<T>::LaneRun::bias_gradient(const LaneGradients<T>& g, const Range& units, const BlockRows& block) {
+void BackwardWave<T>::LaneRun::bias_gradient(const LaneGradients<T>& g, const Range& units,
+                                             const GradientBlockRows& gradient_block) {
   for (int64_t gate = 0; gate < 4; ++gate) {
-    const int64_t rest = block.rows - block.parting, column = gate * padded_ + units.first;
+    const int64_t rest = gradient_block.rows - gradient_block.parting, column = gate * padded_ + units.first;
     T *sum = g.bias_ih + gate * hidden_ + units.first, *same = g.bias_hh + gate * hidden_ + units.first;
-    const auto add = [&](int64_t slot, int64_t rows, bool accumulate) {
-      w_.kernels_.sum_rows(lane_.dgates + slot * lddg_ + column, lddg_, rows, units.size(), accumulate, sum);
+    const auto add = [&](int64_t ring_row, int64_t rows, bool accumulate) {
+      w_.kernels_.sum_rows(buffers_.dgates + ring_row * lddg_ + column, lddg_, rows, units.size(), accumulate, sum);
     };
-    add(block.slots[0], block.parting, !first_block());
-    if (rest > 0) add(block.slots[1], rest, true);
-    if (block_.first == 0) std::copy(sum, sum + units.size(), same);
+    add(gradient_block.ring_row[0], gradient_block.parting, !first_gradient_block());
+    if (rest > 0) add(gradient_block.ring_row[1], rest, true);
+    if (gradient_block_.first == 0) std::copy(sum, sum + units.size(), same);
   }
 }
 
 template <typename T>
 void BackwardWave<T>::LaneRun::projection_gradient(const LaneGradients<T>& g, const Range& own,
-                                                   const BlockRows& block) {
-  const auto [first, rest] = block.slots;
+                                                   const GradientBlockRows& gradient_block) {
+  const auto [first, rest] = gradient_block.ring_row;
   w_.kernels_.gradient({
       .c = g.weight_hr + own.first * hidden_,
       .ldc = hidden_,
-      .a = lane_.dh + first * lddr_ + own.first,
-      .a_rest = lane_.dh + rest * lddr_ + own.first,
+      .a = buffers_.dh + first * lddr_ + own.first,
+      .a_rest = buffers_.dh + rest * lddr_ + own.first,
       .lda = lddr_,
-      .b = lane_.hidden + first * ldm_,
-      .b_rest = lane_.hidden + rest * ldm_,
+      .b = buffers_.hidden + first * ldm_,
+      .b_rest = buffers_.hidden + rest * ldm_,
       .ldb = ldm_,
-      .rows = block.rows,
-      .parting = block.parting,
+      .rows = gradient_block.rows,
+      .parting = gradient_block.parting,
       .m = own.size(),
       .n = hidden_,
-      .accumulate = !first_block(),
+      .accumulate = !first_gradient_block(),
       .rounded = w_.call_.bf16_activations,
       .scratch = scratch_.large,
   });
 }
 
 template void BackwardWave<float>::LaneRun::make_room(int64_t);
-template void BackwardWave<float>::LaneRun::finish_blocks(int64_t, int64_t);
+template void BackwardWave<float>::LaneRun::finish_gradient_blocks(int64_t, int64_t);
 template void BackwardWave<double>::LaneRun::make_room(int64_t);
-template void BackwardWave<double>::LaneRun::finish_blocks(int64_t, int64_t);
+template void BackwardWave<double>::LaneRun::finish_gradient_blocks(int64_t, int64_t);
 
 }  // namespace stacked_lstm::cpu

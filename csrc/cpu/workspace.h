@@ -13,9 +13,9 @@ namespace stacked_lstm::cpu {
 // take a good part of a training step's time. Asks for whole huge pages inside the range only, so that no memory grows.
 void prefer_huge_pages(void* data, int64_t bytes);
 
-// Large memory for results that every call needs again: what a forward pass saves. The process keeps the piece that was
-// given back last, if it has at most 256 MiB, for the next request of about its size. Any thread may take and give
-// back. There is no lock, so a fork cannot leave one locked.
+// Large memory for results that every call needs again: what a forward pass saves. The process keeps the allocation
+// that was given back last, if it has at most 256 MiB, for the next request of about its size. Any thread may take and
+// give back. There is no lock, so a fork cannot leave one locked.
 struct LargeMemory {
   void* data;
   int64_t bytes;
@@ -29,9 +29,9 @@ class Workspace {
   // The calling thread's workspace, for one call at a time: a nested call gets its own.
   class Lease;
 
-  // Runs `takes` twice: first to count the bytes, then to give it parts of one piece that holds them all. So a
-  // workspace is never larger than its largest call has asked for, and has no smaller piece beside that. What was taken
-  // before is lost.
+  // Runs `takes` twice: first to count the bytes, then to give it parts of one allocation that holds them all. So a
+  // workspace is never larger than its largest call has asked for, and has no smaller allocation beside that. What was
+  // taken before is lost.
   // Throws std::runtime_error when there is no memory.
   template <typename Takes>
   void lay_out(Takes&& takes) {
@@ -48,7 +48,7 @@ class Workspace {
     return static_cast<T*>(take_bytes(count, sizeof(T)));
   }
   int64_t bytes() const { return used_; }  // taken
-  int64_t size() const { return size_; }   // of the piece
+  int64_t size() const { return size_; }   // of the allocation
 
   // `huge`, for a workspace that is used again and again: it always has huge pages. `as_needed`, for a workspace that
   // is kept for long: it has huge pages only if it fills at least half of one.

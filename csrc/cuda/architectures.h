@@ -1,7 +1,8 @@
 // csrc/cuda/architectures.h: can a GPU run kernels that were built for a list of architectures?
 //
 // Lists have the form of TORCH_CUDA_ARCH_LIST, like "8.0;9.0a;12.0+PTX". A binary for X.Y runs on X.Z with Z >= Y; a
-// binary for X.Ya only on X.Y; a binary for X.Yf where one for X.Y does. The driver compiles PTX for every newer GPU.
+// binary for X.Ya only on X.Y; a binary for X.Yf where one for X.Y does. CUDA's driver compiles PTX for every newer
+// GPU.
 #pragma once
 
 #include <cctype>

@@ -22,7 +22,7 @@ namespace stacked_lstm {
 struct Device {
   std::string name;
   std::string full_name;
-  std::string model;  // a part of the name that drivers report
+  std::string model;  // a part of the name that CUDA's driver reports
   int major = 0, minor = 0;
   int64_t sms = 0;
   int64_t registers_sm = 0;  // of 32 bits
@@ -32,7 +32,7 @@ struct Device {
   int64_t max_cluster = 1;  // blocks; 1: no clusters. 16 is not portable and must be asked for
   // A cluster lies inside one GPC. How many SMs a GPC has differs from chip to chip. These are the smallest numbers
   // that were observed, so that a plan is too small rather than too large. Of the `gpcs` GPCs, `short_gpcs` have
-  // sms_short_gpc SMs, the others have sms_gpc. (If there is a driver, it is asked: see device_from.)
+  // sms_short_gpc SMs, the others have sms_gpc. (If CUDA's driver is there, it is asked: see device_from.)
   int64_t gpcs = 1, sms_gpc = 1, short_gpcs = 0, sms_short_gpc = 0;
   double clock_mhz = 0;
   double memory_gb_s = 0;
@@ -71,9 +71,9 @@ inline const Device* device_named(const std::string& name) {
   return found == kDevices.end() ? nullptr : &*found;
 }
 
-// What a driver reports about a GPU; 0 if the driver was not asked.
+// What CUDA's driver reports about a GPU; 0 if it was not asked.
 struct DeviceProperties {
-  std::string name;  // as the driver reports it: "NVIDIA H100 80GB HBM3"
+  std::string name;  // as CUDA's driver reports it: "NVIDIA H100 80GB HBM3"
   int major = 0, minor = 0;
   int sms = 0;
   int registers_sm = 0;
@@ -85,7 +85,7 @@ struct DeviceProperties {
   int memory_clock_khz = 0, memory_bus_bits = 0;
 };
 
-// The GPU that a driver describes. Figures that the driver does not report (rates of an SM) are those of a known GPU of
+// The GPU that CUDA's driver describes. Figures that it does not report (rates of an SM) are those of a known GPU of
 // this model, or else of the nearest architecture.
 inline Device device_from(const DeviceProperties& told) {
   const auto is_model = [&](const Device& known) {
@@ -114,9 +114,9 @@ inline Device device_from(const DeviceProperties& told) {
   take(device.l2_bytes, told.l2_bytes);
   if (!known) device.max_cluster = told.major >= 9 ? 8 : 1;  // 8: every GPU with clusters has these
   take(device.max_cluster, told.max_cluster);
-  // No driver reports which SMs form a GPC. A driver reports how many clusters of a launch fit
+  // CUDA's driver does not report which SMs form a GPC. It reports how many clusters of a launch fit
   // (cudaOccupancyMaxActiveClusters), and the planner asks it about the cheapest plan. So the number of clusters here
-  // must be an upper bound. If the driver reports fewer, the planner plans again; the plan that the driver confirms is
+  // must be an upper bound. If it reports fewer, the planner plans again; the plan that it confirms is
   // then the cheapest that fits. If the number here were too low, the planner would not find the plans that need more.
   device.gpcs = 1, device.sms_gpc = device.sms, device.short_gpcs = device.sms_short_gpc = 0;
   if (told.clock_khz > 0) device.clock_mhz = told.clock_khz / 1e3;

@@ -27,7 +27,7 @@ namespace stacked_lstm::gates {
 
 // ---- Where an element is, for dropout -------------------------------------------------------------------------------
 
-// Dropout between layers. Kernels read the seed from the memory of its tensor, so the host does not wait for it.
+// Dropout in the link of one layer to the layer above. Kernels read the seed from the memory of its tensor, so the host does not wait for it.
 struct Mask {
   uint64_t threshold = 0;         // see Dropout in philox.h
   double scale = 1;               // of what is kept
@@ -35,12 +35,11 @@ struct Mask {
 };
 
 // What the cells of a step share. Widths and strides are in elements.
-struct Sizes {
+struct CellSizes {
   int64_t width;          // units of a cell: H, or P where projected rows are copied or collected
   int64_t output_stride;  // of a row of a layer's output: D·(P or H)
   int64_t saved_stride;   // of a row of c in the reserve; a row of gates has four times as much
   int64_t gates_stride;   // of a row of gate gradients, of all steps: D·4H
-  Mask mask;
 };
 
 // The place of a cell's rows in dropout's numbering of elements.
@@ -48,6 +47,7 @@ struct Element {
   int64_t first_row;  // t·B
   int64_t column;     // where the lane's direction begins in a row of the layer's output
   int64_t layer;
+  Mask mask;  // of the link from this layer
 };
 
 // ---- Packs: V neighbours as one access ------------------------------------------------------------------------------
@@ -140,23 +140,23 @@ struct Maths {
 // ---- Dropout --------------------------------------------------------------------------------------------------------
 
 // Multiplies V neighbours, which begin at `unit` of a lane, by their mask. If V > 1, V divides the column, so that the
-// neighbours are words of one Philox block.
+// neighbours are words of one quad (philox.h).
 template <int V, typename A>
-STACKED_LSTM_HOST_DEVICE void apply_mask(A (&x)[V], const Sizes& sizes, const Element& element, int64_t row,
+STACKED_LSTM_HOST_DEVICE void apply_mask(A (&x)[V], const CellSizes& sizes, const Element& element, int64_t row,
                                          int64_t unit) {
   const uint64_t column = static_cast<uint64_t>(element.column + unit);
-  const uint64_t blocks = static_cast<uint64_t>(sizes.output_stride + 3) / 4;
-  const uint64_t block = static_cast<uint64_t>(element.first_row + row) * blocks + column / 4;
-  const uint64_t seed = static_cast<uint64_t>(*sizes.mask.seed);
-  const Philox random = philox4x32_10(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
+  const uint64_t quads = static_cast<uint64_t>(sizes.output_stride + 3) / 4;
+  const uint64_t quad = static_cast<uint64_t>(element.first_row + row) * quads + column / 4;
+  const uint64_t seed = static_cast<uint64_t>(*element.mask.seed);
+  const Philox random = philox4x32_10(static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32),
                                       static_cast<uint32_t>(element.layer), 0, static_cast<uint32_t>(seed),
                                       static_cast<uint32_t>(seed >> 32));
-  const A scale = static_cast<A>(sizes.mask.scale);
+  const A scale = static_cast<A>(element.mask.scale);
   const uint32_t first = static_cast<uint32_t>(column % 4);
   uint32_t kept = 0;  // a bit for each word. Every index is a constant, so that `random` stays in registers
   STACKED_LSTM_UNROLL
   for (int word = 0; word < 4; ++word) {
-    const uint32_t keeps = random.word[word] >= sizes.mask.threshold ? 1 : 0;
+    const uint32_t keeps = random.word[word] >= element.mask.threshold ? 1 : 0;
     kept |= keeps << word;
   }
   STACKED_LSTM_UNROLL

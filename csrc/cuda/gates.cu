@@ -17,7 +17,7 @@ namespace stacked_lstm::gates {
 // The arguments are passed by value, so there is no copy to the device that the host must wait for or keep alive.
 template <typename Cell, int kCapacity>
 struct Step {
-  Sizes sizes;
+  CellSizes sizes;
   Cell cell[kCapacity];
 };
 
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ St
   copy_units<V>(step.sizes, cell, row, unit);
 }
 
-// Numbers that are passed as arguments, within the 4 KB that every driver accepts.
+// Numbers that are passed as arguments, within the 4 KB that every release of CUDA's driver accepts.
 inline constexpr int kNumbers = 500;
 struct Numbers {
   int64_t count, value[kNumbers];
@@ -85,7 +85,7 @@ namespace {
 
 // `Kernel` names the kernel: Kernel::template at<V, kCapacity>().
 template <typename Kernel, int V, int kCapacity, typename Cell>
-cuda::Status launch_cells(const Sizes& sizes, const Cell* cells, int64_t count, void* stream) {
+cuda::Status launch_cells(const CellSizes& sizes, const Cell* cells, int64_t count, void* stream) {
   Step<Cell, kCapacity> step;
   step.sizes = sizes;
   int64_t rows = 0;
@@ -114,7 +114,7 @@ cuda::Status launch_cells(const Sizes& sizes, const Cell* cells, int64_t count, 
 }
 
 template <typename Kernel, int V, typename Cell>
-std::string run_packs(const Sizes& sizes, const Cell* cells, int64_t count, void* stream) {
+std::string run_packs(const CellSizes& sizes, const Cell* cells, int64_t count, void* stream) {
   for (int64_t first = 0; first < count; first += kManyCells) {
     const int64_t some = std::min<int64_t>(count - first, kManyCells);
     const cuda::Status status = some <= kFewCells
@@ -126,7 +126,7 @@ std::string run_packs(const Sizes& sizes, const Cell* cells, int64_t count, void
 }
 
 template <typename Kernel, typename T, template <typename> class Cell>
-std::string run(const Sizes& sizes, const Cell<T>* cells, int64_t count, void* stream) {
+std::string run(const CellSizes& sizes, const Cell<T>* cells, int64_t count, void* stream) {
   bool packs = packs_fit<kPack<T>>(sizes);
   for (int64_t n = 0; packs && n < count; ++n) packs = packs_fit<kPack<T>>(cells[n]);
   return packs ? run_packs<Kernel, kPack<T>>(sizes, cells, count, stream)
@@ -179,16 +179,16 @@ std::string run_numbers(const int64_t* values, int64_t count, int64_t* target, v
 }
 
 template <typename T>
-Kernels<T> kernels() {
+GateKernels<T> kernels() {
   return {run<Forward<T>, T, ForwardCell>, run<Backward<T>, T, BackwardCell>, run<Collect<T>, T, CollectCell>,
           run<Copy<T>, T, CopyCell>};
 }
 
 }  // namespace
 
-const Table& cuda_kernels() {
-  static const Table table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>(),
-                              run_numbers};
+const GateTable& cuda_gate_kernels() {
+  static const GateTable table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>(),
+                                  run_numbers};
   return table;
 }
 

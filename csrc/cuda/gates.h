@@ -93,44 +93,44 @@ struct CopyCell {
 
 // The kernels of one device. Each runs all cells, in one launch if they fit. It returns what went wrong, or "".
 template <typename T>
-struct Kernels {
-  std::string (*forward)(const Sizes&, const ForwardCell<T>*, int64_t cells, void* stream);
-  std::string (*backward)(const Sizes&, const BackwardCell<T>*, int64_t cells, void* stream);
-  std::string (*collect)(const Sizes&, const CollectCell<T>*, int64_t cells, void* stream);
-  std::string (*copy)(const Sizes&, const CopyCell<T>*, int64_t cells, void* stream);
+struct GateKernels {
+  std::string (*forward)(const CellSizes&, const ForwardCell<T>*, int64_t cells, void* stream);
+  std::string (*backward)(const CellSizes&, const BackwardCell<T>*, int64_t cells, void* stream);
+  std::string (*collect)(const CellSizes&, const CollectCell<T>*, int64_t cells, void* stream);
+  std::string (*copy)(const CellSizes&, const CopyCell<T>*, int64_t cells, void* stream);
 };
 
-struct Table {
-  Kernels<float> float32;
-  Kernels<double> float64;
-  Kernels<bfloat16> bf16;
-  Kernels<float16> f16;
+struct GateTable {
+  GateKernels<float> float32;
+  GateKernels<double> float64;
+  GateKernels<bfloat16> bf16;
+  GateKernels<float16> f16;
   // Writes `count` numbers of the host to the device. Reads `values` before it returns, also while a graph is captured.
   std::string (*numbers)(const int64_t* values, int64_t count, int64_t* target, void* stream);
 
   template <typename T>
-  const Kernels<T>& of() const;
+  const GateKernels<T>& of() const;
 };
 
 template <>
-inline const Kernels<float>& Table::of<float>() const {
+inline const GateKernels<float>& GateTable::of<float>() const {
   return float32;
 }
 template <>
-inline const Kernels<double>& Table::of<double>() const {
+inline const GateKernels<double>& GateTable::of<double>() const {
   return float64;
 }
 template <>
-inline const Kernels<bfloat16>& Table::of<bfloat16>() const {
+inline const GateKernels<bfloat16>& GateTable::of<bfloat16>() const {
   return bf16;
 }
 template <>
-inline const Kernels<float16>& Table::of<float16>() const {
+inline const GateKernels<float16>& GateTable::of<float16>() const {
   return f16;
 }
 
-const Table& host_kernels();  // gates_host.cpp
-const Table& cuda_kernels();  // gates.cu
+const GateTable& host_kernels();       // gates_host.cpp
+const GateTable& cuda_gate_kernels();  // gates.cu
 
 // How many units a thread takes if everything is aligned: 16 bytes of A.
 template <typename T>
@@ -157,7 +157,8 @@ STACKED_LSTM_HOST_DEVICE void preactivations(const Cell& cell, int64_t hidden, i
 }
 
 template <int V, typename T>
-STACKED_LSTM_HOST_DEVICE void forward_units(const Sizes& sizes, const ForwardCell<T>& cell, int64_t row, int64_t unit) {
+STACKED_LSTM_HOST_DEVICE void forward_units(const CellSizes& sizes, const ForwardCell<T>& cell, int64_t row,
+                                            int64_t unit) {
   using A = Accumulator<T>;
   const int64_t hidden = sizes.width;
   A a[4][V];
@@ -183,7 +184,7 @@ STACKED_LSTM_HOST_DEVICE void forward_units(const Sizes& sizes, const ForwardCel
   if (cell.above) {
     STACKED_LSTM_UNROLL
     for (int n = 0; n < V; ++n) h[n] = widen(narrow_h.element[n]);  // the layer above reads what the output holds
-    if (sizes.mask.seed) apply_mask(h, sizes, cell.element, row, unit);
+    if (cell.element.mask.seed) apply_mask(h, sizes, cell.element, row, unit);
     store(cell.above + row * sizes.output_stride + unit, narrow_all<T>(h));
   }
   if (cell.saved_c) store(cell.saved_c + row * sizes.saved_stride + unit, c);
@@ -196,7 +197,7 @@ STACKED_LSTM_HOST_DEVICE void forward_units(const Sizes& sizes, const ForwardCel
 }
 
 template <int V, typename T>
-STACKED_LSTM_HOST_DEVICE void collect(const Sizes& sizes, const Incoming<T>& incoming, int64_t row, int64_t unit,
+STACKED_LSTM_HOST_DEVICE void collect(const CellSizes& sizes, const Incoming<T>& incoming, int64_t row, int64_t unit,
                                       Accumulator<T> (&dh)[V]) {
   using A = Accumulator<T>;
   STACKED_LSTM_UNROLL
@@ -205,7 +206,7 @@ STACKED_LSTM_HOST_DEVICE void collect(const Sizes& sizes, const Incoming<T>& inc
     const Pack<A, V> above = load<V>(incoming.above + row * sizes.output_stride + unit);
     STACKED_LSTM_UNROLL
     for (int n = 0; n < V; ++n) dh[n] = above.element[n];
-    if (sizes.mask.seed) apply_mask(dh, sizes, incoming.element, row, unit);
+    if (incoming.element.mask.seed) apply_mask(dh, sizes, incoming.element, row, unit);
   }
   if (incoming.grad_output) {
     const Pack<T, V> grad = load<V>(incoming.grad_output + row * sizes.output_stride + unit);
@@ -224,7 +225,7 @@ STACKED_LSTM_HOST_DEVICE void collect(const Sizes& sizes, const Incoming<T>& inc
 }
 
 template <int V, typename T>
-STACKED_LSTM_HOST_DEVICE void backward_units(const Sizes& sizes, const BackwardCell<T>& cell, int64_t row,
+STACKED_LSTM_HOST_DEVICE void backward_units(const CellSizes& sizes, const BackwardCell<T>& cell, int64_t row,
                                              int64_t unit) {
   using A = Accumulator<T>;
   const int64_t hidden = sizes.width;
@@ -279,7 +280,8 @@ STACKED_LSTM_HOST_DEVICE void backward_units(const Sizes& sizes, const BackwardC
 }
 
 template <int V, typename T>
-STACKED_LSTM_HOST_DEVICE void collect_units(const Sizes& sizes, const CollectCell<T>& cell, int64_t row, int64_t unit) {
+STACKED_LSTM_HOST_DEVICE void collect_units(const CellSizes& sizes, const CollectCell<T>& cell, int64_t row,
+                                            int64_t unit) {
   Accumulator<T> dh[V];
   collect(sizes, cell.incoming, row, unit, dh);
   const Pack<T, V> grad = narrow_all<T>(dh);
@@ -288,7 +290,7 @@ STACKED_LSTM_HOST_DEVICE void collect_units(const Sizes& sizes, const CollectCel
 }
 
 template <int V, typename T>
-STACKED_LSTM_HOST_DEVICE void copy_units(const Sizes& sizes, const CopyCell<T>& cell, int64_t row, int64_t unit) {
+STACKED_LSTM_HOST_DEVICE void copy_units(const CellSizes& sizes, const CopyCell<T>& cell, int64_t row, int64_t unit) {
   Pack<T, V> pack = row < cell.carried ? load<V>(cell.source + row * cell.source_stride + unit)
                                        : load<V>(cell.initial + row * sizes.width + unit);
   if (cell.masked) {
@@ -310,7 +312,7 @@ bool aligned(const Pointer*... pointers) {
 }
 
 template <int V>
-bool packs_fit(const Sizes& s) {
+bool packs_fit(const CellSizes& s) {
   return s.width % V == 0 && s.output_stride % V == 0 && s.saved_stride % V == 0 && s.gates_stride % V == 0;
 }
 template <int V, typename T>

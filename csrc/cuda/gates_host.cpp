@@ -10,8 +10,8 @@ namespace stacked_lstm::gates {
 namespace {
 
 template <template <typename> class Cell, typename T,
-          void (*one)(const Sizes&, const Cell<T>&, int64_t row, int64_t unit)>
-std::string run(const Sizes& sizes, const Cell<T>* cells, int64_t count, void*) {
+          void (*one)(const CellSizes&, const Cell<T>&, int64_t row, int64_t unit)>
+std::string run(const CellSizes& sizes, const Cell<T>* cells, int64_t count, void*) {
   for (const Cell<T>* cell = cells; cell < cells + count; ++cell) {
     for (int64_t row = 0; row < cell->rows; ++row) {
       for (int64_t unit = 0; unit < sizes.width; ++unit) one(sizes, *cell, row, unit);
@@ -21,19 +21,19 @@ std::string run(const Sizes& sizes, const Cell<T>* cells, int64_t count, void*) 
 }
 
 template <typename T>
-constexpr Kernels<T> kernels() {
+constexpr GateKernels<T> kernels() {
   return {run<ForwardCell, T, forward_units<1, T>>, run<BackwardCell, T, backward_units<1, T>>,
           run<CollectCell, T, collect_units<1, T>>, run<CopyCell, T, copy_units<1, T>>};
 }
 
 }  // namespace
 
-const Table& host_kernels() {
-  static const Table table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>(),
-                              [](const int64_t* values, int64_t count, int64_t* target, void*) {
-                                std::copy_n(values, count, target);
-                                return std::string();
-                              }};
+const GateTable& host_kernels() {
+  static const GateTable table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>(),
+                                  [](const int64_t* values, int64_t count, int64_t* target, void*) {
+                                    std::copy_n(values, count, target);
+                                    return std::string();
+                                  }};
   return table;
 }
 

@@ -102,7 +102,7 @@ class Relaxed {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// The CUDA calls of InTurn.
+// The CUDA calls of LaunchesInTurn.
 struct Calls {
   using Error = cudaError_t;
   using Stream = cudaStream_t;
@@ -146,20 +146,20 @@ struct Calls {
 };
 
 // The turns of a device. Never destroyed, since CUDA may already have ended when static objects are destroyed.
-inline InTurn<Calls>& in_turn(int device) {
+inline LaunchesInTurn<Calls>& in_turn(int device) {
   static std::mutex mutex;
-  static auto* const all = new std::map<int, InTurn<Calls>>;
+  static auto* const all = new std::map<int, LaunchesInTurn<Calls>>;
   const std::lock_guard<std::mutex> lock(mutex);
   return (*all)[device];
 }
 
-// What kernels have been allowed on each device, and what the driver has answered about them. A question takes the
-// driver microseconds, in which a small call could run, so each question is asked once. (A program has one such object,
+// What kernels have been allowed on each device, and what CUDA's driver has answered about them. A question takes it
+// microseconds, in which a small call could run, so each question is asked once. (A program has one such object,
 // however many files launch kernels.)
-class Known {
+class KernelFacts {
  public:
-  static Known& instance() {
-    static Known known;
+  static KernelFacts& instance() {
+    static KernelFacts known;
     return known;
   }
 
@@ -220,7 +220,7 @@ class Known {
     return cudaSuccess;
   }
 
-  // The greatest priority of a launch, the same for all devices of a driver; the default, 0, if it does not say.
+  // The greatest priority of a launch, the same for all devices of CUDA's driver; the default, 0, if it does not say.
   int greatest_priority() {
     static const int greatest = [] {
       int least = 0, most = 0;
@@ -261,13 +261,14 @@ class Known {
 
 inline Status launch(const LaunchConfig& config, const void* kernel, void** arguments) {
   Prepared prepared(config);
-  if (const cudaError_t error = Known::instance().allow(config, kernel); error != cudaSuccess) return status_of(error);
+  if (const cudaError_t error = KernelFacts::instance().allow(config, kernel); error != cudaSuccess)
+    return status_of(error);
   cudaLaunchConfig_t& launch = prepared.launch;
   const auto queue = [&] { return cudaLaunchKernelExC(&launch, kernel, arguments); };
   if (config.co_resident) {
     uint64_t capacity = 0;
     int device = 0, multiprocessors = 0;
-    cudaError_t error = Known::instance().capacity(config, kernel, capacity);
+    cudaError_t error = KernelFacts::instance().capacity(config, kernel, capacity);
     if (error == cudaSuccess) error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
       error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
@@ -284,7 +285,7 @@ inline Status launch(const LaunchConfig& config, const void* kernel, void** argu
     // become free one by one, while resident blocks of this launch wait for its other blocks.
     cudaLaunchAttribute& priority = prepared.attributes[launch.numAttrs++];
     priority.id = cudaLaunchAttributePriority;
-    priority.val.priority = Known::instance().greatest_priority();
+    priority.val.priority = KernelFacts::instance().greatest_priority();
     const Demand demand =
         demand_of(blocks(config), capacity, placed_together(config), static_cast<uint64_t>(multiprocessors));
     return status_of(in_turn(device).run(launch.stream, demand, queue));
@@ -294,8 +295,8 @@ inline Status launch(const LaunchConfig& config, const void* kernel, void** argu
 
 inline uint64_t capacity(const LaunchConfig& config, const void* kernel) {
   uint64_t blocks = 0;
-  cudaError_t error = Known::instance().allow(config, kernel);
-  if (error == cudaSuccess) error = Known::instance().capacity(config, kernel, blocks);
+  cudaError_t error = KernelFacts::instance().allow(config, kernel);
+  if (error == cudaSuccess) error = KernelFacts::instance().capacity(config, kernel, blocks);
   return status_of(error).ok() ? blocks : 0;
 }
 

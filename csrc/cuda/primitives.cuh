@@ -81,24 +81,24 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// A barrier of the lanes of `mask`. After it, each sees what any of them wrote before it.
+// A barrier of the warp lanes of `mask`. After it, each sees what any of them wrote before it.
 __device__ __forceinline__ void warp_barrier(unsigned mask = kFullWarp) { __syncwarp(mask); }
 
 // ------------------------------------------------------------------------------------------------------------- warps
-// Every lane of `mask` calls the same function with the same mask. These functions do not order memory accesses. A
-// value from a lane outside the mask is undefined. T has 4 or 8 bytes.
+// Every warp lane of `mask` calls the same function with the same mask. These functions do not order memory accesses. A
+// value from a warp lane outside the mask is undefined. T has 4 or 8 bytes.
 
 template <typename T>
-__device__ __forceinline__ T shuffle(unsigned mask, T value, int lane) {
+__device__ __forceinline__ T shuffle(unsigned mask, T value, int warp_lane) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  return __shfl_sync(mask, value, lane);
+  return __shfl_sync(mask, value, warp_lane);
 }
 template <typename T>
-__device__ __forceinline__ T shuffle_xor(unsigned mask, T value, int lanes) {
+__device__ __forceinline__ T shuffle_xor(unsigned mask, T value, int apart) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  return __shfl_xor_sync(mask, value, lanes);
+  return __shfl_xor_sync(mask, value, apart);
 }
-// From the lane `delta` below; a lane without such a lane keeps its value. shuffle_down: from the lane `delta` above.
+// From the warp lane `delta` below; where there is none, the value is kept. shuffle_down: from the one `delta` above.
 template <typename T>
 __device__ __forceinline__ T shuffle_up(unsigned mask, T value, unsigned delta) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
@@ -282,37 +282,37 @@ __device__ __forceinline__ uint64_t clock_nanoseconds() {
 namespace primitives_detail {
 
 template <int Bytes>
-struct Piece;
+struct RawWord;
 template <>
-struct Piece<2> {
+struct RawWord<2> {
   using type = unsigned short;
 };
 template <>
-struct Piece<4> {
+struct RawWord<4> {
   using type = unsigned;
 };
 template <>
-struct Piece<8> {
+struct RawWord<8> {
   using type = uint2;
 };
 template <>
-struct Piece<16> {
+struct RawWord<16> {
   using type = uint4;
 };
 
 template <typename T>
-using PieceOf = typename Piece<sizeof(T)>::type;
+using RawWordOf = typename RawWord<sizeof(T)>::type;
 
-// The same for memory that holds elements of type Element. Doubles have pieces of their own: if their bits were in
+// The same for memory that holds elements of type Element. Doubles have words of their own: if their bits were in
 // words of 32 bits, ptxas would convert them by way of a stack.
 template <typename Element, int Bytes>
-struct PieceOfElements : Piece<Bytes> {};
+struct RawWordOfElements : RawWord<Bytes> {};
 template <>
-struct PieceOfElements<double, 8> {
+struct RawWordOfElements<double, 8> {
   using type = double;
 };
 template <>
-struct PieceOfElements<double, 16> {
+struct RawWordOfElements<double, 16> {
   using type = double2;
 };
 
@@ -339,44 +339,45 @@ __device__ __forceinline__ T& stored(T* to) {
 // members (nvcc 13.0 does that to stores for sm_80 to sm_90a).
 template <typename Element, typename T>
 __device__ __forceinline__ T load_whole(const T* from) {
-  using Piece = typename primitives_detail::PieceOfElements<Element, sizeof(T)>::type;
-  const Piece piece = *reinterpret_cast<const Piece*>(from);  // a copy: a reference would be read byte by byte
-  return primitives_detail::bits_as<T>(piece);
+  using Word = typename primitives_detail::RawWordOfElements<Element, sizeof(T)>::type;
+  const Word word = *reinterpret_cast<const Word*>(from);  // a copy: a reference would be read byte by byte
+  return primitives_detail::bits_as<T>(word);
 }
 template <typename Element, typename T>
 __device__ __forceinline__ void store_whole(T* to, const T& value) {
-  using Piece = typename primitives_detail::PieceOfElements<Element, sizeof(T)>::type;
-  __stwb(reinterpret_cast<Piece*>(to), primitives_detail::bits_as<Piece>(value));
+  using Word = typename primitives_detail::RawWordOfElements<Element, sizeof(T)>::type;
+  __stwb(reinterpret_cast<Word*>(to), primitives_detail::bits_as<Word>(value));
 }
 // For data that is read once: the caches evict it first.
 template <typename T>
 __device__ __forceinline__ T load_streaming(const T* from) {
-  using Piece = primitives_detail::PieceOf<T>;
-  return primitives_detail::bits_as<T>(__ldcs(reinterpret_cast<const Piece*>(from)));
+  using Word = primitives_detail::RawWordOf<T>;
+  return primitives_detail::bits_as<T>(__ldcs(reinterpret_cast<const Word*>(from)));
 }
 // Bypasses the L1, which other multiprocessors' writes do not reach.
 template <typename T>
 __device__ __forceinline__ T load_l2(const T* from) {
-  using Piece = primitives_detail::PieceOf<T>;
-  return primitives_detail::bits_as<T>(__ldcg(reinterpret_cast<const Piece*>(from)));
+  using Word = primitives_detail::RawWordOf<T>;
+  return primitives_detail::bits_as<T>(__ldcg(reinterpret_cast<const Word*>(from)));
 }
 // Through the read-only path: no thread may write the data during the launch, neither before the load nor after it.
 template <typename T>
 __device__ __forceinline__ T load_readonly(const T* from) {
-  using Piece = primitives_detail::PieceOf<T>;
-  return primitives_detail::bits_as<T>(__ldg(reinterpret_cast<const Piece*>(from)));
+  using Word = primitives_detail::RawWordOf<T>;
+  return primitives_detail::bits_as<T>(__ldg(reinterpret_cast<const Word*>(from)));
 }
 template <typename T>
 __device__ __forceinline__ void store_streaming(T* to, T value) {
-  using Piece = primitives_detail::PieceOf<T>;
-  __stcs(reinterpret_cast<Piece*>(to), primitives_detail::bits_as<Piece>(value));
+  using Word = primitives_detail::RawWordOf<T>;
+  __stcs(reinterpret_cast<Word*>(to), primitives_detail::bits_as<Word>(value));
 }
 
 // ------------------------------------------------------------------------------------------------------------ matrix
 // The whole warp calls these functions, converged. The PTX ISA defines the layout of fragments for each shape.
 
-// 1, 2 or 4 matrices of 8 x 8 elements of 16 bits: lanes 8i ... 8i + 7 give the addresses of the rows of matrix i (16 bytes
-// each, aligned), and lane l gets the elements 2(l mod 4) and 2(l mod 4) + 1 of row l / 4. Transposed: of column l / 4.
+// 1, 2 or 4 matrices of 8 x 8 elements of 16 bits: warp lanes 8i ... 8i + 7 give the addresses of the rows of matrix i
+// (16 bytes each, aligned), and warp lane l gets the elements 2(l mod 4) and 2(l mod 4) + 1 of row l / 4. Transposed:
+// of column l / 4.
 __device__ __forceinline__ void load_matrix_x1(uint32_t (&r)[1], uint32_t shared_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared_address) : "memory");
 }
@@ -633,14 +634,14 @@ template <typename T>
 __device__ __forceinline__ void store_peer(uint32_t address, T value) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
 #if __CUDA_ARCH__ >= 900
-  const auto piece = primitives_detail::bits_as<primitives_detail::PieceOf<T>>(value);
+  const auto word = primitives_detail::bits_as<primitives_detail::RawWordOf<T>>(value);
   if constexpr (sizeof(T) == 4) {
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(piece) : "memory");
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
   } else if constexpr (sizeof(T) == 8) {
-    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(piece.x), "r"(piece.y) : "memory");
+    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(word.x), "r"(word.y) : "memory");
   } else {
-    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(piece.x), "r"(piece.y),
-                 "r"(piece.z), "r"(piece.w)
+    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(word.x), "r"(word.y),
+                 "r"(word.z), "r"(word.w)
                  : "memory");
   }
 #else
@@ -650,22 +651,22 @@ __device__ __forceinline__ void store_peer(uint32_t address, T value) {
 template <typename T>
 __device__ __forceinline__ T load_peer(uint32_t address) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
-  primitives_detail::PieceOf<T> piece = {};
+  primitives_detail::RawWordOf<T> word = {};
 #if __CUDA_ARCH__ >= 900
   if constexpr (sizeof(T) == 4) {
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(piece) : "r"(address) : "memory");
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
   } else if constexpr (sizeof(T) == 8) {
-    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(piece.x), "=r"(piece.y) : "r"(address) : "memory");
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(word.x), "=r"(word.y) : "r"(address) : "memory");
   } else {
     asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+                 : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
                  : "r"(address)
                  : "memory");
   }
 #else
   missing_on_this_architecture();
 #endif
-  return primitives_detail::bits_as<T>(piece);
+  return primitives_detail::bits_as<T>(word);
 }
 
 // Sends 4, 8 or 16 bytes to a peer, and then counts them at an mbarrier of the same peer; a wait for that mbarrier
@@ -675,20 +676,20 @@ template <typename T>
 __device__ __forceinline__ void store_async(uint32_t peer_address, T value, uint32_t peer_barrier) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
 #if __CUDA_ARCH__ >= 900
-  const auto piece = primitives_detail::bits_as<primitives_detail::PieceOf<T>>(value);
+  const auto word = primitives_detail::bits_as<primitives_detail::RawWordOf<T>>(value);
   if constexpr (sizeof(T) == 4) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(peer_address),
-                 "r"(piece), "r"(peer_barrier)
+                 "r"(word), "r"(peer_barrier)
                  : "memory");
   } else if constexpr (sizeof(T) == 8) {
     asm volatile(
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(peer_address),
-        "r"(piece.x), "r"(piece.y), "r"(peer_barrier)
+        "r"(word.x), "r"(word.y), "r"(peer_barrier)
         : "memory");
   } else {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
                      peer_address),
-                 "r"(piece.x), "r"(piece.y), "r"(piece.z), "r"(piece.w), "r"(peer_barrier)
+                 "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w), "r"(peer_barrier)
                  : "memory");
   }
 #else

@@ -1,18 +1,18 @@
 // csrc/cuda/turns.h: launches whose blocks wait for each other take turns if they do not fit on the device together.
 //
-//             group 1                 group 2
+//             turn 1                  turn 2
 //   stream A  launch 1, 60 blocks ─┐   launch 4, 30 blocks      On 132 multiprocessors: 2 fits beside 1. Launch 3 does not
 //   stream B  launch 2, 60 blocks ─┤                            fit beside them and waits for both. Launch 4 fits beside 3;
-//   stream C                       └─► launch 3, 100 blocks     it waits for the launches of group 1 on other streams.
+//   stream C                       └─► launch 3, 100 blocks     it waits for the launches of turn 1 on other streams.
 //
 // Hazard: if two launches are both half resident, and each has blocks that wait for a block without a place, neither
 // ever ends. docs/kernels.md says what CUDA promises about this. Nothing here relies on it: for every launch of this
 // process, the places that the other launches leave are enough, whichever of them run at the same time.
 //
-// The rule. All launches of a group fit on the device together, wherever their blocks are placed. A launch that does not fit
-// beside the newest group opens the next group, and waits for all of the newest. A stream's first launch in a group waits for
-// all of the group before. So two launches that may run at the same time are of the same group. A launch waits only for
-// launches that were queued before it, so waits never go in a circle.
+// The rule. All launches of a turn fit on the device together, wherever their blocks are placed. A launch that does not
+// fit beside the newest turn opens the next turn, and waits for all of the newest. A stream's first launch in a turn
+// waits for all of the turn before. So two launches that may run at the same time are of the same turn. A launch waits
+// only for launches that were queued before it, so waits never go in a circle.
 //
 // There is no CUDA in this file: launch.cuh supplies the CUDA calls, and tests/turns.cpp supplies a simulated device.
 #pragma once
@@ -51,8 +51,8 @@ class Turns {
   std::vector<Mark*> before(uint64_t stream, const Demand& demand) {
     const bool joins = fits(stream, demand);
     std::vector<Mark*> marks;
-    if (joins && group_.count(stream) > 0) return marks;  // the stream's first launch in this group has waited
-    for (auto& [other, member] : joins ? previous_ : group_) {
+    if (joins && turn_.count(stream) > 0) return marks;  // the stream's first launch in this turn has waited
+    for (auto& [other, member] : joins ? previous_turn_ : turn_) {
       if (other != stream) marks.push_back(&member.mark);
     }
     return marks;
@@ -62,10 +62,10 @@ class Turns {
   // launch will be told to wait for any more.
   void queued(uint64_t stream, const Demand& demand, Mark mark, std::vector<Mark>& retired) {
     if (!fits(stream, demand)) {
-      retire(previous_, retired);
-      previous_.swap(group_);
+      retire(previous_turn_, retired);
+      previous_turn_.swap(turn_);
     }
-    const auto [known, is_new] = group_.try_emplace(stream, Member{demand, mark});
+    const auto [known, is_new] = turn_.try_emplace(stream, Member{demand, mark});
     if (is_new) return;
     Member& member = known->second;
     member.demand = {std::max(member.demand.blocks, demand.blocks), std::min(member.demand.spare, demand.spare)};
@@ -73,26 +73,26 @@ class Turns {
   }
 
   // Whether no other stream has had a launch.
-  bool alone(uint64_t stream) const { return previous_.empty() && group_.size() == group_.count(stream); }
+  bool alone(uint64_t stream) const { return previous_turn_.empty() && turn_.size() == turn_.count(stream); }
 
   void forget(std::vector<Mark>& retired) {
-    retire(previous_, retired);
-    retire(group_, retired);
+    retire(previous_turn_, retired);
+    retire(turn_, retired);
   }
 
  private:
-  // A stream's launches in a group. They run one at a time; which one runs is not known.
+  // A stream's launches in a turn. They run one at a time; which one runs is not known.
   struct Member {
     Demand demand;  // at least the demand of each launch
     Mark mark;      // of the last launch: when it is done, the stream has done the others, too
   };
 
-  // Whether the newest group, which fits on the device, still fits when this launch joins it.
+  // Whether the newest turn, which fits on the device, still fits when this launch joins it.
   bool fits(uint64_t stream, const Demand& demand) const {
     uint64_t others = 0;
-    for (const auto& [other, member] : group_) others += other == stream ? 0 : member.demand.blocks;
+    for (const auto& [other, member] : turn_) others += other == stream ? 0 : member.demand.blocks;
     if (others > demand.spare) return false;
-    return std::all_of(group_.begin(), group_.end(), [&](const auto& entry) {
+    return std::all_of(turn_.begin(), turn_.end(), [&](const auto& entry) {
       const Demand& its = entry.second.demand;
       return entry.first == stream || others - its.blocks + demand.blocks <= its.spare;
     });
@@ -103,7 +103,7 @@ class Turns {
     members.clear();
   }
 
-  std::map<uint64_t, Member> group_, previous_;
+  std::map<uint64_t, Member> turn_, previous_turn_;
 };
 
 // Makes the launches of one device follow the rule, by these members of Calls:
@@ -118,7 +118,7 @@ class Turns {
 // themselves: events that are recorded in a capture become edges of its graph. A launch inside a capture may not wait
 // for an event from outside it, nor a launch outside for an event from inside. This class does not see replays.
 template <typename Calls>
-class InTurn {
+class LaunchesInTurn {
  public:
   using Error = typename Calls::Error;
   using Stream = typename Calls::Stream;

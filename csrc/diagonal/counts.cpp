@@ -22,11 +22,11 @@ Diagonals plan(const StackShape& shape, int64_t accumulator_bytes) {
 
 void force_chunk(std::optional<int64_t> steps) { forced_chunk = steps; }
 
-Counts predict(const StackShape& shape, const StackOptions& options, Saving saving, int64_t accumulator_bytes,
-               bool backward, bool weight_grad, bool input_grad) {
+DiagonalCounts predict(const StackShape& shape, const StackOptions& options, Saving saving, int64_t accumulator_bytes,
+                       bool backward, bool weight_grad, bool input_grad) {
   const Diagonals schedule = plan(shape, accumulator_bytes);
-  const int64_t lanes = shape.lanes(), projected = options.proj_size > 0 ? 1 : 0, two = shape.directions == 2 ? 1 : 0;
-  Counts counts{schedule};
+  const int64_t lanes = shape.lanes(), projected = options.projects() ? 1 : 0, two = shape.directions == 2 ? 1 : 0;
+  DiagonalCounts counts{schedule};
   if (shape.batch == 0) return counts;
   counts.launches = (1 + projected) * schedule.diagonals();
   counts.products = (1 + projected) * schedule.diagonals();
@@ -55,7 +55,9 @@ Counts predict(const StackShape& shape, const StackOptions& options, Saving savi
   const auto launches = [](int64_t cells) { return (cells + driver::kCopiesALaunch - 1) / driver::kCopiesALaunch; };
   if (weight_grad || saving == Saving::recompute) {
     counts.launches += launches(lanes * (shape.steps > 1 ? 2 : 1));
-    if (options.dropout > 0) counts.launches += launches(shape.depth() - 1);
+    int64_t masked = 0;  // layers that read masked h
+    for (int64_t k = 0; k + 1 < shape.depth(); ++k) masked += options.dropout[k] > 0 ? 1 : 0;
+    counts.launches += launches(masked);
   }
   if (weight_grad) counts.products += (2 + projected) * lanes;
   if (input_grad) ++counts.products;

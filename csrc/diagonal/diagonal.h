@@ -9,7 +9,7 @@
 namespace stacked_lstm::diagonal {
 
 // What a run consists of. Products are calls of a (batched) matrix product; launches are calls of a kernel of gates.h.
-struct Counts {
+struct DiagonalCounts {
   Diagonals schedule;
   int64_t launches = 0;
   int64_t products = 0;
@@ -22,12 +22,12 @@ Diagonals plan(const StackShape& shape, int64_t accumulator_bytes);
 void force_chunk(std::optional<int64_t> steps);
 
 // The counts of a forward or backward pass, without running it.
-Counts predict(const StackShape& shape, const StackOptions& options, Saving saving, int64_t accumulator_bytes,
-               bool backward, bool weight_grad, bool input_grad);
+DiagonalCounts predict(const StackShape& shape, const StackOptions& options, Saving saving, int64_t accumulator_bytes,
+                       bool backward, bool weight_grad, bool input_grad);
 
-Results forward(const Call& call, Counts& counts);
+Results forward(const Call& call, DiagonalCounts& counts);
 
 Gradients backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
-                   bool weight_grad, Counts& counts);
+                   bool weight_grad, DiagonalCounts& counts);
 
 }  // namespace stacked_lstm::diagonal

@@ -47,7 +47,7 @@ auto with_storage(at::ScalarType type, Run&& run) {
 
 // What forward and backward have in common.
 template <typename T>
-class Driver {
+class DiagonalDriver {
  protected:
   using A = Accumulator<T>;
 
@@ -55,7 +55,7 @@ class Driver {
     int64_t first, count;
   };
 
-  Driver(const Call& call, Counts& counts)
+  DiagonalDriver(const Call& call, DiagonalCounts& counts)
       : call_(call),
         shape_(call.shape),
         plan_(plan(call.shape, sizeof(A))),
@@ -75,15 +75,16 @@ class Driver {
         output_(call.shape.layers[0].output()),
         padded_(call.shape.layers[0].padded_hidden()),
         places_(call.shape, call.options.bias) {
+    TORCH_CHECK(shape_.same_hidden() && shape_.same_output(), "the diagonal schedule takes layers of one width");
     counts_.schedule = plan_;
     // No other chunk has more rows, since an earlier step never has fewer sequences than a later one.
     chunk_rows_ = shape_.first_row(std::min(plan_.chunk_steps, shape_.steps));
     input_ = call.input.reshape({rows_, call.input.size(-1)}).contiguous();
-    mask_ = mask_of(call);
+    for (int64_t k = 0; k < depth_; ++k) masks_.push_back(mask_of(call, k));
   }
 
-  gates::Sizes sizes(int64_t width) const {
-    return {width, directions_ * output_, padded_, directions_ * 4 * hidden_, mask_};
+  gates::CellSizes sizes(int64_t width) const {
+    return {width, directions_ * output_, padded_, directions_ * 4 * hidden_};
   }
 
   const Tensor& weight(int64_t lane, Weight name) const { return call_.weights[places_.at(lane, name)]; }
@@ -105,6 +106,7 @@ class Driver {
     return shape_.time(lane, plan_.chunk_of(stage, lane) * plan_.chunk_steps + s);
   }
   int64_t layer_of(int64_t lane) const { return lane / directions_; }
+  const gates::Mask& mask(int64_t layer) const { return masks_[static_cast<size_t>(layer)]; }
   int64_t column_of(int64_t lane) const { return lane % directions_ * output_; }
 
   // The rows of `chunks` chunks of a lane. They are consecutive, whichever direction the lane has.
@@ -116,7 +118,7 @@ class Driver {
     return {row, shape_.first_row(std::max(one, other) + 1) - row};
   }
 
-  gates::Element element(int64_t lane, int64_t t) const { return {t * batch_, column_of(lane), layer_of(lane)}; }
+  gates::Element element(int64_t lane, int64_t t) const { return {t * batch_, column_of(lane), layer_of(lane), mask(layer_of(lane))}; }
 
   void multiply(const Tensor& result, const Tensor& a, const Tensor& b) { products_.multiply(result, a, b); }
   void multiply_and_round(const Tensor& result, const Tensor& a, const Tensor& b, bool wide = true) {
@@ -124,7 +126,7 @@ class Driver {
   }
 
   template <typename Cell>
-  void launch(std::string (*kernel)(const gates::Sizes&, const Cell*, int64_t, void*), int64_t width,
+  void launch(std::string (*kernel)(const gates::CellSizes&, const Cell*, int64_t, void*), int64_t width,
               const std::vector<Cell>& cells) {
     ++counts_.launches;
     const std::string error = kernel(sizes(width), cells.data(), static_cast<int64_t>(cells.size()), stream_);
@@ -137,7 +139,7 @@ class Driver {
    public:
     LaneProduct() = default;
     LaneProduct(Tensor result, Tensor a, Tensor b) : all_{std::move(result), std::move(a), std::move(b)} {}
-    void run(Driver& driver, int64_t first, int64_t count, int64_t rows, bool round = false) {
+    void run(DiagonalDriver& driver, int64_t first, int64_t count, int64_t rows, bool to_storage = false) {
       if (first != first_ || count != count_ || rows != rows_) {
         for (int n = 0; n < 3; ++n) {
           view_[n] = all_[n].narrow(0, first, count);
@@ -145,7 +147,7 @@ class Driver {
         }
         first_ = first, count_ = count, rows_ = rows;
       }
-      if (round) {
+      if (to_storage) {
         driver.multiply_and_round(view_[0], view_[1], view_[2], false);
       } else {
         driver.multiply(view_[0], view_[1], view_[2]);
@@ -160,16 +162,16 @@ class Driver {
   const Call& call_;
   const StackShape& shape_;
   const Diagonals plan_;
-  const gates::Kernels<T>& kernels_;
+  const gates::GateKernels<T>& kernels_;
   void* stream_;
-  Counts& counts_;
+  DiagonalCounts& counts_;
   const Products<T> products_;
   const at::TensorOptions storage_, accumulator_;
   const int64_t directions_, depth_, lanes_, batch_, rows_, hidden_, projection_, output_, padded_;
   int64_t chunk_rows_;
   Tensor input_;  // (rows, I)
   const WeightPlaces places_;
-  gates::Mask mask_;
+  std::vector<gates::Mask> masks_;  // of the link from each layer
 };
 
 }  // namespace stacked_lstm::diagonal

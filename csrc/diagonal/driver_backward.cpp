@@ -10,8 +10,8 @@ namespace stacked_lstm::diagonal {
 namespace {
 
 template <typename T>
-class Backward : Driver<T> {
-  using Base = Driver<T>;
+class Backward : DiagonalDriver<T> {
+  using Base = DiagonalDriver<T>;
   using Base::accumulator_;
   using Base::batch_;
   using Base::call_;
@@ -34,10 +34,10 @@ class Backward : Driver<T> {
 
  public:
   Backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad, bool weight_grad,
-           Counts& counts)
+           DiagonalCounts& counts)
       : Base(call, counts),
         reserve_(kept.reserve.contiguous()),
-        parts_(reserve_, call.shape, call.saving),
+        parts_(reserve_, call),
         top_(kept.output.contiguous()),
         grad_output_(contiguous(incoming.output)),
         grad_h_n_(contiguous(incoming.h_n)),
@@ -49,6 +49,7 @@ class Backward : Driver<T> {
         recompute_(call.saving == Saving::recompute) {}
 
   Gradients run() {
+    TORCH_CHECK(incoming_.h.empty() && incoming_.c.empty(), "the diagonal schedule takes no gradients of states");
     allocate();
     prepare_inputs();
     for (int64_t stage = plan_.stages() - 1; stage >= 0; --stage) {
@@ -102,7 +103,7 @@ class Backward : Driver<T> {
 
   // h of a layer, all rows: (rows, D·output).
   const T* h_of(int64_t layer) const {
-    return layer + 1 == depth_ ? const_data<T>(top_) : parts_.h + layer * rows_ * directions_ * output_;
+    return layer + 1 == depth_ ? const_data<T>(top_) : parts_.h(layer);
   }
 
   // Makes what the products over all steps read: h(t-1) of every lane, and the inputs of layers 1 and up, masked by
@@ -126,11 +127,12 @@ class Backward : Driver<T> {
     }
     flush(0, output_);
 
-    if (!Base::mask_.seed) return;
+    if (!call_.seed) return;
     const int64_t stride = directions_ * output_;
     masked_ = at::empty({depth_ - 1, rows_, stride}, storage_);
     for (int64_t layer = 0; layer + 1 < depth_; ++layer) {
-      copies_of_masked(shape_, layer, h_of(layer), data<T>(masked_) + layer * rows_ * stride,
+      if (!Base::mask(layer).seed) continue;
+      copies_of_masked(shape_, layer, Base::mask(layer), h_of(layer), data<T>(masked_) + layer * rows_ * stride,
                        [&](const gates::CopyCell<T>& cell) {
                          copies.push_back(cell);
                          flush(kCopiesALaunch - 1, stride);
@@ -149,8 +151,8 @@ class Backward : Driver<T> {
   // The input of a layer, all rows: (rows, input).
   Tensor input_of(int64_t layer) const {
     if (layer == 0) return Base::input_;
-    if (masked_.defined()) return masked_.select(0, layer - 1);
-    return h_in_reserve<T>(reserve_, shape_, call_.saving, layer - 1);
+    if (Base::mask(layer - 1).seed) return masked_.select(0, layer - 1);
+    return parts_.h_rows(layer - 1);
   }
 
   // The gate gradients of a lane, of all steps: (rows, 4H), rows D·4H apart.
@@ -248,9 +250,9 @@ class Backward : Driver<T> {
         cell.recurrent_part = const_data<A>(recurrent_part_) + at;
         cell.bias = bias_.defined() ? const_data<A>(bias_) + lane * 4 * hidden_ : nullptr;
       } else {
-        cell.gates = parts_.gates + 4 * (lane * rows_ + row) * padded_;
+        cell.gates = parts_.gates(lane) + 4 * row * padded_;
       }
-      const A* const c = parts_.c + lane * rows_ * padded_;
+      const A* const c = parts_.c(lane);
       cell.c = c + row * padded_;
       cell.continued = continued_rows(lane, t);
       if (cell.continued > 0) cell.c_before = c + shape_.first_row(lane % directions_ ? t + 1 : t - 1) * padded_;
@@ -296,7 +298,7 @@ class Backward : Driver<T> {
   }
 
   const Tensor reserve_;
-  const Parts<T> parts_;
+  const GpuReserve<T> parts_;
   const Tensor top_, grad_output_, grad_h_n_, h_0_, c_0_;
   const IncomingGradients& incoming_;
   const bool input_grad_, weight_grad_, recompute_;
@@ -320,7 +322,7 @@ class Backward : Driver<T> {
 }  // namespace
 
 Gradients backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
-                   bool weight_grad, Counts& counts) {
+                   bool weight_grad, DiagonalCounts& counts) {
   const Guards guards(call.input.device());
   if (call.shape.batch == 0) {
     counts.schedule = plan(call.shape, call.input.scalar_type() == at::kDouble ? sizeof(double) : sizeof(float));

@@ -9,8 +9,8 @@ namespace stacked_lstm::diagonal {
 namespace {
 
 template <typename T>
-class Forward : Driver<T> {
-  using Base = Driver<T>;
+class Forward : DiagonalDriver<T> {
+  using Base = DiagonalDriver<T>;
   using Base::accumulator_;
   using Base::batch_;
   using Base::call_;
@@ -31,7 +31,7 @@ class Forward : Driver<T> {
   using typename Base::LaneProduct;
 
  public:
-  Forward(const Call& call, Counts& counts) : Base(call, counts) {}
+  Forward(const Call& call, DiagonalCounts& counts) : Base(call, counts) {}
 
   Results run() {
     allocate();
@@ -47,9 +47,10 @@ class Forward : Driver<T> {
   void allocate() {
     output_all_ = at::empty(call_.output_sizes(), storage_);
     const Saving saving = call_.saving;
-    const int64_t kept = reserve_elements(shape_, saving, sizeof(T), sizeof(A));
+    const int64_t kept = reserve_elements(shape_, saving, call_.states, sizeof(T), sizeof(A));
     // No kernel writes the padding. Zeros there make a reserve bitwise equal every time.
     reserve_ = hidden_ == padded_ ? at::empty({kept}, accumulator_) : at::zeros({kept}, accumulator_);
+    parts_ = GpuReserve<T>(reserve_, call_);
     h_ = at::empty({lanes_, batch_, output_}, storage_).copy_(call_.h_0);
     c_ = at::empty({lanes_, batch_, hidden_}, accumulator_).copy_(call_.c_0);
     bias_ = Base::stacked_bias();
@@ -82,11 +83,11 @@ class Forward : Driver<T> {
     if (chunk % plan_.input_chunks == 0) {
       for (int64_t lane = lanes.first; lane < lanes.first + direct; ++lane) {
         const auto rows = Base::chunk_rows(lane, chunk, plan_.input_chunks);
-        const int64_t slot = lane % directions_, layer = Base::layer_of(lane);
+        const int64_t direction = lane % directions_, layer = Base::layer_of(lane);
         const Tensor source = layer == 0 ? Base::input_ : above_.select(0, (layer - 1) % 2);
-        Base::multiply(single(first_input_.select(0, slot).narrow(0, 0, rows.count)),
+        Base::multiply(single(first_input_.select(0, direction).narrow(0, 0, rows.count)),
                        single(source.narrow(0, rows.first, rows.count)), single(Base::weight(lane, Weight::ih).t()));
-        first_input_row_[slot] = rows.first;
+        first_input_row_[direction] = rows.first;
       }
     }
     const int64_t first = std::max<int64_t>(lanes.first, 1), last = lanes.first + lanes.count;
@@ -105,25 +106,20 @@ class Forward : Driver<T> {
     copies_.clear();
     for (int64_t lane = lanes.first; lane < lanes.first + lanes.count; ++lane) {
       const int64_t t = Base::time(lane, stage, s), row = shape_.first_row(t), rows = shape_.active(t);
-      const int64_t layer = Base::layer_of(lane), slot = lane % directions_;
+      const int64_t layer = Base::layer_of(lane), direction = lane % directions_;
       const int64_t chunk_row = Base::chunk_rows(lane, plan_.chunk_of(stage, lane)).first;
       most = std::max(most, rows);
 
       gates::ForwardCell<T> cell{};
-      cell.input_part =
-          directions_ == 2 || layer == 0
-              ? data<A>(first_input_) + (slot * first_input_.size(1) + row - first_input_row_[slot]) * 4 * hidden_
-              : upper_input_ + ((layer - 1) * chunk_rows_ + row - chunk_row) * 4 * hidden_;
+      cell.input_part = directions_ == 2 || layer == 0
+                            ? data<A>(first_input_) +
+                                  (direction * first_input_.size(1) + row - first_input_row_[direction]) * 4 * hidden_
+                            : upper_input_ + ((layer - 1) * chunk_rows_ + row - chunk_row) * 4 * hidden_;
       cell.recurrent_part = recurrent_ + lane * batch_ * 4 * hidden_;
       cell.bias = bias_.defined() ? data<A>(bias_) + lane * 4 * hidden_ : nullptr;
       cell.c = data<A>(c_) + lane * batch_ * hidden_;
-      if (call_.saving != Saving::none) {
-        A* const c = data<A>(reserve_);
-        cell.saved_c = c + (lane * rows_ + row) * padded_;
-        if (call_.saving == Saving::full) {
-          cell.saved_gates = c + (lanes_ * rows_ + 4 * (lane * rows_ + row)) * padded_;
-        }
-      }
+      if (A* const c = parts_.c(lane)) cell.saved_c = c + row * padded_;
+      if (A* const saved = parts_.gates(lane)) cell.saved_gates = saved + 4 * row * padded_;
       cell.rows = rows;
       cell.element = Base::element(lane, t);
 
@@ -138,7 +134,7 @@ class Forward : Driver<T> {
         if (output) copies_.push_back({source, output_, nullptr, output, stride, rows, rows, false, cell.element});
         if (above) {
           copies_.push_back(
-              {source, output_, nullptr, above, stride, rows, rows, Base::mask_.seed != nullptr, cell.element});
+              {source, output_, nullptr, above, stride, rows, rows, cell.element.mask.seed != nullptr, cell.element});
         }
       } else {
         cell.h = h;
@@ -159,9 +155,8 @@ class Forward : Driver<T> {
   T* output_row(int64_t lane, int64_t row) const {
     const int64_t layer = Base::layer_of(lane), stride = directions_ * output_;
     if (layer + 1 == depth_) return data<T>(output_all_) + row * stride + Base::column_of(lane);
-    if (call_.saving == Saving::none) return nullptr;
-    T* const h = const_cast<T*>(Parts<T>(reserve_, shape_, call_.saving).h);
-    return h + (layer * rows_ + row) * stride + Base::column_of(lane);
+    T* const h = parts_.h(layer);
+    return h ? h + row * stride + Base::column_of(lane) : nullptr;
   }
   // Where h of a row is stored for the layer above: with one direction a chunk, with two directions all steps.
   T* above_row(int64_t lane, int64_t row, int64_t chunk_row) const {
@@ -172,6 +167,7 @@ class Forward : Driver<T> {
   }
 
   Tensor output_all_, reserve_;
+  GpuReserve<T> parts_;
   Tensor h_;                  // (lanes, B, P or H): of the last step taken
   Tensor c_;                  // (lanes, B, H)
   Tensor bias_;               // (lanes, 4H)
@@ -189,7 +185,7 @@ class Forward : Driver<T> {
 
 }  // namespace
 
-Results forward(const Call& call, Counts& counts) {
+Results forward(const Call& call, DiagonalCounts& counts) {
   const Guards guards(call.input.device());
   if (call.shape.batch == 0) {
     counts.schedule = plan(call.shape, call.input.scalar_type() == at::kDouble ? sizeof(double) : sizeof(float));

@@ -30,6 +30,10 @@ struct Call {
   Saving saving;
   bool stores_bf16;  // the CPU kernels store packed weights as bfloat16
   const StackShape& shape;
+  bool states = false;  // every layer's h and c of all steps are results
+
+  // Whether the reserve of a forward pass keeps h and c of all layers.
+  bool keeps_states() const { return saving != Saving::none || states; }
 
   std::vector<int64_t> output_sizes() const {
     const int64_t width = shape.directions * shape.layers.back().output();
@@ -46,8 +50,12 @@ struct Kept {  // from a forward pass, for its backward pass
   const at::Tensor& reserve;
 };
 
+// Gradients that flow into a backward pass.
 struct IncomingGradients {
-  const OptionalTensor &output, &h_n, &c_n;
+  OptionalTensor output, h_n, c_n;
+  // Of each layer's h, before its link, and c, of all steps: (T, B, D·output) and (T, B, D·hidden), or packed. Empty: none.
+  // The top layer's h has none here: it is part of `output`.
+  std::vector<OptionalTensor> h, c;
 };
 
 struct Gradients {

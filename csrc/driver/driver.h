@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../cuda/gates.h"
+#include "../stack/reserve.h"
 #include "call.h"
 
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)
@@ -71,10 +72,10 @@ struct Guards {
 #endif
 };
 
-// The dropout mask of a call.
-inline gates::Mask mask_of(const Call& call) {
-  if (!(call.options.dropout > 0) || !call.seed) return {};
-  const Dropout dropout{call.options.dropout, 0};
+// The mask of the link from a layer to the layer above.
+inline gates::Mask mask_of(const Call& call, int64_t layer) {
+  if (!call.seed || layer + 1 >= call.shape.depth() || !(call.options.dropout[layer] > 0)) return {};
+  const Dropout dropout{call.options.dropout[layer], 0};
   return {dropout.threshold(), dropout.scale(), const_data<int64_t>(*call.seed)};
 }
 
@@ -118,45 +119,53 @@ class Products {
   int64_t& count_;
 };
 
-// Elements of the reserve, in Accumulator<T>: c and the gates of every lane as in stack.h, then h of the layers below the
-// top layer as T.
-inline int64_t reserve_elements(const StackShape& shape, Saving saving, int64_t storage_bytes,
+// What a GPU's reserve keeps. `states`: every layer's h and c are results.
+inline KeptRows kept_rows(const StackShape& shape, Saving saving, bool states) {
+  if (saving == Saving::none && !states) return {};
+  return {shape.rows(), saving == Saving::full ? shape.rows() : 0, /*h=*/true, /*top=*/false};
+}
+
+// Elements of the reserve, in Accumulator<T>. h is kept as T.
+inline int64_t reserve_elements(const StackShape& shape, Saving saving, bool states, int64_t storage_bytes,
                                 int64_t accumulator_bytes) {
-  if (saving == Saving::none) return 0;
-  const int64_t cells = shape.rows() * shape.lanes() * shape.layers[0].padded_hidden();
-  const int64_t h = (shape.depth() - 1) * shape.rows() * shape.directions * shape.layers[0].output();
-  return cells * (saving == Saving::full ? 5 : 1) + (h * storage_bytes + accumulator_bytes - 1) / accumulator_bytes;
+  const ReserveLayout layout(shape, kept_rows(shape, saving, states));
+  return layout.cells() + (layout.h_elements() * storage_bytes + accumulator_bytes - 1) / accumulator_bytes;
 }
 
-// The parts of a reserve: [lane][row] c and (unless backward computes them again) the gates, in units padded to
-// kUnitPadding, then [layer][row] h of the layers below the top layer, as T.
+// The parts of a reserve: its layout is in stack/reserve.h. The pointers are null where nothing is kept.
 template <typename T>
-struct Parts {
+class GpuReserve {
+ public:
   using A = Accumulator<T>;
-  const A* c = nullptr;
-  const A* gates = nullptr;
-  const T* h = nullptr;
 
-  Parts(const Tensor& reserve, const StackShape& shape, Saving saving) {
-    if (saving == Saving::none) return;
-    const int64_t cells = shape.rows() * shape.lanes() * shape.layers[0].padded_hidden();
-    c = const_data<A>(reserve);
-    if (saving == Saving::full) gates = c + cells;
-    h = reinterpret_cast<const T*>(c + (saving == Saving::full ? 5 : 1) * cells);
+  GpuReserve() = default;
+  GpuReserve(Tensor reserve, const Call& call)
+      : reserve_(std::move(reserve)), shape_(&call.shape), layout_(call.shape, kept_rows(call.shape, call.saving, call.states)) {}
+
+  // c of a lane, rows of padded_hidden.
+  A* c(int64_t lane) const { return layout_.kept().c > 0 ? cells() + layout_.c(lane) : nullptr; }
+  // The gates of a lane, rows of 4·padded_hidden.
+  A* gates(int64_t lane) const { return layout_.kept().gates > 0 ? cells() + layout_.gates(lane) : nullptr; }
+  // h of a layer, which is not the top layer: rows of D·output.
+  T* h(int64_t layer) const {
+    return layout_.kept().h ? reinterpret_cast<T*>(cells() + layout_.cells()) + layout_.h(layer) : nullptr;
   }
-};
+  // The same as a tensor: (rows, D·output).
+  Tensor h_rows(int64_t layer) const {
+    const int64_t width = shape_->directions * shape_->layers[static_cast<size_t>(layer)].output();
+    return reserve_.narrow(0, layout_.cells(), reserve_.numel() - layout_.cells())
+        .view(scalar_type<T>())
+        .narrow(0, layout_.h(layer), shape_->rows() * width)
+        .view({shape_->rows(), width});
+  }
 
-// h of `layer`, which is not the top layer, as the reserve holds it: (rows, D·output).
-template <typename T>
-Tensor h_in_reserve(const Tensor& reserve, const StackShape& shape, Saving saving, int64_t layer) {
-  const int64_t rows = shape.rows(), stride = shape.directions * shape.layers[0].output();
-  const T* const h = Parts<T>(reserve, shape, saving).h + layer * rows * stride;
-  const int64_t at = reinterpret_cast<const char*>(h) - static_cast<const char*>(reserve.const_data_ptr());
-  return reserve.view(at::kByte)
-      .narrow(0, at, rows * stride * static_cast<int64_t>(sizeof(T)))
-      .view(scalar_type<T>())
-      .view({rows, stride});
-}
+ private:
+  A* cells() const { return data<A>(reserve_); }
+
+  Tensor reserve_;
+  const StackShape* shape_ = nullptr;
+  ReserveLayout layout_;
+};
 
 // How many rows of step t of a lane were also in the lane's step before. The other rows' sequences begin at t.
 inline int64_t continued_rows(const StackShape& shape, int64_t lane, int64_t t) {
@@ -188,8 +197,9 @@ void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const
 // Calls add(cell) for each copy that is needed to make the input that the layer above `layer` has read: the output `h`
 // of `layer` (rows, D·output), masked by dropout.
 template <typename T, typename Add>
-void copies_of_masked(const StackShape& shape, int64_t layer, const T* h, T* target, Add&& add) {
-  const int64_t stride = shape.directions * shape.layers[0].output();
+void copies_of_masked(const StackShape& shape, int64_t layer, const gates::Mask& mask, const T* h, T* target,
+                      Add&& add) {
+  const int64_t stride = shape.directions * shape.layers[static_cast<size_t>(layer)].output();
   const int64_t runs = shape.packed() ? shape.steps : 1;
   for (int64_t t = 0; t < runs; ++t) {
     const int64_t row = shape.first_row(t), rows = shape.packed() ? shape.active(t) : shape.rows();
@@ -201,7 +211,7 @@ void copies_of_masked(const StackShape& shape, int64_t layer, const T* h, T* tar
                            rows,
                            rows,
                            true,
-                           {t * shape.batch, 0, layer}});
+                           {t * shape.batch, 0, layer, mask}});
   }
 }
 

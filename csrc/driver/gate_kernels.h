@@ -8,9 +8,9 @@
 namespace stacked_lstm::driver {
 
 // The kernels for tensors of this device.
-const gates::Table& gate_kernels(const at::Device& device);
+const gates::GateTable& gate_kernels(const at::Device& device);
 
 // For tests: replaces the kernels for the CPU; null restores them.
-void use_host_gate_kernels(const gates::Table* table);
+void use_host_gate_kernels(const gates::GateTable* table);
 
 }  // namespace stacked_lstm::driver

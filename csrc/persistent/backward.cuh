@@ -74,7 +74,7 @@ class BackwardCells {
  public:
   __device__ __forceinline__ BackwardCells(const BackwardBlock<C>& block, const CellPlace<C>& cells)
       : block_(block), cells_(cells) {
-    const Sizes& sizes = block.sizes;
+    const LaunchSizes& sizes = block.sizes;
     const BackwardLane<T>& lane = block.lane;
     const int last = sizes.last_step;
     was_active_ = cells.column < block.active(last);
@@ -98,7 +98,7 @@ class BackwardCells {
 
   // Starts to load what step s needs.
   __device__ __forceinline__ void prefetch(int s) {
-    const Sizes& sizes = block_.sizes;
+    const LaunchSizes& sizes = block_.sizes;
     const BackwardLane<T>& lane = block_.lane;
     // Addresses are computed here, from these two, and take no registers between the steps.
     const int column = kept(cells_.column), unit = kept(cells_.unit);
@@ -149,7 +149,7 @@ class BackwardCells {
       }
       slope_[n] = cell_slopes<MathsOf<T>>(y, c_before_[n], c_[n]);
       if (lane.grad_above) {
-        if (block_.arguments.mask.seed) mask(block_.time(s), unit, grad_above_[n]);
+        if (block_.lane.mask.seed) mask(block_.time(s), unit, grad_above_[n]);
         incoming_[n] = grad_above_[n];
       }
       if (lane.grad_output) incoming_[n] += widen(grad_output_[n]);
@@ -192,7 +192,7 @@ class BackwardCells {
 
   // Writes dgates(s) to memory, and goes on to the next step.
   __device__ __forceinline__ void store(int s) {
-    const Sizes& sizes = block_.sizes;
+    const LaunchSizes& sizes = block_.sizes;
     const int64_t row = active_ ? block_.sequences.row(block_.time(s)) + kept(cells_.column) : 0;
     T* to = block_.lane.grad_gates + row * sizes.gates_stride + kept(cells_.unit);
 #pragma unroll
@@ -257,11 +257,11 @@ class BackwardCells {
   }
 
   __device__ __forceinline__ void mask(int time, int unit, float& x) const {
-    const Sizes& s = block_.sizes;
-    const gates::Sizes sizes = {s.hidden, s.h_stride, s.saved_stride, s.gates_stride, block_.arguments.mask};
+    const LaunchSizes& s = block_.sizes;
+    const gates::CellSizes sizes = {s.hidden, s.h_stride, s.saved_stride, s.gates_stride};
     float one[1] = {x};
-    gates::apply_mask(one, sizes, {int64_t{time} * s.batch, block_.lane.h_column, block_.lane.layer},
-                      block_.sequences.first + cells_.column, unit);
+    const gates::Element element = {int64_t{time} * s.batch, block_.lane.h_column, block_.lane.layer, block_.lane.mask};
+    gates::apply_mask(one, sizes, element, block_.sequences.first + cells_.column, unit);
     x = one[0];
   }
 };
@@ -287,10 +287,9 @@ struct BackwardWeights {
   }
 
   // Sends the block's partial sums of dh: the sums of its dgates, which start from `from_above` (null: from zero).
-  template <class Exchanged>
+  template <class SumsPolicy>
   __device__ __forceinline__ void multiply_and_send(const BackwardBlock<C>& block, const typename C::T* grad_gates,
-                                                    const float4* from_above, Exchanged& exchange,
-                                                    uint32_t number) const {
+                                                    const float4* from_above, SumsPolicy& sums, uint32_t number) const {
     using T = typename C::T;
     const int warp_lane = block.place.warp_lane;
     const T* first = first_quarter<C>(grad_gates, warp_lane);
@@ -313,7 +312,7 @@ struct BackwardWeights {
         multiply<T, C::kProduct>(d, fragment[part], columns, C::kPitch, warp_lane);
 #pragma unroll
         for (int m = 0; m < C::kAtOnce; ++m) {
-          exchange.send(number, part * C::kAtOnce + m, n, d[0][m]);
+          sums.send(number, part * C::kAtOnce + m, n, d[0][m]);
         }
       }
     }
@@ -323,10 +322,10 @@ struct BackwardWeights {
 template <typename T, Product product, Exchange exchange, int MTiles, int Pieces, int Tiles>
 __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     backward(const __grid_constant__ BackwardArguments<T> arguments) {
-  using C = BackwardCut<T, product, exchange, MTiles, Pieces, Tiles>;
-  const Place place(arguments);
+  using C = CompiledBackward<T, product, exchange, MTiles, Pieces, Tiles>;
+  const ThreadPlace place(arguments);
   const BackwardBlock<C> block(arguments, place);
-  const Sizes& sizes = arguments.sizes;
+  const LaunchSizes& sizes = arguments.sizes;
   const BackwardLane<T>& lane = block.lane;
   const CellPlace<C> cell_place(place);
   const BackwardShared<C> shared(arguments.cut, lane.over >= 0);
@@ -365,15 +364,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   const auto project_chunk = [&](int chunk, int step) {
     const int begin = last - 1 - chunk * chunk_steps,
               steps = begin - first + 1 < chunk_steps ? begin - first + 1 : chunk_steps;
-    // The acquire makes the dgates that the block above had written before visible to lane 0 of the warp.
+    // The acquire makes the dgates that the block above had written before visible to warp lane 0.
     if (place.warp_lane == 0) await_chunk(arguments, place, waiting, lane.over, place.rank, chunk + 1, step);
-    warp_barrier();  // makes them visible to the other lanes, which copy them next
+    warp_barrier();  // makes them visible to the other warp lanes, which copy them next
     // Hazard: the copies overwrite the previous chunk. All warps have multiplied it: a block barrier has passed since.
     for (int n = 0; n < steps; ++n) {
-      stage<true>(block, arguments.lane[lane.over].grad_gates, begin - n, shared.above + n * kStepGates);
+      copy_dgates<true>(block, arguments.lane[lane.over].grad_gates, begin - n, shared.above + n * kStepGates);
     }
-    finish_staging(block, steps, shared.above);
-    block_barrier();  // makes what each thread has staged visible to all
+    finish_copies(block, steps, shared.above);
+    block_barrier();  // makes what each thread has copied visible to all
     project(block, shared, begin, steps);
   };
   // The values that the accumulators of dh(s) start from.
@@ -396,9 +395,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   if (over()) project_chunk(0, last);
   if (over() || resumes) {
     T* grad_gates = shared.grad_gates + last % 2 * kStepGates;
-    stage<false>(block, lane.grad_gates, last, grad_gates);
+    copy_dgates<false>(block, lane.grad_gates, last, grad_gates);
     sums_of.expect(0);
-    block_barrier();  // makes dgates(last), of which each thread has staged some, visible to all
+    block_barrier();  // makes dgates(last), of which each thread has copied some, visible to all
     waiting.agree();
     weights.multiply_and_send(block, grad_gates, from_above(last - 1), sums_of, 0);
     if (over()) project_next(last);
@@ -453,7 +452,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
 template <class C>
 std::string backward_misfit(const BackwardArguments<typename C::T>& arguments) {
   const Cut& cut = arguments.cut;
-  const Sizes& s = arguments.sizes;
+  const LaunchSizes& s = arguments.sizes;
   const auto number = [](int64_t n) { return std::to_string(n); };
   const Instance instance = {C::kProduct, C::kExchange, C::kTiles, C::kPieces, C::kMTiles};
   if (!instance.runs(cut) || cut.groups != C::kGroups) return "it was compiled for another cut";
@@ -468,9 +467,9 @@ std::string backward_misfit(const BackwardArguments<typename C::T>& arguments) {
     return "hidden " + number(s.hidden) + ", units " + number(cut.units()) + ", rows of weights " + number(most_units) +
            " have to grow in this order";
   }
-  if (s.copies < 1 || s.first_group < 0 || s.first_group + s.copies > s.batch_groups) {
-    return "batch groups " + number(s.first_group) + " to " + number(int64_t{s.first_group} + s.copies) + " of " +
-           number(s.batch_groups);
+  if (s.copies < 1 || s.first_batch_group < 0 || s.first_batch_group + s.copies > s.batch_groups) {
+    return "batch groups " + number(s.first_batch_group) + " to " + number(int64_t{s.first_batch_group} + s.copies) +
+           " of " + number(s.batch_groups);
   }
   if (s.batch < s.batch_groups || (int64_t{s.batch} + s.batch_groups - 1) / s.batch_groups > C::kColumns) {
     return "batch " + number(s.batch) + " in " + number(s.batch_groups) + " groups of 1 to " + number(C::kColumns);
@@ -519,10 +518,10 @@ LaunchConfig backward_config(const Cut& cut, int64_t blocks, bool over) {
 // Starts the kernel. The launch is refused, before anything runs, if not all of its blocks fit on the device at once.
 template <typename T, Product product, Exchange exchange, int MTiles, int Pieces, int Tiles>
 Outcome launch_backward(const BackwardArguments<T>& arguments, void* stream) {
-  using C = BackwardCut<T, product, exchange, MTiles, Pieces, Tiles>;
+  using C = CompiledBackward<T, product, exchange, MTiles, Pieces, Tiles>;
   const std::string error = backward_misfit<C>(arguments);
   if (!error.empty()) return {Outcome::failed, "the persistent kernel does not take this: " + error};
-  const Sizes& sizes = arguments.sizes;
+  const LaunchSizes& sizes = arguments.sizes;
   bool over = false;
   for (int n = 0; n < sizes.lanes; ++n) over |= arguments.lane[n].over >= 0;
   LaunchConfig config =
@@ -534,7 +533,7 @@ Outcome launch_backward(const BackwardArguments<T>& arguments, void* stream) {
 // How many blocks of such a launch the current device holds at once.
 template <typename T, Product product, Exchange exchange, int MTiles, int Pieces, int Tiles>
 int64_t backward_capacity(const Cut& cut, int /*hidden*/, bool over) {
-  using C = BackwardCut<T, product, exchange, MTiles, Pieces, Tiles>;
+  using C = CompiledBackward<T, product, exchange, MTiles, Pieces, Tiles>;
   return static_cast<int64_t>(
       capacity(backward_config<C>(cut, cut.blocks, over), &backward<T, product, exchange, MTiles, Pieces, Tiles>));
 }

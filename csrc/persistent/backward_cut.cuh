@@ -12,7 +12,7 @@ namespace stacked_lstm::cuda::persistent {
 // ---- What the compiler knows of a cut -------------------------------------------------------------------------------
 
 template <typename T_, Product kProduct_, Exchange kExchange_, int MTiles, int Pieces, int Tiles>
-struct BackwardCut {
+struct CompiledBackward {
   using T = T_;
   static constexpr Product kProduct = kProduct_;
   static constexpr Exchange kExchange = kExchange_;
@@ -51,7 +51,7 @@ struct BackwardCut {
 
 template <class C>
 __device__ __forceinline__ int quarter_place(int column, int quarter) {
-  // In exact products a lane reads its quarter of all columns at one offset: the order must not depend on the column.
+  // In exact products a thread reads its quarter of all columns at one offset: the order must not depend on the column.
   return C::kProduct == Product::exact ? quarter : quarter ^ (column & 3);
 }
 
@@ -73,7 +73,7 @@ struct CellPlace {
 
   static constexpr int kUnitStep = C::kThreadPatches / C::kTiles * kGroupUnits;
 
-  explicit __device__ __forceinline__ CellPlace(const Place& place) {
+  explicit __device__ __forceinline__ CellPlace(const ThreadPlace& place) {
     const int cell = place.warp * C::kWarpCells + place.warp_lane % C::kWarpCells;
     share = place.warp_lane / C::kWarpCells;
     first_share = C::kShares == 1 || share == 0;
@@ -88,25 +88,26 @@ struct CellPlace {
   }
   __device__ __forceinline__ int unit_of(int n) const { return unit + n * kUnitStep; }
 
-  // The place of this cell in the sums of a patch. A lane (r, q) of the warp that sends them has units 2r, 2r + 1 and
-  // columns 2q, 2q + 1. In shared memory a lane's four sums lie together, and a lane with r & 2 takes the place of q ^
-  // 2, so that 4 columns use all 32 banks.
+  // The place of this cell in the sums of a patch. Warp lane (r, q) of those that send them has units 2r, 2r + 1 and
+  // columns 2q, 2q + 1. In shared memory a thread's four sums lie together, and a thread with r & 2 takes the place of
+  // q ^ 2, so that 4 columns use all 32 banks.
   __device__ __forceinline__ int shared_spot() const {
     const int u = spot % kGroupUnits, c = spot / kGroupUnits;
     return (u / 2 * 4 + ((c / 2) ^ (u / 2 & 2))) * 4 + u % 2 * 2 + c % 2;
   }
-  static __device__ __forceinline__ int shared_spot_of_lane(int half_lane) {  // of its first sum; the others follow
-    const int r = half_lane / 4, q = half_lane % 4;
+  // Of the thread's first sum; the others follow.
+  static __device__ __forceinline__ int shared_spot_of_warp_lane(int half_warp_lane) {
+    const int r = half_warp_lane / 4, q = half_warp_lane % 4;
     return (r * 4 + (q ^ (r & 2))) * 4;
   }
-  // The place in the words in L2: what lanes write together, and what lanes read together, are whole sectors.
+  // The place in the words in L2: what warp lanes write together, and what they read together, are whole sectors.
   __device__ __forceinline__ int word_spot() const {
     const int u = spot % kGroupUnits, c = spot / kGroupUnits;
     return c / 4 * 32 + (u % 2 * 2 + c % 2) * kWordElement + u / 2 * 2 + c / 2 % 2;
   }
-  static constexpr int kWordElement = 8;  // from one of a lane's four sums to the next
-  static __device__ __forceinline__ int word_spot_of_lane(int half_lane) {
-    const int r = half_lane / 4, q = half_lane % 4;
+  static constexpr int kWordElement = 8;  // from one of a thread's four sums to the next
+  static __device__ __forceinline__ int word_spot_of_warp_lane(int half_warp_lane) {
+    const int r = half_warp_lane / 4, q = half_warp_lane % 4;
     return q / 2 * 32 + r * 2 + q % 2;
   }
 };

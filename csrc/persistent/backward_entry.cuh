@@ -12,7 +12,7 @@ Outcome launch_backward_instance(const char* element, const BackwardArguments<T>
   return with_instance<kBackwardInstances<T>>(
       arguments.cut, no_instance("backward", element, arguments.cut), [&](auto n) {
         constexpr Instance i = kBackwardInstances<T>[n];
-        return launch_backward<T, i.product, i.exchange, i.m_tiles, i.pieces, i.tiles>(arguments, stream);
+        return launch_backward<T, i.product, i.exchange, i.unit_tiles, i.pieces, i.batch_tiles>(arguments, stream);
       });
 }
 
@@ -20,7 +20,7 @@ template <typename T>
 int64_t backward_instance_capacity(const Cut& cut, int hidden, bool over) {
   return with_instance<kBackwardInstances<T>>(cut, int64_t{0}, [&](auto n) {
     constexpr Instance i = kBackwardInstances<T>[n];
-    return backward_capacity<T, i.product, i.exchange, i.m_tiles, i.pieces, i.tiles>(cut, hidden, over);
+    return backward_capacity<T, i.product, i.exchange, i.unit_tiles, i.pieces, i.batch_tiles>(cut, hidden, over);
   });
 }
 

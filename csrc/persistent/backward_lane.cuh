@@ -17,7 +17,7 @@ __device__ __forceinline__ bool pairs_fit(const T* weight, int hidden) {
   return hidden % 2 == 0 && reinterpret_cast<uintptr_t>(weight) % (2 * sizeof(T)) == 0;
 }
 
-// A lane's part of a piece of one tile of Wᵀ: in `weight`, (4H, H), these are columns of 16 units in the block's gate
+// A thread's part of a piece of one tile of Wᵀ: in `weight`, (4H, H), these are columns of 16 units in the block's gate
 // rows.
 template <class C, typename T = typename C::T>
 __device__ __forceinline__ Fragment load_transposed(const T* weight, int hidden, int first_unit, int tile, int piece,
@@ -117,14 +117,14 @@ template <class C>
 struct BackwardBlock {
   using T = typename C::T;
   const BackwardArguments<T>& arguments;
-  const Sizes& sizes;
+  const LaunchSizes& sizes;
   const BackwardLane<T>& lane;
-  const Place& place;
+  const ThreadPlace& place;
   const Sequences sequences;
   const int first_unit;  // of the block
   const int tiles;       // of 16 units, of the lane
 
-  __device__ __forceinline__ BackwardBlock(const BackwardArguments<T>& a, const Place& p)
+  __device__ __forceinline__ BackwardBlock(const BackwardArguments<T>& a, const ThreadPlace& p)
       : arguments(a),
         sizes(a.sizes),
         lane(a.lane[p.lane]),
@@ -135,7 +135,7 @@ struct BackwardBlock {
 
   __device__ __forceinline__ bool packed() const { return sizes.first_row != nullptr; }
   __device__ __forceinline__ int time(int step) const { return time_of(sizes, lane.reverse, step); }
-  // How many sequences of the group have this step of the lane; 0 beyond its ends.
+  // How many sequences of the batch group have this step of the lane; 0 beyond its ends.
   __device__ __forceinline__ int active(int step) const {
     return step < 0 || step >= sizes.steps ? 0 : sequences.active(time(step));
   }
@@ -145,9 +145,9 @@ struct BackwardBlock {
 // products read; zeros if there is no such row or unit. kLater: they are not there before copy_async_wait and a
 // barrier.
 template <bool kLater, class C, typename T = typename C::T>
-__device__ __forceinline__ void stage(const BackwardBlock<C>& block, const T* grad_gates, int step, T* to) {
+__device__ __forceinline__ void copy_dgates(const BackwardBlock<C>& block, const T* grad_gates, int step, T* to) {
   constexpr int kItems = C::kColumns * C::kPieces * 4;
-  const Sizes& sizes = block.sizes;
+  const LaunchSizes& sizes = block.sizes;
   const int active = block.active(step);
   const int64_t row = active > 0 ? block.sequences.row(block.time(step)) : 0;
   const bool fits = quarters_fit(grad_gates, sizes.gates_stride, sizes.hidden);
@@ -170,9 +170,9 @@ __device__ __forceinline__ void stage(const BackwardBlock<C>& block, const T* gr
   }
 }
 
-// Waits for what stage<true> has copied, and makes operands of it.
+// Waits for what copy_dgates<true> has copied, and makes operands of it.
 template <class C, typename T = typename C::T>
-__device__ __forceinline__ void finish_staging(const BackwardBlock<C>& block, int steps, T* above) {
+__device__ __forceinline__ void finish_copies(const BackwardBlock<C>& block, int steps, T* above) {
   copy_async_commit();
   copy_async_wait<0>();  // makes this thread's copies visible to it; the caller's barrier makes them visible to all
   if constexpr (std::is_same_v<T, float> && C::kProduct == Product::tensor) {
@@ -188,23 +188,23 @@ __device__ __forceinline__ void finish_staging(const BackwardBlock<C>& block, in
   }
 }
 
-// Where a lane's quarters of a batch tile begin.
+// Where a thread's quarters of a batch tile begin.
 template <class C, typename T = typename C::T>
 __device__ __forceinline__ const T* first_quarter(const T* columns, int warp_lane) {
-  // mma gives the lane another column in each tile, but the order of quarters is the same in all of them: it depends on
-  // the column modulo 4.
+  // mma gives the thread another column in each tile, but the order of quarters is the same in all of them: it depends
+  // on the column modulo 4.
   return columns + quarter_place<C>(warp_lane / 4, warp_lane % 4) * kQuarter<T>;
 }
 
-// Applies dropout's mask between this lane and the lane above to a tile's sums. A lane (r, q) of the warp has the units
-// 2r, 2r + 1 and the columns 2q, 2q + 1. One draw serves four neighbouring units of a row, which two lanes of the warp
-// have. Each of the two draws for one of their two columns, and they exchange the results.
+// Applies dropout's mask between this lane and the lane above to a tile's sums. Warp lane (r, q) has the units
+// 2r, 2r + 1 and the columns 2q, 2q + 1. One draw serves four neighbouring units of a row, which two threads of the
+// warp have. Each of the two draws for one of their two columns, and they exchange the results.
 template <class C>
 __device__ __forceinline__ void mask_tile(const BackwardBlock<C>& block, int time, int column, int unit,
                                           float (&x)[4]) {
-  const Sizes& s = block.sizes;
-  const gates::Mask& mask = block.arguments.mask;
-  const int odd = block.place.warp_lane / 4 % 2;  // 1: the lane has the upper two units, and draws for the upper column
+  const LaunchSizes& s = block.sizes;
+  const gates::Mask& mask = block.lane.mask;
+  const int odd = block.place.warp_lane / 4 % 2;  // 1: the thread has the upper units, and draws for the upper column
   const int64_t row = int64_t{time} * s.batch + block.sequences.first + column + odd;
   const auto draw = static_cast<uint64_t>(row * ((s.h_stride + 3) / 4) + (block.lane.h_column + unit) / 4);
   const auto seed = static_cast<uint64_t>(load_readonly(mask.seed));
@@ -226,21 +226,21 @@ __device__ __forceinline__ void mask_tile(const BackwardBlock<C>& block, int tim
 }
 
 // Computes the share of dh that comes from the lane above, for `steps` steps from `first` down. The dgates of the lane
-// above have been staged.
+// above have been copied.
 template <class C>
 __device__ __forceinline__ void project(const BackwardBlock<C>& block, const BackwardShared<C>& shared, int first,
                                         int steps) {
   using T = typename C::T;
   const int warp_lane = block.place.warp_lane, thread = block.place.thread;
-  const bool in_shared = block.arguments.cut.inputs_in_shared, masked = block.arguments.mask.seed != nullptr;
+  const bool in_shared = block.arguments.cut.inputs_in_shared, masked = block.lane.mask.seed != nullptr;
   const bool fits = pairs_fit(block.lane.weight_ih_above, block.sizes.hidden);
   // Beside the recurrent weights there are registers for two pieces. Their sums are stored, and the next two pieces go
   // on from these.
-  constexpr int kPieces = C::kPieces < 2 ? C::kPieces : 2, kPasses = C::kPieces / kPieces;
-  static_assert(kPasses * kPieces == C::kPieces);
+  constexpr int kPieces = C::kPieces < 2 ? C::kPieces : 2, kPieceTurns = C::kPieces / kPieces;
+  static_assert(kPieceTurns * kPieces == C::kPieces);
 #pragma unroll 1
-  for (int pass = 0; pass < C::kMTiles * kPasses; ++pass) {
-    const int m = pass / kPasses, first_piece = pass % kPasses * kPieces, tile = tile_of(m, block.place.warp);
+  for (int turn = 0; turn < C::kMTiles * kPieceTurns; ++turn) {
+    const int m = turn / kPieceTurns, first_piece = turn % kPieceTurns * kPieces, tile = tile_of(m, block.place.warp);
     if (tile >= block.tiles) break;
     Fragment weights[kPieces][1];
 #pragma unroll

@@ -21,7 +21,7 @@ namespace stacked_lstm::cuda::persistent {
 template <class C>
 using CellSums = float[C::kThreadCells];
 
-// Where the sums of a lane of the warp go. The lane's half of the warp's tile m, in column tile n, is one patch. The
+// Where a thread's sums go. The thread's half of the warp's tile m, in column tile n, is one patch. The
 // patch belongs to block owner + m·kOwnerStep, if there is such a block, and is the block's patch number patch + n. So
 // addresses are computed once.
 template <class C>
@@ -30,7 +30,7 @@ struct Target {
   static_assert(kOwnerStep * C::kGroups == 2 * kMaxWarps, "a warp's tiles are the same part of their owners' units");
   int owner, patch;
 
-  explicit __device__ __forceinline__ Target(const Place& place) {
+  explicit __device__ __forceinline__ Target(const ThreadPlace& place) {
     const int group = 2 * static_cast<int>(place.warp) + static_cast<int>(place.warp_lane) / 16;
     owner = group / C::kGroups;
     patch = group % C::kGroups * C::kTiles;
@@ -50,18 +50,18 @@ struct Target {
 template <class C>
 class ClusterSums {
   static constexpr uint32_t kBytes = C::kCells * sizeof(float);  // that one block sends another
-  const Place& place_;
+  const ThreadPlace& place_;
   Waiting& waiting_;
   const Target<C> target_;
   const int blocks_;
   const float* sums_;  // [source block][n mod 2][patch][64]
   uint32_t arrived_,
-      to_;  // shared addresses: of two mbarriers; and where a lane's first sums go in their owner's memory
+      to_;  // shared addresses: of two mbarriers; and where a thread's first sums go in their owner's memory
 
  public:
   static constexpr bool kCluster = true;
 
-  __device__ __forceinline__ ClusterSums(const Cut& cut, const Place& place, Waiting& waiting, float* sums,
+  __device__ __forceinline__ ClusterSums(const Cut& cut, const ThreadPlace& place, Waiting& waiting, float* sums,
                                          uint64_t* arrived, uint64_t*)
       : place_(place),
         waiting_(waiting),
@@ -70,7 +70,7 @@ class ClusterSums {
         sums_(sums),
         arrived_(shared_address(arrived)),
         to_(shared_address(sums + place.rank * 2 * C::kCells + target_.patch * C::kPatch +
-                           CellPlace<C>::shared_spot_of_lane(place.warp_lane % 16))) {}
+                           CellPlace<C>::shared_spot_of_warp_lane(place.warp_lane % 16))) {}
 
   __device__ __forceinline__ void start() const {
     if (place_.thread == 0) {
@@ -147,18 +147,18 @@ class ClusterSums {
 template <class C>
 class L2Sums {
   static constexpr bool kMayBeInside = may_be_inside_block(C::kMTiles, C::kPieces, sizeof(typename C::T));
-  const Place& place_;
+  const ThreadPlace& place_;
   Waiting& waiting_;
   const Target<C> target_;
   const int blocks_;
   float* sums_;              // inside a block: [patch][64]
   uint64_t* words_;          // [owner][source block][n mod 2][patch][64]
-  uint32_t to_, per_owner_;  // in words: where a lane's first sums go; and from one owner to the next
+  uint32_t to_, per_owner_;  // in words: where a thread's first sums go; and from one owner to the next
 
  public:
   static constexpr bool kCluster = false;
 
-  __device__ __forceinline__ L2Sums(const Cut& cut, const Place& place, Waiting& waiting, float* sums, uint64_t*,
+  __device__ __forceinline__ L2Sums(const Cut& cut, const ThreadPlace& place, Waiting& waiting, float* sums, uint64_t*,
                                     uint64_t* words)
       : place_(place),
         waiting_(waiting),
@@ -169,7 +169,7 @@ class L2Sums {
         per_owner_(static_cast<uint32_t>(cut.blocks * 2 * C::kCells)) {
     to_ = static_cast<uint32_t>(target_.owner) * per_owner_ +
           static_cast<uint32_t>(place.rank * 2 * C::kCells + target_.patch * C::kPatch +
-                                CellPlace<C>::word_spot_of_lane(place.warp_lane % 16));
+                                CellPlace<C>::word_spot_of_warp_lane(place.warp_lane % 16));
   }
 
   __device__ __forceinline__ void start() const {}
@@ -180,7 +180,7 @@ class L2Sums {
     if (owner >= blocks_ || waiting_.given_up()) return;  // half of a tile may be past the last unit
     if (inside()) {
       const int at =
-          (target_.patch + column_tile) * C::kPatch + CellPlace<C>::shared_spot_of_lane(place_.warp_lane % 16);
+          (target_.patch + column_tile) * C::kPatch + CellPlace<C>::shared_spot_of_warp_lane(place_.warp_lane % 16);
       *reinterpret_cast<float4*>(sums_ + at) = {d[0], d[1], d[2], d[3]};
       return;
     }

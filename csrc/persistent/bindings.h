@@ -109,8 +109,8 @@ inline py::dict describe(const Terms& terms) {
 
 inline py::dict describe(const Cut& cut) {
   return py::dict(py::arg("product") = name_of(cut.product), py::arg("exchange") = name_of(cut.exchange),
-                  py::arg("tiles") = cut.tiles, py::arg("pieces") = cut.pieces, py::arg("splits") = cut.splits,
-                  py::arg("m_tiles") = cut.m_tiles, py::arg("groups") = cut.groups, py::arg("blocks") = cut.blocks,
+                  py::arg("tiles") = cut.batch_tiles, py::arg("pieces") = cut.pieces, py::arg("splits") = cut.splits,
+                  py::arg("m_tiles") = cut.unit_tiles, py::arg("groups") = cut.groups, py::arg("blocks") = cut.blocks,
                   py::arg("chunk_steps") = cut.chunk_steps, py::arg("inputs_in_shared") = cut.inputs_in_shared);
 }
 
@@ -181,7 +181,7 @@ void take_instances(Ask& ask) {
 }
 
 // What the planner is asked, for the instances that are compiled. `capacity`: None, or a function that answers instead
-// of a driver: capacity(backward, cut, most_inputs, hidden, over) -> blocks.
+// of CUDA's driver: capacity(backward, cut, most_inputs, hidden, over) -> blocks.
 inline Ask ask_of(int64_t element_bytes, const std::string& product, const std::string& saving,
                   const py::object& capacity) {
   Ask ask;
@@ -233,7 +233,7 @@ inline void bind_persistent_plan(py::module_& m) {
     py::list instances;
     for (const Instance* i = first; i < first + (backward ? ask.backward_count : ask.forward_count); ++i) {
       instances.append(py::dict("product"_a = name_of(i->product), "exchange"_a = name_of(i->exchange),
-                                "tiles"_a = i->tiles, "pieces"_a = i->pieces, "m_tiles"_a = i->m_tiles,
+                                "tiles"_a = i->batch_tiles, "pieces"_a = i->pieces, "m_tiles"_a = i->unit_tiles,
                                 "weight_registers"_a = weight_registers(*i),
                                 "registers_thread"_a = registers_thread(*i)));
     }

@@ -24,12 +24,12 @@ inline Outcome outcome_of(const Status& status) {
 
 // ---- Who a thread is ------------------------------------------------------------------------------------------------
 
-struct Place {
+struct ThreadPlace {
   int thread, warp, warp_lane;
-  int copy, lane, rank;  // of the block; `lane` is one of the stack
+  int copy, lane, rank;  // of the block
 
   template <typename Arguments>
-  explicit __device__ __forceinline__ Place(const Arguments& arguments)
+  explicit __device__ __forceinline__ ThreadPlace(const Arguments& arguments)
       : thread(kept(static_cast<int>(threadIdx.x))),
         warp(static_cast<int>(threadIdx.x / kWarpThreads)),
         warp_lane(static_cast<int>(threadIdx.x % kWarpThreads)) {
@@ -41,9 +41,9 @@ struct Place {
   }
 };
 
-// Puts a number that all lanes of the warp have, and need without delay in every step, into a register. The compiler
+// Puts a number that all threads of the warp have, and need without delay in every step, into a register. The compiler
 // would load a kernel's argument again each time, which takes 30 cycles. It cannot undo a shuffle unless it sees that
-// all lanes pass the same value; so only lane 0 passes it.
+// all threads pass the same value; so only warp lane 0 passes it.
 __device__ __forceinline__ int in_register(int value) {
   return shuffle(kFullWarp, threadIdx.x % kWarpThreads == 0 ? value : 0, 0);
 }
@@ -55,13 +55,13 @@ __device__ __forceinline__ uint32_t* chunk_counter(const Arguments& arguments, i
 }
 
 // Step number s of a lane, as a time; and the reverse.
-__device__ __forceinline__ int time_of(const Sizes& sizes, bool reverse, int s) {
+__device__ __forceinline__ int time_of(const LaunchSizes& sizes, bool reverse, int s) {
   return reverse ? sizes.steps - 1 - s : s;
 }
 
 // An address that alternates between two values, for even and odd steps. It is carried from step to step. If it
 // depended on the step's number, the compiler would compute it again in each step, just when it is needed.
-struct InTurn {
+struct TwoAddresses {
   int at, to_other;
 
   __device__ __forceinline__ void next() { at += to_other, to_other = -to_other; }
@@ -72,11 +72,11 @@ struct Sequences {
   const int64_t* first_row;
   int batch, first, count;
 
-  __device__ __forceinline__ Sequences(const Sizes& sizes, int copy)
+  __device__ __forceinline__ Sequences(const LaunchSizes& sizes, int copy)
       : first_row(sizes.first_row),
         batch(sizes.batch),
-        first(sizes.first_sequence(sizes.first_group + copy)),
-        count(sizes.first_sequence(sizes.first_group + copy + 1) - first) {}
+        first(sizes.first_sequence(sizes.first_batch_group + copy)),
+        count(sizes.first_sequence(sizes.first_batch_group + copy + 1) - first) {}
 
   // Columns 0 … active(t) - 1 have a step t; if active(t) <= 0, no column has. (Sequences are sorted by length.)
   __device__ __forceinline__ int active(int t) const {
@@ -172,7 +172,8 @@ using MathsOf = std::conditional_t<std::is_same_v<T, float>, gates::Maths, FastM
 class Waiting {
  public:
 #if defined(STACKED_LSTM_WATCHDOG)
-  __device__ __forceinline__ Waiting(Watchdog* watchdog, const Place& place) : watchdog_(watchdog), place_(place) {}
+  __device__ __forceinline__ Waiting(Watchdog* watchdog, const ThreadPlace& place)
+      : watchdog_(watchdog), place_(place) {}
 
   __device__ __forceinline__ bool given_up() const { return given_up_; }
 
@@ -215,10 +216,10 @@ class Waiting {
   }
 
   Watchdog* watchdog_;
-  const Place& place_;
+  const ThreadPlace& place_;
   bool given_up_ = false;
 #else
-  __device__ __forceinline__ Waiting(Watchdog*, const Place&) {}
+  __device__ __forceinline__ Waiting(Watchdog*, const ThreadPlace&) {}
 
   __device__ __forceinline__ bool given_up() const { return false; }
 
@@ -238,8 +239,8 @@ class Waiting {
 // The acquire makes what that block wrote before it published them visible to this thread. The caller's barrier makes
 // it visible to the other threads.
 template <typename Arguments>
-__device__ __forceinline__ void await_chunk(const Arguments& arguments, const Place& place, Waiting& waiting, int lane,
-                                            int rank, int chunks, int step) {
+__device__ __forceinline__ void await_chunk(const Arguments& arguments, const ThreadPlace& place, Waiting& waiting,
+                                            int lane, int rank, int chunks, int step) {
   const uint32_t* done = chunk_counter(arguments, place.copy, lane, rank);
   waiting.until(
       [&] {
@@ -253,7 +254,7 @@ __device__ __forceinline__ void await_chunk(const Arguments& arguments, const Pl
 // Waits until all blocks of lane `below` have. All threads call it, and each waits for some of the blocks; the caller's
 // barrier then makes the chunks visible to all threads.
 template <typename Arguments>
-__device__ __forceinline__ void await_chunks(const Arguments& arguments, const Place& place, Waiting& waiting,
+__device__ __forceinline__ void await_chunks(const Arguments& arguments, const ThreadPlace& place, Waiting& waiting,
                                              int below, int chunks, int step) {
   for (int rank = place.thread; rank < arguments.cut.blocks; rank += static_cast<int>(blockDim.x)) {
     await_chunk(arguments, place, waiting, below, rank, chunks, step);
@@ -263,7 +264,7 @@ __device__ __forceinline__ void await_chunks(const Arguments& arguments, const P
 // Publishes that this block has written `chunks` chunks. One thread calls it, behind a block barrier: the release makes
 // what all threads of the block wrote before that barrier visible to the thread that acquires the number.
 template <typename Arguments>
-__device__ __forceinline__ void publish_chunks(const Arguments& arguments, const Place& place, int chunks) {
+__device__ __forceinline__ void publish_chunks(const Arguments& arguments, const ThreadPlace& place, int chunks) {
   store_release<Scope::device>(chunk_counter(arguments, place.copy, place.lane, place.rank),
                                static_cast<uint32_t>(chunks));
 }

@@ -5,14 +5,14 @@
 
 namespace stacked_lstm::persistent {
 
-StepCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih, int64_t blocks_running) {
+LaneCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih, int64_t blocks_running) {
   const Costs& costs = m.costs;
   const auto number = [](int64_t n) { return static_cast<double>(n); };
   const double columns = cut.columns(), bytes = number(m.ask.bytes), units = cut.units(), rate = m.product_rate();
-  const double tiles = cut.tiles, schedulers = 4;
-  StepCost cost;
+  const double batch_tiles = cut.batch_tiles, schedulers = 4;
+  LaneCost cost;
   cost.w_ih = w_ih;
-  cost.reads_every = m.backward ? cut.chunk_steps : std::max(kPassTiles / cut.tiles, 1);
+  cost.reads_every = m.backward ? cut.chunk_steps : std::max(kProjectedTiles / cut.batch_tiles, 1);
 
   // Bytes that come to a block each step, unless they stay inside the block. Half of a word through L2 is its tag.
   const double arriving = columns * units * (m.backward ? 4 : bytes);
@@ -25,11 +25,11 @@ StepCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih,
   // that of a warp's chain of dependent products, and that of reading the other operand. Forward with one tile of
   // columns has two chains of sums.
   const double warps = m.backward ? kMaxWarps : cut.groups * cut.splits;
-  const double rows = m.backward ? kMaxWarps * kTileRows * cut.m_tiles : 4 * cut.block_units();
+  const double rows = m.backward ? kMaxWarps * kTileRows * cut.unit_tiles : 4 * cut.block_units();
   const double k = m.backward ? 4 * cut.block_units() : number(cut.pieces * cut.splits * piece_elements(m.ask.bytes));
   const double readers = m.backward ? kMaxWarps : cut.groups;                 // how often all of the operand is read
   const double busiest = std::ceil(warps / schedulers) * schedulers / warps;  // schedulers share warps unevenly
-  const double chain = 2.0 * cut.pieces / (!m.backward && cut.tiles == 1 ? 2 : 1);
+  const double chain = 2.0 * cut.pieces / (!m.backward && cut.batch_tiles == 1 ? 2 : 1);
   cost.products = m.cycles_us(std::max({rows * k * columns / rate * busiest, m.exact() ? 0 : chain * costs.mma_latency,
                                         readers * columns * k * bytes / costs.shared_rate}) +
                               costs.shared_latency);
@@ -46,8 +46,8 @@ StepCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih,
     in_memory = 4 + 16 + bytes + 4 * bytes;  // c, gates, dL/dh; and the gates' gradients
   } else {
     // One warp of a group computes its cells, two a thread and tile.
-    const double gate_warps = std::ceil(cut.groups / schedulers) * tiles;
-    const double reduce = cut.splits > 1 ? costs.reduce + costs.reduce_words * (cut.splits - 1) * tiles : 0;
+    const double gate_warps = std::ceil(cut.groups / schedulers) * batch_tiles;
+    const double reduce = cut.splits > 1 ? costs.reduce + costs.reduce_words * (cut.splits - 1) * batch_tiles : 0;
     cost.gates = m.cycles_us(activations * gate_warps + costs.gate_latency + reduce);
     in_memory = m.ask.saving == Saving::none ? 0 : bytes + 4 + (m.ask.saving == Saving::full ? 16 : 0);
     if (in_memory > 0) cost.saves = m.cycles_us(costs.save * gate_warps);
@@ -59,7 +59,7 @@ StepCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih,
 
   if (m.backward && inputs == 0) return cost;
   // The counters take a latency of L2 and two barriers, and so do the rows.
-  cost.chunk = cost.stage_rows = m.cycles_us(costs.l2_latency + 2 * costs.barrier);
+  cost.chunk_start = cost.copy_rows = m.cycles_us(costs.l2_latency + 2 * costs.barrier);
   // Forward: the block's gate rows over all inputs. Backward: all units, over the block's share of the gate rows above.
   const double depth = m.backward ? k : number(round_up(inputs, piece_elements(m.ask.bytes)));
   cost.project = m.cycles_us(rows * depth * columns / rate * busiest);
@@ -75,7 +75,7 @@ double makespan_us(const Pass& pass, int64_t steps, const Costs& costs) {
   const int64_t chunk = pass.cut.chunk_steps, full = (steps - 1) / chunk, rest = steps - full * chunk;
   double sum = 0, slowest = 0, hand_over = 0, end = 0;
   for (int64_t n = 0; n < pass.count(); ++n) {
-    const StepCost& cost = pass.in_order(n).cost;
+    const LaneCost& cost = pass.in_order(n).cost;
     const double each = cost.chunk_us(chunk);
     sum += each, slowest = std::max(slowest, each);
     const double before = full == 0 ? 0 : sum + static_cast<double>(full - 1) * slowest + hand_over;

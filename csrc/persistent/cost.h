@@ -19,19 +19,22 @@ inline constexpr int kTileRows = 16;
 
 // Registers of a thread that hold W_hh: 8 for each piece and tile of 16 rows. A group has two such tiles in forward.
 constexpr int64_t weight_registers(const Instance& instance) {
-  return 8 * instance.pieces * (instance.m_tiles > 0 ? instance.m_tiles : 2);
+  return 8 * instance.pieces * (instance.unit_tiles > 0 ? instance.unit_tiles : 2);
 }
 // All registers of a thread, predicted: weights, sums (one tile of columns has a second chain; exact products have 8
 // columns of 4 rows before they are added up), c, and addresses. The forward formula is fitted to one instance, of 8
 // pieces and one tile: 243 on sm_90a.
 constexpr int64_t registers_thread(const Instance& instance) {
   const int64_t sums = instance.product == Product::exact ? 32 : 0;
-  const int64_t all = instance.m_tiles > 0
-                          ? weight_registers(instance) + 4 * instance.m_tiles * std::max(instance.tiles, 1) + sums + 64
-                          : weight_registers(instance) + 18 * instance.tiles + sums + 97;
+  const int64_t all =
+      instance.unit_tiles > 0
+          ? weight_registers(instance) + 4 * instance.unit_tiles * std::max(instance.batch_tiles, 1) + sums + 64
+          : weight_registers(instance) + 18 * instance.batch_tiles + sums + 97;
   return std::min<int64_t>(all, kRegistersThread);  // the compiler's limit: cuda-check sees that nothing is spilled
 }
-inline Instance instance_of(const Cut& cut) { return {cut.product, cut.exchange, cut.tiles, cut.pieces, cut.m_tiles}; }
+inline Instance instance_of(const Cut& cut) {
+  return {cut.product, cut.exchange, cut.batch_tiles, cut.pieces, cut.unit_tiles};
+}
 
 inline int64_t piece_elements(int64_t bytes) { return kPieceBytes / bytes; }
 
@@ -97,7 +100,7 @@ struct Model {
 
 // The cost of a step of a lane. `inputs`: forward, K of the projection; backward, not 0 if there is a lane above in the
 // launch.
-StepCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih, int64_t blocks_running);
+LaneCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih, int64_t blocks_running);
 
 // The time until all layers of a launch have done their last chunk. All chunks but the last have the same length, so
 // they take equally long in a layer. A layer has done F of them after Σ (a chunk of each layer up to it) + (F-1) · the

@@ -32,7 +32,7 @@ constexpr bool kWatchdogBuilt = false;
 // ---- What tests replace ---------------------------------------------------------------------------------------------
 
 struct Replaced {
-  const Table* host_kernels = nullptr;
+  const PersistentTable* host_kernels = nullptr;
   bool host_watchdog = false;
   std::optional<Device> device;
   std::optional<std::vector<Pass>> passes[2];  // forward, backward
@@ -43,9 +43,9 @@ Replaced replaced;
 std::map<std::vector<int64_t>, std::shared_ptr<const Decision>> decided;
 constexpr size_t kMostDecided = 1024;  // calls may bring sequences of ever new lengths
 
-const Table* table_for(const at::Device& device) {
+const PersistentTable* table_for(const at::Device& device) {
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)
-  if (device.is_cuda()) return &cuda_kernels();
+  if (device.is_cuda()) return &cuda_persistent_kernels();
 #endif
   return device.is_cpu() ? replaced.host_kernels : nullptr;
 }
@@ -96,11 +96,14 @@ Product product_for(at::ScalarType type) {
 std::string obstacle(const Question& q) {
   const auto number = [](int64_t n) { return std::to_string(n); };
   if (q.type == at::kDouble) return "it computes in float32, and these tensors are float64";
-  if (q.options.proj_size > 0) {
-    return "it exchanges h as it leaves the cell, and there is a projection (proj_size " + number(q.options.proj_size) +
-           ")";
+  for (int64_t k = 0; k < q.shape.depth(); ++k) {
+    const int64_t projected = q.shape.layers[static_cast<size_t>(k)].projection;
+    if (projected == 0) continue;
+    return "it exchanges h as it leaves the cell, and layer " + number(k) + " has a projection (proj_size " +
+           number(projected) + ")";
   }
   if (q.shape.batch == 0) return "the batch is empty";
+  if (!q.shape.same_hidden()) return "its layers have different widths";
   for (const int64_t size : {q.shape.steps, q.shape.batch, q.shape.layers[0].hidden, q.shape.layers[0].input}) {
     if (size > std::numeric_limits<int>::max() / 2) return "a size of " + number(size) + " is too large";
   }
@@ -110,7 +113,7 @@ std::string obstacle(const Question& q) {
 // Says what is wrong with the passes for a stack, or returns "". Planned and forced passes run only if nothing is
 // wrong.
 template <typename T>
-std::string misfit(const Plan& plan, const StackShape& shape, const Kernels<T>& kernels, bool backward) {
+std::string misfit(const Plan& plan, const StackShape& shape, const PersistentKernels<T>& kernels, bool backward) {
   const auto number = [](int64_t n) { return std::to_string(n); };
   int64_t layer = 0;
   for (const Pass& pass : plan.passes) {
@@ -125,7 +128,7 @@ std::string misfit(const Plan& plan, const StackShape& shape, const Kernels<T>& 
     if (lanes > kMaxLanes) return who + number(lanes) + " lanes, and a launch takes " + number(kMaxLanes);
     const int64_t hidden = shape.layers[0].hidden;
     if (std::string error = blocks_misfit(cut); !error.empty()) return who + error;
-    if (cut.groups < 1 || cut.tiles < 1 || cut.chunk_steps < 1 || cut.units() < hidden) {
+    if (cut.groups < 1 || cut.batch_tiles < 1 || cut.chunk_steps < 1 || cut.units() < hidden) {
       return who + number(cut.units()) + " units in blocks of " + number(cut.block_units()) + ", and there are " +
              number(hidden);
     }
@@ -140,7 +143,7 @@ std::string misfit(const Plan& plan, const StackShape& shape, const Kernels<T>& 
     const Instance* first = backward ? kernels.backward_instances : kernels.forward_instances;
     const int count = backward ? kernels.backward_count : kernels.forward_count;
     if (std::none_of(first, first + count, [&](const Instance& i) { return i.runs(cut); })) {
-      return who + "there is no kernel of " + number(cut.pieces) + " pieces and " + number(cut.tiles) + " tiles";
+      return who + "there is no kernel of " + number(cut.pieces) + " pieces and " + number(cut.batch_tiles) + " tiles";
     }
     if (backward &&
         (pass.segment_steps < 1 || (pass.segment_steps < shape.steps && pass.segment_steps % cut.chunk_steps != 0))) {
@@ -164,8 +167,8 @@ std::string misfit(const Plan& plan, const StackShape& shape, const Kernels<T>& 
 
 // Called under `mutex`.
 template <typename T>
-Decision make_decision(const Question& q, const Table& table, const Device& device) {
-  const Kernels<T>& kernels = table.of<T>();
+Decision make_decision(const Question& q, const PersistentTable& table, const Device& device) {
+  const PersistentKernels<T>& kernels = table.of<T>();
   Decision decision;
   decision.product = product_for(q.type);
   Ask ask;
@@ -207,9 +210,9 @@ bool watchdog_on(const at::Device& device) {
   return replaced.host_watchdog;
 }
 
-const Table& kernels_of(const Call& call) {
+const PersistentTable& kernels_of(const Call& call) {
   const std::lock_guard<std::mutex> lock(mutex);
-  const Table* const table = table_for(call.input.device());
+  const PersistentTable* const table = table_for(call.input.device());
   TORCH_CHECK(table, "there are no persistent kernels for tensors on ", call.input.device());
   return *table;
 }
@@ -224,15 +227,15 @@ std::shared_ptr<const Decision> decide(const Question& q) {
   if (std::string why = obstacle(q); !why.empty()) return cannot(std::move(why));
 
   const std::lock_guard<std::mutex> lock(mutex);
-  const Table* table = table_for(q.device);
+  const PersistentTable* table = table_for(q.device);
   if (!table) return cannot("there are no persistent kernels for tensors on " + q.device.str());
-  // The key has no packed lengths: a packed batch is cut up like a padded one.
+  // The key has no packed lengths: a packed batch is divided like a padded one.
   std::vector<int64_t> key = {static_cast<int64_t>(q.device.type()),
                               q.device.index(),
                               static_cast<int64_t>(q.type),
                               static_cast<int64_t>(product_for(q.type)),
                               static_cast<int64_t>(q.saving),
-                              q.options.dropout > 0,
+                              q.options.drops(),
                               q.shape.directions,
                               q.shape.steps,
                               q.shape.batch};
@@ -260,7 +263,7 @@ int64_t launches(const Plan& plan, const StackShape& shape) {
   return sum;
 }
 
-void use_host_kernels(const Table* table, bool watchdog) {
+void use_host_kernels(const PersistentTable* table, bool watchdog) {
   const std::lock_guard<std::mutex> lock(mutex);
   replaced.host_kernels = table;
   replaced.host_watchdog = watchdog;

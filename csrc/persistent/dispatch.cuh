@@ -13,7 +13,7 @@ namespace stacked_lstm::cuda::persistent {
 
 using namespace stacked_lstm::persistent;
 
-// One direction of Kernels<T>; each specialisation is defined in a source of its own.
+// One direction of PersistentKernels<T>; each specialisation is defined in a source of its own.
 template <typename T>
 struct ForwardEntry {
   static Outcome launch(const ForwardArguments<T>& arguments, void* stream);
@@ -42,8 +42,8 @@ inline Outcome no_instance(const char* direction, const char* element, const Cut
   return {Outcome::failed, std::string("no ") + direction + " kernel for " + element + " is compiled for " +
                                (cut.product == Product::tensor ? "tensor" : "exact") + " products, " +
                                (cut.exchange == Exchange::cluster ? "cluster" : "L2") + " exchange, " +
-                               std::to_string(cut.pieces) + " pieces, " + std::to_string(cut.m_tiles) +
-                               " tiles of weights and " + std::to_string(cut.tiles) +
+                               std::to_string(cut.pieces) + " pieces, " + std::to_string(cut.unit_tiles) +
+                               " tiles of weights and " + std::to_string(cut.batch_tiles) +
                                " of the batch: see csrc/persistent/instances.h"};
 }
 

@@ -41,7 +41,7 @@ namespace stacked_lstm::persistent {
 using namespace driver;
 
 // The kernels for a call's device. RuntimeError if there are none.
-const Table& kernels_of(const Call& call);
+const PersistentTable& kernels_of(const Call& call);
 
 // Whether the kernels of this device fill the record of a wait that took too long.
 bool watchdog_on(const at::Device& device);
@@ -70,9 +70,9 @@ inline Tensor rows_on_device(const StackShape& shape, const Tensor& input) {
 }
 
 template <typename T>
-class Driver {
+class PersistentDriver {
  protected:
-  Driver(const Call& call, const Plan& plan, const Table& table, Counts& counts)
+  PersistentDriver(const Call& call, const Plan& plan, const PersistentTable& table, PersistentCounts& counts)
       : call_(call),
         shape_(call.shape),
         plan_(plan),
@@ -89,7 +89,6 @@ class Driver {
         hidden_(call.shape.layers[0].hidden),
         padded_(call.shape.layers[0].padded_hidden()),
         width_(call.shape.directions * call.shape.layers[0].hidden),
-        mask_(mask_of(call)),
         places_(call.shape, call.options.bias),
         first_rows_(rows_on_device(call.shape, call.input)) {
     for (const Tensor& weight : call.weights) weights_.push_back(weight.contiguous());
@@ -116,7 +115,7 @@ class Driver {
   template <typename Arguments>
   void describe(Arguments& arguments, const Pass& pass) const {
     arguments.cut = pass.cut;
-    Sizes& s = arguments.sizes;
+    LaunchSizes& s = arguments.sizes;
     s.steps = s.last_step = static_cast<int>(shape_.steps);
     s.first_step = 0;
     s.batch = static_cast<int>(batch_);
@@ -127,7 +126,6 @@ class Driver {
     s.saved_stride = padded_;
     s.gates_stride = directions_ * 4 * hidden_;
     s.first_row = const_data<int64_t>(first_rows_);
-    arguments.mask = mask_;
     arguments.watchdog = data<Watchdog>(watchdog_);
   }
 
@@ -142,11 +140,11 @@ class Driver {
     };
     const auto [most_words, most_counters] = workspace(static_cast<int>(pass.copies));
     const Tensor space = at::empty({most_words + most_counters}, storage_.dtype(at::kLong));
-    for (int64_t group = 0; group < pass.batch_groups; group += pass.copies) {
-      const auto copies = static_cast<int>(std::min(pass.copies, pass.batch_groups - group));
+    for (int64_t batch_group = 0; batch_group < pass.batch_groups; batch_group += pass.copies) {
+      const auto copies = static_cast<int>(std::min(pass.copies, pass.batch_groups - batch_group));
       const auto [words, counters] = workspace(copies);
       space.narrow(0, 0, words + counters).zero_();
-      arguments.sizes.first_group = static_cast<int>(group);
+      arguments.sizes.first_batch_group = static_cast<int>(batch_group);
       arguments.sizes.copies = copies;
       arguments.words = words > 0 ? data<uint64_t>(space) : nullptr;
       arguments.chunks_done = reinterpret_cast<uint32_t*>(data<uint64_t>(space) + words);
@@ -160,15 +158,14 @@ class Driver {
   // Copies rows, in as few launches as possible.
   class Copies {
    public:
-    Copies(const Driver& driver, int64_t width) : driver_(driver), width_(width) {}
+    Copies(const PersistentDriver& driver, int64_t width) : driver_(driver), width_(width) {}
     void add(const gates::CopyCell<T>& cell) {
       cells_.push_back(cell);
       if (static_cast<int64_t>(cells_.size()) == kCopiesALaunch) flush();
     }
     void flush() {
       if (cells_.empty()) return;
-      const gates::Sizes sizes{width_, driver_.width_, driver_.padded_, driver_.directions_ * 4 * driver_.hidden_,
-                               driver_.mask_};
+      const gates::CellSizes sizes{width_, driver_.width_, driver_.padded_, driver_.directions_ * 4 * driver_.hidden_};
       const at::Device device = driver_.call_.input.device();
       const std::string error = gate_kernels(device).of<T>().copy(
           sizes, cells_.data(), static_cast<int64_t>(cells_.size()), stream_for(device));
@@ -177,7 +174,7 @@ class Driver {
     }
 
    private:
-    const Driver& driver_;
+    const PersistentDriver& driver_;
     int64_t width_;
     std::vector<gates::CopyCell<T>> cells_;
   };
@@ -185,13 +182,12 @@ class Driver {
   const Call& call_;
   const StackShape& shape_;
   const Plan& plan_;
-  const Kernels<T>& kernels_;
-  Counts& counts_;
+  const PersistentKernels<T>& kernels_;
+  PersistentCounts& counts_;
   const Products<T> products_;
   const at::TensorOptions storage_, floats_;
   const int64_t directions_, depth_, lanes_, batch_, rows_, hidden_, padded_;
   const int64_t width_;  // of a layer's output
-  const gates::Mask mask_;
   const WeightPlaces places_;
   const Tensor first_rows_;
   std::vector<Tensor> weights_;

@@ -91,8 +91,8 @@ class Beside {
 };
 
 template <typename T>
-class Backward : Driver<T> {
-  using Base = Driver<T>;
+class Backward : PersistentDriver<T> {
+  using Base = PersistentDriver<T>;
   using Base::batch_;
   using Base::call_;
   using Base::depth_;
@@ -101,7 +101,6 @@ class Backward : Driver<T> {
   using Base::hidden_;
   using Base::kernels_;
   using Base::lanes_;
-  using Base::mask_;
   using Base::padded_;
   using Base::places_;
   using Base::plan_;
@@ -113,11 +112,11 @@ class Backward : Driver<T> {
   using typename Base::Copies;
 
  public:
-  Backward(const Call& call, const Plan& plan, const Table& table, Counts& counts, const Kept& kept,
+  Backward(const Call& call, const Plan& plan, const PersistentTable& table, PersistentCounts& counts, const Kept& kept,
            const IncomingGradients& incoming, bool input_grad, bool weight_grad)
       : Base(call, plan, table, counts),
         reserve_(kept.reserve.contiguous()),
-        parts_(reserve_, call.shape, call.saving),
+        parts_(reserve_, call),
         top_(kept.output.contiguous()),
         grad_output_(contiguous(incoming.output)),
         grad_h_n_(contiguous(incoming.h_n)),
@@ -241,8 +240,8 @@ class Backward : Driver<T> {
     l.weight_hh = Base::weight_data(lane, Weight::hh);
     l.h_column = Base::column_of(lane);
     if (layer + 1 == depth_ && grad_output_.defined()) l.grad_output = const_data<T>(grad_output_) + l.h_column;
-    if (!recompute_) l.gates = parts_.gates + 4 * lane * rows_ * padded_;
-    l.c = parts_.c + lane * rows_ * padded_;
+    l.gates = parts_.gates(lane);
+    l.c = parts_.c(lane);
     if (recompute_) {
       l.bias_ih = Base::weight_data(lane, Weight::bias_ih);
       l.bias_hh = Base::weight_data(lane, Weight::bias_hh);
@@ -254,6 +253,7 @@ class Backward : Driver<T> {
     l.over = -1;
     l.reverse = static_cast<int>(lane % directions_);
     l.layer = static_cast<int>(layer);
+    l.mask = mask_of(call_, layer);
   }
 
   struct Rows {
@@ -285,7 +285,7 @@ class Backward : Driver<T> {
   // h of a layer, all rows: (rows, D·H).
   Tensor h_of(int64_t layer) const {
     if (layer + 1 == depth_) return top_.view({rows_, width_});
-    return h_in_reserve<T>(reserve_, shape_, call_.saving, layer);
+    return parts_.h_rows(layer);
   }
 
   // h(t-1) of every row of a lane: (rows, H).
@@ -303,10 +303,11 @@ class Backward : Driver<T> {
   Tensor input_of(int64_t layer) const {
     if (layer == 0) return call_.input.reshape({rows_, call_.input.size(-1)}).contiguous();
     const Tensor h = h_of(layer - 1);
-    if (!mask_.seed) return h;
+    const gates::Mask mask = mask_of(call_, layer - 1);
+    if (!mask.seed) return h;
     const Tensor masked = at::empty({rows_, width_}, storage_);
     Copies copies(*this, width_);
-    copies_of_masked(shape_, layer - 1, const_data<T>(h), data<T>(masked),
+    copies_of_masked(shape_, layer - 1, mask, const_data<T>(h), data<T>(masked),
                      [&](const gates::CopyCell<T>& cell) { copies.add(cell); });
     copies.flush();
     return masked;
@@ -354,7 +355,7 @@ class Backward : Driver<T> {
   }
 
   const Tensor reserve_;
-  const Parts<T> parts_;
+  const GpuReserve<T> parts_;
   const Tensor top_, grad_output_, grad_h_n_, grad_c_n_, h_0_, c_0_;
   const bool input_grad_, weight_grad_, recompute_;
   Gradients result_;
@@ -371,7 +372,7 @@ class Backward : Driver<T> {
 }  // namespace
 
 Gradients backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
-                   bool weight_grad, std::shared_ptr<const Decision> decision, Counts& counts) {
+                   bool weight_grad, std::shared_ptr<const Decision> decision, PersistentCounts& counts) {
   const Guards guards(call.input.device());
   counts.decision = std::move(decision);
   return with_storage(call.input.scalar_type(), [&](auto zero) {

@@ -5,8 +5,8 @@ namespace stacked_lstm::persistent {
 namespace {
 
 template <typename T>
-class Forward : Driver<T> {
-  using Base = Driver<T>;
+class Forward : PersistentDriver<T> {
+  using Base = PersistentDriver<T>;
   using Base::batch_;
   using Base::call_;
   using Base::depth_;
@@ -14,7 +14,6 @@ class Forward : Driver<T> {
   using Base::hidden_;
   using Base::kernels_;
   using Base::lanes_;
-  using Base::mask_;
   using Base::padded_;
   using Base::plan_;
   using Base::rows_;
@@ -23,17 +22,18 @@ class Forward : Driver<T> {
   using Base::width_;
 
  public:
-  Forward(const Call& call, const Plan& plan, const Table& table, Counts& counts) : Base(call, plan, table, counts) {}
+  Forward(const Call& call, const Plan& plan, const PersistentTable& table, PersistentCounts& counts)
+      : Base(call, plan, table, counts) {}
 
   Results run() {
-    const Saving saving = call_.saving;
     result_.output = at::empty(call_.output_sizes(), storage_);
     result_.h_n = at::empty({lanes_, batch_, hidden_}, storage_);
     result_.c_n = at::empty({lanes_, batch_, hidden_}, storage_);
-    const int64_t kept = reserve_elements(shape_, saving, sizeof(T), sizeof(float));
+    const int64_t kept = reserve_elements(shape_, call_.saving, call_.states, sizeof(T), sizeof(float));
     result_.reserve = at::empty({kept}, Base::floats_);
     // No kernel writes the padding. Zeros there make the bits of a reserve the same every time.
     if (hidden_ != padded_) result_.reserve.zero_();
+    parts_ = GpuReserve<T>(result_.reserve, call_);
     // The input is read where it is if its rows have no gaps; otherwise it is copied.
     input_ = call_.input.stride(-1) == 1 || call_.input.size(-1) == 1 ? call_.input : call_.input.contiguous();
     h_0_ = call_.h_0.contiguous();
@@ -57,7 +57,8 @@ class Forward : Driver<T> {
     for (int64_t layer = pass.first_layer; layer < pass.last_layer; ++layer) {
       const Tensor h = output_of(layer);
       above = h;
-      if (mask_.seed && layer + 1 < depth_) above = at::empty({rows_, width_}, storage_);
+      const gates::Mask mask = mask_of(call_, layer);
+      if (mask.seed) above = at::empty({rows_, width_}, storage_);
       for (int64_t direction = 0; direction < directions_; ++direction) {
         const int64_t lane = layer * directions_ + direction, number = lane - pass.first_layer * directions_;
         ForwardLane<T>& l = arguments.lane[number];
@@ -76,15 +77,13 @@ class Forward : Driver<T> {
         l.c_0 = const_data<T>(c_0_) + states;
         l.h_n = data<T>(result_.h_n) + states;
         l.c_n = data<T>(result_.c_n) + states;
-        if (call_.saving != Saving::none) {
-          float* const c = data<float>(result_.reserve);
-          l.saved_c = c + lane * rows_ * padded_;
-          if (call_.saving == Saving::full) l.saved_gates = c + (lanes_ + 4 * lane) * rows_ * padded_;
-        }
+        l.saved_c = parts_.c(lane);
+        l.saved_gates = parts_.gates(lane);
         l.inputs = static_cast<int>(shape_.layers[static_cast<size_t>(layer)].input);
         l.below = layer > pass.first_layer ? static_cast<int>(number - 1) : -1;
         l.reverse = static_cast<int>(direction);
         l.layer = static_cast<int>(layer);
+        l.mask = mask;
       }
       kept.push_back(h);
       kept.push_back(above);
@@ -102,18 +101,18 @@ class Forward : Driver<T> {
   // Where h of a layer goes: to the caller, to the reserve for backward, or only to the layer above.
   Tensor output_of(int64_t layer) const {
     if (layer + 1 == depth_) return result_.output;
-    if (call_.saving == Saving::none) return at::empty({rows_, width_}, storage_);
-    return h_in_reserve<T>(result_.reserve, shape_, call_.saving, layer);
+    return call_.keeps_states() ? parts_.h_rows(layer) : at::empty({rows_, width_}, storage_);
   }
 
   Results result_;
+  GpuReserve<T> parts_;
   Tensor input_, h_0_, c_0_;
   Tensor below_;  // (rows, D·H): what the next pass begins with; undefined before the first
 };
 
 }  // namespace
 
-Results forward(const Call& call, std::shared_ptr<const Decision> decision, Counts& counts) {
+Results forward(const Call& call, std::shared_ptr<const Decision> decision, PersistentCounts& counts) {
   const Guards guards(call.input.device());
   counts.decision = std::move(decision);
   return with_storage(call.input.scalar_type(), [&](auto zero) {

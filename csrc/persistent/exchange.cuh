@@ -2,15 +2,16 @@
 // and needs h of all units. A policy brings h(s), which the groups of all blocks send, to the shared memory of each
 // block:
 //
-//   start()                 once, by all threads, after they have filled both buffers of h; nothing arrives in them
-//                           before
-//   expect(s)               by all warps, at the start of a step that will send
-//   receive(s)              by all warps; then this thread may read h(s-1) of the whole lane in h[s mod 2]. h(-1) is
-//                           there from the start
-//   send(s, staged, share)  by a group's warp of split 0, after all of its lanes have staged their h(s). `share` is
-//                           this thread's share(), or 0 at the last step, whose h no block needs
-//   next()                  by all threads, after each step
-//   finish()                once, by all threads
+//   start()                   once, by all threads, after they have filled both buffers of h; nothing arrives in them
+//                             before
+//   expect(s)                 by all warps, at the start of a step that will send
+//   receive(s)                by all warps; then this thread may read h(s-1) of the whole lane in h[s mod 2]. h(-1) is
+//                             there from the start
+//   send(s, outgoing, share)  by a group's warp of split 0, after all of its threads have written their h(s) to
+//                             `outgoing`. `share` is this thread's share(), or 0 at the last step, whose h no
+//                             block needs
+//   next()                    by all threads, after each step
+//   finish()                  once, by all threads
 //
 // Columns without a sequence are neither sent nor awaited: they stay zeros.
 #pragma once
@@ -25,9 +26,9 @@ namespace stacked_lstm::cuda::persistent {
 
 // What both policies know of their block.
 template <typename T>
-struct Exchanged {
+struct ExchangeBase {
   const Cut& cut;
-  const Place& place;
+  const ThreadPlace& place;
   Waiting& waiting;
   T* h;              // in shared memory: [s mod 2][column][pitch], h(s-1) for step s
   int pitch;         // elements
@@ -44,24 +45,25 @@ struct Exchanged {
 // h(s) only after its warps have met, at the end of their products with h(s-1). For the same reason no warp falls a
 // phase of an mbarrier behind.
 template <typename T, Product product, int Tiles>
-class ClusterExchange : Exchanged<T> {
-  // A group's units of a column are one word of 16 bytes, or two. A lane takes a word and sends it to some of the
+class ClusterExchange : ExchangeBase<T> {
+  // A group's units of a column are one word of 16 bytes, or two. A thread takes a word and sends it to some of the
   // peers.
   static constexpr int kColumnWords = kGroupUnits * static_cast<int>(sizeof(T)) / 16;
   static constexpr int kWords = kTileColumns * Tiles * kColumnWords;
   static constexpr int kShare = kWords < kWarpThreads ? kWords : kWarpThreads;
-  static constexpr int kSenders = kWarpThreads / kShare;  // lanes that send the same word
+  static constexpr int kSenders = kWarpThreads / kShare;  // threads that send the same word
   static constexpr int kMostPushes = kMaxCluster / kSenders;
-  int column_, first_peer_;  // of the lane's first word
-  int pushes_;               // of each of the lane's words
-  InTurn to_;                // shared address to which the lane's first word goes in every block
-  using Exchanged<T>::cut, Exchanged<T>::place, Exchanged<T>::waiting, Exchanged<T>::h, Exchanged<T>::arrived;
+  int column_, first_peer_;  // of the thread's first word
+  int pushes_;               // of each of the thread's words
+  TwoAddresses to_;          // shared address to which the thread's first word goes in every block
+  using ExchangeBase<T>::cut, ExchangeBase<T>::place, ExchangeBase<T>::waiting, ExchangeBase<T>::h,
+      ExchangeBase<T>::arrived;
 
  public:
   static constexpr bool kCluster = true;
 
-  explicit __device__ __forceinline__ ClusterExchange(const Exchanged<T>& exchanged, uint64_t*)
-      : Exchanged<T>(exchanged),
+  explicit __device__ __forceinline__ ClusterExchange(const ExchangeBase<T>& base, uint64_t*)
+      : ExchangeBase<T>(base),
         column_(place.warp_lane % kShare / kColumnWords),
         first_peer_(place.warp_lane / kShare),
         pushes_((cut.blocks - first_peer_ + kSenders - 1) / kSenders) {
@@ -70,7 +72,7 @@ class ClusterExchange : Exchanged<T> {
     to_ = {static_cast<int>(shared_address(h + column_ * this->pitch + unit)) + bytes, -bytes};  // h(0) goes to h[1]
   }
 
-  // How many times this thread pushes each of its words. With one word a lane: 0 if no sequence has its column.
+  // How many times this thread pushes each of its words. With one word a thread: 0 if no sequence has its column.
   __device__ __forceinline__ int share() const {
     return kWords <= kWarpThreads && column_ >= this->columns ? 0 : pushes_;
   }
@@ -101,7 +103,7 @@ class ClusterExchange : Exchanged<T> {
     waiting.for_phase(barrier_of(s), static_cast<uint32_t>(s) / 2 % 2, s);
   }
 
-  __device__ __forceinline__ void send(int s, const T* staged, int share) const {
+  __device__ __forceinline__ void send(int s, const T* outgoing, int share) const {
     if (waiting.given_up()) return;
     const uint32_t barrier = barrier_of(s + 1);
     auto to = static_cast<uint32_t>(to_.at);
@@ -110,7 +112,7 @@ class ClusterExchange : Exchanged<T> {
       if (kWords > kWarpThreads && column_ + first / kColumnWords >= this->columns) break;
       if (first > 0) to += static_cast<uint32_t>(kShare / kColumnWords * this->pitch * static_cast<int>(sizeof(T)));
       const uint4 value =
-          operands<T, product>(reinterpret_cast<const uint4*>(staged)[first + place.warp_lane % kShare]);
+          operands<T, product>(reinterpret_cast<const uint4*>(outgoing)[first + place.warp_lane % kShare]);
       const auto push = [&](int n) {
         const auto rank = static_cast<uint32_t>(first_peer_ + n * kSenders);
         store_async(peer_address(to, rank), value, peer_address(barrier, rank));
@@ -156,24 +158,25 @@ class ClusterExchange : Exchanged<T> {
 // Hazard: h has two buffers there, too. A warp may write h(s) over h(s-2): it has passed the barrier of step s, and
 // every warp reaches that barrier only after it has multiplied h(s-2), in step s-1.
 template <typename T, Product product, int Pieces, int Tiles>
-class L2Exchange : Exchanged<T> {
+class L2Exchange : ExchangeBase<T> {
   static constexpr int kElements = 4 / static_cast<int>(sizeof(T));  // of a word
   static constexpr int kGroupWords = kGroupUnits / kElements;        // of a column
-  using Exchanged<T>::cut, Exchanged<T>::place, Exchanged<T>::waiting, Exchanged<T>::columns, Exchanged<T>::pitch;
+  using ExchangeBase<T>::cut, ExchangeBase<T>::place, ExchangeBase<T>::waiting, ExchangeBase<T>::columns,
+      ExchangeBase<T>::pitch;
 
-  static_assert(kWarpThreads % kGroupWords == 0, "a lane has the same word of several columns");
+  static_assert(kWarpThreads % kGroupWords == 0, "a thread has the same word of several columns");
 
   static constexpr bool kMayBeInside = may_be_inside_block(0, Pieces, sizeof(T));
 
   uint64_t* words_;  // [s mod 2][column][word]
-  uint64_t* to_;     // the first word that this lane sends in a step
+  uint64_t* to_;     // the first word that this thread sends in a step
   int to_other_;     // from there to the first word of the next step
 
  public:
   static constexpr bool kCluster = false;
 
-  __device__ __forceinline__ L2Exchange(const Exchanged<T>& exchanged, uint64_t* words)
-      : Exchanged<T>(exchanged), words_(words), to_other_(kTileColumns * Tiles * forward_row_words<T>(cut)) {
+  __device__ __forceinline__ L2Exchange(const ExchangeBase<T>& base, uint64_t* words)
+      : ExchangeBase<T>(base), words_(words), to_other_(kTileColumns * Tiles * forward_row_words<T>(cut)) {
     const int column = place.warp_lane / kGroupWords, word = place.warp_lane % kGroupWords;
     to_ = words + column * forward_row_words<T>(cut) + this->unit / kElements + word;
   }
@@ -222,10 +225,10 @@ class L2Exchange : Exchanged<T> {
     block_barrier();
   }
 
-  // This lane sends its words of all columns that a sequence has.
+  // This thread sends its words of all columns that a sequence has.
   __device__ __forceinline__ int share() const { return columns; }
 
-  __device__ __forceinline__ void send(int s, const T* staged, int share) const {
+  __device__ __forceinline__ void send(int s, const T* outgoing, int share) const {
     if (waiting.given_up()) return;  // its h means nothing
     uint64_t* to = to_;
 #pragma unroll
@@ -233,7 +236,7 @@ class L2Exchange : Exchanged<T> {
       const int word = n + place.warp_lane;
       if (word / kGroupWords >= share) break;
       if (n > 0) to += kWarpThreads / kGroupWords * forward_row_words<T>(cut);
-      const T* mine = staged + word * kElements;
+      const T* mine = outgoing + word * kElements;
       uint32_t value;
       if constexpr (sizeof(T) == 4) {
         value = number_detail::bits_of(operand<product>(*mine));

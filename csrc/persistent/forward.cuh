@@ -9,14 +9,14 @@
 //   └ a block             `groups` groups of 8 units
 //     └ a group           32 gate rows, two tiles of mma, and `splits` warps, each over its part of K
 //
-//      tile 0   rows 0-7: gate i, rows 8-15: gate f      lane l of a warp has unit l/4 and two of every 8 batch columns:
+//      tile 0   rows 0-7: gate i, rows 8-15: gate f      warp lane l has unit l/4 and two of every 8 batch columns:
 //      tile 1   rows 0-7: gate g, rows 8-15: gate o      its accumulators are all four gates of its cells, beside c
 //
 // A step:   receive h(t-1)   →   W_hh·h(t-1), each warp its part of K   →   a group's warps meet; split 0 adds up, does the
 //           gates, sends h(t)   →   and only then writes h(t), and what backward wants, to memory.
 // Blocks wait for data, never for each other: a step has no block barrier (with L2Exchange: one) and no grid barrier.
 //
-// W_ih·x is computed for a few steps at a time, a pass. Each block reads the pass's x once, into shared memory. Each
+// W_ih·x is computed for a few steps together. Each block reads the x of these steps once, into shared memory. Each
 // group reads W_ih once, from shared memory or L2. A warp's recurrent sums start from the result.
 //
 // Between lanes: h of every step has its own place in memory, so that no block waits for readers. A block that has
@@ -44,7 +44,7 @@ struct GroupWarp {
   int unit;        // of this thread
   int column;      // the thread's first of two, in every tile of 8 batch columns
 
-  __device__ __forceinline__ GroupWarp(const Cut& cut, const Place& place)
+  __device__ __forceinline__ GroupWarp(const Cut& cut, const ThreadPlace& place)
       // Neighbouring warps are on different schedulers. In this order the warps of split 0, which compute gates, are
       // neighbours.
       : group(place.warp % cut.groups),
@@ -65,7 +65,7 @@ struct ForwardShared {
 
   __device__ __forceinline__ T* h() const { return reinterpret_cast<T*>(bytes); }
   __device__ __forceinline__ float4* partial() const { return reinterpret_cast<float4*>(bytes + layout.partial); }
-  __device__ __forceinline__ T* staged() const { return reinterpret_cast<T*>(bytes + layout.staged); }
+  __device__ __forceinline__ T* outgoing() const { return reinterpret_cast<T*>(bytes + layout.outgoing); }
   __device__ __forceinline__ float4* projected() const { return reinterpret_cast<float4*>(bytes + layout.projected); }
   __device__ __forceinline__ T* x() const { return reinterpret_cast<T*>(bytes + layout.x); }
   __device__ __forceinline__ uint4* weights() const { return reinterpret_cast<uint4*>(bytes + layout.weights); }
@@ -97,7 +97,7 @@ __device__ __forceinline__ void load_gate_fragments(Fragment (&tile)[2], const T
 // W_ih if it is kept there.
 template <typename T, Product product>
 __device__ __forceinline__ void fill_shared(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
-                                            const Place& place, const Sequences& sequences,
+                                            const ThreadPlace& place, const Sequences& sequences,
                                             const ForwardShared<T>& shared) {
   const Cut& cut = arguments.cut;
   const int threads = static_cast<int>(blockDim.x), hidden = arguments.sizes.hidden, pitch = shared.layout.h_pitch;
@@ -115,10 +115,10 @@ __device__ __forceinline__ void fill_shared(const ForwardArguments<T>& arguments
     const bool fits = quarters_fit(lane.weight_ih, lane.inputs, lane.inputs);
     const int words = cut.groups * shared.layout.input_pieces * 4 * kWarpThreads;
     for (int n = place.thread; n < words; n += threads) {
-      const int of_lane = n % kWarpThreads, gate = n / kWarpThreads % 4, of_piece = n / (4 * kWarpThreads);
+      const int warp_lane = n % kWarpThreads, gate = n / kWarpThreads % 4, of_piece = n / (4 * kWarpThreads);
       const int piece = of_piece % shared.layout.input_pieces, group = of_piece / shared.layout.input_pieces;
-      const int unit = (place.rank * cut.groups + group) * kGroupUnits + of_lane / 4;
-      const int k = piece * kPieceElements<T> + of_lane % 4 * kQuarter<T>;
+      const int unit = (place.rank * cut.groups + group) * kGroupUnits + warp_lane / 4;
+      const int k = piece * kPieceElements<T> + warp_lane % 4 * kQuarter<T>;
       shared.weights()[n] = gate_quarter<T, product>(lane.weight_ih, hidden, lane.inputs, unit, gate, k, fits);
     }
   }
@@ -141,9 +141,9 @@ __device__ __forceinline__ void load_bias(float (&bias)[4], const ForwardLane<T>
 // Copies the pieces first_piece … first_piece + pieces - 1 of x of the steps s … s + steps - 1 to shared memory, as
 // columns [step][sequence]; zeros if a sequence has no such step. A warp copies whole columns, four at a time.
 template <typename T, Product product, int Tiles>
-__device__ __forceinline__ void stage_x(const Sizes& sizes, const ForwardLane<T>& lane, const Place& place,
-                                        const Sequences& sequences, const ForwardShared<T>& shared, int s, int steps,
-                                        int first_piece, int pieces) {
+__device__ __forceinline__ void copy_x(const LaunchSizes& sizes, const ForwardLane<T>& lane, const ThreadPlace& place,
+                                       const Sequences& sequences, const ForwardShared<T>& shared, int s, int steps,
+                                       int first_piece, int pieces) {
   constexpr int kAtOnce = 4;
   const int warps = static_cast<int>(blockDim.x) / kWarpThreads, columns = steps * Tiles * kTileColumns;
   const int quarters = pieces * 4, k_0 = first_piece * kPieceElements<T>;
@@ -181,14 +181,15 @@ __device__ __forceinline__ void stage_x(const Sizes& sizes, const ForwardLane<T>
   }
 }
 
-// Adds W_ih·x of the staged pieces to the sums of N column tiles from `tile` on. The sums are in shared.projected; with
+// Adds W_ih·x of the copied pieces to the sums of N column tiles from `tile` on. The sums are in shared.projected; with
 // the first pieces they start from `bias`. The warp takes every `splits`-th piece.
 template <typename T, Product product, int N>
 __device__ __forceinline__ void project_tiles(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
-                                              const Place& place, const GroupWarp& warp, const ForwardShared<T>& shared,
-                                              const float (&bias)[4], int tile, int first_piece, int pieces) {
+                                              const ThreadPlace& place, const GroupWarp& warp,
+                                              const ForwardShared<T>& shared, const float (&bias)[4], int tile,
+                                              int first_piece, int pieces) {
   const Cut& cut = arguments.cut;
-  float4* sums_of = shared.projected() + (place.warp * kPassTiles + tile) * 2 * kWarpThreads + place.warp_lane;
+  float4* sums_of = shared.projected() + (place.warp * kProjectedTiles + tile) * 2 * kWarpThreads + place.warp_lane;
   Sums<T, product, 2> sums[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -238,23 +239,23 @@ __device__ __forceinline__ void project_tiles(const ForwardArguments<T>& argumen
   }
 }
 
-// A pass: computes the input's share of the steps s … s + steps - 1. All threads call it behind a block barrier, after
-// which no thread reads the previous pass's x. A thread itself writes the sums that it will start from, so they need no
+// Computes the input's share of the steps s … s + steps - 1. All threads call it behind a block barrier, after which no
+// thread reads the x of the steps before. A thread itself writes the sums that it will start from, so they need no
 // barrier.
 template <typename T, Product product, int Tiles>
 __device__ __forceinline__ void project(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
-                                        const Place& place, const GroupWarp& warp, const Sequences& sequences,
+                                        const ThreadPlace& place, const GroupWarp& warp, const Sequences& sequences,
                                         const ForwardShared<T>& shared, int s, int steps) {
   float bias[4] = {};
   if (warp.split == 0) load_bias(bias, lane, arguments.sizes.hidden, warp.unit);
   const int all = shared.layout.input_pieces, tiles = steps * Tiles;
-  for (int first_piece = 0; first_piece < all; first_piece += kStagedPieces) {
-    const int pieces = all - first_piece < kStagedPieces ? all - first_piece : kStagedPieces;
+  for (int first_piece = 0; first_piece < all; first_piece += kCopiedPieces) {
+    const int pieces = all - first_piece < kCopiedPieces ? all - first_piece : kCopiedPieces;
     if (first_piece > 0) block_barrier();  // all warps have read the previous pieces, which are overwritten next
-    stage_x<T, product, Tiles>(arguments.sizes, lane, place, sequences, shared, s, steps, first_piece, pieces);
-    block_barrier();  // makes the x that each thread has staged visible to all warps
-    if (product == Product::tensor && tiles == kPassTiles) {
-      project_tiles<T, product, kPassTiles>(arguments, lane, place, warp, shared, bias, 0, first_piece, pieces);
+    copy_x<T, product, Tiles>(arguments.sizes, lane, place, sequences, shared, s, steps, first_piece, pieces);
+    block_barrier();  // makes the x that each thread has copied visible to all warps
+    if (product == Product::tensor && tiles == kProjectedTiles) {
+      project_tiles<T, product, kProjectedTiles>(arguments, lane, place, warp, shared, bias, 0, first_piece, pieces);
     } else {
       for (int tile = 0; tile < tiles; ++tile) {
         project_tiles<T, product, 1>(arguments, lane, place, warp, shared, bias, tile, first_piece, pieces);
@@ -263,18 +264,19 @@ __device__ __forceinline__ void project(const ForwardArguments<T>& arguments, co
   }
 }
 
-// ---- Pieces of a step -----------------------------------------------------------------------------------------------
+// ---- Parts of a step ------------------------------------------------------------------------------------------------
 
 // Accumulators of a warp: [batch tile][gate tile][element]: element 0, 1 are two columns of the tile's upper gate (i,
 // g), 2, 3 the same columns of its lower one (f, o).
 template <int Tiles>
 using GateSums = float[Tiles][2][4];
 
-// Loads the values that the recurrent sums of a step start from; the step's first tile is tile `tile` of the pass.
+// Loads the values that the recurrent sums of a step start from; the step's first tile is tile `tile` of those
+// that are projected together.
 template <typename T, int Tiles>
-__device__ __forceinline__ void load_projected(GateSums<Tiles>& d, const Place& place, const ForwardShared<T>& shared,
-                                               int tile) {
-  const float4* from = shared.projected() + (place.warp * kPassTiles + tile) * 2 * kWarpThreads + place.warp_lane;
+__device__ __forceinline__ void load_projected(GateSums<Tiles>& d, const ThreadPlace& place,
+                                               const ForwardShared<T>& shared, int tile) {
+  const float4* from = shared.projected() + (place.warp * kProjectedTiles + tile) * 2 * kWarpThreads + place.warp_lane;
 #pragma unroll
   for (int n = 0; n < 2 * Tiles; ++n) {
     const float4 v = from[n * kWarpThreads];
@@ -295,10 +297,10 @@ class Meeting {
   unsigned char* bytes_;
   int id_, threads_, others_;
   bool gathers_;
-  InTurn sums_;  // offset in shared memory, in bytes, of the sums of split 1, or of this warp's own
+  TwoAddresses sums_;  // offset in shared memory, in bytes, of the sums of split 1, or of this warp's own
 
  public:
-  __device__ __forceinline__ Meeting(const Cut& cut, const Place& place, const GroupWarp& warp,
+  __device__ __forceinline__ Meeting(const Cut& cut, const ThreadPlace& place, const GroupWarp& warp,
                                      const ForwardShared<T>& shared)
       : bytes_(shared.bytes), id_(1 + warp.group), others_(in_register(cut.splits) - 1) {
     constexpr int kBytes = kWords * ForwardLayout<T>::kTileBytes;  // of a warp
@@ -356,11 +358,11 @@ class Meeting {
   }
 };
 
-// The staged h(s) of a group's cells, as [column][unit]. There are two places: h(s) is in one, h(s-1) in the other.
+// The outgoing h(s) of a group's cells, as [column][unit]. There are two places: h(s) is in one, h(s-1) in the other.
 // These are the values that tensors hold; TF32 products get rounded ones.
 template <typename T, int Tiles>
-__device__ __forceinline__ T* staged_h(const Cut& cut, const GroupWarp& warp, const ForwardShared<T>& shared, int s) {
-  return shared.staged() + ((s & 1) * cut.groups + warp.group) * kTileColumns * Tiles * kGroupUnits;
+__device__ __forceinline__ T* outgoing_h(const Cut& cut, const GroupWarp& warp, const ForwardShared<T>& shared, int s) {
+  return shared.outgoing() + ((s & 1) * cut.groups + warp.group) * kTileColumns * Tiles * kGroupUnits;
 }
 
 // What a lane writes besides h; kChunks: a lane above it in this launch reads its chunks.
@@ -386,13 +388,13 @@ struct Cells {
     }
   }
 
-  // The index of the thread's first cell in staged_h.
+  // The index of the thread's first cell in outgoing_h.
   static __device__ __forceinline__ int place_of(const GroupWarp& warp) {
     return warp.column * kGroupUnits + warp.unit - warp.first_unit;
   }
   static __device__ __forceinline__ int offset(int n, int j) { return (n * kTileColumns + j) * kGroupUnits; }
 
-  // Loads the states (B, hidden) before the first step: c, and h, which is staged in `before` as h(-1).
+  // Loads the states (B, hidden) before the first step: c, and h, which goes to `before` as the outgoing h(-1).
   __device__ __forceinline__ void load(const ForwardLane<T>& lane, const GroupWarp& warp, const Sequences& sequences,
                                        int columns, int hidden, T* before) {
 #pragma unroll
@@ -404,7 +406,7 @@ struct Cells {
     });
   }
 
-  // Reads back the h that was staged in the step before: columns that are not active keep it. A thread reads what it
+  // Reads back the outgoing h of the step before: columns that are not active keep it. A thread reads what it
   // wrote itself. (This way h takes no registers during the products.)
   __device__ __forceinline__ void recall(const GroupWarp& warp, const T* before) {
     before += place_of(warp);
@@ -413,10 +415,10 @@ struct Cells {
   }
 
   // Computes c and h of the first `active` columns from the pre-activations; all other columns keep theirs. h is also
-  // staged.
-  __device__ __forceinline__ void update(const GateSums<Tiles>& d, const GroupWarp& warp, int active, T* staged) {
+  // written to `outgoing`.
+  __device__ __forceinline__ void update(const GateSums<Tiles>& d, const GroupWarp& warp, int active, T* outgoing) {
     using Maths = EachOfTwo<ForwardMathsOf<T>>;
-    staged += place_of(warp);
+    outgoing += place_of(warp);
 #pragma unroll
     for (int n = 0; n < Tiles; ++n) {
       const auto of = [&](int m, int first) { return Two{{d[n][m][first], d[n][m][first + 1]}}; };
@@ -428,13 +430,13 @@ struct Cells {
         const bool steps = n * kTileColumns + warp.column + j < active;
         c[n][j] = steps ? next.of[j] : c[n][j];
         h[n][j] = narrow<T>(steps ? out.of[j] : widen(h[n][j]));
-        staged[offset(n, j)] = h[n][j];
+        outgoing[offset(n, j)] = h[n][j];
       }
     }
   }
 
   // Writes h of a step, and what the lane saves, to memory: the first `active` columns, to the rows from `row` on.
-  __device__ __forceinline__ void store(const Sizes& sizes, const ForwardLane<T>& lane, const GroupWarp& warp,
+  __device__ __forceinline__ void store(const LaunchSizes& sizes, const ForwardLane<T>& lane, const GroupWarp& warp,
                                         int64_t row, int active, int saves) const {
     T* to_h = lane.h + row * sizes.h_stride + warp.unit;
     const int64_t saved = row * sizes.saved_stride;
@@ -451,38 +453,38 @@ struct Cells {
     });
   }
 
-  // Writes the states after the last step, whose h is `staged`.
+  // Writes the states after the last step, whose h is `outgoing`.
   __device__ __forceinline__ void store_last(const ForwardLane<T>& lane, const GroupWarp& warp,
                                              const Sequences& sequences, int columns, int hidden,
-                                             const T* staged) const {
+                                             const T* outgoing) const {
     for_each(warp, columns, [&](int n, int j, int column) {
       const int64_t at = int64_t{sequences.first + column} * hidden + warp.unit;
-      if (lane.h_n) stored(lane.h_n + at) = staged[place_of(warp) + offset(n, j)];
+      if (lane.h_n) stored(lane.h_n + at) = outgoing[place_of(warp) + offset(n, j)];
       if (lane.c_n) stored(lane.c_n + at) = narrow<T>(c[n][j]);
     });
   }
 };
 
 // Writes h of the group's units as the lane above sees it. A thread takes neighbouring units of one column that share a
-// block of random words (philox.h). 8 units touch at most three such blocks.
+// quad of random words (philox.h). 8 units touch at most three quads.
 template <typename T, int Tiles>
 __device__ __forceinline__ void store_above(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
-                                            const Place& place, const GroupWarp& warp, const Sequences& sequences,
-                                            int64_t row, int t, int active, const T* staged) {
-  const Sizes& sizes = arguments.sizes;
+                                            const ThreadPlace& place, const GroupWarp& warp, const Sequences& sequences,
+                                            int64_t row, int t, int active, const T* outgoing) {
+  const LaunchSizes& sizes = arguments.sizes;
   const int64_t first = lane.h_column + warp.first_unit;  // element of the layer's output
-  const int before = static_cast<int>(first % 4);         // elements of the first block that are before the group's
+  const int before = static_cast<int>(first % 4);         // elements of the first quad that are before the group's
   for (int n = kept(place.warp_lane); n < kTileColumns * Tiles * 3; n += kWarpThreads) {
     const int column = n / 3, unit = n % 3 * 4 - before;  // the first of four units, counted in the group
     if (column >= active) break;
     float x[4] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (unit + i >= 0 && unit + i < kGroupUnits) x[i] = widen(staged[column * kGroupUnits + unit + i]);
+      if (unit + i >= 0 && unit + i < kGroupUnits) x[i] = widen(outgoing[column * kGroupUnits + unit + i]);
     }
-    if (arguments.mask.seed) {
-      const gates::Sizes numbering = {sizes.hidden, sizes.h_stride, 0, 0, arguments.mask};
-      const gates::Element element = {int64_t{t} * sizes.batch, first + unit, lane.layer};
+    if (lane.mask.seed) {
+      const gates::CellSizes numbering = {sizes.hidden, sizes.h_stride, 0, 0};
+      const gates::Element element = {int64_t{t} * sizes.batch, first + unit, lane.layer, lane.mask};
       gates::apply_mask(x, numbering, element, sequences.first + column, 0);
     }
     T* to = lane.above + (row + column) * sizes.h_stride + warp.first_unit + unit;
@@ -499,10 +501,10 @@ __device__ __forceinline__ void store_above(const ForwardArguments<T>& arguments
 template <typename T, Product product, Exchange exchange, int Pieces, int Tiles>
 __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     forward(const __grid_constant__ ForwardArguments<T> arguments) {
-  static_assert(kPassTiles % Tiles == 0, "a pass is of whole steps");
+  static_assert(kProjectedTiles % Tiles == 0, "whole steps are projected together");
   const Cut& cut = arguments.cut;
-  const Sizes& sizes = arguments.sizes;
-  const Place place(arguments);
+  const LaunchSizes& sizes = arguments.sizes;
+  const ThreadPlace place(arguments);
   const ForwardLane<T>& lane = arguments.lane[place.lane];
   const GroupWarp warp(cut, place);
   const Sequences sequences(sizes, place.copy);
@@ -510,12 +512,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   const int h_pitch = shared.layout.h_pitch;
   const int columns = warp.unit < sizes.hidden ? sequences.count : 0;  // in which the thread has cells
   Waiting waiting(arguments.watchdog, place);
-  const Exchanged<T> exchanged = {
+  const ExchangeBase<T> base = {
       cut,     place,           waiting,         shared.h(),
       h_pitch, sequences.count, warp.first_unit, shared_address(shared.bytes + shared.layout.arrived)};
   const int64_t words = int64_t{2} * cut.columns() * forward_row_words<T>(cut);  // of a lane
   ExchangeOf<T, product, exchange, Pieces, Tiles> peers(
-      exchanged, arguments.words + (int64_t{place.copy} * sizes.lanes + place.lane) * words);
+      base, arguments.words + (int64_t{place.copy} * sizes.lanes + place.lane) * words);
   bool has_reader = false;
   for (int n = 0; n < sizes.lanes; ++n) has_reader |= arguments.lane[n].below == place.lane;
 
@@ -529,7 +531,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   }
   Cells<T, Tiles> cells;
   if (warp.split == 0) {
-    cells.load(lane, warp, sequences, columns, sizes.hidden, staged_h<T, Tiles>(cut, warp, shared, -1));
+    cells.load(lane, warp, sequences, columns, sizes.hidden, outgoing_h<T, Tiles>(cut, warp, shared, -1));
   }
   fill_shared<T, product>(arguments, lane, place, sequences, shared);
   peers.start();
@@ -541,22 +543,23 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   const int row_step = kept(lane.reverse ? -sizes.batch : sizes.batch);
   Meeting<T, Tiles> meeting(cut, place, warp, shared);
   // Offsets in shared memory, in bytes: where the warp's part of h(s-1) begins for this thread (see multiply_own()),
-  // and where the group stages h(s).
+  // and where the group's outgoing h(s) is.
   constexpr int kElement = static_cast<int>(sizeof(T));
-  InTurn h_at = {kElement * (own_column<product>(place.warp_lane) * h_pitch + warp.split * Pieces * kPieceElements<T> +
-                             place.warp_lane % 4 * kQuarter<T>),
-                 kElement * kTileColumns * Tiles * h_pitch};
-  constexpr int kStaged = kElement * kTileColumns * Tiles * kGroupUnits;
-  InTurn staged_at = {static_cast<int>(shared.layout.staged) + warp.group * kStaged, cut.groups * kStaged};
+  TwoAddresses h_at = {kElement * (own_column<product>(place.warp_lane) * h_pitch +
+                                   warp.split * Pieces * kPieceElements<T> + place.warp_lane % 4 * kQuarter<T>),
+                       kElement * kTileColumns * Tiles * h_pitch};
+  constexpr int kOutgoing = kElement * kTileColumns * Tiles * kGroupUnits;
+  TwoAddresses outgoing_at = {static_cast<int>(shared.layout.outgoing) + warp.group * kOutgoing,
+                              cut.groups * kOutgoing};
   const int share = peers.share();
 
-  int pass = 0, next_pass = 0;  // the first steps of this pass and of the next
-  for (int s = 0; s < sizes.steps; ++s, h_at.next(), staged_at.next(), meeting.next(), peers.next()) {
-    if (s == next_pass) {
+  int projected_from = 0, projected_to = 0;  // the steps that were projected last: the first, and one past the last
+  for (int s = 0; s < sizes.steps; ++s, h_at.next(), outgoing_at.next(), meeting.next(), peers.next()) {
+    if (s == projected_to) {
       const int in_chunk = s % cut.chunk_steps;
       // All threads of the block have written their h of the earlier steps, which publish_chunks releases next, and
-      // have read the x of the previous pass, which is overwritten next. Before the first pass: makes what each thread
-      // has filled shared memory with visible to all threads.
+      // have read the x that was projected before, which is overwritten next. At step 0: makes what each thread has
+      // filled shared memory with visible to all threads.
       block_barrier();
       if (in_chunk == 0) {
         const int chunk = s / cut.chunk_steps;
@@ -568,11 +571,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
           block_barrier();  // makes the chunk of the lane below, which a few threads have acquired, visible to all
         }
       }
-      int steps = kPassTiles / Tiles;
+      int steps = kProjectedTiles / Tiles;
       if (steps > cut.chunk_steps - in_chunk) steps = cut.chunk_steps - in_chunk;
       if (steps > sizes.steps - s) steps = sizes.steps - s;
       project<T, product, Tiles>(arguments, lane, place, warp, sequences, shared, s, steps);
-      pass = s, next_pass = s + steps;
+      projected_from = s, projected_to = s + steps;
     }
 
     const bool sends = s + 1 < sizes.steps;  // no block needs the last h: a push could meet a block that has exited
@@ -584,7 +587,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
       if (columns > 0) active = sequences.active(t);
     }
     GateSums<Tiles> d;
-    load_projected<T, Tiles>(d, place, shared, (s - pass) * Tiles);
+    load_projected<T, Tiles>(d, place, shared, (s - projected_from) * Tiles);
     const int share_here = kept(sends ? share : 0);
     peers.receive(s);
     multiply_own<T, product>(d, weights, reinterpret_cast<const T*>(shared.bytes + h_at.at), h_pitch, place.warp_lane);
@@ -594,24 +597,24 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
       meeting.give(d);
       continue;
     }
-    cells.recall(warp, reinterpret_cast<const T*>(shared.bytes + staged_at.at + staged_at.to_other));
-    T* staged = reinterpret_cast<T*>(shared.bytes + staged_at.at);
-    cells.update(d, warp, active, staged);
-    // Makes the h(s) that each lane has staged visible to all lanes of the warp, which send it. With one split there is
-    // no meeting: then this barrier also makes sure that all lanes have read h(s-1) before the warp sends h(s). h(s-2),
-    // over which h(s) is staged, was read before the warp met here in the previous step.
+    cells.recall(warp, reinterpret_cast<const T*>(shared.bytes + outgoing_at.at + outgoing_at.to_other));
+    T* outgoing = reinterpret_cast<T*>(shared.bytes + outgoing_at.at);
+    cells.update(d, warp, active, outgoing);
+    // Makes the outgoing h(s) that each thread has written visible to all threads of the warp, which send it. With one
+    // split there is no meeting: then this barrier also makes sure that all threads have read h(s-1) before the warp
+    // sends h(s). h(s-2), over which h(s) is written, was read before the warp met here in the previous step.
     warp_barrier();
-    peers.send(s, staged, share_here);
+    peers.send(s, outgoing, share_here);
     cells.store(sizes, lane, warp, row, active, saves);
     if (saves & kAbove) {
       const int t = time_of(sizes, lane.reverse, s);
-      store_above<T, Tiles>(arguments, lane, place, warp, sequences, row, t, sequences.active(t), staged);
+      store_above<T, Tiles>(arguments, lane, place, warp, sequences, row, t, sequences.active(t), outgoing);
     }
     row += kept(row_step);  // it is extended to 64 bits here, which takes no register between the steps
   }
   if (warp.split == 0) {
     cells.store_last(lane, warp, sequences, columns, sizes.hidden,
-                     staged_h<T, Tiles>(cut, warp, shared, sizes.steps - 1));
+                     outgoing_h<T, Tiles>(cut, warp, shared, sizes.steps - 1));
   }
   block_barrier();  // all threads have written the last chunk's h, which publish_chunks releases
   if ((saves & kChunks) && place.thread == static_cast<int>(blockDim.x) - 1) {
@@ -626,11 +629,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
 template <typename T>
 std::string forward_misfit(const ForwardArguments<T>& arguments, const Instance& instance) {
   const Cut& cut = arguments.cut;
-  const Sizes& s = arguments.sizes;
+  const LaunchSizes& s = arguments.sizes;
   const auto number = [](int64_t n) { return std::to_string(n); };
   if (!instance.runs(cut)) {
-    return "it is compiled for " + number(instance.pieces) + " pieces and " + number(instance.tiles) +
-           " tiles, the cut has " + number(cut.pieces) + " and " + number(cut.tiles) +
+    return "it is compiled for " + number(instance.pieces) + " pieces and " + number(instance.batch_tiles) +
+           " tiles, the cut has " + number(cut.pieces) + " and " + number(cut.batch_tiles) +
            ", or another product or exchange";
   }
   if (s.lanes < 1 || s.lanes > kMaxLanes) return number(s.lanes) + " lanes: a launch takes 1 to " + number(kMaxLanes);
@@ -638,8 +641,8 @@ std::string forward_misfit(const ForwardArguments<T>& arguments, const Instance&
   if (s.batch < 1 || s.batch_groups < 1 || s.batch_groups > s.batch) {
     return number(s.batch_groups) + " groups of a batch of " + number(s.batch);
   }
-  if (s.copies < 1 || s.first_group < 0 || s.first_group + s.copies > s.batch_groups) {
-    return number(s.copies) + " batch groups from number " + number(s.first_group) + " on, of " +
+  if (s.copies < 1 || s.first_batch_group < 0 || s.first_batch_group + s.copies > s.batch_groups) {
+    return number(s.copies) + " batch groups from number " + number(s.first_batch_group) + " on, of " +
            number(s.batch_groups);
   }
   const int most = (s.batch + s.batch_groups - 1) / s.batch_groups;
@@ -693,7 +696,7 @@ template <typename T, Product product, Exchange exchange, int Pieces, int Tiles>
 Outcome launch_forward(const ForwardArguments<T>& arguments, void* stream) {
   const std::string error = forward_misfit(arguments, {product, exchange, Tiles, Pieces, 0});
   if (!error.empty()) return {Outcome::failed, "the persistent forward kernel does not take this: " + error};
-  const Sizes& sizes = arguments.sizes;
+  const LaunchSizes& sizes = arguments.sizes;
   int most_inputs = 0;
   for (int n = 0; n < sizes.lanes; ++n) most_inputs = std::max(most_inputs, arguments.lane[n].inputs);
   LaunchConfig config =

@@ -12,7 +12,7 @@ Outcome launch_forward_instance(const char* element, const ForwardArguments<T>& 
   return with_instance<kForwardInstances<T>>(
       arguments.cut, no_instance("forward", element, arguments.cut), [&](auto n) {
         constexpr Instance i = kForwardInstances<T>[n];
-        return launch_forward<T, i.product, i.exchange, i.pieces, i.tiles>(arguments, stream);
+        return launch_forward<T, i.product, i.exchange, i.pieces, i.batch_tiles>(arguments, stream);
       });
 }
 
@@ -20,7 +20,7 @@ template <typename T>
 int64_t forward_instance_capacity(const Cut& cut, int most_inputs, int hidden) {
   return with_instance<kForwardInstances<T>>(cut, int64_t{0}, [&](auto n) {
     constexpr Instance i = kForwardInstances<T>[n];
-    return forward_capacity<T, i.product, i.exchange, i.pieces, i.tiles>(cut, most_inputs, hidden);
+    return forward_capacity<T, i.product, i.exchange, i.pieces, i.batch_tiles>(cut, most_inputs, hidden);
   });
 }
 

@@ -3,9 +3,9 @@
 //
 //   forward    weights of a thread: 16 · pieces registers, of at most 255. `splits` warps, 1 … 8, share K = hidden:
 //              hidden ≤ 8 · pieces · kPieceElements
-//   backward   weights of a thread: 8 · pieces · m_tiles registers; hidden ≤ 128 · m_tiles. `pieces` also says how many
-//              units a block owns: 8 a piece in 16 bits, 4 in 32. So there is a cluster only if 16 such blocks own as
-//              many units as m_tiles is for; wider lanes go through L2.
+//   backward   weights of a thread: 8 · pieces · unit_tiles registers; hidden ≤ 128 · unit_tiles. `pieces` also says
+//              how many units a block owns: 8 a piece in 16 bits, 4 in 32. So there is a cluster only if 16 such blocks
+//              own as many units as unit_tiles is for; wider lanes go through L2.
 //
 // STACKED_LSTM_FEW_INSTANCES: a short list, for builds that run under the emulator or a sanitizer.
 #pragma once
@@ -21,19 +21,19 @@ namespace stacked_lstm::persistent {
 namespace instances_detail {
 
 struct Registers {  // how weights lie in registers: see Cut
-  int pieces, m_tiles;
+  int pieces, unit_tiles;
 };
 
-// All combinations of `products` × `exchanges` × `registers` × `tiles`; the first changes slowest.
+// All combinations of `products` × `exchanges` × `registers` × `batch_tiles`; the first changes slowest.
 template <size_t P, size_t E, size_t R, size_t N>
 constexpr auto all_of(const Product (&products)[P], const Exchange (&exchanges)[E], const Registers (&registers)[R],
-                      const int (&tiles)[N]) {
+                      const int (&batch_tiles)[N]) {
   std::array<Instance, P * E * R * N> all{};
   size_t n = 0;
   for (const Product product : products) {
     for (const Exchange exchange : exchanges) {
       for (const Registers& r : registers) {
-        for (const int t : tiles) all[n++] = {product, exchange, t, r.pieces, r.m_tiles};
+        for (const int t : batch_tiles) all[n++] = {product, exchange, t, r.pieces, r.unit_tiles};
       }
     }
   }
@@ -83,10 +83,10 @@ constexpr auto backward() {
 
 #else
 
-// 6 pieces would serve no width that 4 or 8 do not serve with other splits. 8 pieces leave no registers for 4 tiles.
-// Through L2 a thread also holds words that are under way, which leaves fewer registers. Therefore exact products
-// through L2 have at most 6 pieces in forward (hidden ≤ 768), and in backward not the widest instances (hidden ≤ 512).
-// 16-bit backward through L2 does not have the most weights together with the most tiles (kMost16).
+// 6 pieces would serve no width that 4 or 8 do not serve with other splits. 8 pieces leave no registers for 4 batch
+// tiles. Through L2 a thread also holds words that are under way, which leaves fewer registers. Therefore exact
+// products through L2 have at most 6 pieces in forward (hidden ≤ 768), and in backward not the widest instances (hidden
+// ≤ 512). 16-bit backward through L2 does not have the most weights together with the most batch tiles (kMost16).
 inline constexpr Registers kForward[] = {{2, 0}, {4, 0}}, kForwardMost[] = {{8, 0}},
                            kForward32[] = {{2, 0}, {4, 0}, {8, 0}}, kForwardExact[] = {{2, 0}, {4, 0}, {6, 0}};
 inline constexpr Registers kNarrow16[] = {{4, 1}, {4, 2}, {4, 4}}, kLess16[] = {{4, 1}, {4, 2}, {2, 6}, {2, 8}},

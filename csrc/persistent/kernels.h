@@ -6,7 +6,7 @@
 //   block = (copy · lanes + lane) · blocks + rank        `copies` batch groups run side by side and share only weights
 //   a lane       `blocks` blocks: a thread-block cluster (Exchange::cluster), or any blocks of the device (Exchange::l2)
 //   a block      `groups` groups of 8 hidden units, 4·8·groups gate rows of W_hh, in its registers for the whole launch
-//   a batch group   the sequences batch·g/batch_groups … batch·(g+1)/batch_groups - 1, at most 8·tiles
+//   a batch group   the sequences batch·g/batch_groups … batch·(g+1)/batch_groups - 1, at most 8·batch_tiles
 //
 // Rows, steps and lanes are those of stack.h: step t has the sequences 0 … active(t) - 1, and a reverse lane takes the
 // steps from T-1 down. Step number s of a lane is time s, or T-1-s in a reverse lane.
@@ -36,7 +36,7 @@ inline constexpr int kMaxWarps = 8;  // of a block: a multiprocessor has 65536 r
 // Blocks of a cluster. st.async is undefined in a cluster of one block (PTX ISA: it needs %cluster_nctarank > 1), so a
 // lane of one block uses Exchange::l2.
 inline constexpr int kMinCluster = 2, kMaxCluster = 16;
-// A quad of lanes loads this much of a row of weights or of h at a time, 16 bytes a lane: two k-steps of mma.
+// Four neighbouring warp lanes load this much of a row of weights or of h at a time, 16 bytes each: two k-steps of mma.
 inline constexpr int kPieceBytes = 64;
 template <typename T>
 inline constexpr int kPieceElements = kPieceBytes / static_cast<int>(sizeof(T));
@@ -50,18 +50,18 @@ enum class Product { tensor, exact };
 struct Cut {
   Product product = Product::tensor;
   Exchange exchange = Exchange::cluster;
-  int tiles = 1;  // of 8 batch columns
+  int batch_tiles = 1;  // of 8 batch columns
   // Forward: a group has 32 gate rows (two tiles of mma) and `splits` warps, each over `pieces` pieces of K = hidden.
   // Backward: K is the block's own 4·8·groups gate rows, all of them, in `pieces` pieces (see backward_pieces), and
-  // each of the block's kMaxWarps warps has `m_tiles` tiles of 16 of the units of dh. splits is 1.
-  int pieces = 2, splits = 1, m_tiles = 0;
+  // each of the block's kMaxWarps warps has `unit_tiles` tiles of 16 of the units of dh. splits is 1.
+  int pieces = 2, splits = 1, unit_tiles = 0;
   int groups = 1;       // of 8 units, of a block
   int blocks = 1;       // of a lane
   int chunk_steps = 1;  // steps that a lane hands to the next lane together
   bool inputs_in_shared =
       true;  // forward: W_ih; backward: the block's part of W_ih of the lane above. Else read from L2
 
-  STACKED_LSTM_HOST_DEVICE int columns() const { return kTileColumns * tiles; }
+  STACKED_LSTM_HOST_DEVICE int columns() const { return kTileColumns * batch_tiles; }
   STACKED_LSTM_HOST_DEVICE int block_units() const { return groups * kGroupUnits; }
   STACKED_LSTM_HOST_DEVICE int units() const { return blocks * block_units(); }  // of a lane, padded
 };
@@ -85,46 +85,46 @@ STACKED_LSTM_HOST_DEVICE int backward_pieces(int groups) {
 // Exchange::l2 in a lane of one block: h, or the sums of dh, stay in the block's shared memory, and nothing goes
 // through L2. Code for this is compiled only into the instances with the fewest weights that hold every lane that fits
 // one block. Other instances use words in L2 even for a lane of one block. `element`: bytes.
-STACKED_LSTM_HOST_DEVICE constexpr bool may_be_inside_block(int m_tiles, int pieces, size_t element) {
+STACKED_LSTM_HOST_DEVICE constexpr bool may_be_inside_block(int unit_tiles, int pieces, size_t element) {
   const int k = pieces * kPieceBytes / static_cast<int>(element);
-  return m_tiles > 0 ? m_tiles == 1 : k <= kMaxWarps * kGroupUnits;
+  return unit_tiles > 0 ? unit_tiles == 1 : k <= kMaxWarps * kGroupUnits;
 }
 STACKED_LSTM_HOST_DEVICE constexpr bool inside_block(const Cut& cut, size_t element) {
-  return cut.exchange == Exchange::l2 && cut.blocks == 1 && may_be_inside_block(cut.m_tiles, cut.pieces, element);
+  return cut.exchange == Exchange::l2 && cut.blocks == 1 && may_be_inside_block(cut.unit_tiles, cut.pieces, element);
 }
 
 // One kernel is compiled for each instance; the other members of Cut are known at run time.
 struct Instance {
   Product product;
   Exchange exchange;
-  int tiles, pieces, m_tiles;
+  int batch_tiles, pieces, unit_tiles;
 
   bool runs(const Cut& cut) const {
-    return product == cut.product && exchange == cut.exchange && tiles == cut.tiles && pieces == cut.pieces &&
-           m_tiles == cut.m_tiles;
+    return product == cut.product && exchange == cut.exchange && batch_tiles == cut.batch_tiles &&
+           pieces == cut.pieces && unit_tiles == cut.unit_tiles;
   }
 };
 
-struct Sizes {
+struct LaunchSizes {
   int steps;       // T, of the whole sequence
   int first_step;  // backward only: this launch takes the step numbers last_step - 1 … first_step; forward: 0
   int last_step;   //                 one past the last; forward: T
-  int batch;       // B, of all groups
+  int batch;       // B, of all batch groups
   int hidden;      // H, of every lane of the launch
   int lanes;
   int batch_groups;          // of the batch
-  int first_group;           // of this launch
+  int first_batch_group;     // of this launch
   int copies;                // batch groups of this launch
   int64_t h_stride;          // of a row of a layer's output, and of `above`: D·H
   int64_t saved_stride;      // of a row of c in the reserve; a row of gates has four times as much
   int64_t gates_stride;      // backward: of a row of gate gradients: D·4H
   const int64_t* first_row;  // (T + 1), on the device, for a packed batch; else null, and row (t, b) is t·B + b
 
-  // batch · group / batch_groups, computed in 32 bits: on a GPU a division of 64 bits is a function call. Correct for
-  // up to 65536 groups.
-  STACKED_LSTM_HOST_DEVICE int first_sequence(int group) const {
+  // batch · batch_group / batch_groups, computed in 32 bits: on a GPU a division of 64 bits is a function call. Correct
+  // for up to 65536 batch groups.
+  STACKED_LSTM_HOST_DEVICE int first_sequence(int batch_group) const {
     const auto all = static_cast<unsigned>(batch), parts = static_cast<unsigned>(batch_groups);
-    const auto n = static_cast<unsigned>(group);
+    const auto n = static_cast<unsigned>(batch_group);
     return static_cast<int>(all / parts * n + all % parts * n / parts);
   }
 };
@@ -164,13 +164,13 @@ struct ForwardLane {
   int reverse;
   int layer;         // for dropout's numbering of elements (philox.h)
   int64_t h_column;  // likewise: where the direction begins in a row of the layer's output: 0 or H. h points there
+  gates::Mask mask;  // of the link to the layer above
 };
 
 template <typename T>
 struct ForwardArguments {
   Cut cut;
-  Sizes sizes;
-  gates::Mask mask;
+  LaunchSizes sizes;
   uint32_t* chunks_done;  // (copies, lanes, blocks), zero at the launch: chunks of h that a block has written
   uint64_t* words;        // Exchange::l2: forward_words() of them, zero at the launch; else null
   Watchdog* watchdog;     // on the device, zero at the launch; null in builds without a watchdog
@@ -208,13 +208,13 @@ struct BackwardLane {
   int reverse;
   int layer;
   int64_t h_column;
+  gates::Mask mask;  // of the link to the layer above
 };
 
 template <typename T>
 struct BackwardArguments {
   Cut cut;
-  Sizes sizes;
-  gates::Mask mask;
+  LaunchSizes sizes;
   uint32_t* chunks_done;  // (copies, lanes, blocks), zero at the launch: chunks of grad_gates that a block has written
   uint64_t* words;        // Exchange::l2: backward_words() of them, zero at the launch; else null
   Watchdog* watchdog;
@@ -229,7 +229,7 @@ struct Outcome {
 };
 
 template <typename T>
-struct Kernels {
+struct PersistentKernels {
   const Instance* forward_instances;
   int forward_count;
   const Instance* backward_instances;
@@ -242,28 +242,28 @@ struct Kernels {
   int64_t (*backward_capacity)(const Cut&, int hidden, bool over);
 };
 
-struct Table {
-  Kernels<float> float32;
-  Kernels<bfloat16> bf16;
-  Kernels<float16> f16;
+struct PersistentTable {
+  PersistentKernels<float> float32;
+  PersistentKernels<bfloat16> bf16;
+  PersistentKernels<float16> f16;
 
   template <typename T>
-  const Kernels<T>& of() const;
+  const PersistentKernels<T>& of() const;
 };
 template <>
-inline const Kernels<float>& Table::of<float>() const {
+inline const PersistentKernels<float>& PersistentTable::of<float>() const {
   return float32;
 }
 template <>
-inline const Kernels<bfloat16>& Table::of<bfloat16>() const {
+inline const PersistentKernels<bfloat16>& PersistentTable::of<bfloat16>() const {
   return bf16;
 }
 template <>
-inline const Kernels<float16>& Table::of<float16>() const {
+inline const PersistentKernels<float16>& PersistentTable::of<float16>() const {
   return f16;
 }
 
-const Table& cuda_kernels();  // persistent/table.cu
+const PersistentTable& cuda_persistent_kernels();  // persistent/table.cu
 
 // ---- What a launch needs: one definition for the kernels, the driver and the planner --------------------------------
 
@@ -272,39 +272,38 @@ const Table& cuda_kernels();  // persistent/table.cu
 STACKED_LSTM_HOST_DEVICE constexpr int row_pieces(int pieces) { return pieces | 1; }
 inline size_t row_bytes(size_t pieces) { return (pieces | 1) * kPieceBytes; }
 
-// Forward: W_ih·x is computed for kPassTiles column tiles together, of whose x kStagedPieces pieces are in shared
+// Forward: W_ih·x is computed for kProjectedTiles column tiles together, of whose x kCopiedPieces pieces are in shared
 // memory at a time.
-inline constexpr int kPassTiles = 4, kStagedPieces = 16;
+inline constexpr int kProjectedTiles = 4, kCopiedPieces = 16;
 
 // The layout of a forward block's shared memory: offsets in bytes. The two buffers of h are at 0.
 template <typename T>
 struct ForwardLayout {
   static constexpr int kTileBytes =
-      kWarpThreads * 16;  // 16 bytes a lane: accumulators of a tile, or half of a fragment
+      kWarpThreads * 16;  // 16 bytes a thread: accumulators of a tile, or half of a fragment
   int h_pitch;            // elements from a column of h to the next
   int input_pieces;       // of a row of W_ih and of x
-  int x_pitch;            // elements from a column of staged x to the next
+  int x_pitch;            // elements from a column of copied x to the next
   uint32_t arrived;       // 2 mbarriers
-  uint32_t partial;  // [step mod 2][group][split - 1][batch tile][gate tile][lane] of 4 sums, over the other splits' K
-  uint32_t staged;   // [step mod 2][group][column][8 units]: h before it is sent and stored
-  uint32_t
-      projected;  // [warp][tile of the pass][gate tile][lane] of 4: W_ih·x + b, the warp's part of K, as accumulators
-  uint32_t x;     // [column of the pass][x_pitch]
-  uint32_t weights;  // [group][piece][gate tile][upper, lower][lane] of 16 bytes: W_ih, if cut.inputs_in_shared
+  uint32_t partial;    // [step mod 2][group][split - 1][batch tile][gate tile][warp lane] of 4 sums, over the split's K
+  uint32_t outgoing;   // [step mod 2][group][column][8 units]: h before it is sent and stored
+  uint32_t projected;  // [warp][projected tile][gate tile][warp lane] of 4 accumulators: W_ih·x + b, over the warp's K
+  uint32_t x;          // [projected column][x_pitch]
+  uint32_t weights;    // [group][piece][gate tile][upper, lower][warp lane] of 16 bytes: W_ih, if cut.inputs_in_shared
   uint32_t bytes;
 
   STACKED_LSTM_HOST_DEVICE ForwardLayout(const Cut& cut, int inputs) {
     const auto size = [](int64_t n) { return static_cast<uint32_t>(n); };
     h_pitch = row_pieces(cut.splits * cut.pieces) * kPieceElements<T>;
     input_pieces = (inputs + kPieceElements<T> - 1) / kPieceElements<T>;
-    x_pitch = row_pieces(input_pieces < kStagedPieces ? input_pieces : kStagedPieces) * kPieceElements<T>;
+    x_pitch = row_pieces(input_pieces < kCopiedPieces ? input_pieces : kCopiedPieces) * kPieceElements<T>;
     const int element = static_cast<int>(sizeof(T));
     arrived = size(2 * cut.columns() * h_pitch * element);
     partial = arrived + 16;
-    staged = partial + size(2 * cut.groups * (cut.splits - 1) * cut.tiles * 2 * kTileBytes);
-    projected = staged + size(2 * cut.groups * cut.columns() * kGroupUnits * element);
-    x = projected + size(cut.groups * cut.splits * kPassTiles * 2 * kTileBytes);
-    weights = x + size(kPassTiles * kTileColumns * x_pitch * element);
+    outgoing = partial + size(2 * cut.groups * (cut.splits - 1) * cut.batch_tiles * 2 * kTileBytes);
+    projected = outgoing + size(2 * cut.groups * cut.columns() * kGroupUnits * element);
+    x = projected + size(cut.groups * cut.splits * kProjectedTiles * 2 * kTileBytes);
+    weights = x + size(kProjectedTiles * kTileColumns * x_pitch * element);
     bytes = weights + (cut.inputs_in_shared ? size(int64_t{cut.groups} * input_pieces * 4 * kTileBytes) : 0);
   }
 };
@@ -323,15 +322,15 @@ struct BackwardLayout {
   uint32_t sums;     // Exchange::cluster: [source block][exchange mod 2][cell] of dh, partial; inside a block: [cell]
   uint32_t grad_gates;  // [step mod 2][column][pitch]: K of the block's product
   uint32_t above;       // [step of the chunk][column][pitch]: the same of the lane above
-  uint32_t from_above;  // [step of the chunk][batch tile][m_tile][thread] of 4 sums: start values of dh's accumulators
-  uint32_t weights;     // [m_tile][piece][upper, lower][thread] of 16 bytes, if cut.inputs_in_shared
+  uint32_t from_above;  // [step of the chunk][batch tile][unit tile][thread] of 4 sums: where dh's accumulators start
+  uint32_t weights;     // [unit tile][piece][upper, lower][thread] of 16 bytes, if cut.inputs_in_shared
   uint32_t bytes;
 
   STACKED_LSTM_HOST_DEVICE BackwardLayout(const Cut& cut, bool over) {
     const auto size = [](int64_t n) { return static_cast<uint32_t>(n); };
     constexpr int64_t kThreadBytes = kMaxWarps * kWarpThreads * 16;
     const int64_t step = int64_t{cut.columns()} * row_pieces(cut.pieces) * kPieceBytes;
-    const int64_t chunk_steps = over ? cut.chunk_steps : 0, tiles = int64_t{cut.tiles} * cut.m_tiles;
+    const int64_t chunk_steps = over ? cut.chunk_steps : 0, tiles = int64_t{cut.batch_tiles} * cut.unit_tiles;
     const int64_t cells = int64_t{cut.columns()} * cut.block_units();
     const bool cluster = cut.exchange == Exchange::cluster;
     constexpr uint32_t kBehindArrived = 16;
@@ -341,7 +340,7 @@ struct BackwardLayout {
     from_above = above + size(chunk_steps * step);
     weights = from_above + size(chunk_steps * tiles * kThreadBytes);
     const uint32_t end =
-        weights + (over && cut.inputs_in_shared ? size(int64_t{2} * cut.m_tiles * cut.pieces * kThreadBytes) : 0);
+        weights + (over && cut.inputs_in_shared ? size(int64_t{2} * cut.unit_tiles * cut.pieces * kThreadBytes) : 0);
     // The sums inside a block come last, so that no other offset depends on them: kernels without these sums have no
     // registers to spare for the test.
     sums = cluster ? kBehindArrived : end;

@@ -27,8 +27,8 @@ struct Question {
 struct Decision {
   Choice choice;
   Product product = Product::tensor;
-  // Why the persistent kernels cannot run this call; empty if they can. If they cannot run one of its passes, they run
-  // neither.
+  // Why the persistent kernels cannot run this call; empty if they can. If they cannot run either the forward or the
+  // backward pass, they run neither.
   std::string why_not;
 
   const Plan& plan(bool backward) const { return backward ? choice.backward : choice.forward; }
@@ -39,28 +39,28 @@ struct Decision {
 std::shared_ptr<const Decision> decide(const Question& question);
 
 // What a run did.
-struct Counts {
+struct PersistentCounts {
   std::shared_ptr<const Decision> decision;
   int64_t launches = 0;  // of the persistent kernel
   int64_t products = 0;  // calls of a matrix product
 };
-// How many launches a forward or backward pass will need.
+// How many launches a plan needs.
 int64_t launches(const Plan& plan, const StackShape& shape);
 
 // `decision->why_not` must be empty.
-Results forward(const Call& call, std::shared_ptr<const Decision> decision, Counts& counts);
+Results forward(const Call& call, std::shared_ptr<const Decision> decision, PersistentCounts& counts);
 Gradients backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
-                   bool weight_grad, std::shared_ptr<const Decision> decision, Counts& counts);
+                   bool weight_grad, std::shared_ptr<const Decision> decision, PersistentCounts& counts);
 
 // For tests. The settings hold for all threads: torch runs a backward pass on a GPU in threads of its own.
 //
 // Sets the kernels for CPU tensors; null: there are none. `watchdog`: they fill the record of a wait that took too
 // long.
-void use_host_kernels(const Table* table, bool watchdog);
+void use_host_kernels(const PersistentTable* table, bool watchdog);
 // Decisions are made for this device, wherever the tensors are; nullopt: for the tensors' device.
 void force_device(std::optional<Device> device);
-// A forward or backward pass is cut up into these passes, if that is possible; nullopt: as planned. No times are
-// predicted for them.
+// A forward or backward pass is divided into these runs of layers, if that is possible; nullopt: as planned. No times
+// are predicted for them.
 void force_passes(bool backward, std::optional<std::vector<Pass>> passes);
 
 }  // namespace stacked_lstm::persistent

@@ -9,7 +9,7 @@
 // A launch and its parts (Cut, lane, block, group, copy) are those of persistent/kernels.h. On top of them:
 //   pass        a run of layers of one width that is on the chip at once, at most kMaxLanes lanes, all cut alike. Passes
 //               come one after another: forward from the first layers up, backward from the last down.
-//   round       batch groups that run side by side, as copies. Groups without room run in the next round, which is
+//   round       batch groups that run side by side, as copies. Those without room run in the next round, which is
 //               another launch.
 //   segment     backward: the steps of one launch. If the gates are computed again, a segment has at most as many steps
 //               as there is room in memory for their pre-activations. If a launch leaves SMs idle, segments are so
@@ -48,7 +48,7 @@ struct Ask {
   int64_t forward_count = 0;
   const Instance* backward = nullptr;
   int64_t backward_count = 0;
-  // Asks the driver how many blocks of such a launch the device holds at once; empty if there is no driver to ask. The
+  // Asks CUDA's driver how many blocks of such a launch the device holds at once; empty if there is none to ask. The
   // planner asks for the cuts of the cheapest plan. If the answer is less than the Device promises, the planner takes
   // the answer and plans again. A larger answer changes nothing: the Device should promise no less than there is.
   std::function<int64_t(bool backward, const Cut& cut, int most_inputs, int hidden, bool over)> capacity;
@@ -106,14 +106,14 @@ struct Terms {
 };
 
 // What a lane's blocks do in a step or for a chunk, in microseconds. See predict_step() in cost.h.
-struct StepCost {
+struct LaneCost {
   double exchange = 0, products = 0, gates = 0, saves = 0;
-  double chunk = 0;         // a chunk's beginning: checking that the layer before has done its own
+  double chunk_start = 0;   // a chunk's beginning: checking that the layer before has done its own
   double project = 0;       // products with W_ih, a step
   double read_rows = 0;     // rows of x, of h of the layer below, or of dgates of the layer above, from L2, a step
-  double stage_rows = 0;    // until the first of these rows are in shared memory
+  double copy_rows = 0;     // until the first of these rows are in shared memory
   double read_weights = 0;  // W_ih once, from where it is kept
-  int64_t reads_every = 1;  // for how many steps W_ih is read, and rows are staged, together
+  int64_t reads_every = 1;  // for how many steps W_ih is read, and rows are copied, together
   Home w_ih = Home::shared;
 
   double step() const { return exchange + products + gates + saves; }
@@ -123,10 +123,12 @@ struct StepCost {
     const double steps = static_cast<double>(n), reads = static_cast<double>((n + reads_every - 1) / reads_every);
     const double multiply = w_ih == Home::shared ? std::max(steps * project, reads * read_weights)
                                                  : std::max(steps * project, reads * read_weights + steps * read_rows);
-    return reads * stage_rows + std::max(multiply, steps * read_rows);
+    return reads * copy_rows + std::max(multiply, steps * read_rows);
   }
   bool reads_longest(int64_t n) const { return projection_us(n) > 2 * static_cast<double>(n) * project; }
-  double chunk_us(int64_t n) const { return n == 0 ? 0 : static_cast<double>(n) * step() + projection_us(n) + chunk; }
+  double chunk_us(int64_t n) const {
+    return n == 0 ? 0 : static_cast<double>(n) * step() + projection_us(n) + chunk_start;
+  }
 };
 
 struct LayerPlan {
@@ -136,7 +138,7 @@ struct LayerPlan {
   int64_t w_ih_bytes =
       0;  // of the W_ih it multiplies by: all lanes of a copy, padded; backward, that of the layer above
   Home w_ih = Home::shared;
-  StepCost cost;
+  LaneCost cost;
   double step_us = 0;
 };
 
@@ -170,8 +172,8 @@ struct Pass {
   }
   int64_t segments(int64_t steps) const { return (steps + segment_steps - 1) / segment_steps; }
   int64_t chunks(int64_t steps) const { return (steps + cut.chunk_steps - 1) / cut.chunk_steps; }
-  // The first sequence of a batch group. That of the next group is one past the group's last.
-  int64_t first_sequence(int64_t batch, int64_t group) const { return batch * group / batch_groups; }
+  // The first sequence of a batch group. That of the next one is one past its last.
+  int64_t first_sequence(int64_t batch, int64_t batch_group) const { return batch * batch_group / batch_groups; }
   // The n-th layer in the order in which a chunk comes to the layers.
   const LayerPlan& in_order(int64_t n) const { return layers[static_cast<size_t>(backward ? count() - 1 - n : n)]; }
 };

@@ -34,11 +34,11 @@ void for_each_cut(const Ask& ask, bool backward, int64_t hidden, Visit&& visit) 
   const Instance* instances = backward ? ask.backward : ask.forward;
   const int64_t count = backward ? ask.backward_count : ask.forward_count, elements = piece_elements(ask.bytes);
   for (const Instance* i = instances; i < instances + count; ++i) {
-    if (i->product != ask.product || (i->m_tiles > 0) != backward) continue;
+    if (i->product != ask.product || (i->unit_tiles > 0) != backward) continue;
     Cut cut;
     cut.product = i->product, cut.exchange = i->exchange;
     const int least_blocks = cut.exchange == Exchange::cluster ? kMinCluster : 1;
-    cut.tiles = i->tiles, cut.pieces = i->pieces, cut.m_tiles = i->m_tiles;
+    cut.batch_tiles = i->batch_tiles, cut.pieces = i->pieces, cut.unit_tiles = i->unit_tiles;
     const auto own = [&](int64_t groups) {
       cut.groups = static_cast<int>(groups);
       cut.blocks = static_cast<int>((hidden + kGroupUnits * groups - 1) / (kGroupUnits * groups));
@@ -47,7 +47,7 @@ void for_each_cut(const Ask& ask, bool backward, int64_t hidden, Visit&& visit) 
       const int64_t rows = i->pieces * elements;
       if (rows % (4 * kGroupUnits) != 0) continue;
       own(rows / (4 * kGroupUnits));
-      if (cut.blocks >= least_blocks && cut.units() <= kMaxWarps * kTileRows * i->m_tiles) visit(cut);
+      if (cut.blocks >= least_blocks && cut.units() <= kMaxWarps * kTileRows * i->unit_tiles) visit(cut);
       continue;
     }
     for (int splits = 1; splits <= kMaxWarps; ++splits) {
@@ -60,8 +60,8 @@ void for_each_cut(const Ask& ask, bool backward, int64_t hidden, Visit&& visit) 
         if (cut.blocks < least_blocks || cut.blocks == blocks_before || !holds(*i)) continue;
         blocks_before = cut.blocks;
         const bool smaller = std::any_of(instances, instances + count, [&](const Instance& other) {
-          return other.product == i->product && other.exchange == i->exchange && other.tiles == i->tiles &&
-                 other.m_tiles == i->m_tiles && other.pieces < i->pieces && holds(other);
+          return other.product == i->product && other.exchange == i->exchange && other.batch_tiles == i->batch_tiles &&
+                 other.unit_tiles == i->unit_tiles && other.pieces < i->pieces && holds(other);
         });
         if (!smaller) visit(cut);
       }
@@ -70,7 +70,7 @@ void for_each_cut(const Ask& ask, bool backward, int64_t hidden, Visit&& visit) 
 }
 
 int64_t threads_of(const Cut& cut) {
-  return cut.m_tiles > 0 ? kMaxWarps * kWarpThreads : cut.groups * cut.splits * kWarpThreads;
+  return cut.unit_tiles > 0 ? kMaxWarps * kWarpThreads : cut.groups * cut.splits * kWarpThreads;
 }
 
 // How many blocks of this cut the device holds at once, one an SM.
@@ -81,7 +81,7 @@ int64_t blocks_held(const Device& device, const Cut& cut) {
   return cut.blocks > kMaxCluster || device.max_cluster < 2 ? 0 : device.clusters(cut.blocks) * cut.blocks;
 }
 
-// What the driver has said of a cut. A block has an SM to itself. So the number of blocks that fit depends only on
+// What CUDA's driver has said of a cut. A block has an SM to itself. So the number of blocks that fit depends only on
 // whether they are in clusters, and of which size, and the answer holds for all cuts that are alike in this. Exception:
 // `blocks` = 0 for an unclustered cut means that this kernel cannot run on the device at all.
 struct Held {
@@ -90,7 +90,7 @@ struct Held {
 
   bool of(const Cut& other) const {
     const auto kernel = [](const Cut& c) {
-      return std::tuple(c.product, c.tiles, c.pieces, c.splits, c.m_tiles, c.groups);
+      return std::tuple(c.product, c.batch_tiles, c.pieces, c.splits, c.unit_tiles, c.groups);
     };
     if (cut.exchange != other.exchange) return false;
     return cut.exchange == Exchange::cluster ? cut.blocks == other.blocks : blocks > 0 || kernel(cut) == kernel(other);
@@ -105,7 +105,7 @@ class Planner {
   Plan run() {
     Plan plan = refuse(refusal());
     if (!plan.why_not.empty()) return plan;
-    // In each further round the driver has said of one more cut that fewer blocks fit. There are few rounds: most
+    // At each further try CUDA's driver has said of one more cut that fewer blocks fit. There are few tries: most
     // devices are as described.
     for (int tries = 0; tries < 64; ++tries) {
       plan = cheapest();
@@ -163,7 +163,7 @@ class Planner {
   // One sentence with numbers: why not even one layer a pass fits.
   std::string obstacle() const {
     const auto text = [](int64_t n) { return std::to_string(n); };
-    const std::string on = m_.device.name, pass = m_.backward ? "backward" : "forward";
+    const std::string on = m_.device.name, kind = m_.backward ? "backward" : "forward";
     for (int64_t k = 0; k < depth_; ++k) {
       const int64_t hidden = m_.layer(k).hidden;
       const std::string who =
@@ -172,16 +172,16 @@ class Planner {
       const Instance* instances = m_.backward ? m_.ask.backward : m_.ask.forward;
       for (int64_t n = 0; n < (m_.backward ? m_.ask.backward_count : m_.ask.forward_count); ++n) {
         const Instance& i = instances[n];
-        if (i.product != m_.ask.product || (i.m_tiles > 0) != m_.backward) continue;
-        longest = std::max(longest, m_.backward ? int64_t{kMaxWarps} * kTileRows * i.m_tiles
+        if (i.product != m_.ask.product || (i.unit_tiles > 0) != m_.backward) continue;
+        longest = std::max(longest, m_.backward ? int64_t{kMaxWarps} * kTileRows * i.unit_tiles
                                                 : int64_t{kMaxWarps} * i.pieces * piece_elements(m_.ask.bytes));
       }
       if (longest == 0) {
-        return "no " + pass + " kernel is compiled for elements of " + text(m_.ask.bytes) + " bytes and " +
+        return "no " + kind + " kernel is compiled for elements of " + text(m_.ask.bytes) + " bytes and " +
                name_of(m_.ask.product) + " products";
       }
       if (hidden > longest) {
-        return who + ", and the " + pass + " kernels hold recurrent rows of at most " + text(longest);
+        return who + ", and the " + kind + " kernels hold recurrent rows of at most " + text(longest);
       }
       const auto least = [](int64_t& to, int64_t value) { to = to == 0 ? value : std::min(to, value); };
       for_each_cut(m_.ask, m_.backward, hidden, [&](Cut cut) {
@@ -192,13 +192,13 @@ class Planner {
         least(least_blocks, directions_ * cut.blocks);
         if (held(cut) >= directions_ * cut.blocks) least_held = 1;
       });
-      if (least_shared == 0) return who + ", which the compiled " + pass + " kernels do not divide";
+      if (least_shared == 0) return who + ", which the compiled " + kind + " kernels do not divide";
       if (least_blocks == 0) {
         return who + ": a block needs at least " + text(least_shared) + " bytes of shared memory, and " + on + " has " +
                text(m_.device.shared_block);
       }
       if (least_blocks > m_.device.sms) {
-        return who + ": with its recurrent weights in registers, " + pass + " needs at least " + text(least_blocks) +
+        return who + ": with its recurrent weights in registers, " + kind + " needs at least " + text(least_blocks) +
                " blocks, one an SM, and " + on + " has " + text(m_.device.sms) + " SMs";
       }
       if (least_held == 0) {
@@ -217,7 +217,7 @@ class Planner {
     return blocks;
   }
 
-  // Asks the driver about the plan's passes; true if one of them does not fit after all.
+  // Asks CUDA's driver about the plan's passes; true if one of them does not fit after all.
   bool less_than_promised(const Plan& plan) {
     for (const Pass& pass : plan.passes) {
       const int64_t blocks = m_.ask.capacity(m_.backward, pass.cut, static_cast<int>(pass.most_inputs),
@@ -239,12 +239,12 @@ class Planner {
     double best_us = -1;
     int smallest_tiles = 0;  // the fewest that hold the whole batch: more columns only cost more
     for_each_cut(m_.ask, m_.backward, hidden, [&](const Cut& cut) {
-      if (cut.columns() >= m_.shape.batch && (smallest_tiles == 0 || cut.tiles < smallest_tiles)) {
-        smallest_tiles = cut.tiles;
+      if (cut.columns() >= m_.shape.batch && (smallest_tiles == 0 || cut.batch_tiles < smallest_tiles)) {
+        smallest_tiles = cut.batch_tiles;
       }
     });
     for_each_cut(m_.ask, m_.backward, hidden, [&](const Cut& cut) {
-      if (smallest_tiles > 0 && cut.tiles > smallest_tiles) return;
+      if (smallest_tiles > 0 && cut.batch_tiles > smallest_tiles) return;
       if (only_ && cut.exchange != *only_) return;
       Pass pass;
       pass.first_layer = first, pass.last_layer = first + count;
@@ -291,7 +291,7 @@ class Planner {
     }
 
     // The sizes of W_hh as the registers hold it, and of W_ih as the products read it.
-    const int64_t rows = m_.backward ? kMaxWarps * kTileRows * cut.m_tiles : 4 * cut.block_units();
+    const int64_t rows = m_.backward ? kMaxWarps * kTileRows * cut.unit_tiles : 4 * cut.block_units();
     const int64_t k = m_.backward ? 4 * cut.block_units() : cut.pieces * cut.splits * piece_elements(bytes);
     const int64_t a_layer = directions_ * cut.blocks * rows * bytes;
     pass.l2_bytes = 8 * exchanged_words(cut, bytes, m_.backward, pass.copies, pass.lanes());
@@ -335,10 +335,10 @@ class Planner {
 
     const double rounds = static_cast<double>(pass.rounds), n = static_cast<double>(steps);
     const int64_t full = steps / cut.chunk_steps, partial = steps - full * cut.chunk_steps;
-    const StepCost& cost = slowest->cost;
+    const LaneCost& cost = slowest->cost;
     const double projection = static_cast<double>(full) * cost.projection_us(cut.chunk_steps) +
                               (partial > 0 ? cost.projection_us(partial) : 0);
-    const double chunks = static_cast<double>(full + (partial > 0)) * cost.chunk;
+    const double chunks = static_cast<double>(full + (partial > 0)) * cost.chunk_start;
     const double launches = rounds * static_cast<double>(segments);
     Terms terms;
     terms.launch = launches * m_.costs.launch_us;

@@ -1,16 +1,16 @@
 // csrc/persistent/products.cuh: the products of a warp of the persistent kernels: tiles of 16 rows of weights by tiles
 // of 8 columns of the batch, over K in pieces of 64 bytes of a row.
 //
-//   K of a piece      quarter 0    quarter 1    quarter 2    quarter 3        lane l of the warp has
+//   K of a piece      quarter 0    quarter 1    quarter 2    quarter 3        warp lane l has
 //   row of weights    ■■■■■■■■     ■■■■■■■■     ■■■■■■■■     ■■■■■■■■         quarter l % 4 of rows l/4 and l/4 + 8
 //   column of h       ■■■■■■■■     ■■■■■■■■     ■■■■■■■■     ■■■■■■■■         quarter l % 4 of column l/4
 //                     16 bytes
 //
-// mma adds over K, and any order of K will do if both operands have the same. So a lane passes its quarter as it lies
-// in memory: the first half in one k-step, the second half in the next. Weights need no packing, and a quarter is one
-// load. This holds for 16 bits (m16n8k16) and for TF32 (m16n8k8). Exact float32 uses fused multiply-adds instead: a
-// lane multiplies its quarters of the weights by the same quarter of all 8 columns. At the end the four lanes of a row
-// add up their sums, in the layout that mma leaves:
+// mma adds over K, and any order of K will do if both operands have the same. So a warp lane passes its quarter as it
+// lies in memory: the first half in one k-step, the second half in the next. Weights need no packing, and a quarter is
+// one load. This holds for 16 bits (m16n8k16) and for TF32 (m16n8k8). Exact float32 uses fused multiply-adds instead: a
+// warp lane multiplies its quarters of the weights by the same quarter of all 8 columns. At the end the four warp lanes
+// of a row add up their sums, in the layout that mma leaves:
 //
 //   d[tile][0], [1]   row l/4 of the tile, columns 2·(l % 4) and + 1          d[tile][2], [3]   row l/4 + 8
 #pragma once
@@ -30,9 +30,9 @@ using namespace stacked_lstm::persistent;
 template <typename T>
 inline constexpr int kQuarter = 16 / static_cast<int>(sizeof(T));
 
-// A lane's part of a piece of one tile of weights.
+// A thread's part of a piece of one tile of weights.
 struct Fragment {
-  uint4 upper, lower;  // rows lane / 4 and lane / 4 + 8
+  uint4 upper, lower;  // rows warp_lane / 4 and warp_lane / 4 + 8
 };
 
 // ---- Operands -------------------------------------------------------------------------------------------------------
@@ -125,10 +125,10 @@ class Sums {
     }
   }
 
-  // column(n): the lane's quarter of column n of the batch tile, as operands() returns it.
+  // column(n): the thread's quarter of column n of the batch tile, as operands() returns it.
   template <typename Column>
-  __device__ __forceinline__ void add(const Fragment (&a)[MTiles], int lane, Column column) {
-    const uint4 b = column(lane / 4);
+  __device__ __forceinline__ void add(const Fragment (&a)[MTiles], int warp_lane, Column column) {
+    const uint4 b = column(warp_lane / 4);
 #pragma unroll
     for (int m = 0; m < MTiles; ++m) {
       const uint4 &u = a[m].upper, &l = a[m].lower;
@@ -144,7 +144,7 @@ class Sums {
     }
   }
 
-  __device__ __forceinline__ void finish(float (&d)[MTiles][4], int /*lane*/) {
+  __device__ __forceinline__ void finish(float (&d)[MTiles][4], int /*warp_lane*/) {
 #pragma unroll
     for (int n = 0; n < MTiles * 4; ++n) {
       d[n / 4][n % 4] = d_[n / 4][n % 4];
@@ -153,15 +153,15 @@ class Sums {
   }
 };
 
-// Exact float32: sums of a lane's rows (upper and lower of each of MTiles tiles) with `Count` columns, over its
+// Exact float32: sums of a thread's rows (upper and lower of each of MTiles tiles) with `Count` columns, over its
 // quarters of K.
 template <int MTiles, int Count>
-class LaneSums {
+class ThreadSums {
   static_assert(Count % 4 == 0);
   float sum_[2 * MTiles][Count] = {};
 
  public:
-  // column(n), n < Count: the lane's quarter of that column.
+  // column(n), n < Count: the thread's quarter of that column.
   template <typename Column>
   __device__ __forceinline__ void add(const Fragment (&a)[MTiles], Column column) {
 #pragma unroll
@@ -175,12 +175,12 @@ class LaneSums {
     }
   }
 
-  // A row's sums over all of K for Count/4 columns, from column Count/4 · (lane % 4) on.
-  __device__ __forceinline__ void total(float (&sum)[Count / 4], int row, int lane) const {
-    const bool right = lane & 2, odd = lane & 1;
+  // A row's sums over all of K for Count/4 columns, from column Count/4 · (warp_lane % 4) on.
+  __device__ __forceinline__ void total(float (&sum)[Count / 4], int row, int warp_lane) const {
+    const bool right = warp_lane & 2, odd = warp_lane & 1;
     const float (&s)[Count] = sum_[row];
-    // In two rounds, first with the lane two away, then with its neighbour, a lane adds half of the columns and gives
-    // the other half to its partner. The sum does not depend on which of the two adds: a + b is b + a.
+    // In two rounds, first with the warp lane two away, then with its neighbour, a thread adds half of the columns and
+    // gives the other half to its partner. The sum does not depend on which of the two adds: a + b is b + a.
     float half[Count / 2];
 #pragma unroll
     for (int n = 0; n < Count / 2; ++n) {
@@ -205,7 +205,7 @@ class LaneSums {
 template <int MTiles, bool kTwoChains>
 class Sums<float, Product::exact, MTiles, kTwoChains> {
   float start_[MTiles][4];
-  LaneSums<MTiles, kTileColumns> sums_;
+  ThreadSums<MTiles, kTileColumns> sums_;
 
  public:
   __device__ __forceinline__ void start(const float (&d)[MTiles][4]) {
@@ -215,45 +215,45 @@ class Sums<float, Product::exact, MTiles, kTwoChains> {
   }
 
   template <typename Column>
-  __device__ __forceinline__ void add(const Fragment (&a)[MTiles], int /*lane*/, Column column) {
+  __device__ __forceinline__ void add(const Fragment (&a)[MTiles], int /*warp_lane*/, Column column) {
     sums_.add(a, column);
   }
 
-  __device__ __forceinline__ void finish(float (&d)[MTiles][4], int lane) {
+  __device__ __forceinline__ void finish(float (&d)[MTiles][4], int warp_lane) {
 #pragma unroll
     for (int row = 0; row < 2 * MTiles; ++row) {
       float sum[2];
-      sums_.total(sum, row, lane);
+      sums_.total(sum, row, warp_lane);
 #pragma unroll
       for (int n = 0; n < 2; ++n) d[row / 2][row % 2 * 2 + n] = start_[row / 2][row % 2 * 2 + n] + sum[n];
     }
   }
 };
 
-// The column of a batch tile that a lane reads for products on tensor cores. Exact products read all, from the first
+// The column of a batch tile that a thread reads for products on tensor cores. Exact products read all, from the first
 // on.
 template <Product product>
-__device__ __forceinline__ int own_column(int lane) {
-  return product == Product::exact ? 0 : lane / 4;
+__device__ __forceinline__ int own_column(int warp_lane) {
+  return product == Product::exact ? 0 : warp_lane / 4;
 }
 
-// d += weights, `Pieces` pieces in registers, by Tiles batch tiles in shared memory. `own` points to quarter lane % 4
-// of the first piece of own_column(); `pitch`: elements from a column to the next.
+// d += weights, `Pieces` pieces in registers, by Tiles batch tiles in shared memory. `own` points to quarter warp_lane
+// % 4 of the first piece of own_column(); `pitch`: elements from a column to the next.
 template <typename T, Product product, int Pieces, int MTiles, int Tiles>
 __device__ __forceinline__ void multiply_own(float (&d)[Tiles][MTiles][4], const Fragment (&weights)[Pieces][MTiles],
-                                             const T* own, int pitch, int lane) {
+                                             const T* own, int pitch, int warp_lane) {
   const auto quarter = [&](int tile, int n, int piece) {
     return *reinterpret_cast<const uint4*>(own + (tile * kTileColumns + n) * pitch + piece * kPieceElements<T>);
   };
   if constexpr (product == Product::exact) {
-    // Four columns at a time, so that there are few sums beside the weights: first those that are the lanes' first in
-    // d, then the lanes' second ones. The loop is not unrolled, and each round swaps the two sums in d: otherwise the
+    // Four columns at a time, so that there are few sums beside the weights: first those that are the threads' first in
+    // d, then the threads' second ones. The loop is not unrolled, and each round swaps the two sums in d: otherwise the
     // compiler would load columns long before they are needed.
 #pragma unroll
     for (int tile = 0; tile < Tiles; ++tile) {
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
-        LaneSums<MTiles, kTileColumns / 2> sums;
+        ThreadSums<MTiles, kTileColumns / 2> sums;
 #pragma unroll
         for (int piece = 0; piece < Pieces; ++piece) {
           sums.add(weights[piece], [&](int n) { return quarter(tile, 2 * n + half, piece); });
@@ -261,7 +261,7 @@ __device__ __forceinline__ void multiply_own(float (&d)[Tiles][MTiles][4], const
 #pragma unroll
         for (int row = 0; row < 2 * MTiles; ++row) {
           float sum[1];
-          sums.total(sum, row, lane);
+          sums.total(sum, row, warp_lane);
           float &first = d[tile][row / 2][row % 2 * 2], &second = d[tile][row / 2][row % 2 * 2 + 1];
           const float done = first + sum[0];
           first = second, second = done;
@@ -276,19 +276,19 @@ __device__ __forceinline__ void multiply_own(float (&d)[Tiles][MTiles][4], const
     for (int piece = 0; piece < Pieces; ++piece) {
 #pragma unroll
       for (int tile = 0; tile < Tiles; ++tile) {
-        sums[tile].add(weights[piece], lane, [&](int) { return quarter(tile, 0, piece); });
+        sums[tile].add(weights[piece], warp_lane, [&](int) { return quarter(tile, 0, piece); });
       }
     }
 #pragma unroll
-    for (int tile = 0; tile < Tiles; ++tile) sums[tile].finish(d[tile], lane);
+    for (int tile = 0; tile < Tiles; ++tile) sums[tile].finish(d[tile], warp_lane);
   }
 }
 
-// The same, where `first` points to quarter lane % 4 of the first piece of column 0.
+// The same, where `first` points to quarter warp_lane % 4 of the first piece of column 0.
 template <typename T, Product product, int Pieces, int MTiles, int Tiles>
 __device__ __forceinline__ void multiply(float (&d)[Tiles][MTiles][4], const Fragment (&weights)[Pieces][MTiles],
-                                         const T* first, int pitch, int lane) {
-  multiply_own<T, product>(d, weights, first + own_column<product>(lane) * pitch, pitch, lane);
+                                         const T* first, int pitch, int warp_lane) {
+  multiply_own<T, product>(d, weights, first + own_column<product>(warp_lane) * pitch, pitch, warp_lane);
 }
 
 }  // namespace stacked_lstm::cuda::persistent

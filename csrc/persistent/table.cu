@@ -8,7 +8,7 @@ namespace stacked_lstm::persistent {
 namespace {
 
 template <typename T>
-Kernels<T> kernels() {
+PersistentKernels<T> kernels() {
   using Forward = cuda::persistent::ForwardEntry<T>;
   using Backward = cuda::persistent::BackwardEntry<T>;
   return {kForwardInstances<T>.data(),
@@ -23,8 +23,8 @@ Kernels<T> kernels() {
 
 }  // namespace
 
-const Table& cuda_kernels() {
-  static const Table table = {kernels<float>(), kernels<bfloat16>(), kernels<float16>()};
+const PersistentTable& cuda_persistent_kernels() {
+  static const PersistentTable table = {kernels<float>(), kernels<bfloat16>(), kernels<float16>()};
   return table;
 }
 

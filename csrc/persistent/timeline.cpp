@@ -23,8 +23,8 @@ std::vector<Work> timeline(const Plan& plan, const StackShape& shape, const Cost
       const int64_t steps = std::min(pass.segment_steps, shape.steps - segment * pass.segment_steps);
       const int64_t first_chunk = segment * most, chunks = pass.chunks(steps);
       const double makespan = makespan_us(pass, steps, costs);
-      for (int64_t group = 0; group < pass.batch_groups; ++group) {
-        if (group % pass.copies == 0) start += prepare + (group > 0 ? makespan : 0);
+      for (int64_t batch_group = 0; batch_group < pass.batch_groups; ++batch_group) {
+        if (batch_group % pass.copies == 0) start += prepare + (batch_group > 0 ? makespan : 0);
         std::vector<double> arrived(static_cast<size_t>(chunks));
         for (int64_t n = 0; n < pass.count(); ++n) {
           const LayerPlan& layer = pass.in_order(n);
@@ -36,8 +36,8 @@ std::vector<Work> timeline(const Plan& plan, const StackShape& shape, const Cost
             free = ready = begin + layer.cost.chunk_us(length);
             for (int64_t direction = 0; direction < shape.directions; ++direction) {
               const bool waits = n > 0 || before;
-              all.push_back({p, group, layer.layer, direction, first_chunk + chunk,
-                             pass.first_block(layer.layer, direction, group % pass.copies), pass.cut.blocks,
+              all.push_back({p, batch_group, layer.layer, direction, first_chunk + chunk,
+                             pass.first_block(layer.layer, direction, batch_group % pass.copies), pass.cut.blocks,
                              !waits          ? -1
                              : plan.backward ? layer.layer + 1
                                              : layer.layer - 1,

@@ -42,17 +42,17 @@ struct Dropout {
   // Multiplies the `width` elements of row (t, b), i.e. row number t·B + b, by their mask.
   template <typename T>
   STACKED_LSTM_HOST_DEVICE void apply(T* row, int64_t width, int64_t row_number, int64_t layer) const {
-    const uint64_t groups = static_cast<uint64_t>((width + 3) / 4), limit = threshold();
+    const uint64_t quads = static_cast<uint64_t>((width + 3) / 4), limit = threshold();
     const T kept = static_cast<T>(scale());
-    for (uint64_t group = 0; group < groups; ++group) {
-      const uint64_t e = static_cast<uint64_t>(row_number) * groups + group;
+    for (uint64_t quad = 0; quad < quads; ++quad) {
+      const uint64_t e = static_cast<uint64_t>(row_number) * quads + quad;
       const Philox random =
           philox4x32_10(static_cast<uint32_t>(e), static_cast<uint32_t>(e >> 32), static_cast<uint32_t>(layer), 0,
                         static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-      for (uint64_t lane = 0; lane < 4 && group * 4 + lane < static_cast<uint64_t>(width); ++lane) {
-        T& element = row[group * 4 + lane];
+      for (uint64_t word = 0; word < 4 && quad * 4 + word < static_cast<uint64_t>(width); ++word) {
+        T& element = row[quad * 4 + word];
         // A dropped element is multiplied by 0, not set to 0, so that a NaN in it stays a NaN.
-        element *= random.word[lane] >= limit ? kept : T(0);
+        element *= random.word[word] >= limit ? kept : T(0);
       }
     }
   }

@@ -8,12 +8,12 @@
 //
 // The workers of a call form a box: batch_slices × layer_groups × unit_slices.
 //   batch slices   share nothing but weights;
-//   layer groups   are the wavefront: group g takes the lanes at positions g, g + G, …, each lane from its first chunk
-//                  to its last (bands, not diagonals, so that a worker reads the same recurrent weights for the whole
-//                  sequence);
+//   layer groups   are the wavefront: layer group g takes the lanes at positions g, g + G, …, each lane from its first
+//                  chunk to its last (bands, not diagonals, so that a worker reads the same recurrent weights for the
+//                  whole sequence);
 //   unit slices    split one lane's hidden units and hand h over once a step.
-// A schedule has one or two phases. A phase is a run of layers with its own groups × slices. If L is not a multiple of
-// the groups, the second phase splits the remaining layers by units instead.
+// A schedule has one or two phases. A phase is a run of layers with its own layer groups × slices. If L is not a
+// multiple of the layer groups, the second phase splits the remaining layers by units instead.
 //
 // Positions. A position is a lane's number in the order in which lanes are taken: forward from layer 0 up, backward
 // from the top layer down. A position waits only for lower positions, and every worker takes its positions in rising
@@ -40,8 +40,8 @@ struct Phase {
 };
 
 // Where a worker stands in a phase.
-struct Place {
-  int64_t batch_slice, group, slice;
+struct WorkerPlace {
+  int64_t batch_slice, layer_group, slice;
 };
 
 struct Schedule {
@@ -63,9 +63,9 @@ struct Schedule {
   }
   // Steps that pass before the last layer starts.
   int64_t fill_steps(int64_t directions) const {
-    int64_t groups = 1;
-    for (int64_t p = 0; p < phases; ++p) groups = std::max(groups, phase[p].layer_groups);
-    return directions == 1 ? (groups - 1) * chunk_steps : 0;
+    int64_t layer_groups = 1;
+    for (int64_t p = 0; p < phases; ++p) layer_groups = std::max(layer_groups, phase[p].layer_groups);
+    return directions == 1 ? (layer_groups - 1) * chunk_steps : 0;
   }
 
   // Calls visit(position, place) for every position that `worker` has a part in, in the order in which it takes them.
@@ -74,9 +74,9 @@ struct Schedule {
     const int64_t batch_slice = worker / workers_per_batch_slice(), index = worker % workers_per_batch_slice();
     for (int64_t p = 0; p < phases; ++p) {
       if (index >= phase[p].workers()) continue;
-      const Place place{batch_slice, index / phase[p].unit_slices, index % phase[p].unit_slices};
+      const WorkerPlace place{batch_slice, index / phase[p].unit_slices, index % phase[p].unit_slices};
       const int64_t first = phase[p].first_layer * directions, last = phase[p].last_layer * directions;
-      for (int64_t position = first + place.group; position < last; position += phase[p].layer_groups) {
+      for (int64_t position = first + place.layer_group; position < last; position += phase[p].layer_groups) {
         visit(position, place);
       }
     }
@@ -154,7 +154,7 @@ constexpr int64_t lane_at(int64_t position, int64_t lanes, bool backward) {
 // AVX-512 (Zen 4, in a virtual machine), fitted so that the model picks the schedule that was the fastest of several
 // forced ones. The cache sizes are read at run time.
 struct CpuMachine {
-  double multiply_adds = 50;   // of one element type, here with 16 lanes
+  double multiply_adds = 50;   // of one element type, here with 16 elements a vector
   double l2_bytes = 1 << 20;   // what stays close to the core from step to step
   double near_rate = 90;       // bytes a nanosecond from L2
   double l3_bytes = 32 << 20;  // of all cores together
@@ -177,14 +177,14 @@ struct StepCost {
 
 inline StepCost step_cost(const LayerShape& layer, const CpuMachine& machine, int64_t weight, double rows,
                           const Phase& phase) {
-  const auto slices = static_cast<double>(phase.unit_slices), groups = static_cast<double>(phase.layer_groups);
+  const auto slices = static_cast<double>(phase.unit_slices), layer_groups = static_cast<double>(phase.layer_groups);
   const auto grain = machine.unit_grain / 4;
   const auto units = static_cast<double>(round_up((layer.hidden + phase.unit_slices - 1) / phase.unit_slices, grain));
   double recurrent = 4 * units * static_cast<double>(layer.output());
   if (layer.projection > 0) recurrent += units * static_cast<double>(layer.projection);
   // Every other step reads the panels in reverse ("Alternating panel order" in csrc/cpu/kernels.h). So if the weights
   // are larger than a cache, the part that fits is still cached when it is read again.
-  const double bytes = recurrent * static_cast<double>(weight), everybody = bytes * slices * groups;
+  const double bytes = recurrent * static_cast<double>(weight), everybody = bytes * slices * layer_groups;
   const double near = std::min(bytes, 0.9 * machine.l2_bytes);
   const double beyond = std::min(bytes - near, bytes * std::max(1 - 0.75 * machine.l3_bytes / everybody, 0.0));
   const double reading =
@@ -199,7 +199,7 @@ inline StepCost step_cost(const LayerShape& layer, const CpuMachine& machine, in
 inline int64_t chunk_for(const StackShape& shape, const Phase& phase, int64_t batch_slices, int64_t element) {
   const int64_t steps = shape.steps, rows = (shape.batch + batch_slices - 1) / batch_slices;
   int64_t chunk;
-  if (phase.layer_groups > 1 && shape.directions == 1) {  // filling the wavefront costs a chunk a group
+  if (phase.layer_groups > 1 && shape.directions == 1) {  // filling the wavefront costs a chunk a layer group
     const int64_t most = rows >= 32 ? 4 : rows >= 4 ? 16 : 32;
     chunk = std::min(std::max<int64_t>(steps * shape.depth() / (50 * phase.layer_groups), 8), most);
     chunk = std::min(chunk, std::max<int64_t>(steps / 6, 1));
@@ -216,13 +216,20 @@ inline void predict(Schedule& schedule, const StackShape& shape, double rows, co
                     bool backward) {
   const int64_t depth = shape.depth(), directions = shape.directions;
   const double steps = static_cast<double>(shape.steps);
+  const bool alike = shape.same_hidden() && shape.same_output();
   double total = 0, arithmetic = 0, weights = 0, hand_over = 0, fill = 0;
   for (int64_t p = 0; p < schedule.phases; ++p) {
     const Phase& phase = schedule.phase[p];
     double sum = 0, most = 0;
+    double busiest = 0;  // the layer group with the most work
+    std::vector<double> by_group(alike ? 0 : static_cast<size_t>(phase.layer_groups));
     for (int64_t n = phase.first_layer; n < phase.last_layer; ++n) {
       const StepCost cost = step_cost(shape.layers[backward ? depth - 1 - n : n], machine, weight, rows, phase);
       sum += cost.total(), most = std::max(most, cost.total());
+      if (!alike) {
+        double& group = by_group[static_cast<size_t>((n - phase.first_layer) % phase.layer_groups)];
+        busiest = std::max(busiest, group += cost.total());
+      }
       arithmetic += cost.arithmetic, weights += cost.weights, hand_over += cost.hand_over;
     }
     const double layers = static_cast<double>(phase.last_layer - phase.first_layer);
@@ -230,7 +237,8 @@ inline void predict(Schedule& schedule, const StackShape& shape, double rows, co
       total += steps * sum * (phase.layer_groups >= 2 ? 1 : 2);
     } else {
       const int64_t bands = (phase.last_layer - phase.first_layer + phase.layer_groups - 1) / phase.layer_groups;
-      total += steps * sum / layers * static_cast<double>(bands);
+      // Layers of one width differ only in the input of the lowest, and not by much.
+      total += steps * (alike ? sum / layers * static_cast<double>(bands) : busiest);
       fill += static_cast<double>((phase.layer_groups - 1) * schedule.chunk_steps) * most;
     }
   }
@@ -250,9 +258,9 @@ inline void predict(Schedule& schedule, const StackShape& shape, double rows, co
 inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMachine& machine, int64_t element,
                          int64_t weight, bool backward) {
   const int64_t depth = shape.depth(), directions = shape.directions, steps = std::max<int64_t>(shape.steps, 1);
-  int64_t narrowest = shape.layers[0].output();
-  for (const LayerShape& layer : shape.layers) narrowest = std::min(narrowest, layer.output());
-  const int64_t most_slices = std::max<int64_t>(narrowest / machine.unit_grain, 1);
+  int64_t widest = 0;  // a layer that is narrower than the slices has no units for some of them
+  for (const LayerShape& layer : shape.layers) widest = std::max(widest, layer.output());
+  const int64_t most_slices = std::max<int64_t>(widest / machine.unit_grain, 1);
 
   Schedule best;
   bool first = true;
@@ -266,20 +274,20 @@ inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMach
   for (int64_t batch_slices = 1; batch_slices <= std::min(threads, std::max<int64_t>(shape.batch, 1)); ++batch_slices) {
     const int64_t share = threads / batch_slices;
     rows = static_cast<double>(share_batch(shape, batch_slices).most_rows) / static_cast<double>(steps);
-    for (int64_t groups = 1; groups <= std::min(share, directions == 2 ? 2 : depth); ++groups) {
-      const int64_t slices = std::min(share / groups, most_slices);
+    for (int64_t layer_groups = 1; layer_groups <= std::min(share, directions == 2 ? 2 : depth); ++layer_groups) {
+      const int64_t slices = std::min(share / layer_groups, most_slices);
       Schedule candidate;
       candidate.batch_slices = batch_slices;
-      candidate.phase[0] = {0, depth, groups, slices};
+      candidate.phase[0] = {0, depth, layer_groups, slices};
       consider(candidate);
       if (slices > 1) {
         candidate.phase[0].unit_slices = 1;
         consider(candidate);
       }
-      const int64_t rest = directions == 1 ? depth % groups : 0;
-      if (rest > 0 && depth > groups) {  // whole bands, then the remaining layers, split by units
+      const int64_t rest = directions == 1 ? depth % layer_groups : 0;
+      if (rest > 0 && depth > layer_groups) {  // whole bands, then the remaining layers, split by units
         candidate.phases = 2;
-        candidate.phase[0] = {0, depth - rest, groups, 1};
+        candidate.phase[0] = {0, depth - rest, layer_groups, 1};
         candidate.phase[1] = {depth - rest, depth, rest, std::min(share / rest, most_slices)};
         consider(candidate);
       }

@@ -41,6 +41,26 @@ using at::Tensor;
 using at::TensorList;
 namespace py = pybind11;
 
+// An option as Python has it: one value, or a sequence with an entry for each layer or boundary.
+template <typename T>
+T option_from(const py::handle& value, const T*) {
+  return value.cast<T>();
+}
+template <typename T>
+PerLayer<T> option_from(const py::handle& value, const PerLayer<T>*) {
+  if (py::isinstance<py::sequence>(value)) return PerLayer<T>(value.cast<std::vector<T>>());
+  return value.cast<T>();
+}
+template <typename T>
+py::object option_to(const T& option) {
+  return py::cast(option);
+}
+template <typename T>
+py::object option_to(const PerLayer<T>& option) {
+  if (option.each.empty()) return py::cast(option.every);
+  return py::tuple(py::cast(option.each));
+}
+
 py::dict describe(const Schedule& schedule, int64_t directions) {
   py::list phases;
   for (int64_t p = 0; p < schedule.phases; ++p) {
@@ -63,7 +83,7 @@ py::dict describe(const Schedule& schedule, int64_t directions) {
                   py::arg("why") = why);
 }
 
-py::dict describe(const diagonal::Counts& counts) {
+py::dict describe(const diagonal::DiagonalCounts& counts) {
   const Diagonals& schedule = counts.schedule;
   const std::string why = schedule.directions == 2
                               ? "the two directions of a layer run side by side, the layers in turn"
@@ -96,7 +116,7 @@ py::dict describe_launches(const persistent::Pass& pass, const StackShape& shape
       py::arg("exchange") = cut.exchange == persistent::Exchange::cluster ? "cluster" : "l2",
       py::arg("blocks") = pass.copies * lanes * cut.blocks, py::arg("blocks_lane") = cut.blocks,
       py::arg("units_block") = cut.block_units(), py::arg("splits") = cut.splits, py::arg("pieces") = cut.pieces,
-      py::arg("m_tiles") = cut.m_tiles, py::arg("tiles") = cut.tiles, py::arg("chunk_steps") = cut.chunk_steps,
+      py::arg("m_tiles") = cut.unit_tiles, py::arg("tiles") = cut.batch_tiles, py::arg("chunk_steps") = cut.chunk_steps,
       py::arg("inputs_in_shared") = cut.inputs_in_shared, py::arg("batch_groups") = pass.batch_groups,
       py::arg("copies") = pass.copies, py::arg("rounds") = pass.rounds);
   if (backward) {
@@ -128,10 +148,10 @@ persistent::Pass pass_of(const py::dict& d) {
   pass.last_layer = number("last_layer", 1);
   pass.cut.product = number("exact", 0) ? persistent::Product::exact : persistent::Product::tensor;
   pass.cut.exchange = number("l2", 0) ? persistent::Exchange::l2 : persistent::Exchange::cluster;
-  pass.cut.tiles = small("tiles", 1);
+  pass.cut.batch_tiles = small("tiles", 1);
   pass.cut.pieces = small("pieces", 2);
   pass.cut.splits = small("splits", 1);
-  pass.cut.m_tiles = small("m_tiles", 0);
+  pass.cut.unit_tiles = small("m_tiles", 0);
   pass.cut.groups = small("groups", 1);
   pass.cut.blocks = small("blocks", 1);
   pass.cut.chunk_steps = small("chunk_steps", 1);
@@ -201,12 +221,12 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
 }
 
 // A call of the module by the fast path of eager.h; None if that declines. `h_0` and `c_0` None: zeros. `dropout`: the rate
-// in effect.
+// in effect, or the rates of all boundaries.
 py::object call(const py::handle& input, const py::handle& batch_sizes, const py::handle& h_0, const py::handle& c_0,
-                const py::list& weights, const py::handle& seed, const StackOptions& options, double dropout,
+                const py::list& weights, const py::handle& seed, const StackOptions& options, const py::handle& dropout,
                 const std::string& backend, bool frozen) {
   StackOptions in_effect = options;
-  in_effect.dropout = dropout;
+  in_effect.dropout = option_from(dropout, &in_effect.dropout);
   std::vector<Tensor> tensors;
   tensors.reserve(weights.size());
   for (const py::handle weight : weights) {
@@ -250,7 +270,7 @@ void set_python_formula(py::object formula) {
     const py::tuple found = (*kept)(
         py::make_tuple(flowing[0], flowing[1], flowing[2]),
         py::make_tuple(saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights, saved.seed), saved.output,
-        saved.reserve, needs, py::make_tuple(o.bias, o.num_layers, o.bidirectional, o.proj_size, o.dropout),
+        saved.reserve, needs, py::make_tuple(o.bias, o.num_layers, o.bidirectional, option_to(o.proj_size), option_to(o.dropout)),
         o.recompute ? "recompute" : "full", saved.backend, o.bf16_weights);
     std::vector<Tensor> gradients;
     const auto add = [&](const py::handle& one) { gradients.push_back(one.is_none() ? Tensor() : one.cast<Tensor>()); };
@@ -268,7 +288,7 @@ void bind_options(py::module_& m) {
     size_t known = 0;
     for_each_option([&](const char* name, auto field) {
       if (!given.contains(name)) return;
-      made.*field = given[name].cast<std::remove_reference_t<decltype(made.*field)>>();
+      made.*field = option_from(given[name], &(made.*field));
       ++known;
     });
     if (known != given.size())
@@ -276,7 +296,9 @@ void bind_options(py::module_& m) {
     return made;
   }));
   options.def(py::self == py::self);
-  for_each_option([&](const char* name, auto field) { options.def_readonly(name, field); });
+  for_each_option([&](const char* name, auto field) {
+    options.def_property_readonly(name, [field](const StackOptions& made) { return option_to(made.*field); });
+  });
   options.def_static("fields", [] {
     std::vector<std::string> names;
     for_each_option([&](const char* name, auto) { names.emplace_back(name); });
@@ -358,7 +380,7 @@ PYBIND11_MODULE(_C, m) {
     py::list workers;
     for (int64_t worker = 0; worker < schedule.workers(); ++worker) {
       py::list tasks;
-      schedule.for_each_position(directions, worker, [&](int64_t position, const Place& place) {
+      schedule.for_each_position(directions, worker, [&](int64_t position, const WorkerPlace& place) {
         const int64_t lane = lane_at(position, lanes, backward);
         for (int64_t chunk = 0; chunk < schedule.chunks(seq_len); ++chunk) {
           const Needs n = needs(schedule, seq_len, directions, position, chunk);
@@ -380,8 +402,8 @@ PYBIND11_MODULE(_C, m) {
     const Run& last = *last_run();
     py::dict run;
     if (const auto* schedule = std::get_if<Schedule>(&last.how)) run = describe(*schedule, last.shape.directions);
-    if (const auto* counts = std::get_if<diagonal::Counts>(&last.how)) run = describe(*counts);
-    if (const auto* counts = std::get_if<persistent::Counts>(&last.how)) {
+    if (const auto* counts = std::get_if<diagonal::DiagonalCounts>(&last.how)) run = describe(*counts);
+    if (const auto* counts = std::get_if<persistent::PersistentCounts>(&last.how)) {
       run = describe_launches(*counts->decision, last.shape, last.type, last.backward);
       run["launches"] = counts->launches;
       run["products"] = counts->products;
@@ -430,15 +452,15 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("major"), py::arg("minor"), py::arg("archs") = py::none());
   // For tests: the driver of the diagonal schedule runs these kernels on the CPU (`table`: the address of a
-  // gates::Table; 0: the usual kernels). So a test can run it with the CUDA kernels on the emulator.
+  // gates::GateTable; 0: the usual kernels). So a test can run it with the CUDA kernels on the emulator.
   m.def("_use_gate_kernels",
-        [](uintptr_t table) { driver::use_host_gate_kernels(reinterpret_cast<const gates::Table*>(table)); });
+        [](uintptr_t table) { driver::use_host_gate_kernels(reinterpret_cast<const gates::GateTable*>(table)); });
   // For tests: the persistent kernels' driver runs these kernels on the CPU (`table`: the address of a
-  // persistent::Table; 0: none). `watchdog`: the kernels report a wait that took too long.
+  // persistent::PersistentTable; 0: none). `watchdog`: the kernels report a wait that took too long.
   m.def(
       "_use_persistent_kernels",
       [](uintptr_t table, bool watchdog) {
-        persistent::use_host_kernels(reinterpret_cast<const persistent::Table*>(table), watchdog);
+        persistent::use_host_kernels(reinterpret_cast<const persistent::PersistentTable*>(table), watchdog);
       },
       py::arg("table"), py::arg("watchdog") = false);
   m.def("gpu_plan", &gpu_plan);
@@ -452,9 +474,9 @@ PYBIND11_MODULE(_C, m) {
     persistent::force_passes(backward, std::move(passes));
   });
   // The fingerprint (cpu/fingerprint.h) of the contents of this memory.
-  m.def("fingerprint", [](const std::vector<std::pair<uintptr_t, int64_t>>& pieces, int64_t part, int64_t parts) {
+  m.def("fingerprint", [](const std::vector<std::pair<uintptr_t, int64_t>>& ranges, int64_t part, int64_t parts) {
     std::vector<cpu::Bytes> memory;
-    for (const auto& [data, bytes] : pieces) memory.push_back({reinterpret_cast<const void*>(data), bytes});
+    for (const auto& [data, bytes] : ranges) memory.push_back({reinterpret_cast<const void*>(data), bytes});
     const cpu::Fingerprint found = cpu::fingerprint(memory, part, parts);
     return std::pair(found.low, found.high);
   });

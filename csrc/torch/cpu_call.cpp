@@ -47,7 +47,7 @@ namespace {
 // Set from Python for the calls of this thread, to compare schedules.
 thread_local std::optional<Schedule> forced_schedule;
 
-Dropout dropout_on_host(const Call& call) {
+Links links_of(const Call& call) {
   if (!call.seed) return {};
   return {call.options.dropout, static_cast<uint64_t>(*call.seed->const_data_ptr<int64_t>())};
 }
@@ -134,7 +134,8 @@ Results run_forward(const Call& call) {
   const StackShape& shape = call.shape;
   const Tensor output = empty(call.output_sizes(), floats);
   const Tensor h_n = empty(call.h_0.sizes(), floats), c_n = empty(call.c_0.sizes(), floats);
-  const Tensor reserve = empty_reserve(reserve_size(shape, call.saving, keep_top).total(), floats);
+  const Keeping keeping{call.saving, keep_top, call.states};
+  const Tensor reserve = empty_reserve(reserve_elements(shape, keeping), floats);
 
   Operands<T> operands(type);
   ForwardCall<T> kernel;
@@ -146,9 +147,8 @@ Results run_forward(const Call& call) {
   if (may_keep) packed = find_packed<T>(call.weights, shape, storage);
   kernel.h_0 = operands.take(call.h_0);
   kernel.c_0 = operands.take(call.c_0);
-  kernel.dropout = dropout_on_host(call);
-  kernel.saving = call.saving;
-  kernel.keep_top = keep_top;
+  kernel.links = links_of(call);
+  kernel.keeping = keeping;
   kernel.output = output.mutable_data_ptr<T>();
   kernel.h_n = h_n.mutable_data_ptr<T>();
   kernel.c_n = c_n.mutable_data_ptr<T>();
@@ -173,7 +173,7 @@ Results run_forward(const Call& call) {
     if (packed) keep_packed(call.weights, shape, packed);
   }
   remember(*done, call, false);
-  if (keep_top && call.saving != Saving::none) {  // the last part of the reserve; see stack.h
+  if (keep_top && keeping.anything()) {  // the last part of the reserve; see stack/reserve.h
     reserve.narrow(0, reserve.numel() - output.numel(), output.numel()).copy_(output.flatten());
   }
   const auto out = call.input.scalar_type();
@@ -193,12 +193,23 @@ Gradients run_backward(const Call& call, const Kept& kept, const IncomingGradien
   kernel.weights = operands.weights(call);
   kernel.h_0 = operands.take(call.h_0);
   kernel.c_0 = operands.take(call.c_0);
-  kernel.dropout = dropout_on_host(call);
-  kernel.saving = call.saving;
-  kernel.keep_top = type != call.input.scalar_type();
-  kernel.output = kernel.keep_top ? nullptr : operands.take(kept.output);
+  kernel.links = links_of(call);
+  kernel.keeping = {call.saving, type != call.input.scalar_type(), call.states};
+  kernel.output = kernel.keeping.keep_top ? nullptr : operands.take(kept.output);
   kernel.reserve = operands.take(kept.reserve);
-  if (incoming.output) kernel.grad_output = operands.rows(*incoming.output, call.packed);
+  const auto rows_of_layers = [&](const std::vector<OptionalTensor>& gradients) {
+    std::vector<Input<T>> rows;
+    for (const OptionalTensor& gradient : gradients) {
+      rows.push_back(gradient ? operands.rows(*gradient, call.packed) : Input<T>{});
+    }
+    return rows;
+  };
+  kernel.grad_h = rows_of_layers(incoming.h);
+  kernel.grad_c = rows_of_layers(incoming.c);
+  if (incoming.output) {
+    kernel.grad_h.resize(static_cast<size_t>(shape.depth()));
+    kernel.grad_h.back() = operands.rows(*incoming.output, call.packed);
+  }
   kernel.grad_h_n = operands.take(incoming.h_n);
   kernel.grad_c_n = operands.take(incoming.c_n);
 

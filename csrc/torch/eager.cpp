@@ -30,10 +30,28 @@ Formula& formula() {
   return kept;
 }
 
+template <typename T>
+c10::IValue value_of(const T& option) {
+  return option;
+}
+// One number, or a list.
+template <typename T>
+c10::IValue value_of(const PerLayer<T>& option) {
+  return option.each.empty() ? c10::IValue(option.every) : c10::IValue(option.each);
+}
+template <typename T>
+void take(const c10::IValue& value, T& option) {
+  option = value.to<T>();
+}
+template <typename T>
+void take(const c10::IValue& value, PerLayer<T>& option) {
+  option = value.isList() ? PerLayer<T>(value.to<std::vector<T>>()) : PerLayer<T>(value.to<T>());
+}
+
 // The options as a value that compiled autograd can use as a key: the fields in their order, then the backend.
 c10::IValue to_value(const StackOptions& options, const std::string& backend) {
   std::vector<c10::IValue> elements;
-  for_each_option([&](const char*, auto field) { elements.emplace_back(options.*field); });
+  for_each_option([&](const char*, auto field) { elements.push_back(value_of(options.*field)); });
   elements.emplace_back(backend);
   return c10::ivalue::Tuple::create(std::move(elements));
 }
@@ -41,9 +59,7 @@ std::pair<StackOptions, std::string> from_value(const c10::IValue& value) {
   const std::vector<c10::IValue> elements = value.toTupleRef().elements().vec();
   StackOptions options;
   size_t n = 0;
-  for_each_option([&](const char*, auto field) {
-    options.*field = elements[n++].to<std::remove_reference_t<decltype(options.*field)>>();
-  });
+  for_each_option([&](const char*, auto field) { take(elements[n++], options.*field); });
   return {options, elements[n].toStringRef()};
 }
 constexpr const char* kOptions = "options";
@@ -101,7 +117,8 @@ struct StackedLSTMBackward : torch::autograd::Function<StackedLSTMBackward> {
     Gradients found =
         stacked_lstm::backward({saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights, saved.seed,
                                 options, saving_of(options), backend},
-                               {saved.output, saved.reserve}, {grad_output, grad_h_n, grad_c_n}, needs[0], any_weight);
+                               {saved.output, saved.reserve}, {grad_output, grad_h_n, grad_c_n, {}, {}}, needs[0],
+                               any_weight);
     if (needs[0]) gradients[0] = std::move(found.input);
     if (needs[1]) gradients[1] = std::move(found.h_0);
     if (needs[2]) gradients[2] = std::move(found.c_0);
@@ -112,8 +129,8 @@ struct StackedLSTMBackward : torch::autograd::Function<StackedLSTMBackward> {
   }
 };
 
-Tensor zeros(int64_t lanes, int64_t batch, int64_t width, const Tensor& like) {
-  Tensor state = at::detail::empty_cpu({lanes, batch, width}, like.scalar_type());
+Tensor zeros(at::IntArrayRef sizes, const Tensor& like) {
+  Tensor state = at::detail::empty_cpu(sizes, like.scalar_type());
   std::memset(state.mutable_data_ptr(), 0, state.nbytes());
   return state;
 }
@@ -146,9 +163,8 @@ std::optional<EagerResults> call_eagerly(const EagerCall& call) {
   if (call.h_0) {
     h_0 = *call.h_0, c_0 = *call.c_0;
   } else {
-    const LayerShape& layer = shape.layers[0];
-    h_0 = zeros(shape.lanes(), shape.batch, layer.output(), input);
-    c_0 = zeros(shape.lanes(), shape.batch, layer.hidden, input);
+    h_0 = zeros(h_sizes(shape), input);
+    c_0 = zeros(c_sizes(shape), input);
   }
   const auto requires_grad = [](const Tensor& tensor) { return tensor.requires_grad(); };
   if (c10::GradMode::is_enabled() && (input.requires_grad() || h_0.requires_grad() || c_0.requires_grad() ||

@@ -17,7 +17,7 @@ namespace stacked_lstm {
 
 // A call of a kernel.
 struct Run {
-  std::variant<Schedule, diagonal::Counts, persistent::Counts> how;
+  std::variant<Schedule, diagonal::DiagonalCounts, persistent::PersistentCounts> how;
   std::string device;
   bool backward;
   Saving saving;

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../cpu/reserve.h"
 #include "../diagonal/diagonal.h"
 #include "../driver/driver.h"
 #include "../persistent/persistent.h"
@@ -36,13 +37,27 @@ std::shared_ptr<const persistent::Decision> persistent_decision(Backend kind, co
   return decision;
 }
 
+Results run_forward(Backend kind, const Call& call) {
+  if (auto decision = persistent_decision(kind, call)) {
+    persistent::PersistentCounts counts;
+    Results results = persistent::forward(call, std::move(decision), counts);
+    remember(counts, call, false);
+    return results;
+  }
+  if (kind == Backend::cpu) return forward_cpu(call);
+  diagonal::DiagonalCounts counts;
+  Results results = diagonal::forward(call, counts);
+  remember(counts, call, false);
+  return results;
+}
+
 Arguments tensors_of(const OperatorArguments& a) {
   return {a.input, a.batch_sizes ? &*a.batch_sizes : nullptr, &a.h_0, &a.c_0, a.weights, a.options};
 }
 
 }  // namespace
 
-Results forward(const OperatorArguments& a, const StackShape* checked) {
+Results forward(const OperatorArguments& a, const StackShape* checked, States* states) {
   const Backend kind = backend_of(a.backend, a.input.device());
   const bool stores = stores_bf16(a.options.bf16_weights, a.backend, kind, a.input);
   StackShape made;
@@ -51,22 +66,16 @@ Results forward(const OperatorArguments& a, const StackShape* checked) {
                   a.h_0,     a.c_0,
                   a.weights, seed_of(a.seed, a.input, a.options),
                   a.options, a.saving,
-                  stores,    checked ? *checked : made};
-  if (auto decision = persistent_decision(kind, call)) {
-    persistent::Counts counts;
-    Results results = persistent::forward(call, std::move(decision), counts);
-    remember(counts, call, false);
-    return results;
-  }
-  if (kind == Backend::cpu) return forward_cpu(call);
-  diagonal::Counts counts;
-  Results results = diagonal::forward(call, counts);
-  remember(counts, call, false);
+                  stores,    checked ? *checked : made,
+                  states != nullptr};
+  Results results = run_forward(kind, call);
+  if (states) *states = states_of(call, results, kind == Backend::cpu);
+  if (states && a.saving == Saving::none) results.reserve = results.reserve.new_empty({0});
   return results;
 }
 
-Gradients backward(const OperatorArguments& a, const Kept& kept, const IncomingGradients& incoming, bool input_grad,
-                   bool weight_grad) {
+Gradients backward(const OperatorArguments& a, const Kept& kept, IncomingGradients incoming, bool input_grad,
+                   bool weight_grad, bool states) {
   const Tensor& input = a.input;
   const Backend kind = backend_of(a.backend, input.device());
   const bool stores = stores_bf16(a.options.bf16_weights, a.backend, kind, input);
@@ -78,7 +87,8 @@ Gradients backward(const OperatorArguments& a, const Kept& kept, const IncomingG
                   a.h_0,     a.c_0,
                   a.weights, seed_of(a.seed, input, a.options),
                   a.options, a.saving,
-                  stores,    shape};
+                  stores,    shape,
+                  states};
   const auto type = arithmetic_type(input);
   const auto sizes = call.output_sizes();
   const Tensor& reserve = kept.reserve;
@@ -86,10 +96,9 @@ Gradients backward(const OperatorArguments& a, const Kept& kept, const IncomingG
   check_shape(kept.output, sizes, "output");
   TORCH_CHECK_VALUE(reserve.scalar_type() == type && reserve.device() == input.device(), "reserve should be ", type,
                     " on ", input.device(), ", got: ", reserve.scalar_type(), " on ", reserve.device());
-  const int64_t elements = kind != Backend::cpu
-                               ? driver::reserve_elements(shape, a.saving, static_cast<int64_t>(input.element_size()),
-                                                          static_cast<int64_t>(reserve.element_size()))
-                               : reserve_size(shape, a.saving, type != input.scalar_type()).total();
+  const int64_t elements = kind == Backend::cpu
+                               ? reserve_elements(shape, {a.saving, type != input.scalar_type(), states})
+                               : driver::reserve_elements(shape, a.saving, states, input.element_size(), reserve.element_size());
   check_shape(reserve, {elements}, "reserve");
   const auto check = [&](const OptionalTensor& gradient, at::IntArrayRef expected, const char* name) {
     if (gradient) check_same(*gradient, input, name), check_shape(*gradient, expected, name);
@@ -97,15 +106,16 @@ Gradients backward(const OperatorArguments& a, const Kept& kept, const IncomingG
   check(incoming.output, sizes, "grad_output");
   check(incoming.h_n, a.h_0.sizes(), "grad_h_n");
   check(incoming.c_n, a.c_0.sizes(), "grad_c_n");
+  if (states) take_state_gradients(call, incoming);
   if (auto decision = persistent_decision(kind, call)) {
-    persistent::Counts counts;
+    persistent::PersistentCounts counts;
     Gradients gradients =
         persistent::backward(call, kept, incoming, input_grad, weight_grad, std::move(decision), counts);
     remember(counts, call, true);
     return gradients;
   }
   if (kind == Backend::cpu) return backward_cpu(call, kept, incoming, input_grad, weight_grad);
-  diagonal::Counts counts;
+  diagonal::DiagonalCounts counts;
   Gradients gradients = diagonal::backward(call, kept, incoming, input_grad, weight_grad, counts);
   remember(counts, call, true);
   return gradients;
@@ -115,23 +125,39 @@ namespace {
 
 // The operators with the arguments of their schemas. The schemas have no hidden_size and no input_size: the tensors say them.
 
+using Numbers = at::IntArrayRef;
+using Rates = at::ArrayRef<double>;
+
 StackOptions options_of(bool bias, int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout,
-                        bool bf16_weights) {
+                        bool bf16_weights, Numbers proj_sizes, Rates dropouts) {
   StackOptions options;
   options.bias = bias, options.num_layers = num_layers, options.bidirectional = bidirectional;
-  options.proj_size = proj_size, options.dropout = dropout, options.bf16_weights = bf16_weights;
+  options.proj_size = proj_sizes.empty() ? PerLayer<int64_t>(proj_size) : PerLayer<int64_t>(proj_sizes.vec());
+  options.dropout = dropouts.empty() ? PerLayer<double>(dropout) : PerLayer<double>(dropouts.vec());
+  options.bf16_weights = bf16_weights;
   return options;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_operator(const Tensor& input, const OptionalTensor& batch_sizes,
-                                                            const Tensor& h_0, const Tensor& c_0, TensorList weights,
-                                                            const OptionalTensor& seed, bool bias, int64_t num_layers,
-                                                            bool bidirectional, int64_t proj_size, double dropout,
-                                                            const std::string& saving, const std::string& backend,
-                                                            bool bf16_weights) {
-  const StackOptions options = options_of(bias, num_layers, bidirectional, proj_size, dropout, bf16_weights);
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_operator(
+    const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0, TensorList weights,
+    const OptionalTensor& seed, bool bias, int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout,
+    const std::string& saving, const std::string& backend, bool bf16_weights, Numbers proj_sizes, Rates dropouts) {
+  const StackOptions options =
+      options_of(bias, num_layers, bidirectional, proj_size, dropout, bf16_weights, proj_sizes, dropouts);
   Results r = forward({input, batch_sizes, h_0, c_0, weights, seed, options, saving_of(saving), backend});
   return {std::move(r.output), std::move(r.h_n), std::move(r.c_n), std::move(r.reserve)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> forward_states_operator(
+    const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0, TensorList weights,
+    const OptionalTensor& seed, bool bias, int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout,
+    const std::string& saving, const std::string& backend, bool bf16_weights, Numbers proj_sizes, Rates dropouts) {
+  const StackOptions options =
+      options_of(bias, num_layers, bidirectional, proj_size, dropout, bf16_weights, proj_sizes, dropouts);
+  States states;
+  Results r = forward({input, batch_sizes, h_0, c_0, weights, seed, options, saving_of(saving), backend}, nullptr, &states);
+  return {std::move(r.output), std::move(r.h_n),      std::move(r.c_n),
+          std::move(states.h), std::move(states.c), std::move(r.reserve)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward_operator(
@@ -139,10 +165,26 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward_operator(
     const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0, TensorList weights,
     const OptionalTensor& seed, const Tensor& output, const Tensor& reserve, bool bias, int64_t num_layers,
     bool bidirectional, int64_t proj_size, double dropout, const std::string& saving, bool input_grad, bool weight_grad,
-    const std::string& backend, bool bf16_weights) {
-  const StackOptions options = options_of(bias, num_layers, bidirectional, proj_size, dropout, bf16_weights);
+    const std::string& backend, bool bf16_weights, Numbers proj_sizes, Rates dropouts) {
+  const StackOptions options =
+      options_of(bias, num_layers, bidirectional, proj_size, dropout, bf16_weights, proj_sizes, dropouts);
   Gradients g = backward({input, batch_sizes, h_0, c_0, weights, seed, options, saving_of(saving), backend},
-                         {output, reserve}, {grad_output, grad_h_n, grad_c_n}, input_grad, weight_grad);
+                         {output, reserve}, {grad_output, grad_h_n, grad_c_n, {}, {}}, input_grad, weight_grad);
+  return {std::move(g.input), std::move(g.h_0), std::move(g.c_0), std::move(g.weights)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward_states_operator(
+    const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
+    const c10::List<OptionalTensor>& grad_hidden, const c10::List<OptionalTensor>& grad_cell, const Tensor& input,
+    const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0, TensorList weights,
+    const OptionalTensor& seed, const Tensor& output, const Tensor& reserve, bool bias, int64_t num_layers,
+    bool bidirectional, int64_t proj_size, double dropout, const std::string& saving, bool input_grad, bool weight_grad,
+    const std::string& backend, bool bf16_weights, Numbers proj_sizes, Rates dropouts) {
+  const StackOptions options =
+      options_of(bias, num_layers, bidirectional, proj_size, dropout, bf16_weights, proj_sizes, dropouts);
+  Gradients g =
+      backward({input, batch_sizes, h_0, c_0, weights, seed, options, saving_of(saving), backend}, {output, reserve},
+               {grad_output, grad_h_n, grad_c_n, grad_hidden.vec(), grad_cell.vec()}, input_grad, weight_grad, true);
   return {std::move(g.input), std::move(g.h_0), std::move(g.c_0), std::move(g.weights)};
 }
 
@@ -150,29 +192,42 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward_operator(
 
 }  // namespace stacked_lstm
 
+// Every argument that came after the first release is keyword-only and has a default, so that programs that were exported
+// before it still load.
+#define STACKED_LSTM_FORWARD_ARGUMENTS                                                                                           \
+  "(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, bool bias, "         \
+  "int num_layers, bool bidirectional, int proj_size, float dropout, str saving, str backend, "                     \
+  "bool bf16_weights=False, *, int[] proj_sizes=[], float[] dropouts=[])"
+#define STACKED_LSTM_BACKWARD_ARGUMENTS                                                                                          \
+  "Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, "      \
+  "Tensor reserve, bool bias, int num_layers, bool bidirectional, int proj_size, float dropout, str saving, "       \
+  "bool input_grad, bool weight_grad, str backend, bool bf16_weights=False, *, int[] proj_sizes=[], "               \
+  "float[] dropouts=[]) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"
+
 TORCH_LIBRARY(stacked_lstm_ext, m) {
-  m.def(
-      "forward(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, bool bias, "
-      "int num_layers, bool bidirectional, int proj_size, float dropout, str saving, str backend, "
-      "bool bf16_weights=False) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, Tensor "
-      "h_0, "
-      "Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, Tensor reserve, bool bias, int num_layers, "
-      "bool bidirectional, int proj_size, float dropout, str saving, bool input_grad, bool weight_grad, str backend, "
-      "bool bf16_weights=False) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)",
-      {at::Tag::pt2_compliant_tag});
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def("forward" STACKED_LSTM_FORWARD_ARGUMENTS " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)", tags);
+  m.def("forward_states" STACKED_LSTM_FORWARD_ARGUMENTS
+        " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor[] hidden, Tensor[] cell, Tensor reserve)",
+        tags);
+  m.def("backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, " STACKED_LSTM_BACKWARD_ARGUMENTS, tags);
+  m.def("backward_states(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor?[] grad_hidden, "
+        "Tensor?[] grad_cell, " STACKED_LSTM_BACKWARD_ARGUMENTS,
+        tags);
 }
 
 TORCH_LIBRARY_IMPL(stacked_lstm_ext, CPU, m) {
   m.impl("forward", &stacked_lstm::forward_operator);
+  m.impl("forward_states", &stacked_lstm::forward_states_operator);
   m.impl("backward", &stacked_lstm::backward_operator);
+  m.impl("backward_states", &stacked_lstm::backward_states_operator);
 }
 
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)
 TORCH_LIBRARY_IMPL(stacked_lstm_ext, CUDA, m) {
   m.impl("forward", &stacked_lstm::forward_operator);
+  m.impl("forward_states", &stacked_lstm::forward_states_operator);
   m.impl("backward", &stacked_lstm::backward_operator);
+  m.impl("backward_states", &stacked_lstm::backward_states_operator);
 }
 #endif

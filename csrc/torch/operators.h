@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../driver/call.h"
+#include "states.h"
 
 namespace stacked_lstm {
 
@@ -23,11 +24,11 @@ struct OperatorArguments {
 };
 
 // Runs a forward pass. `checked`: the shape that prepare() has made of these arguments; null: they are checked here, and
-// ValueError or TypeError says what is wrong.
-Results forward(const OperatorArguments& arguments, const StackShape* checked = nullptr);
+// ValueError or TypeError says what is wrong. `states`: if not null, it is filled with every layer's h and c.
+Results forward(const OperatorArguments& arguments, const StackShape* checked = nullptr, States* states = nullptr);
 
-// Runs a backward pass, after checking all arguments.
-Gradients backward(const OperatorArguments& arguments, const Kept& kept, const IncomingGradients& incoming,
-                   bool input_grad, bool weight_grad);
+// Runs a backward pass, after checking all arguments. `states`: the forward pass had states as results.
+Gradients backward(const OperatorArguments& arguments, const Kept& kept, IncomingGradients incoming, bool input_grad,
+                   bool weight_grad, bool states = false);
 
 }  // namespace stacked_lstm

@@ -44,13 +44,13 @@ std::vector<cpu::Bytes> bytes_of(TensorList weights) {
 // Where a weight is, and what torch records about its contents. It holds no weak reference to the tensor, since
 // torch.utils.swap_tensors refuses tensors that have one. It holds a weak reference to the storage: meanwhile, no other
 // storage can get the same address.
-struct Known {
+struct KnownWeight {
   const void* data;
   int64_t rows, elements;
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   uint32_t version;
 
-  explicit Known(const Tensor& weight)
+  explicit KnownWeight(const Tensor& weight)
       : data(weight.const_data_ptr()),
         rows(weight.size(0)),
         elements(weight.numel()),
@@ -77,7 +77,7 @@ Form form_of(int64_t batch, cpu::Storage storage) { return {cpu::recurrent_width
 
 template <typename T>
 struct Entry {
-  std::vector<Known> weights;
+  std::vector<KnownWeight> weights;
   c10::ScalarType type;
   Form form;
   std::shared_ptr<cpu::PackedStack<T>> stack;  // null: noted only
@@ -89,49 +89,52 @@ struct Entry {
   bool about(TensorList tensors, const Form& wanted) const {
     return form == wanted && type == tensors[0].scalar_type() && weights.size() == tensors.size() &&
            std::equal(weights.begin(), weights.end(), tensors.begin(),
-                      [](const Known& known, const Tensor& tensor) { return known.same_place(tensor); });
+                      [](const KnownWeight& known, const Tensor& tensor) { return known.same_place(tensor); });
   }
   bool seems_unchanged(TensorList tensors) const {
     return std::equal(weights.begin(), weights.end(), tensors.begin(),
-                      [](const Known& known, const Tensor& tensor) { return known.seems_unchanged(tensor); });
+                      [](const KnownWeight& known, const Tensor& tensor) { return known.seems_unchanged(tensor); });
   }
   bool dead() const {
-    return std::any_of(weights.begin(), weights.end(), [](const Known& known) { return known.storage.expired(); });
+    return std::any_of(weights.begin(), weights.end(),
+                       [](const KnownWeight& known) { return known.storage.expired(); });
   }
 };
 
 template <typename T>
-struct Table {
+struct Entries {
   // By the address of the first weight.
-  std::unordered_map<const void*, std::vector<Entry<T>>> entries;
+  std::unordered_map<const void*, std::vector<Entry<T>>> by_address;
 
   Entry<T>* find(TensorList weights, const Form& form) {
-    const auto found = entries.find(weights[0].const_data_ptr());
-    if (found == entries.end()) return nullptr;
+    const auto found = by_address.find(weights[0].const_data_ptr());
+    if (found == by_address.end()) return nullptr;
     for (Entry<T>& entry : found->second) {
       if (entry.about(weights, form)) return &entry;
     }
     return nullptr;
   }
-  void note(TensorList weights, const Form& form) { entries[weights[0].const_data_ptr()].emplace_back(weights, form); }
+  void note(TensorList weights, const Form& form) {
+    by_address[weights[0].const_data_ptr()].emplace_back(weights, form);
+  }
   template <typename Which>
   void remove_if(Which&& which, std::vector<Entry<T>>& removed) {
-    for (auto list = entries.begin(); list != entries.end();) {
+    for (auto list = by_address.begin(); list != by_address.end();) {
       auto& some = list->second;
       const auto alive = std::stable_partition(some.begin(), some.end(), [&](const auto& e) { return !which(e); });
       std::move(alive, some.end(), std::back_inserter(removed));
       some.erase(alive, some.end());
-      list = some.empty() ? entries.erase(list) : std::next(list);
+      list = some.empty() ? by_address.erase(list) : std::next(list);
     }
   }
   void remove(const void* first_weight, std::vector<Entry<T>>& removed) {
-    const auto found = entries.find(first_weight);
-    if (found == entries.end()) return;
+    const auto found = by_address.find(first_weight);
+    if (found == by_address.end()) return;
     removed = std::move(found->second);
-    entries.erase(found);
+    by_address.erase(found);
   }
   void count(PackedCounts& counts) const {
-    for (const auto& [address, list] : entries) {
+    for (const auto& [address, list] : by_address) {
       for (const Entry<T>& entry : list) {
         entry.stack ? ++counts.stacks : ++counts.noted;
         if (entry.stack) counts.bytes += entry.stack->bytes();
@@ -140,7 +143,7 @@ struct Table {
   }
 };
 
-// Entries that are taken out of the tables under the lock and destroyed after it: freeing large memory is slow.
+// Entries that are taken out of the cache under the lock and destroyed after it: freeing large memory is slow.
 struct Removed {
   std::vector<Entry<float>> floats;
   std::vector<Entry<double>> doubles;
@@ -155,7 +158,7 @@ class Cache {
   }
 
   template <typename T>
-  Table<T>& table() {
+  Entries<T>& entries() {
     if constexpr (sizeof(T) == 8) {
       return doubles;
     } else {
@@ -175,8 +178,8 @@ class Cache {
   }
 
   std::mutex mutex;
-  Table<float> floats;
-  Table<double> doubles;
+  Entries<float> floats;
+  Entries<double> doubles;
 
  private:
   template <typename Which>
@@ -209,11 +212,11 @@ std::shared_ptr<cpu::PackedStack<T>> find_packed(TensorList weights, const Stack
   std::optional<Entry<T>> replaced;
   {
     const std::lock_guard<std::mutex> lock(cache.mutex);
-    Table<T>& table = cache.table<T>();
-    Entry<T>* entry = table.find(weights, form);
+    Entries<T>& entries = cache.entries<T>();
+    Entry<T>* entry = entries.find(weights, form);
     if (!entry) {
       cache.make_room(removed);
-      table.note(weights, form);
+      entries.note(weights, form);
       return {};
     }
     if (!entry->seems_unchanged(weights)) {
@@ -232,7 +235,7 @@ std::shared_ptr<const cpu::PackedStack<T>> peek_packed(TensorList weights, int64
   if (!std::all_of(weights.begin(), weights.end(), keepable)) return {};
   Cache& cache = Cache::instance();
   const std::lock_guard<std::mutex> lock(cache.mutex);
-  const Entry<T>* entry = cache.table<T>().find(weights, form_of(batch, storage));
+  const Entry<T>* entry = cache.entries<T>().find(weights, form_of(batch, storage));
   if (!entry || !entry->stack || !entry->seems_unchanged(weights)) return {};
   return entry->stack;
 }
@@ -244,7 +247,7 @@ void keep_packed(TensorList weights, const StackShape& shape, const std::shared_
   if (!(cpu::fingerprint(stack->sources()) == stack->fingerprint())) return;  // weights were written while packed
   Cache& cache = Cache::instance();
   const std::lock_guard<std::mutex> lock(cache.mutex);
-  Entry<T>* entry = cache.table<T>().find(weights, form_of(shape.batch, stack->storage()));
+  Entry<T>* entry = cache.entries<T>().find(weights, form_of(shape.batch, stack->storage()));
   // Not if the weights have changed since, or if another thread has kept a stack first.
   if (entry && !entry->stack && entry->seems_unchanged(weights)) entry->stack = stack;
 }
@@ -257,7 +260,7 @@ void forget_packed(TensorList weights, const StackShape& shape, const std::share
   Cache& cache = Cache::instance();
   std::optional<Entry<T>> replaced;  // outlives the lock
   const std::lock_guard<std::mutex> lock(cache.mutex);
-  Entry<T>* entry = cache.table<T>().find(weights, form);
+  Entry<T>* entry = cache.entries<T>().find(weights, form);
   if (entry && entry->stack == stack) replaced = std::exchange(*entry, Entry<T>(weights, form));
 }
 template void forget_packed(TensorList, const StackShape&, const std::shared_ptr<cpu::PackedStack<float>>&);

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "../cuda/architectures.h"
+#include "../stack/states.h"
 #include "../stack/weights.h"
 
 namespace stacked_lstm {
@@ -109,11 +110,53 @@ class Fit {
   const bool raises_;
 };
 
+// Whether the entries of an option are as many as the stack has layers, or boundaries between layers.
+template <typename T>
+bool entries_fit(const PerLayer<T>& option, int64_t expected, const char* name, const Fit& fit) {
+  const auto entries = static_cast<int64_t>(option.each.size());
+  return fit.value(entries == 0 || entries == expected, name, " should have ", expected, " entries, got: ", entries);
+}
+
 bool options_fit(const StackOptions& options, const Fit& fit) {
   return fit.value(options.num_layers > 0, "num_layers should be greater than zero, got: ", options.num_layers) &&
-         fit.value(options.dropout >= 0 && options.dropout <= 1,
-                   "dropout should be in [0, 1], got: ", options.dropout) &&
-         fit.value(options.proj_size >= 0, "proj_size should not be negative, got: ", options.proj_size);
+         entries_fit(options.hidden_size, options.num_layers, "hidden_size", fit) &&
+         entries_fit(options.proj_size, options.num_layers, "proj_size", fit) &&
+         entries_fit(options.dropout, options.num_layers - 1, "dropout", fit) &&
+         options.dropout.all([&](double rate) {
+           return fit.value(rate >= 0 && rate <= 1, "dropout should be in [0, 1], got: ", rate);
+         }) &&
+         options.proj_size.all(
+             [&](int64_t size) { return fit.value(size >= 0, "proj_size should not be negative, got: ", size); });
+}
+
+// Takes the hidden sizes that the options do not have from the weights.
+bool hidden_sizes_fit(const Arguments& a, StackOptions& options, const Fit& fit) {
+  if (options.hidden_size.each.empty() && options.hidden_size.every == 0) {
+    int64_t place = 0;
+    bool same = true;
+    std::vector<int64_t> found;
+    for (int64_t k = 0; k < options.num_layers; ++k) {
+      const LayerShape layer{0, 0, options.proj_size[k]};
+      const Tensor& hh = a.weights[static_cast<size_t>(place + place_in_lane(layer, options.bias, Weight::hh))];
+      if (!fit.value(hh.dim() == 2 && hh.size(0) > 0 && hh.size(0) % 4 == 0,
+                     "weight_hh should have shape (4*hidden_size, ...), got: ", hh.sizes())) {
+        return false;
+      }
+      found.push_back(hh.size(0) / 4);
+      same = same && found.back() == found.front();
+      place += options.directions() * weights_of_lane(layer, options.bias);
+    }
+    options.hidden_size = same ? PerLayer<int64_t>(found.front()) : PerLayer<int64_t>(std::move(found));
+  }
+  for (int64_t k = 0; k < options.num_layers; ++k) {
+    const int64_t hidden = options.hidden_size[k], projected = options.proj_size[k];
+    if (!fit.value(hidden > 0, "hidden_size should be greater than zero, got: ", hidden) ||
+        !fit.value(projected < hidden, "proj_size should be smaller than hidden_size, ", hidden, ", got: ", projected)) {
+      return false;
+    }
+    if (options.hidden_size.each.empty() && options.proj_size.each.empty()) break;  // the other layers are the same
+  }
+  return true;
 }
 
 bool weights_fit(const Arguments& a, const StackShape& shape, const Fit& fit) {
@@ -141,8 +184,8 @@ bool packed_rows_fit(const Arguments& a, const Fit& fit, StackShape& shape) {
   shape.steps = sizes.numel();
   if (!fit.value(shape.steps > 0, "batch_sizes should have at least one element")) return false;
   shape.batch = size[0];
-  if (!fit.value(h_0.dim() == 3 && shape.batch == h_0.size(1), "batch_sizes should start with the batch of h_0, ",
-                 h_0.sizes(), ", got: ", shape.batch)) {
+  if (!fit.value(!shape.same_output() || (h_0.dim() == 3 && shape.batch == h_0.size(1)),
+                 "batch_sizes should start with the batch of h_0, ", h_0.sizes(), ", got: ", shape.batch)) {
     return false;
   }
   shape.packed_rows.assign(1, 0);
@@ -174,20 +217,16 @@ bool prepare(const Arguments& a, Misfit misfit, StackShape& shape) {
   if (!fit.value(input.dim() == dimensions, "input should have ", dimensions, " dimensions, got: ", input.dim())) {
     return false;
   }
-  const int64_t expected = options.lanes() * weights_of_lane({0, 0, options.proj_size}, options.bias);
+  int64_t expected = 0;
+  for (int64_t k = 0; k < options.num_layers; ++k) {
+    expected += options.directions() * weights_of_lane({0, 0, options.proj_size[k]}, options.bias);
+  }
   if (!fit.value(static_cast<int64_t>(a.weights.size()) == expected, "weights should be ", expected,
                  " tensors, got: ", a.weights.size())) {
     return false;
   }
-  const Tensor& first_hh = a.weights[static_cast<size_t>(place_in_lane({}, options.bias, Weight::hh))];
-  if (!fit.value(first_hh.dim() == 2 && first_hh.size(0) > 0 && first_hh.size(0) % 4 == 0,
-                 "weight_hh should have shape (4*hidden_size, ...), got: ", first_hh.sizes())) {
-    return false;
-  }
-  if (options.hidden_size == 0) options.hidden_size = first_hh.size(0) / 4;
   if (options.input_size == 0) options.input_size = input.size(-1);
-  if (!fit.value(options.proj_size < options.hidden_size, "proj_size should be smaller than hidden_size, ",
-                 options.hidden_size, ", got: ", options.proj_size) ||
+  if (!hidden_sizes_fit(a, options, fit) ||
       !fit.value(input.size(-1) == options.input_size, "input should have ", options.input_size,
                  " features, got: ", input.size(-1))) {
     return false;
@@ -205,20 +244,28 @@ bool prepare(const Arguments& a, Misfit misfit, StackShape& shape) {
     if (!fit.value(shape.steps > 0, "input should have at least one step")) return false;
   }
   // No buffer is larger than all rows of a whole reserve. So if this check passes, no arithmetic on sizes can overflow.
-  const int64_t lanes = shape.lanes();
+  int64_t widest = 0;
+  for (const LayerShape& layer : shape.layers) widest = std::max(widest, layer.hidden);
   const double elements = static_cast<double>(shape.steps) * static_cast<double>(std::max<int64_t>(shape.batch, 1)) *
-                          static_cast<double>(lanes) * 6 *
-                          static_cast<double>(round_up(options.hidden_size, kUnitPadding));
-  if (!fit.value(elements < 1e17, "the sizes are too large: ", shape.steps, " steps, batch ", shape.batch, ", ", lanes,
-                 " layers and directions, hidden_size ", options.hidden_size)) {
+                          static_cast<double>(shape.lanes()) * 6 * static_cast<double>(widest + kUnitPadding);
+  if (!fit.value(elements < 1e17, "the sizes are too large: ", shape.steps, " steps, batch ", shape.batch, ", ",
+                 shape.lanes(), " layers and directions, hidden_size ", widest)) {
     return false;
   }
-  if (!a.h_0) return true;
-  const auto state_fits = [&](const Tensor& state, int64_t width, const char* name) {
-    const int64_t sizes[] = {lanes, shape.batch, width}, without_batch[] = {lanes, width};
-    return fit.shape(state, unbatched ? at::IntArrayRef(without_batch) : at::IntArrayRef(sizes), name);
-  };
-  return state_fits(*a.h_0, options.output_size(), "h_0") && state_fits(*a.c_0, options.hidden_size, "c_0");
+  return !a.h_0 || (fit.shape(*a.h_0, h_sizes(shape, unbatched), "h_0") &&
+                    fit.shape(*a.c_0, c_sizes(shape, unbatched), "c_0"));
+}
+
+at::DimVector h_sizes(const StackShape& shape, bool unbatched) {
+  if (!shape.same_output()) return {StateLayout(shape).h(shape.lanes())};
+  const int64_t width = shape.layers[0].output();
+  return unbatched ? at::DimVector{shape.lanes(), width} : at::DimVector{shape.lanes(), shape.batch, width};
+}
+
+at::DimVector c_sizes(const StackShape& shape, bool unbatched) {
+  if (!shape.same_hidden()) return {StateLayout(shape).c(shape.lanes())};
+  const int64_t width = shape.layers[0].hidden;
+  return unbatched ? at::DimVector{shape.lanes(), width} : at::DimVector{shape.lanes(), shape.batch, width};
 }
 
 StackShape prepare(const StackOptions& options, int64_t seq_len, int64_t batch_size) {
@@ -232,9 +279,8 @@ StackShape prepare(const StackOptions& options, int64_t seq_len, int64_t batch_s
 
 // The seed of the masks if there are masks to draw, otherwise nullopt.
 OptionalTensor seed_of(const OptionalTensor& seed, const Tensor& input, const StackOptions& options) {
-  if (options.dropout == 0 || options.num_layers == 1) return std::nullopt;
-  TORCH_CHECK_VALUE(seed.has_value(), "seed is needed with dropout ", options.dropout, " and ", options.num_layers,
-                    " layers");
+  if (!options.drops()) return std::nullopt;
+  TORCH_CHECK_VALUE(seed.has_value(), "seed is needed with dropout and ", options.num_layers, " layers");
   TORCH_CHECK_VALUE(seed->numel() == 1 && seed->scalar_type() == at::kLong,
                     "seed should be an int64 tensor of one element, got: ", seed->numel(), " of ", seed->scalar_type());
   TORCH_CHECK_VALUE(seed->device() == input.device(), "seed should be on the device of input, ", input.device(),

@@ -2,6 +2,7 @@
 // relies on is checked here, before anything is allocated.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
@@ -36,7 +37,7 @@ void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* na
 struct Arguments {
   const at::Tensor& input;        // (T, B, I); with batch_sizes, (rows, I); of one step, (B, I) or (I)
   const at::Tensor* batch_sizes;  // or null
-  const at::Tensor* h_0;          // (lanes, B, output), without B if the input has none; or null
+  const at::Tensor* h_0;          // (lanes, B, output), without B if the input has none; or flat (stack/states.h); or null
   const at::Tensor* c_0;          // (lanes, B, hidden), likewise; null if h_0 is
   at::TensorList weights;         // in the order of stack/weights.h
   const StackOptions& options;    // if hidden_size or input_size is 0, the tensors say it
@@ -50,6 +51,10 @@ enum class Misfit { raises, declines };
 // the result is false, and the caller takes a path that raises. A call without h_0 and c_0 has zeros in their place; it
 // cannot have batch_sizes.
 bool prepare(const Arguments& arguments, Misfit misfit, StackShape& shape);
+
+// The sizes of h_0, or of c_0, for a shape: stack/states.h.
+at::DimVector h_sizes(const StackShape& shape, bool unbatched = false);
+at::DimVector c_sizes(const StackShape& shape, bool unbatched = false);
 
 // The shape of a padded batch, for a plan. ValueError if no stack can have these options.
 StackShape prepare(const StackOptions& options, int64_t seq_len, int64_t batch_size);

@@ -110,7 +110,7 @@ std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Pl
       !fits(a.c_0) || !std::all_of(a.weights.begin(), a.weights.end(), fits)) {
     return {};
   }
-  // Rows of the input may lie apart, but not in 16 bits: Floats::widened copies them as one piece.
+  // Rows of the input may lie apart, but not in 16 bits: Floats::widened copies them as one run.
   const bool wide = type == at::kFloat || type == at::kDouble;
   const bool rows_stand = wide ? a.input.dim() > 0 && a.input.stride(-1) == 1 : a.input.is_contiguous();
   if (!rows_stand || !a.h_0.is_contiguous() || !a.c_0.is_contiguous()) return {};

@@ -227,8 +227,8 @@ EQUIVALENT: list[Equivalent] = [
         function="forward",
         kind="guard",
         change="always true",
-        code="s == next_pass",
-        reason="a pass a step: slower, and the same",
+        code="s == projected_to",
+        reason="projects each step alone: slower, and the same",
     ),
     Equivalent(
         file="csrc/persistent/forward.cuh",
@@ -259,7 +259,7 @@ EQUIVALENT: list[Equivalent] = [
         function="project",
         kind="guard",
         change="off by one",
-        code="all - first_piece < kStagedPieces",
+        code="all - first_piece < kCopiedPieces",
         reason="the smaller of two numbers that are equal",
     ),
     Equivalent(
@@ -296,7 +296,7 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/forward.cuh",
-        function="stage_x",
+        function="copy_x",
         kind="bound",
         change="off by one",
         code="first < columns",
@@ -442,12 +442,12 @@ EQUIVALENT: list[Equivalent] = [
         kind="guard",
         change="always true",
         code="cells.has(k)",
-        reason="likewise: a lane of one block is cut as those are that go through L2",
+        reason="likewise: a lane of one block is divided as those are that go through L2",
         near="? sums_[",
     ),
     Equivalent(
         file="csrc/persistent/backward_lane.cuh",
-        function="stage",
+        function="copy_dgates",
         kind="guard",
         change="always true",
         code="there",
@@ -456,7 +456,7 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/backward_lane.cuh",
-        function="finish_staging",
+        function="finish_copies",
         kind="bound",
         change="off by one",
         code="step < steps",
@@ -464,7 +464,7 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/backward_lane.cuh",
-        function="finish_staging",
+        function="finish_copies",
         kind="bound",
         change="off by one",
         code="item < kItems",
@@ -483,7 +483,7 @@ EQUIVALENT: list[Equivalent] = [
         function="project",
         kind="bound",
         change="off by one",
-        code="pass < C::kMTiles * kPasses",
+        code="turn < C::kMTiles * kPieceTurns",
         reason="a tile past the last: break",
     ),
     Equivalent(

@@ -521,6 +521,7 @@ struct Setup {
   Real special_value = 0;
 
   bool has(unsigned what) const { return !(absent & what); }
+  double rate_of(int64_t cell) const { return cell % 3 == 1 ? rate / 2 : rate; }  // of dropout
   std::string describe() const {
     std::string words = std::to_string(width) + " units, rows";
     for (size_t n = 0; n < std::min<size_t>(rows.size(), 4); ++n) words += " " + std::to_string(rows[n]);
@@ -571,7 +572,15 @@ class Maker {
     return plane;
   }
   gates::Element element() const {
-    return {setup.element_row + cell * 100, cell % setup.directions * setup.width + setup.column_shift, 2 + cell};
+    gates::Element element = {setup.element_row + cell * 100,
+                              cell % setup.directions * setup.width + setup.column_shift, 2 + cell, {}};
+    if (setup.has(kMask)) {
+      const double rate = setup.rate_of(cell);
+      element.mask.threshold = static_cast<uint64_t>(rate * 4294967296.0);
+      element.mask.scale = rate < 1 ? 1 / (1 - rate) : 0;
+      element.mask.seed = &setup.seed;
+    }
+    return element;
   }
 
   const Setup& setup;
@@ -593,9 +602,9 @@ Bounded<Accumulator<T>> exact(const Buffer<T>& buffer, int64_t row, int64_t unit
 template <typename A>
 Bounded<A> masked(const Setup& setup, const gates::Element& element, int64_t row, int64_t unit, Bounded<A> x) {
   const int64_t output_width = setup.directions * setup.width + setup.pad;
-  const bool keeps =
-      kept(setup.seed, element.layer, element.first_row + row, element.column + unit, output_width, setup.rate);
-  const Real scale = setup.rate < 1 ? 1 / (1 - static_cast<Real>(setup.rate)) : 0;
+  const double rate = setup.rate_of(element.layer - 2);
+  const bool keeps = kept(setup.seed, element.layer, element.first_row + row, element.column + unit, output_width, rate);
+  const Real scale = rate < 1 ? 1 / (1 - static_cast<Real>(rate)) : 0;
   return x * (keeps ? Bounded<A>::rounded(scale, 0) : Bounded<A>{0, 0});
 }
 
@@ -627,7 +636,7 @@ struct ForwardTest {
   using A = Accumulator<T>;
   using Cell = gates::ForwardCell<T>;
   static constexpr const char* name = "forward";
-  static constexpr auto kernel = &gates::Kernels<T>::forward;
+  static constexpr auto kernel = &gates::GateKernels<T>::forward;
 
   explicit ForwardTest(Maker& m)
       : setup(m.setup),
@@ -734,7 +743,7 @@ struct BackwardTest {
   using A = Accumulator<T>;
   using Cell = gates::BackwardCell<T>;
   static constexpr const char* name = "backward";
-  static constexpr auto kernel = &gates::Kernels<T>::backward;
+  static constexpr auto kernel = &gates::GateKernels<T>::backward;
 
   explicit BackwardTest(Maker& m)
       : in(m),
@@ -801,7 +810,7 @@ template <typename T>
 struct CollectTest {
   using Cell = gates::CollectCell<T>;
   static constexpr const char* name = "collect";
-  static constexpr auto kernel = &gates::Kernels<T>::collect;
+  static constexpr auto kernel = &gates::GateKernels<T>::collect;
 
   explicit CollectTest(Maker& m)
       : in(m),
@@ -830,7 +839,7 @@ struct CopyTest {
   using A = Accumulator<T>;
   using Cell = gates::CopyCell<T>;
   static constexpr const char* name = "copy";
-  static constexpr auto kernel = &gates::Kernels<T>::copy;
+  static constexpr auto kernel = &gates::GateKernels<T>::copy;
 
   explicit CopyTest(Maker& m)
       : setup(m.setup),
@@ -871,7 +880,7 @@ struct Arguments {
 } arguments;
 Random values(1);
 
-const gates::Table& table() { return arguments.host ? gates::host_kernels() : gates::cuda_kernels(); }
+const gates::GateTable& table() { return arguments.host ? gates::host_kernels() : gates::cuda_gate_kernels(); }
 
 // The threads of a launch: blocks of 128, as many of them along a row as it has packs of `pack` units, if it has so many.
 uint64_t threads_of(int64_t width, int64_t rows, int64_t cells, int64_t pack) {
@@ -898,22 +907,17 @@ void run(const Setup& setup) {
   }
   for (auto& test : tests) test->each_buffer([](const char*, auto& buffer) { buffer.hand_over(); });
 
-  gates::Sizes sizes;
+  gates::CellSizes sizes;
   sizes.width = setup.width;
   sizes.output_stride = setup.directions * setup.width + setup.pad;
   sizes.saved_stride = setup.width + setup.pad;
   sizes.gates_stride = setup.directions * 4 * setup.width + setup.pad;
-  if (setup.has(kMask)) {
-    sizes.mask.threshold = static_cast<uint64_t>(setup.rate * 4294967296.0);
-    sizes.mask.scale = setup.rate < 1 ? 1 / (1 - setup.rate) : 0;
-    sizes.mask.seed = &setup.seed;
-  }
   emulator::device_memory().clear();
   for (int64_t n = 0; n < cells; ++n) {
     const std::string of = " of cell " + std::to_string(n);
     tests[static_cast<size_t>(n)]->each_buffer([&](const char* name, const auto& buffer) { buffer.lend(name + of); });
   }
-  emulator::lend("seed", sizes.mask.seed, 1, emulator::Access::read);
+  emulator::lend("seed", setup.has(kMask) ? &setup.seed : nullptr, 1, emulator::Access::read);
   const std::string error = (table().of<T>().*Test<T>::kernel)(sizes, given.data(), cells, nullptr);
   expect(error.empty(), what + ": " + error);
 
@@ -1036,7 +1040,7 @@ void cells_part() {
     setup.rows.clear();
     for (int64_t n = 0; n < cells; ++n) setup.rows.push_back(n * 5 % 4);
     if (cells == 0) {
-      gates::Sizes sizes{5, 5, 5, 20, {}};
+      gates::CellSizes sizes{5, 5, 5, 20};
       expect(table().of<T>().forward(sizes, nullptr, 0, nullptr).empty(), "no cell at all");
       expect(table().of<T>().copy(sizes, nullptr, 0, nullptr).empty(), "no cell at all");
       continue;
@@ -1144,7 +1148,7 @@ template <typename T>
 void refusal_part() {
   if (arguments.host) return;
   const auto refused = [](int64_t width, int64_t rows) {
-    gates::Sizes sizes{width, width, width, 4 * width, {}};
+    gates::CellSizes sizes{width, width, width, 4 * width};
     gates::CopyCell<T> cell{};
     cell.rows = rows;
     const std::string error = table().of<T>().copy(sizes, &cell, 1, nullptr);
@@ -1153,7 +1157,7 @@ void refusal_part() {
         "a step that no grid holds: '" + error + "'");
   };
   // A step of nothing is none, and so is refused by nobody.
-  const gates::Sizes no_units{};
+  const gates::CellSizes no_units{};
   gates::CopyCell<T> cell{};
   cell.rows = 3;
   const std::string error = table().of<T>().copy(no_units, &cell, 1, nullptr);

@@ -13,14 +13,14 @@ int64_t calls = 0;
 
 // `kernel` of the CUDA kernels for T, counted.
 template <typename T, typename Cell, auto kernel>
-std::string counted(const gates::Sizes& sizes, const Cell* cells, int64_t count, void* stream) {
+std::string counted(const gates::CellSizes& sizes, const Cell* cells, int64_t count, void* stream) {
   ++calls;
-  return (gates::cuda_kernels().of<T>().*kernel)(sizes, cells, count, stream);
+  return (gates::cuda_gate_kernels().of<T>().*kernel)(sizes, cells, count, stream);
 }
 
 template <typename T>
-gates::Kernels<T> kernels() {
-  using K = gates::Kernels<T>;
+gates::GateKernels<T> kernels() {
+  using K = gates::GateKernels<T>;
   return {counted<T, gates::ForwardCell<T>, &K::forward>, counted<T, gates::BackwardCell<T>, &K::backward>,
           counted<T, gates::CollectCell<T>, &K::collect>, counted<T, gates::CopyCell<T>, &K::copy>};
 }
@@ -28,8 +28,8 @@ gates::Kernels<T> kernels() {
 }  // namespace
 
 extern "C" const void* emulated_gate_kernels() {
-  static const gates::Table table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>(),
-                                     gates::cuda_kernels().numbers};
+  static const gates::GateTable table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>(),
+                                         gates::cuda_gate_kernels().numbers};
   emulator::options().order = emulator::Order::random;
   return &table;
 }

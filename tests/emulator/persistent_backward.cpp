@@ -92,7 +92,7 @@ struct Case {
   std::string name;
   Number type;
   Product product;
-  int m_tiles, pieces, tiles;
+  int unit_tiles, pieces, batch_tiles;
   Exchange exchange;
   int lanes, steps, batch, hidden, blocks, chunk_steps;
   unsigned options;
@@ -150,24 +150,24 @@ void append_every(std::vector<Case>& all, Number type, const std::string& elemen
     const auto turn = static_cast<int>(all.size());
     const Instance& i = kernel.instance;
     const int block_units = kGroupUnits * i.pieces / backward_pieces<T>(1),
-              m_tiles = wide && i.tiles == 1 && type != f16 ? i.m_tiles : std::min(i.m_tiles, 2),
-              hidden = kMaxWarps * 16 * (m_tiles - 1) + 37;
+              unit_tiles = wide && i.batch_tiles == 1 && type != f16 ? i.unit_tiles : std::min(i.unit_tiles, 2),
+              hidden = kMaxWarps * 16 * (unit_tiles - 1) + 37;
     Case c = {};
     c.name = element + (i.product == kTensor ? "_tensor" : "_exact") + (i.exchange == kCluster ? "_cluster_" : "_l2_") +
-             number(i.m_tiles) + "_" + number(i.pieces) + "_" + number(i.tiles);
+             number(i.unit_tiles) + "_" + number(i.pieces) + "_" + number(i.batch_tiles);
     c.type = type, c.product = i.product, c.exchange = i.exchange;
-    c.m_tiles = i.m_tiles, c.pieces = i.pieces, c.tiles = i.tiles;
+    c.unit_tiles = i.unit_tiles, c.pieces = i.pieces, c.batch_tiles = i.batch_tiles;
     c.hidden = hidden, c.blocks = (hidden + block_units - 1) / block_units;
     constexpr int kMostBlocks = 132;  // of one a multiprocessor
     c.lanes = 2 * c.blocks <= kMostBlocks ? 2 : 1;
-    c.steps = i.m_tiles > 2 ? 2 : 3, c.batch = kTileColumns * (c.tiles - 1) + 3, c.chunk_steps = 1 + turn % 3;
+    c.steps = i.unit_tiles > 2 ? 2 : 3, c.batch = kTileColumns * (c.batch_tiles - 1) + 3, c.chunk_steps = 1 + turn % 3;
     c.batch_groups = c.copies = 1;
     constexpr unsigned kEach[] = {kAll, kAll | kRecompute | kBias, kAll | kPacked | kReverse,
                                   (kAll | kDropout | kAbove) & ~kShared,
                                   kAll | kBoth | kPacked | kAbove | kDropout | kRecompute};
     c.options = c.lanes == 1 ? kAll : kEach[turn % 5];
     Cut cut;
-    cut.exchange = c.exchange, cut.tiles = c.tiles, cut.pieces = c.pieces, cut.m_tiles = c.m_tiles;
+    cut.exchange = c.exchange, cut.batch_tiles = c.batch_tiles, cut.pieces = c.pieces, cut.unit_tiles = c.unit_tiles;
     cut.groups = c.pieces / backward_pieces<T>(1), cut.blocks = c.blocks, cut.chunk_steps = c.chunk_steps;
     constexpr size_t kMostBytes = 160 << 10;  // of a block's shared memory, on the smallest device
     if (backward_shared_bytes<T>(cut, c.hidden, true) > kMostBytes) c.options &= ~unsigned{kShared};
@@ -204,7 +204,8 @@ struct Stack {
   std::vector<int> lengths;
   std::vector<int64_t> first_row;
   int64_t seed = 987654321;
-  Dropout dropout{0.4, 987654321};
+  // Every link has a rate of its own.
+  static Dropout dropout(int layer) { return {0.4 + 0.1 * (layer % 3), 987654321}; }
   Guarded<T> grad_gates;  // of both directions, or lane after lane
   std::vector<Memory> lanes;
   std::vector<uint32_t> chunks_done;
@@ -224,7 +225,7 @@ struct Stack {
     }
     rows = first_row.back();
 
-    Sizes& s = arguments.sizes;
+    LaunchSizes& s = arguments.sizes;
     s.steps = s.last_step = c.steps;
     s.batch = c.batch, s.hidden = c.hidden, s.lanes = c.lanes;
     s.batch_groups = c.batch_groups, s.copies = c.copies;
@@ -234,10 +235,9 @@ struct Stack {
     s.first_row = has(kPacked) ? first_row.data() : nullptr;
     Cut& cut = arguments.cut;
     cut.product = c.product, cut.exchange = c.exchange;
-    cut.tiles = c.tiles, cut.pieces = c.pieces, cut.m_tiles = c.m_tiles;
+    cut.batch_tiles = c.batch_tiles, cut.pieces = c.pieces, cut.unit_tiles = c.unit_tiles;
     cut.groups = c.pieces / backward_pieces<T>(1);
     cut.blocks = c.blocks, cut.chunk_steps = c.chunk_steps, cut.inputs_in_shared = has(kShared);
-    if (has(kDropout)) arguments.mask = {dropout.threshold(), dropout.scale(), &seed};
 
     const int64_t hidden = c.hidden, state = c.batch * hidden, odd = has(kMisaligned) ? 1 : 0;
     const float bound = 1.5f / std::sqrt(static_cast<float>(c.hidden));
@@ -264,6 +264,7 @@ struct Stack {
       lane.layer = has(kBoth) ? 3 : has(kTopFirst) ? c.lanes - 1 - n : n;
       lane.reverse = has(kBoth) ? n : has(kReverse);
       lane.h_column = has(kBoth) ? n * hidden : 0;
+      if (has(kDropout)) lane.mask = {dropout(lane.layer).threshold(), dropout(lane.layer).scale(), &seed};
       lane.weight_hh = m.weight_hh.data() + odd;
       if (lane.over >= 0) lane.weight_ih_above = m.weight_ih_above.data() + odd;
       if (has(kOutput)) lane.grad_output = m.grad_output.data() + lane.h_column;
@@ -321,7 +322,7 @@ struct Stack {
       for (int group = 0; group < c.batch_groups; group += c.copies) {
         BackwardArguments<T> now = arguments;
         now.sizes.first_step = first, now.sizes.last_step = last;
-        now.sizes.first_group = group, now.sizes.copies = std::min(c.copies, c.batch_groups - group);
+        now.sizes.first_batch_group = group, now.sizes.copies = std::min(c.copies, c.batch_groups - group);
         chunks_done.assign(count(now.sizes.copies * c.lanes * c.blocks), 0);
         words.assign(count(backward_words<T>(now.cut, now.sizes.copies, c.lanes)), 0);
         now.chunks_done = chunks_done.data();
@@ -422,7 +423,7 @@ struct Stack {
             }
             if (has(kDropout)) {
               std::vector<double> mask(count(arguments.sizes.h_stride), 1.0);
-              dropout.apply(mask.data(), arguments.sizes.h_stride, int64_t{t} * c.batch + b, lane.layer);
+              dropout(lane.layer).apply(mask.data(), arguments.sizes.h_stride, int64_t{t} * c.batch + b, lane.layer);
               above *= mask[count(lane.h_column + j)];
             }
             dh = above;
@@ -533,7 +534,7 @@ std::string refusals() {
               [](Arguments&, Device& d) { d.multiprocessors = 5, d.threads_per_multiprocessor = 256; }),
       refused(l2, Outcome::failed, "no memory to exchange through", [](Arguments& a, Device&) { a.words = nullptr; }),
       fails("no memory to exchange through", [](Arguments& a) { a.chunks_done = nullptr; }),
-      fails("compiled for another cut", [](Arguments& a) { a.cut.tiles = 2; }),
+      fails("compiled for another cut", [](Arguments& a) { a.cut.batch_tiles = 2; }),
       fails("compiled for another cut", [](Arguments& a) { a.cut.groups = 2; }),
       fails("33 lanes: a launch takes 1 to 32", [](Arguments& a) { a.sizes.lanes = 33; }),
       fails("0 lanes", [](Arguments& a) { a.sizes.lanes = 0; }),
@@ -551,7 +552,7 @@ std::string refusals() {
       fails("hidden 40, units 160, rows of weights 128", [](Arguments& a) { a.cut.blocks = 5; }),
       fails("hidden 0, units 64", [](Arguments& a) { a.sizes.hidden = 0; }),
       fails("batch groups 0 to 2 of 1", [](Arguments& a) { a.sizes.copies = 2; }),
-      fails("batch groups -1 to 0 of 1", [](Arguments& a) { a.sizes.first_group = -1; }),
+      fails("batch groups -1 to 0 of 1", [](Arguments& a) { a.sizes.first_batch_group = -1; }),
       fails("batch groups 0 to 0 of 1", [](Arguments& a) { a.sizes.copies = 0; }),
       fails("batch 9 in 1 groups of 1 to 8", [](Arguments& a) { a.sizes.batch = 9; }),
       fails("batch 3 in 4 groups of 1 to 8", [](Arguments& a) { a.sizes.batch_groups = 4; }),

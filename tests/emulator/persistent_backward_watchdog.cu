@@ -34,8 +34,8 @@ struct Launch {
 
   explicit Launch(uint64_t limit) {
     Cut& cut = arguments.cut;
-    cut.exchange = exchange, cut.pieces = cut.groups = 4, cut.m_tiles = 1, cut.blocks = kBlocks, cut.chunk_steps = 2;
-    Sizes& sizes = arguments.sizes;
+    cut.exchange = exchange, cut.pieces = cut.groups = 4, cut.unit_tiles = 1, cut.blocks = kBlocks, cut.chunk_steps = 2;
+    LaunchSizes& sizes = arguments.sizes;
     sizes.steps = sizes.last_step = kSteps, sizes.batch = kBatch, sizes.hidden = kHidden, sizes.lanes = kLanes;
     sizes.batch_groups = sizes.copies = 1, sizes.h_stride = sizes.saved_stride = kHidden;
     sizes.gates_stride = 4 * kHidden;
@@ -54,7 +54,7 @@ struct Launch {
 
   // Past launch_backward, which would refuse what the cases below do.
   cuda::Status run(int blocks) {
-    using C = cuda::persistent::BackwardCut<T, Product::tensor, exchange, 1, 4, 1>;
+    using C = cuda::persistent::CompiledBackward<T, Product::tensor, exchange, 1, 4, 1>;
     return cuda::launch(cuda::persistent::backward_config<C>(arguments.cut, blocks, true),
                         &cuda::persistent::backward<T, Product::tensor, exchange, 1, 4, 1>, arguments);
   }
@@ -119,8 +119,8 @@ std::string pushes_never_come() {
   Watchdog record = {};
   record.limit = kSoon;
   Cut& cut = arguments.cut;
-  cut.product = Product::exact, cut.pieces = 4, cut.groups = 2, cut.m_tiles = 1, cut.blocks = 8;
-  Sizes& sizes = arguments.sizes;
+  cut.product = Product::exact, cut.pieces = 4, cut.groups = 2, cut.unit_tiles = 1, cut.blocks = 8;
+  LaunchSizes& sizes = arguments.sizes;
   sizes.steps = sizes.last_step = kSteps, sizes.batch = sizes.lanes = sizes.batch_groups = sizes.copies = 1;
   sizes.hidden = kHidden, sizes.h_stride = sizes.saved_stride = kHidden, sizes.gates_stride = 4 * kHidden;
   arguments.chunks_done = &chunks_done, arguments.watchdog = &record;
@@ -128,7 +128,7 @@ std::string pushes_never_come() {
   BackwardLane<float>& lane = arguments.lane[0];
   lane.weight_hh = lane.grad_output = lane.gates = lane.c = ones.data(), lane.grad_gates = grad_gates.data();
   lane.over = -1;
-  using C = cuda::persistent::BackwardCut<float, Product::exact, Exchange::cluster, 1, 4, 1>;
+  using C = cuda::persistent::CompiledBackward<float, Product::exact, Exchange::cluster, 1, 4, 1>;
   cuda::LaunchConfig config = cuda::persistent::backward_config<C>(cut, cut.blocks, false);
   config.block = dim3(C::kThreads - kWarpThreads);
   const cuda::Status status =

@@ -89,7 +89,7 @@ struct Case {
   Element element;
   Product product;
   Exchange exchange;
-  int pieces, splits, tiles, groups, blocks, chunk;
+  int pieces, splits, batch_tiles, groups, blocks, chunk;
   int layers, steps, batch, inputs, hidden;
   unsigned options = kAll;
   Way way = kForward;
@@ -115,7 +115,7 @@ const std::vector<Case> kCases = {
     {"two_blocks", kBf16, kTensor, kCluster, 2, 1, 1, 1, 2, 2, 4, 9, 3, 17, 16, kBias},  // the smallest cluster
     {"deep", kBf16, kTensor, kCluster, 2, 1, 1, 1, 2, 1, 8, 3, 1, 1, 9},                 // fewer steps than layers
     {"two_steps", kBf16, kTensor, kCluster, 2, 1, 1, 2, 2, 4, 2, 2, 8, 17, 30},          // one push, a group half empty
-    {"ragged", kBf16, kTensor, kCluster, 2, 1, 1, 1, 3, 6, 3, 19, 3, 17, 20, kSaves},    // passes of 4, 2 steps, … 1
+    {"ragged", kBf16, kTensor, kCluster, 2, 1, 1, 1, 3, 6, 3, 19, 3, 17, 20, kSaves},    // 4, 2 steps, … 1 together
     {"forty", kF16, kTensor, kCluster, 2, 2, 1, 3, 2, 3, 3, 9, 8, 128, 40},              // float16
     {"wide_batch", kBf16, kTensor, kCluster, 2, 2, 4, 3, 4, 2, 2, 5, 17, 64, 96},        // a batch tile nearly empty
     {"full_batch", kBf16, kTensor, kCluster, 2, 4, 4, 2, 8, 3, 2, 4, 32, 40, 128},       // four splits
@@ -198,14 +198,15 @@ void append_every(std::vector<Case>& all, Element element, const std::string& na
     const Instance& i = entry.instance;
     Case c = {};
     c.name = name + (i.product == kTensor ? "_tensor" : "_exact") + (i.exchange == kCluster ? "_cluster_" : "_l2_") +
-             std::to_string(i.pieces) + "_" + std::to_string(i.tiles);
-    c.element = element, c.product = i.product, c.exchange = i.exchange, c.pieces = i.pieces, c.tiles = i.tiles;
+             std::to_string(i.pieces) + "_" + std::to_string(i.batch_tiles);
+    c.element = element, c.product = i.product, c.exchange = i.exchange, c.pieces = i.pieces,
+    c.batch_tiles = i.batch_tiles;
     c.splits = i.pieces <= 4 ? 1 + turn % 2 : 1;
     c.hidden = (c.splits * c.pieces - 1) * piece + 5;
     const int groups = (c.hidden + kGroupUnits - 1) / kGroupUnits;
     c.groups = groups > 16 ? 4 : 2;
     c.blocks = (groups + c.groups - 1) / c.groups;
-    c.layers = 2, c.steps = 4, c.batch = kTileColumns * (c.tiles - 1) + 3, c.inputs = 19, c.chunk = 1 + turn % 3;
+    c.layers = 2, c.steps = 4, c.batch = kTileColumns * (c.batch_tiles - 1) + 3, c.inputs = 19, c.chunk = 1 + turn % 3;
     c.batch_groups = c.copies = 1;
     switch (turn % 5) {
       case 0:
@@ -259,7 +260,8 @@ struct Stack {
   std::vector<uint32_t> chunks_done;
   std::vector<uint64_t> words;
   const int64_t seed = 0x123456789;
-  static constexpr double kRate = 0.3;
+  // Every link has a rate of its own.
+  Dropout dropout(int layer) const { return {0.3 + 0.1 * (layer % 4), static_cast<uint64_t>(seed)}; }
 
   int64_t shift() const { return c.has(kShifted) ? 1 : 0; }
 
@@ -297,24 +299,21 @@ struct Stack {
       }
     }
     Cut& cut = arguments.cut;
-    cut.product = c.product, cut.exchange = c.exchange, cut.tiles = c.tiles, cut.pieces = c.pieces;
+    cut.product = c.product, cut.exchange = c.exchange, cut.batch_tiles = c.batch_tiles, cut.pieces = c.pieces;
     cut.splits = c.splits, cut.groups = c.groups, cut.blocks = c.blocks, cut.chunk_steps = c.chunk;
     cut.inputs_in_shared = c.has(kShared);
-    Sizes& sizes = arguments.sizes;
+    LaunchSizes& sizes = arguments.sizes;
     sizes.steps = sizes.last_step = c.steps, sizes.batch = c.batch, sizes.hidden = c.hidden, sizes.lanes = c.lanes();
     sizes.batch_groups = c.batch_groups, sizes.copies = c.copies;
     sizes.h_stride = h_stride, sizes.saved_stride = saved_stride;
     sizes.first_row = packed() ? first_row.data() : nullptr;
-    if (c.has(kMasked)) {
-      const Dropout dropout{kRate, static_cast<uint64_t>(seed)};
-      arguments.mask = {dropout.threshold(), dropout.scale(), &seed};
-    }
     for (int n = c.lanes(); n < kMaxLanes; ++n) arguments.lane[n].inputs = 1 << 20;  // no lane of this launch
     for (int n = 0; n < c.lanes(); ++n) {
       const int layer = n / directions, direction = n % directions;
       const int64_t column = int64_t{direction} * c.hidden;
       Memory& m = lanes[count_of(n)];
       ForwardLane<T>& lane = arguments.lane[n];
+      if (c.has(kMasked)) lane.mask = {dropout(layer).threshold(), dropout(layer).scale(), &seed};
       lane.weight_ih = m.weight_ih.data() + shift(), lane.weight_hh = m.weight_hh.data() + shift();
       lane.bias_ih = c.has(kBiasIh) ? m.bias_ih.data() : nullptr;
       lane.bias_hh = c.has(kBiasHh) ? m.bias_hh.data() : nullptr;
@@ -378,9 +377,10 @@ struct Stack {
 
   // All batch groups, `copies` in a launch.
   Outcome launch(const ForwardEntry<T>& entry) {
-    Sizes& sizes = arguments.sizes;
-    for (sizes.first_group = 0; sizes.first_group < c.batch_groups; sizes.first_group += sizes.copies) {
-      sizes.copies = std::min(c.copies, c.batch_groups - sizes.first_group);
+    LaunchSizes& sizes = arguments.sizes;
+    for (sizes.first_batch_group = 0; sizes.first_batch_group < c.batch_groups;
+         sizes.first_batch_group += sizes.copies) {
+      sizes.copies = std::min(c.copies, c.batch_groups - sizes.first_batch_group);
       chunks_done.assign(count_of(sizes.copies * c.lanes() * c.blocks), 0);
       words.assign(count_of(forward_words<T>(arguments.cut, sizes.copies, c.lanes())), 0);
       arguments.chunks_done = chunks_done.data();
@@ -525,14 +525,13 @@ struct Stack {
 
   // h as the layer above sees it: the same mask, to the bit, as the CPU's.
   std::string judge_above() {
-    const Dropout dropout{kRate, static_cast<uint64_t>(seed)};
     for (int layer = 0; layer + 1 < c.layers && (c.has(kMasked) || c.has(kCopied)); ++layer) {
       for (int b = 0; b < c.batch; ++b) {
         for (int t = 0; t < length(b); ++t) {
           std::vector<float> expected(count_of(h_stride));
           const int64_t from = row(t, b) * h_stride;
           for (int64_t j = 0; j < h_stride; ++j) expected[count_of(j)] = widen(h[count_of(layer)][shift() + from + j]);
-          if (c.has(kMasked)) dropout.apply(expected.data(), h_stride, int64_t{t} * c.batch + b, layer);
+          if (c.has(kMasked)) dropout(layer).apply(expected.data(), h_stride, int64_t{t} * c.batch + b, layer);
           for (int64_t j = 0; j < h_stride; ++j) {
             const T wanted = narrow<T>(expected[count_of(j)]);
             if (std::memcmp(&above[count_of(layer)][from + j], &wanted, sizeof(T)) == 0) continue;
@@ -611,9 +610,9 @@ std::string refusals() {
       refused("ragged", kFailed, "0 groups of a batch", [](Arguments& a, Device&) { a.sizes.batch_groups = 0; }),
       refused("ragged", kFailed, "4 groups of a batch of 3", [](Arguments& a, Device&) { a.sizes.batch_groups = 4; }),
       refused("ragged", kFailed, "0 batch groups from", [](Arguments& a, Device&) { a.sizes.copies = 0; }),
-      refused("ragged", kFailed, "from number -1", [](Arguments& a, Device&) { a.sizes.first_group = -1; }),
+      refused("ragged", kFailed, "from number -1", [](Arguments& a, Device&) { a.sizes.first_batch_group = -1; }),
       refused("ragged", kFailed, "1 batch groups from number 1 on, of 1",
-              [](Arguments& a, Device&) { a.sizes.first_group = 1; }),
+              [](Arguments& a, Device&) { a.sizes.first_batch_group = 1; }),
       refused("ragged", kFailed, "9 sequences of at most 8", [](Arguments& a, Device&) { a.sizes.batch = 9; }),
       refused("copies", kFailed, "9 sequences of at most 8", [](Arguments& a, Device&) { a.sizes.batch = 25; }),
       refused("ragged", kFailed, "0 groups of 1 warps", [](Arguments& a, Device&) { a.cut.groups = 0; }),

@@ -19,7 +19,7 @@ Outcome counted(const Arguments& arguments, void* stream) {
 }
 
 template <typename T>
-Kernels<T> kernels() {
+PersistentKernels<T> kernels() {
   using Forward = cuda::persistent::ForwardEntry<T>;
   using Backward = cuda::persistent::BackwardEntry<T>;
   const auto &forward = kForwardInstances<T>, &backward = kBackwardInstances<T>;
@@ -37,7 +37,7 @@ Kernels<T> kernels() {
 
 // The blocks' order is drawn from the seed.
 extern "C" const void* emulated_persistent_kernels(uint64_t seed) {
-  static const Table table = {kernels<float>(), kernels<bfloat16>(), {}};
+  static const PersistentTable table = {kernels<float>(), kernels<bfloat16>(), {}};
   emulator::options().order = emulator::Order::random;
   emulator::options().seed = seed;
   launches = 0;

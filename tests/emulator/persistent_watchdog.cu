@@ -33,7 +33,7 @@ struct Launch {
   Launch(int blocks, uint64_t limit) {
     Cut& cut = arguments.cut;
     cut.exchange = exchange, cut.blocks = blocks, cut.groups = 2 / blocks, cut.chunk_steps = 2;
-    Sizes& sizes = arguments.sizes;
+    LaunchSizes& sizes = arguments.sizes;
     sizes.steps = kSteps, sizes.batch = kBatch, sizes.hidden = kHidden, sizes.lanes = kLanes;
     sizes.batch_groups = sizes.copies = 1, sizes.h_stride = kHidden;
     chunks_done.assign(static_cast<size_t>(kLanes * blocks), 0);

@@ -106,7 +106,7 @@ def test_what_is_planned_is_what_runs(case, dtype):
 
 @CUDA_ONLY
 def test_a_device_that_is_asked_holds_what_is_planned():
-    """Co-residency: blocks of every launch, as many as the driver says at most."""
+    """Co-residency: blocks of every launch, as many as CUDA's driver says at most."""
     for case in LARGE:
         for dtype in DTYPES:
             module = StackedLSTM(**case.arguments(), device=DEVICE, dtype=dtype)

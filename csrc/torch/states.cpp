@@ -1,0 +1,79 @@
+// csrc/torch/states.cpp: see states.h.
+#include "states.h"
+
+#include <ATen/ops/empty.h>
+
+#include "../cpu/reserve.h"
+#include "../driver/driver.h"
+#include "prepare.h"
+
+namespace stacked_lstm {
+
+using at::Tensor;
+
+namespace {
+
+std::vector<int64_t> sizes_of(const Call& call, int64_t width) {
+  const StackShape& shape = call.shape;
+  return call.packed ? std::vector<int64_t>{shape.rows(), width}
+                     : std::vector<int64_t>{shape.steps, shape.batch, width};
+}
+
+}  // namespace
+
+States states_of(const Call& call, const Results& results, bool on_cpu) {
+  const StackShape& shape = call.shape;
+  const int64_t rows = shape.rows(), directions = shape.directions;
+  const auto type = call.input.scalar_type();
+  const bool wide = arithmetic_type(call.input) == type;
+  const KeptRows kept = on_cpu ? kept_rows(shape, {call.saving, !wide, true}) : driver::kept_rows(shape, call.saving, true);
+  const ReserveLayout layout(shape, kept);
+  const Tensor& reserve = results.reserve;
+  // On a GPU, h is kept in the tensors' dtype; the CPU kernels keep what they have computed.
+  const auto h_type = on_cpu ? reserve.scalar_type() : type;
+  States states;
+  for (int64_t k = 0; k < shape.depth(); ++k) {
+    const LayerShape& layer = shape.layers[static_cast<size_t>(k)];
+    const int64_t width = directions * layer.output();
+    states.h.push_back(at::empty(sizes_of(call, width), call.input.options()));
+    states.c.push_back(at::empty(sizes_of(call, directions * layer.hidden), call.input.options()));
+    if (rows == 0) continue;
+    if (k + 1 == shape.depth()) {
+      states.h.back().copy_(results.output);
+    } else {
+      const Tensor all = reserve.narrow(0, layout.cells(), reserve.numel() - layout.cells()).view(h_type);
+      states.h.back().view({rows, width}).copy_(all.narrow(0, layout.h(k), rows * width).view({rows, width}));
+    }
+    for (int64_t d = 0; d < directions; ++d) {
+      const int64_t padded = layer.padded_hidden();
+      const Tensor c = reserve.narrow(0, layout.c(k * directions + d), rows * padded).view({rows, padded});
+      states.c.back()
+          .view({rows, directions * layer.hidden})
+          .narrow(1, d * layer.hidden, layer.hidden)
+          .copy_(c.narrow(1, 0, layer.hidden));
+    }
+  }
+  return states;
+}
+
+void take_state_gradients(const Call& call, IncomingGradients& incoming) {
+  const StackShape& shape = call.shape;
+  const auto check = [&](const std::vector<OptionalTensor>& gradients, const char* name, bool cell) {
+    TORCH_CHECK_VALUE(static_cast<int64_t>(gradients.size()) == shape.depth(), name, " should have ", shape.depth(),
+                      " entries, got: ", gradients.size());
+    for (int64_t k = 0; k < shape.depth(); ++k) {
+      const OptionalTensor& gradient = gradients[static_cast<size_t>(k)];
+      if (!gradient) continue;
+      const LayerShape& layer = shape.layers[static_cast<size_t>(k)];
+      check_same(*gradient, call.input, name);
+      check_shape(*gradient, sizes_of(call, shape.directions * (cell ? layer.hidden : layer.output())), name, "", k);
+    }
+  };
+  check(incoming.h, "grad_hidden", false);
+  check(incoming.c, "grad_cell", true);
+  OptionalTensor& top = incoming.h.back();
+  if (top) incoming.output = incoming.output ? incoming.output->add(*top) : *top;
+  top.reset();
+}
+
+}  // namespace stacked_lstm
