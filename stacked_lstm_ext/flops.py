@@ -44,8 +44,10 @@ def _backward_flops(
     saving: str,
     input_grad: bool,
     weight_grad: bool,
-    *rest: Any,
+    backend: str,
+    bf16_weights: bool = False,
     proj_sizes: Sequence[int] = (),
+    *rest: Any,
     **kwargs: Any,
 ) -> int:
     """From the argument ``input`` on, which comes after the incoming gradients."""

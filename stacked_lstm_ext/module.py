@@ -397,20 +397,15 @@ class StackedLSTM(nn.RNNBase):
 
     def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> Any:
         """The shape that ``h_0`` must have: ``(D·num_layers, N, proj_size or hidden_size)``; of tuples: a list of shapes."""
-        return self._expected_size(input, batch_sizes, self._layouts()[0])
+        return self._expected_size(input, batch_sizes, self._options_of_call().layouts[0])
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> Any:
         """The shape that ``c_0`` must have: ``(D·num_layers, N, hidden_size)``; of tuples: a list of shapes."""
-        return self._expected_size(input, batch_sizes, self._layouts()[1])
+        return self._expected_size(input, batch_sizes, self._options_of_call().layouts[1])
 
     def _expected_size(self, input: Tensor, batch_sizes: Tensor | None, layout: StateLayout) -> Any:
         batch = input.size(0 if self.batch_first else 1) if batch_sizes is None else _int_of(batch_sizes[0])
         return layout.part_shapes(batch) if self._by_layer else layout.shape(batch)
-
-    def _layouts(self) -> tuple[StateLayout, StateLayout]:
-        """How h and c of the whole stack lie in a tensor."""
-        options = self._options_of_call()
-        return options.h_layout, options.c_layout
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # nn.RNNBase reads the cached list of weights, which is out of date while functional_call, a parametrization or
@@ -569,7 +564,7 @@ class StackedLSTM(nn.RNNBase):
         """The last states, as the kernels have them, in the form in which the module takes states."""
         last: tuple[State, State] = h_n, c_n
         if self._by_layer:
-            h_layout, c_layout = self._layouts()
+            h_layout, c_layout = self._options_of_call().layouts
             last = h_layout.split(h_n, given.batch), c_layout.split(c_n, given.batch)
         if given.batch_sizes is not None:
             return self.permute_hidden(last, given.permutations[1])
@@ -609,7 +604,8 @@ class StackedLSTM(nn.RNNBase):
         if result is None:
             return None
         output, (h_n, c_n) = result
-        return output, (options.h_layout.split(h_n, batch), options.c_layout.split(c_n, batch))
+        h_layout, c_layout = options.kept_layouts
+        return output, (h_layout.split(h_n, batch), c_layout.split(c_n, batch))
 
     def step(self, input: Tensor, hx: Sequence[Any] | None = None) -> tuple[Tensor, tuple[Any, Any]]:
         """Run one time step and return the state for the next: for streaming, where a call of the module is too slow.
@@ -651,7 +647,8 @@ class StackedLSTM(nn.RNNBase):
             result = None if hidden is None else self._fast_step(input, hidden)
             if result is not None:
                 output, h, c = result
-                return output, (options.h_layout.split(h, *batch), options.c_layout.split(c, *batch))
+                h_layout, c_layout = options.kept_layouts
+                return output, (h_layout.split(h, *batch), c_layout.split(c, *batch))
         if self.bidirectional:
             raise RuntimeError("step needs a stack of one direction: a bidirectional one begins with the last step as well")
         if input.dim() not in (1, 2):
@@ -679,7 +676,7 @@ class StackedLSTM(nn.RNNBase):
         def zeros(shape: tuple[int, ...]) -> Tensor:
             return torch.zeros(shape, dtype=input.dtype, device=input.device)
 
-        h_layout, c_layout = self._layouts()
+        h_layout, c_layout = self._options_of_call().layouts
         if self._by_layer and self._unusual:
             return tuple(map(zeros, h_layout.part_shapes(batch))), tuple(map(zeros, c_layout.part_shapes(batch)))
         return zeros(h_layout.shape(batch)), zeros(c_layout.shape(batch))
@@ -711,8 +708,9 @@ class StackedLSTM(nn.RNNBase):
             seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=input.device)
 
         options = self._options_of_call()
-        h_0 = h_0 if isinstance(h_0, Tensor) else options.h_layout.join(h_0)
-        c_0 = c_0 if isinstance(c_0, Tensor) else options.c_layout.join(c_0)
+        h_layout, c_layout = options.layouts
+        h_0 = h_0 if isinstance(h_0, Tensor) else h_layout.join(h_0)
+        c_0 = c_0 if isinstance(c_0, Tensor) else c_layout.join(c_0)
         tensors = (input, h_0, c_0, *weights)
         name, reason = choose_backend(input.device, input.dtype, _transform(tensors))
         bf16_kernels = self.bf16_weights and stores_bf16(name, input.dtype)
@@ -906,10 +904,10 @@ def torch_class(stacked: StackedLSTM) -> type[nn.LSTM]:
 
 def obstacle_to_one_size(stacked: StackedLSTM) -> str:
     """Why a module cannot become an ``nn.LSTM``, which has one size and one rate for all layers; empty if it can."""
-    layers = stacked.num_layers
-    for name, count in (("hidden_size", layers), ("proj_size", layers), ("dropout", layers - 1)):
-        entries = used_entries(getattr(stacked, name), count)
-        if isinstance(entries, tuple) and len(set(entries)) > 1:
+    for name in ("hidden_size", "proj_size", "dropout"):
+        value = getattr(stacked, name)
+        entries = used_entries(value, stacked.num_layers - (name == "dropout")) if isinstance(value, tuple) else ()
+        if len(set(entries)) > 1:
             return f"its {name} is {entries}, and a torch.nn.LSTM has one for all layers"
     return ""
 

@@ -5,8 +5,8 @@
 The compiled module ``_C`` defines the schemas and the kernels. This file adds what the rest of torch needs to know:
 fake kernels (``torch.compile``, ``torch.export``, the meta device), the autograd formula and ``vmap`` rules.
 
-Options have two forms here. The operators take one proj_size and one dropout, or, as keyword-only arguments that came later, a
-list with one for each layer. All else takes a number or a tuple (:func:`_arguments_of` and :func:`_options_of` convert).
+Options have two forms here. The operators take one proj_size and one dropout, or, as arguments that came later, a list with one
+for each layer. All else takes a number or a tuple (:func:`_arguments_of` and :func:`_options_of` convert).
 
 The formula has two forms. Ordinarily it calls ``backward``, a kernel. When the caller asks for a graph of the backward
 pass itself (``create_graph=True``), it differentiates :mod:`.reference` instead, which works to any order.
@@ -56,7 +56,7 @@ _Options = tuple[bool, int, bool, "int | tuple[int, ...]", "float | tuple[float,
 
 
 def _arguments_of(options: _Options) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Options as the operators take them: positional and keyword-only arguments."""
+    """Options as the operators take them: by position, and by name what has a default."""
     bias, num_layers, bidirectional, proj_size, dropout = options
     by_layer: dict[str, Any] = {}
     if isinstance(proj_size, tuple):
@@ -66,26 +66,34 @@ def _arguments_of(options: _Options) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (bias, num_layers, bidirectional, proj_size, dropout), by_layer
 
 
-def _options_of(arguments: Sequence[Any], proj_sizes: Sequence[int] = (), dropouts: Sequence[float] = ()) -> _Options:
-    """The inverse of :func:`_arguments_of`."""
-    bias, num_layers, bidirectional, proj_size, dropout = arguments
-    return bias, num_layers, bidirectional, tuple(proj_sizes) or proj_size, tuple(dropouts) or dropout
+def _options_of(named: dict[str, Any]) -> _Options:
+    """The inverse: from an operator's arguments by their names."""
+    proj_size = tuple(named["proj_sizes"]) or named["proj_size"]
+    dropout = tuple(named["dropouts"]) or named["dropout"]
+    return named["bias"], named["num_layers"], named["bidirectional"], proj_size, dropout
 
 
-def _check_arguments(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor,
-    weights: Sequence[Tensor],
-    seed: Tensor | None,
-    options: _Options,
-    backend: str,
-    bf16_weights: bool,
-) -> None:
+def _by_name(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of an operator by their names, with the defaults of those that are left out."""
+    schema = operator._schema.arguments
+    named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    return named | dict(zip((argument.name for argument in schema), arguments)) | keywords
+
+
+# input, batch_sizes, h_0, c_0, weights, seed: as the operators take them.
+_Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], Tensor | None]
+
+
+def _inputs_of(named: dict[str, Any]) -> _Inputs:
+    return named["input"], named["batch_sizes"], named["h_0"], named["c_0"], named["weights"], named["seed"]
+
+
+def _check_arguments(named: dict[str, Any]) -> None:
     """Refuse in the fakes, with the same messages, what ``csrc/torch/prepare.cpp`` would refuse: while tracing, not in the run."""
+    input, batch_sizes, h_0, c_0, weights, seed = _inputs_of(named)
+    backend, bf16_weights = named["backend"], named["bf16_weights"]
     device = input.device
-    _, num_layers, _, proj_size, dropout = options
+    _, num_layers, _, proj_size, dropout = _options_of(named)
     for name, value, entries in (("proj_size", proj_size, num_layers), ("dropout", dropout, num_layers - 1)):
         if isinstance(value, tuple) and len(value) != entries:
             raise ValueError(f"{name} should have {entries} entries, got: {len(value)}")
@@ -103,116 +111,64 @@ def _check_arguments(
         raise ValueError(f"batch_sizes should be a one-dimensional int64 tensor on the CPU, got: {batch_sizes.device}")
 
 
-def _forward_results(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor,
-    weights: Sequence[Tensor],
-    seed: Tensor | None,
-    options: _Options,
-    saving: str,
-    backend: str,
-    bf16_weights: bool,
-    states: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
-    """Empty results of both forward operators; without ``states`` the two lists are empty."""
-    _check_arguments(input, batch_sizes, h_0, c_0, weights, seed, options, backend, bf16_weights)
-    bias, num_layers, bidirectional, proj_size, _ = options
-    directions = 2 if bidirectional else 1
-    shapes = [weight.shape for weight in weights]
-    h_layout, c_layout = state_layouts(shapes, bias, directions, for_each_layer(proj_size, num_layers))
-    if batch_sizes is None:
-        batch_size, rows, steps = input.size(1), input.size(0) * input.size(1), input.size(0)
-    else:
-        batch_size, rows, steps = h_layout.batch_of(h_0), input.size(0), batch_sizes.size(0)
-    sizes = c_layout.widths, h_layout.widths, directions
-    numel = reserve_numel(rows, steps, batch_size, *sizes, input.dtype, saving, backend, states=states)
-    reserve_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+def _forward_fake(operator: Any, states: bool) -> Callable[..., tuple[Any, ...]]:
+    """The fake of a forward operator: empty results of the right sizes.
 
-    def sequence(width: int) -> Tensor:
-        return input.new_empty((*input.shape[:-1], directions * width))
+    Args:
+        states: whether every layer's h and c are among them.
+    """
 
-    return (
-        sequence(h_layout.widths[-1]),
-        h_0.new_empty(h_0.shape),
-        c_0.new_empty(c_0.shape),
-        [sequence(width) for width in h_layout.widths] if states else [],
-        [sequence(width) for width in c_layout.widths] if states else [],
-        input.new_empty((numel,), dtype=reserve_dtype),
-    )
+    def fake(*arguments: Any, **keywords: Any) -> tuple[Any, ...]:
+        named = _by_name(operator, arguments, keywords)
+        _check_arguments(named)
+        input, batch_sizes, h_0, c_0, weights, _ = _inputs_of(named)
+        bias, num_layers, bidirectional, proj_size, _ = _options_of(named)
+        directions = 2 if bidirectional else 1
+        shapes = [weight.shape for weight in weights]
+        h_layout, c_layout = state_layouts(shapes, bias, directions, for_each_layer(proj_size, num_layers))
+        if batch_sizes is None:
+            batch_size, rows, steps = input.size(1), input.size(0) * input.size(1), input.size(0)
+        else:
+            batch_size, rows, steps = h_layout.batch_of(h_0), input.size(0), batch_sizes.size(0)
+        sizes = c_layout.widths, h_layout.widths, directions
+        numel = reserve_numel(rows, steps, batch_size, *sizes, input.dtype, named["saving"], named["backend"], states=states)
 
+        def sequence(width: int) -> Tensor:
+            return input.new_empty((*input.shape[:-1], directions * width))
 
-def _forward_fake(states: bool) -> Callable[..., tuple[Any, ...]]:
-    """The fake of ``forward``, or of ``forward_states``."""
-
-    def fake(
-        input: Tensor,
-        batch_sizes: Tensor | None,
-        h_0: Tensor,
-        c_0: Tensor,
-        weights: Sequence[Tensor],
-        seed: Tensor | None,
-        bias: bool,
-        num_layers: int,
-        bidirectional: bool,
-        proj_size: int,
-        dropout: float,
-        saving: str,
-        backend: str,
-        bf16_weights: bool = False,
-        *,
-        proj_sizes: Sequence[int] = (),
-        dropouts: Sequence[float] = (),
-    ) -> tuple[Any, ...]:
-        options = _options_of((bias, num_layers, bidirectional, proj_size, dropout), proj_sizes, dropouts)
-        inputs = (input, batch_sizes, h_0, c_0, weights, seed)
-        output, h_n, c_n, hidden, cell, reserve = _forward_results(*inputs, options, saving, backend, bf16_weights, states)
-        return (output, h_n, c_n, hidden, cell, reserve) if states else (output, h_n, c_n, reserve)
+        output = sequence(h_layout.widths[-1])
+        every_layer = ([sequence(width) for width in layout.widths] for layout in (h_layout, c_layout)) if states else ()
+        reserve = input.new_empty((numel,), dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+        return output, h_0.new_empty(h_0.shape), c_0.new_empty(c_0.shape), *every_layer, reserve
 
     return fake
 
 
-def _backward_fake(flowing: int) -> Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
-    """The fake of ``backward``, or of ``backward_states``, whose first arguments are ``flowing`` gradients."""
+def _backward_fake(operator: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
+    """The fake of a backward operator, likewise."""
 
-    def fake(*arguments: Any, proj_sizes: Sequence[int] = (), dropouts: Sequence[float] = ()) -> Any:
-        input, batch_sizes, h_0, c_0, weights, seed, _, _, *options, _, input_grad, weight_grad, backend = arguments[flowing : flowing + 17]
-        bf16_weights = arguments[flowing + 17] if len(arguments) > flowing + 17 else False
-        inputs = (input, batch_sizes, h_0, c_0, weights, seed)
-        _check_arguments(*inputs, _options_of(options, proj_sizes, dropouts), backend, bf16_weights)
+    def fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        named = _by_name(operator, arguments, keywords)
+        _check_arguments(named)
+        input, _, h_0, c_0, weights, _ = _inputs_of(named)
         return (
-            input.new_empty(input.shape if input_grad else (0,)),
+            input.new_empty(input.shape if named["input_grad"] else (0,)),
             h_0.new_empty(h_0.shape),
             c_0.new_empty(c_0.shape),
-            [weight.new_empty(weight.shape) for weight in weights] if weight_grad else [],
+            [weight.new_empty(weight.shape) for weight in weights] if named["weight_grad"] else [],
         )
 
     return fake
 
 
-torch.library.register_fake("stacked_lstm_ext::forward", _forward_fake(states=False))
-torch.library.register_fake("stacked_lstm_ext::forward_states", _forward_fake(states=True))
-torch.library.register_fake("stacked_lstm_ext::backward", _backward_fake(flowing=3))
-torch.library.register_fake("stacked_lstm_ext::backward_states", _backward_fake(flowing=5))
+torch.library.register_fake(forward, _forward_fake(forward, states=False))
+torch.library.register_fake(forward_states, _forward_fake(forward_states, states=True))
+torch.library.register_fake(backward, _backward_fake(backward))
+torch.library.register_fake(backward_states, _backward_fake(backward_states))
 
-
-# input, batch_sizes, h_0, c_0, weights, seed: as the operators take them.
-_Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], Tensor | None]
 
 # Of output, h_n and c_n; with states, also lists of those of each layer's h and c. None where no gradient flows in.
 _Flowing = tuple[Any, ...]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], by_layer: dict[str, Any], output: Tensor, reserve: Tensor) -> None:
-    input, batch_sizes, h_0, c_0, weights, seed, *options, saving, backend, bf16_weights = inputs
-    ctx.options = _options_of(options, **by_layer)
-    ctx.saving = saving
-    ctx.backend = backend
-    ctx.bf16_weights = bf16_weights
-    ctx.set_materialize_grads(False)
-    if saving != "none":
-        ctx.save_for_backward(input, batch_sizes, h_0, c_0, seed, output, reserve, *weights)
 
 
 def _flat(flowing: _Flowing) -> list[Tensor | None]:
@@ -222,7 +178,7 @@ def _flat(flowing: _Flowing) -> list[Tensor | None]:
 def _gradients(
     ctx: Any, grad_outputs: _Flowing, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
-    """The formula: gradients of input, h_0, c_0 and the weights, from what :func:`_save` kept.
+    """The formula: gradients of input, h_0, c_0 and the weights, from what the call kept.
 
     Args:
         needs: whether input, h_0, c_0 and each of the weights require a gradient.
@@ -341,10 +297,25 @@ def _reference_gradients(
     return grad_input, grad_h_0, grad_c_0, grad_weights
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Any, ...]) -> None:
-    result, *_, reserve = output
-    ctx.mark_non_differentiable(reserve)
-    _save(ctx, inputs, keyword_only_inputs, result, reserve)
+def _save(operator: Any) -> Callable[..., None]:
+    """What a call of a forward operator keeps for :func:`_gradients`."""
+
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...], keyword_only_inputs: dict[str, Any] | None = None
+    ) -> None:
+        named = _by_name(operator, inputs, keyword_only_inputs or {})
+        result, *_, reserve = output
+        ctx.mark_non_differentiable(reserve)
+        ctx.options = _options_of(named)
+        ctx.saving = named["saving"]
+        ctx.backend = named["backend"]
+        ctx.bf16_weights = named["bf16_weights"]
+        ctx.set_materialize_grads(False)
+        if ctx.saving != "none":
+            input, batch_sizes, h_0, c_0, weights, seed = _inputs_of(named)
+            ctx.save_for_backward(input, batch_sizes, h_0, c_0, seed, result, reserve, *weights)
+
+    return setup_context
 
 
 def _operator_backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
@@ -352,11 +323,13 @@ def _operator_backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
     needs = (needs_input, needs_h_0, needs_c_0, *needs_weights)
     *flowing, _ = grad_outputs  # the last is that of the reserve
     grad_input, grad_h_0, grad_c_0, grad_weights = _gradients(ctx, tuple(flowing), needs)
-    return grad_input, None, grad_h_0, grad_c_0, grad_weights, *(None for _ in not_differentiable)
+    # torch asks for a list where the argument was an empty list.
+    rest: list[Any] = [[] if isinstance(needed, list) else None for needed in not_differentiable]
+    return grad_input, None, grad_h_0, grad_c_0, grad_weights, *rest
 
 
-for _name in ("forward", "forward_states"):
-    torch.library.register_autograd(f"stacked_lstm_ext::{_name}", _operator_backward, setup_context=_setup_context)
+for _operator in (forward, forward_states):
+    torch.library.register_autograd(_operator, _operator_backward, setup_context=_save(_operator))
 _C.set_formula(_formula)
 
 
@@ -374,9 +347,9 @@ def _run_one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
             return [select(item, item_dim, index) for item, item_dim in zip(argument, dim, strict=True)]
         return argument.select(dim, index)
 
-    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any, **by_layer: Any) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
         runs = [
-            operator(*(select(argument, dim, index) for argument, dim in zip(arguments, in_dims, strict=True)), **by_layer)
+            operator(*(select(argument, dim, index) for argument, dim in zip(arguments, in_dims, strict=True)), **keywords)
             for index in range(info.batch_size)
         ]
         results = tuple(
@@ -485,8 +458,8 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> None:
     )
 
 
-for _name in ("backward", "backward_states"):
-    torch.library.register_autograd(f"stacked_lstm_ext::{_name}", _no_second_derivative)
+for _operator in (backward, backward_states):
+    torch.library.register_autograd(_operator, _no_second_derivative)
 
 
 class _ReferenceRun(threading.local):

@@ -70,13 +70,15 @@ class StackOptions:
         """The rate at each boundary between two layers."""
         return for_each_layer(self.dropout, self.num_layers - 1)
 
-    @functools.cached_property
-    def h_layout(self) -> StateLayout:
-        return StateLayout(self.output_sizes, self.directions)
+    @property
+    def layouts(self) -> tuple[StateLayout, StateLayout]:
+        """How h and c of the whole stack lie in a tensor each."""
+        return StateLayout(self.output_sizes, self.directions), StateLayout(self.hidden_sizes, self.directions)
 
     @functools.cached_property
-    def c_layout(self) -> StateLayout:
-        return StateLayout(self.hidden_sizes, self.directions)
+    def kept_layouts(self) -> tuple[StateLayout, StateLayout]:
+        """The same, made once. torch.compile cannot trace a cached property."""
+        return self.layouts
 
     @functools.cached_property
     def native(self) -> _C.StackOptions:

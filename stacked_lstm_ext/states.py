@@ -115,7 +115,7 @@ def joined(hx: Sequence[Any], options: StackOptions, input: Tensor, *batch: int)
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         return None
     dtype, device = input.dtype, input.device
-    layouts = options.h_layout, options.c_layout
+    layouts = options.kept_layouts
     for state, layout in zip(hx, layouts, strict=True):
         shapes = layout.part_shapes(*batch)
         if not isinstance(state, (tuple, list)) or len(state) != len(shapes):
