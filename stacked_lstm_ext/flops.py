@@ -46,13 +46,13 @@ def _backward_flops(
     weight_grad: bool,
     backend: str,
     bf16_weights: bool = False,
-    proj_sizes: Sequence[int] = (),
+    proj_sizes: Sequence[int] | None = None,
     *rest: Any,
     **kwargs: Any,
 ) -> int:
     """From the argument ``input`` on, which comes after the incoming gradients."""
     directions = 2 if bidirectional else 1
-    by_layer = tuple(proj_sizes) or (proj_size,) * num_layers
+    by_layer = tuple(proj_sizes or ()) or (proj_size,) * num_layers
     h_layout, _ = state_layouts(weights, bias, directions, by_layer)
     rows, batch = prod(input[:-1]), h_layout.batch_of(h_0)
     total = 0

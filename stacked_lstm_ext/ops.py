@@ -68,8 +68,8 @@ def _arguments_of(options: _Options) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _options_of(named: dict[str, Any]) -> _Options:
     """The inverse: from an operator's arguments by their names."""
-    proj_size = tuple(named["proj_sizes"]) or named["proj_size"]
-    dropout = tuple(named["dropouts"]) or named["dropout"]
+    proj_size = tuple(named["proj_sizes"] or ()) or named["proj_size"]
+    dropout = tuple(named["dropouts"] or ()) or named["dropout"]
     return named["bias"], named["num_layers"], named["bidirectional"], proj_size, dropout
 
 
