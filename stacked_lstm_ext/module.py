@@ -766,6 +766,8 @@ class StackedLSTM(nn.RNNBase):
         if not (self.training and self.num_layers > 1):
             return 0.0
         dropout = self.dropout
+        if not dropout:
+            return 0.0
         if not isinstance(dropout, tuple):
             return float(dropout)
         rates: tuple[float, ...] = _each(float, dropout[: self.num_layers - 1])

@@ -84,11 +84,9 @@ def _misfit(module: nn.RNNBase, *, computed: bool = False) -> str:
     Args:
         computed: whether to look at weights that are no parameters, too: a parametrization computes them when it is asked.
     """
-    hidden_size: Any = module.hidden_size
-    proj_size: Any = module.proj_size
-    # Where all layers have the same size, the first layer's weight tells. The operators check the others.
-    layers = module.num_layers if isinstance(hidden_size, tuple) or isinstance(proj_size, tuple) else 1
-    for layer, (hidden, proj) in enumerate(zip(for_each_layer(hidden_size, layers), for_each_layer(proj_size, layers))):
+    layers = module.num_layers
+    sizes = zip(for_each_layer(module.hidden_size, layers), for_each_layer(module.proj_size, layers), strict=True)
+    for layer, (hidden, proj) in enumerate(sizes):
         name = f"weight_hh_l{layer}"
         weight = getattr(module, name) if computed else vars(module)["_parameters"].get(name)
         if weight is None:
