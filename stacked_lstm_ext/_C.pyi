@@ -11,12 +11,12 @@ class StackOptions:
     """What a stack is (``csrc/stack/options.h``); ``stacked_lstm_ext.options.StackOptions`` has the fields' meaning."""
 
     input_size: int
-    hidden_size: int
+    hidden_size: int | tuple[int, ...]
     num_layers: int
     bias: bool
     bidirectional: bool
-    proj_size: int
-    dropout: float
+    proj_size: int | tuple[int, ...]
+    dropout: float | tuple[float, ...]
     recompute: bool
     bf16_weights: bool
     def __init__(self, **options: Any) -> None: ...
@@ -177,7 +177,7 @@ def call(
     weights: list[Tensor],
     seed: Tensor | None,
     options: StackOptions,
-    dropout: float,
+    dropout: float | tuple[float, ...],
     backend: str,
     frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ..ops import _C, reference_run, reserve_numel
+from ..layout import reserve_numel
+from ..ops import _C, reference_run
 from ..options import StackOptions
 
 __all__ = [
@@ -300,18 +301,8 @@ def make_plan(
         backward = "torch's autograd through those operations"
     else:
         saving = choose_saving(needs_grad, options.recompute)
-        numel = reserve_numel(
-            seq_len * batch_size,
-            seq_len,
-            batch_size,
-            options.hidden_size,
-            options.num_layers,
-            options.bidirectional,
-            options.proj_size,
-            dtype,
-            saving,
-            kernel_backend(name),
-        )
+        sizes = options.hidden_sizes, options.output_sizes, options.directions
+        numel = reserve_numel(seq_len * batch_size, seq_len, batch_size, *sizes, dtype, saving, kernel_backend(name))
         saved_bytes = numel * (8 if dtype == torch.float64 else 4)
         forward = backward = "shapes only"
     if name in ("cpu", "diagonal", "persistent"):
