@@ -135,6 +135,10 @@ def _use_persistent_kernels(table: int, watchdog: bool = False) -> None:
     """Let the persistent kernels of the ``persistent::PersistentTable`` at this address run on CPU tensors; 0: none run. With
     ``watchdog``, these kernels report a wait that took too long."""
 
+def obstacle(path: str, options: StackOptions, dtype: str) -> str:
+    """Why ``"cpu"``, ``"diagonal"`` or ``"persistent"`` cannot run a stack with these options, in words; empty if it can. See
+    ``plan.obstacle``."""
+
 def gpu_plan(
     options: StackOptions,
     seq_len: int,
