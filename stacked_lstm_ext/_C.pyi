@@ -11,12 +11,12 @@ class StackOptions:
     """What a stack is (``csrc/stack/options.h``); ``stacked_lstm_ext.options.StackOptions`` has the fields' meaning."""
 
     input_size: int
-    hidden_size: int
+    hidden_size: int | tuple[int, ...]
     num_layers: int
     bias: bool
     bidirectional: bool
-    proj_size: int
-    dropout: float
+    proj_size: int | tuple[int, ...]
+    dropout: float | tuple[float, ...]
     recompute: bool
     bf16_weights: bool
     def __init__(self, **options: Any) -> None: ...
@@ -135,6 +135,10 @@ def _use_persistent_kernels(table: int, watchdog: bool = False) -> None:
     """Let the persistent kernels of the ``persistent::PersistentTable`` at this address run on CPU tensors; 0: none run. With
     ``watchdog``, these kernels report a wait that took too long."""
 
+def obstacle(path: str, options: StackOptions, dtype: str) -> str:
+    """Why ``"cpu"``, ``"diagonal"`` or ``"persistent"`` cannot run a stack with these options, in words; empty if it can. See
+    ``plan.obstacle``."""
+
 def gpu_plan(
     options: StackOptions,
     seq_len: int,
@@ -177,7 +181,7 @@ def call(
     weights: list[Tensor],
     seed: Tensor | None,
     options: StackOptions,
-    dropout: float,
+    dropout: float | tuple[float, ...],
     backend: str,
     frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cuda/architectures.h"
+#include "../stack/obstacle.h"
 #include "driver.h"
 #include "planner.h"
 
@@ -93,15 +94,9 @@ Product product_for(at::ScalarType type) {
 }
 
 // Why the kernels cannot run this, if that is known without a plan, or "".
-std::string obstacle(const Question& q) {
+std::string known_obstacle(const Question& q) {
   const auto number = [](int64_t n) { return std::to_string(n); };
-  if (q.type == at::kDouble) return "it computes in float32, and these tensors are float64";
-  for (int64_t k = 0; k < q.shape.depth(); ++k) {
-    const int64_t projected = q.shape.layers[static_cast<size_t>(k)].projection;
-    if (projected == 0) continue;
-    return "it exchanges h as it leaves the cell, and layer " + number(k) + " has a projection (proj_size " +
-           number(projected) + ")";
-  }
+  if (std::string why = obstacle(Path::persistent, q.options, element_type(q.type)); !why.empty()) return why;
   if (q.shape.batch == 0) return "the batch is empty";
   int64_t largest = std::max(q.shape.steps, q.shape.batch);
   for (const LayerShape& layer : q.shape.layers) largest = std::max({largest, layer.hidden, layer.input});
@@ -230,7 +225,7 @@ std::shared_ptr<const Decision> decide(const Question& q) {
     decision.choice.reason = decision.choice.forward.why_not = decision.why_not = std::move(why);
     return std::make_shared<const Decision>(std::move(decision));
   };
-  if (std::string why = obstacle(q); !why.empty()) return cannot(std::move(why));
+  if (std::string why = known_obstacle(q); !why.empty()) return cannot(std::move(why));
 
   const std::lock_guard<std::mutex> lock(mutex);
   const PersistentTable* table = table_for(q.device);

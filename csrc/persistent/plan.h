@@ -43,6 +43,7 @@ struct Ask {
   int64_t bytes = 2;  // of an element: 2, or 4 for float32
   Product product = Product::tensor;
   Saving saving = Saving::none;  // none: no backward will follow
+  std::string obstacle;          // why the stack's options rule these kernels out (stack/obstacle.h), or empty
   bool states = false;           // c and h of every layer are results, and have gradients of their own
   // The instances that are compiled for these elements.
   const Instance* forward = nullptr;

@@ -465,6 +465,13 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("table"), py::arg("watchdog") = false);
   m.def("gpu_plan", &gpu_plan);
+  // Why a path cannot run a stack with these options, or "".
+  m.def("obstacle", [](const std::string& path, const StackOptions& options, const std::string& dtype) {
+    TORCH_CHECK_VALUE(path == "cpu" || path == "diagonal" || path == "persistent",
+                      "path should be one of cpu, diagonal, persistent, got: ", path);
+    const Path named = path == "cpu" ? Path::cpu : path == "diagonal" ? Path::diagonal : Path::persistent;
+    return obstacle(named, options, element_type(dtype_named(dtype)));
+  });
   m.def("force_persistent_device", [](const py::object& device) {
     persistent::force_device(device.is_none() ? std::nullopt : std::optional(persistent::device_of(device)));
   });
