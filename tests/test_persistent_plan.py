@@ -600,11 +600,14 @@ def holds(device, exchanges=("cluster", "l2")):
     return capacity
 
 
-CROWDED = [  # stacks that want most of the SMs, in clusters
-    stack("h100", layers, hidden, steps=512, batch=batch, backward=backward)
-    for layers, hidden, batch in ((8, 512, 8), (8, 512, 32), (7, 512, 8), (12, 512, 8), (8, 384, 8), (16, 256, 8), (1, 512, 200))
-    for backward in (False, True)
-] + [s for s in STACKS if s["device"] in ("h100", "h200")][:150]
+CROWDED = (
+    [  # stacks that want most of the SMs, in clusters
+        stack("h100", layers, hidden, steps=512, batch=batch, backward=backward)
+        for layers, hidden, batch in ((8, 512, 8), (8, 512, 32), (7, 512, 8), (12, 512, 8), (8, 384, 8), (16, 256, 8), (1, 512, 200))
+        for backward in (False, True)
+    ]
+    + [s for s in STACKS if s["device"] in ("h100", "h200")][:150]
+)
 
 
 @pytest.mark.parametrize("held", CHIPS)
@@ -671,6 +674,32 @@ def test_layers_of_different_widths_are_passes_of_their_own(backward):
     p = plan(stack("h100", hidden=[256, 96, 96, 96, 128], input_size=30, backward=backward))
     assert [(each["first_layer"], each["last_layer"]) for each in p["passes"]] == [(0, 1), (1, 4), (4, 5)]
     assert all(each["cut"]["exchange"] == "cluster" for each in p["passes"])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_pass_is_that_of_its_own_layers_alone(backward):
+    """Also where the layers of two passes are equally wide, and only what the lowest of them reads differs."""
+    passes = plan(stack("h100", hidden=[256, 256, 96, 256, 256], backward=backward))["passes"]
+    for part, input_size in zip(passes, (256, 256, 96), strict=True):
+        hidden = [layer["hidden"] for layer in part["layers"]]
+        (alone,) = plan(stack("h100", hidden=hidden, input_size=input_size, backward=backward))["passes"]
+        assert [layer["inputs"] for layer in part["layers"]] == [input_size, *hidden[:-1]]
+        same = ("cut", "blocks", "shared_bytes", "makespan_us", "step_us")
+        assert {key: part[key] for key in same} == {key: alone[key] for key in same}
+        assert [layer["w_ih_bytes"] for layer in part["layers"]] == [layer["w_ih_bytes"] for layer in alone["layers"]]
+
+
+def test_states_cost_what_it_takes_to_write_and_read_them():
+    """Forward writes c as for a backward pass; backward also reads a gradient of c."""
+    for case in (stack(layers=4), stack(layers=1, hidden=1024, batch=128), stack("a100", 2, 300, bytes=4)):
+        (saves, states), kept = (
+            [_C.persistent_plan(*arguments(case)[0], saving=saving, states=given)["terms"]["saves"] for given in (False, True)]
+            for saving in ("none", "recompute")
+        )
+        assert saves == 0 and states > 0 and kept == [states] * 2
+    slow = stack(DEVICES["h100"] | {"memory_gb_s": 100}, 4, 512, batch=32)
+    plans = [_C.persistent_plan(*arguments(slow)[0], saving="full", backward=True, states=given) for given in (False, True)]
+    assert plans[0]["predicted_us"] < plans[1]["predicted_us"]
 
 
 @pytest.mark.parametrize("backward", [False, True])

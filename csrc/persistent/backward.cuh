@@ -235,9 +235,10 @@ class BackwardCells {
   __device__ __forceinline__ bool exists(int n) const {
     return cells_.has(n) && cells_.unit_of(n) < block_.sizes.hidden;
   }
-  // Index of the n-th cell in (B, H).
+  // Index of the n-th cell in (B, H), which takes no register between the steps.
   __device__ __forceinline__ int64_t state(int n) const {
-    return int64_t{block_.sequences.first + cells_.column} * block_.sizes.hidden + cells_.unit_of(n);
+    const int column = kept(cells_.column), unit = kept(cells_.unit);
+    return int64_t{block_.sequences.first + column} * block_.sizes.hidden + unit + n * CellPlace<C>::kUnitStep;
   }
 
   // Writes the gradients of the state before a sequence's first step: in the last launch to the caller, in other

@@ -246,7 +246,9 @@ class Backward : PersistentDriver<T> {
 
   void describe_lane(BackwardLane<T>& l, int64_t lane) const {
     const int64_t layer = lane / directions_;
-    const auto of_layer = [&](const Tensor& rows) { return rows.defined() ? const_data<T>(rows) + l.h_column : nullptr; };
+    const auto of_layer = [&](const Tensor& rows) {
+      return rows.defined() ? const_data<T>(rows) + l.h_column : nullptr;
+    };
     l.weight_hh = Base::weight_data(lane, Weight::hh);
     l.h_column = Base::column_of(lane);
     l.grad_output = of_layer(layer + 1 == depth_ ? grad_output_ : grad_hidden_[static_cast<size_t>(layer)]);
@@ -370,7 +372,8 @@ class Backward : PersistentDriver<T> {
   const Tensor reserve_;
   const GpuReserve<T> parts_;
   const Tensor top_, grad_output_, grad_h_n_, grad_c_n_;
-  const std::vector<Tensor> grad_hidden_, grad_cell_;  // of each layer: the caller's gradients of its h and c, all steps
+  const std::vector<Tensor> grad_hidden_,
+      grad_cell_;  // of each layer: the caller's gradients of its h and c, all steps
   const Tensor h_0_, c_0_;
   const bool input_grad_, weight_grad_, recompute_;
   Gradients result_;

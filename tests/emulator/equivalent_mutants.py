@@ -571,6 +571,14 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/backward.cuh",
+        function="prepare",
+        kind="guard",
+        change="always true",
+        code="lane.grad_cell",
+        reason="a zero is added",
+    ),
+    Equivalent(
+        file="csrc/persistent/backward.cuh",
         function="settle_begun",
         kind="guard",
         change="always false",
@@ -865,6 +873,14 @@ EQUIVALENT: list[Equivalent] = [
         kind="access",
         change="as constant",
         code="load_streaming(lane.grad_output + at)",
+        reason="no thread of the launch writes it",
+    ),
+    Equivalent(
+        file="csrc/persistent/backward.cuh",
+        function="prefetch",
+        kind="access",
+        change="as constant",
+        code="load_streaming(lane.grad_cell + at)",
         reason="no thread of the launch writes it",
     ),
     Equivalent(
