@@ -349,9 +349,7 @@ class StackedLSTM(nn.RNNBase):
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse, with the reason. ``torch.jit.script`` calls this method; without it, it would fail and not say why."""
-        raise RuntimeError(
-            "torch.jit.script cannot compile a StackedLSTM: script revert_lstm(copy.deepcopy(model)), or use torch.export"
-        )
+        raise RuntimeError("torch.jit.script cannot compile a StackedLSTM: script revert_lstm(copy.deepcopy(model)), or use torch.export")
 
     def drop_packed_weights(self) -> None:
         """Free the packed weights that CPU calls without gradients have kept; later calls pack them again.
@@ -464,9 +462,7 @@ class StackedLSTM(nn.RNNBase):
     @overload
     def forward(self, input: PackedSequence, hx: Sequence[Any] | None = None) -> tuple[PackedSequence, tuple[Any, Any]]: ...
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Sequence[Any] | None = None
-    ) -> tuple[Tensor | PackedSequence, tuple[Any, Any]]:
+    def forward(self, input: Tensor | PackedSequence, hx: Sequence[Any] | None = None) -> tuple[Tensor | PackedSequence, tuple[Any, Any]]:
         if not self._call_way and not isinstance(input, PackedSequence) and not torch.compiler.is_compiling():
             result = self._fast_call(input, hx)
             if result is not None:

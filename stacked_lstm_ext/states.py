@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree
 
 from .options import StackOptions
 
@@ -37,6 +38,13 @@ class StackStates(NamedTuple):
     cell: tuple[Tensor | PackedSequence, ...]
     h_n: State
     c_n: State
+
+
+# torch.export can save a program that returns a named tuple only if torch knows a name for it. The function is private to torch: if
+# it is gone, such a program still runs, and saving it says what is missing.
+_register = getattr(_pytree, "_register_namedtuple", None)
+if _register is not None:
+    _register(StackStates, serialized_type_name="stacked_lstm_ext.StackStates")
 
 
 class Given(NamedTuple):
