@@ -358,6 +358,11 @@ CALLS = [  # arguments of StackedLSTM(3, (5, 6)), the exception, its text
         RuntimeError,
         "Expected hidden[1][0] to have the input's dtype torch.float32, got torch.float64",
     ),
+    (
+        (X, (tensors(5, 6), (tensors(5)[0], tensors(6, dtype=torch.bfloat16)[0]))),
+        RuntimeError,
+        "Expected hidden[1][1] to have the input's dtype torch.float32, got torch.bfloat16",
+    ),
     ((X, (tensors(5, 6, device="meta"), tensors(5, 6))), RuntimeError, "found input tensor at cpu and hidden tensor at meta"),
     ((torch.zeros(4, 2, 4),), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 4"),
     ((X.double(),), ValueError, "RNN input dtype (torch.float64) does not match weight dtype (torch.float32)"),
@@ -452,6 +457,16 @@ def test_a_plan_says_what_a_call_keeps(recompute, dtype):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         module(x, hx)
     assert plan.saved_bytes in {tensor.numel() * tensor.element_size() for tensor in kept if tensor.dim() == 1}
+
+
+@pytest.mark.parametrize("hidden", [5, (5, 6, 7)])
+def test_rates_of_zero_cost_nothing(hidden):
+    """No random number is drawn, and the call takes the short way."""
+    module, x = StackedLSTM(4, hidden, dropout=(0.0, 0.0)), torch.randn(3, 2, 4)
+    before = torch.get_rng_state()
+    module(x), module.states(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert module._fast_call(x, None) is not None
 
 
 def test_frozen_weights_and_packed_weights_that_are_dropped():
