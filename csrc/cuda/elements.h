@@ -39,7 +39,7 @@ struct CellSizes {
   int64_t width;          // units of a cell: H, or P where projected rows are copied or collected
   int64_t output_stride;  // of a row of a layer's output: D·(P or H)
   int64_t saved_stride;   // of a row of c in the reserve; a row of gates has four times as much
-  int64_t gates_stride;   // of a row of gate gradients, of all steps: D·4H
+  int64_t gates_stride;   // of a row of gate gradients, of all steps: D·4H; a row of gradients of c has a quarter
 };
 
 // The place of a cell's rows in dropout's numbering of elements.

@@ -127,10 +127,8 @@ std::string run_packs(const CellSizes& sizes, const Cell* cells, int64_t count, 
 
 template <typename Kernel, typename T, template <typename> class Cell>
 std::string run(const CellSizes& sizes, const Cell<T>* cells, int64_t count, void* stream) {
-  bool packs = packs_fit<kPack<T>>(sizes);
-  for (int64_t n = 0; packs && n < count; ++n) packs = packs_fit<kPack<T>>(cells[n]);
-  return packs ? run_packs<Kernel, kPack<T>>(sizes, cells, count, stream)
-               : run_packs<Kernel, 1>(sizes, cells, count, stream);
+  return packs_fit<kPack<T>>(sizes, cells, count) ? run_packs<Kernel, kPack<T>>(sizes, cells, count, stream)
+                                                  : run_packs<Kernel, 1>(sizes, cells, count, stream);
 }
 
 template <typename T>

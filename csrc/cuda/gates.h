@@ -1,7 +1,7 @@
 // csrc/cuda/gates.h: what happens between two products of the diagonal schedule, element by element; host and device.
 //
-//   forward    a = W_ih·x + W_hh·h(t-1) + b   →   activate, cell_forward   →   c, h, what backward needs
-//   backward   dh (from the loss, the layer above, step t+1)   →   cell_backward   →   dgates, dc
+//   forward    a = W_ih·x + W_hh·h(t-1) + b   →   the cell   →   c, h, what backward needs
+//   backward   dh (from the loss, the layer above, step t+1)   →   the cell's backward   →   dgates, dc
 //   collect    the sum dh alone, where a projection stands between h and the gates
 //   copy       rows, masked by dropout or taken from an initial state where a sequence begins
 //
@@ -62,6 +62,7 @@ struct BackwardCell {
   const A* c;               // rows of saved_stride
   const A* c_before;        // rows of saved_stride: c of the step before, for the first `continued` rows
   const T* c_0;             // (B, H): for the other rows, whose first step this is
+  const T* grad_cell;       // rows of gates_stride / 4: dL/dc of this step, from the loss; or null
   A* grad_c;                // (rows, H): in and out
   T* grad_gates;            // (rows, 4H)
   T* all_grad_gates;        // rows of gates_stride: once more, beside those of all other steps
@@ -169,8 +170,8 @@ STACKED_LSTM_HOST_DEVICE void forward_units(const CellSizes& sizes, const Forwar
   Pack<A, V> gates[4];
   STACKED_LSTM_UNROLL
   for (int n = 0; n < V; ++n) {
-    const Gates<A> y = activate<Maths>(Gates<A>{a[0][n], a[1][n], a[2][n], a[3][n]});
-    h[n] = cell_forward<Maths>(y, c.element[n]);
+    Gates<A> y;
+    h[n] = LstmCell::forward<Maths>(Gates<A>{a[0][n], a[1][n], a[2][n], a[3][n]}, c.element[n], y);
     gates[0].element[n] = y.i;
     gates[1].element[n] = y.f;
     gates[2].element[n] = y.g;
@@ -255,13 +256,18 @@ STACKED_LSTM_HOST_DEVICE void backward_units(const CellSizes& sizes, const Backw
     for (int n = 0; n < V; ++n) c_before[n] = widen(before.element[n]);
   }
   Pack<A, V> dc = load<V>(cell.grad_c + row * hidden + unit);
+  if (cell.grad_cell) {
+    const Pack<T, V> grad = load<V>(cell.grad_cell + row * (sizes.gates_stride / 4) + unit);
+    STACKED_LSTM_UNROLL
+    for (int n = 0; n < V; ++n) dc.element[n] += widen(grad.element[n]);
+  }
 
   A grad[4][V], h[V];
   STACKED_LSTM_UNROLL
   for (int n = 0; n < V; ++n) {
     Gates<A> gates{y[0][n], y[1][n], y[2][n], y[3][n]};
-    if (!cell.gates) gates = activate<Maths>(gates);
-    const Gates<A> d = cell_backward<Maths>(gates, c_before[n], c.element[n], dh[n], dc.element[n]);
+    if (!cell.gates) gates = LstmCell::activate<Maths>(gates, c_before[n], c.element[n]);
+    const Gates<A> d = LstmCell::backward<Maths>(gates, c_before[n], c.element[n], dh[n], dc.element[n]);
     grad[0][n] = d.i;
     grad[1][n] = d.f;
     grad[2][n] = d.g;
@@ -327,7 +333,7 @@ bool packs_fit(const Incoming<T>& c) {
 template <int V, typename T>
 bool packs_fit(const BackwardCell<T>& c) {
   return packs_fit<V>(c.incoming) && aligned<V>(c.gates, c.input_part, c.recurrent_part, c.bias, c.c, c.c_before, c.c_0,
-                                                c.grad_c, c.grad_gates, c.all_grad_gates, c.cell_h);
+                                                c.grad_cell, c.grad_c, c.grad_gates, c.all_grad_gates, c.cell_h);
 }
 template <int V, typename T>
 bool packs_fit(const CollectCell<T>& c) {
@@ -337,6 +343,17 @@ template <int V, typename T>
 bool packs_fit(const CopyCell<T>& c) {
   return aligned<V>(c.source, c.initial, c.target) && c.source_stride % V == 0 && c.target_stride % V == 0 &&
          c.element.column % V == 0;
+}
+
+// Whether a step may be computed V units at a time.
+template <int V, typename Cell>
+bool packs_fit(const CellSizes& sizes, const Cell* cells, int64_t count) {
+  bool fit = packs_fit<V>(sizes);
+  for (int64_t n = 0; fit && n < count; ++n) {
+    fit = packs_fit<V>(cells[n]);
+    if constexpr (requires { cells->grad_cell; }) fit = fit && (!cells[n].grad_cell || sizes.gates_stride / 4 % V == 0);
+  }
+  return fit;
 }
 
 }  // namespace stacked_lstm::gates

@@ -25,42 +25,56 @@ void force_chunk(std::optional<int64_t> steps) { forced_chunk = steps; }
 DiagonalCounts predict(const StackShape& shape, const StackOptions& options, Saving saving, int64_t accumulator_bytes,
                        bool backward, bool weight_grad, bool input_grad) {
   const Diagonals schedule = plan(shape, accumulator_bytes);
-  const int64_t lanes = shape.lanes(), projected = options.projects() ? 1 : 0, two = shape.directions == 2 ? 1 : 0;
+  const bool two = shape.directions == 2;
+  const auto launches = [](int64_t cells) { return (cells + driver::kCopiesALaunch - 1) / driver::kCopiesALaunch; };
   DiagonalCounts counts{schedule};
   if (shape.batch == 0) return counts;
-  counts.launches = (1 + projected) * schedule.diagonals();
-  counts.products = (1 + projected) * schedule.diagonals();
-  for (int64_t stage = 0; stage < schedule.stages(); ++stage) {
-    const Diagonals::Lanes some = schedule.lanes(stage);
-    const int64_t chunk = schedule.chunk_of(stage, some.first);
-    if (!backward) {
-      if (two || some.first == 0) counts.products += chunk % schedule.input_chunks == 0 ? shape.directions : 0;
-      if (!two && some.first + some.count > 1) ++counts.products;
-      continue;
+  for (const LayerRun& run : runs_of(shape)) {
+    const int64_t first_lane = run.first_layer * shape.directions, lanes = run.layers() * shape.directions;
+    const int64_t projected = shape.layers[static_cast<size_t>(run.first_layer)].projection > 0 ? 1 : 0;
+    for (int64_t stage = 0; stage < schedule.stages(); ++stage) {
+      const Diagonals::Lanes some = schedule.in_run(schedule.lanes(stage), run);
+      if (some.count == 0) continue;
+      const int64_t chunk = schedule.chunk_of(stage, some.first);
+      counts.launches += (1 + projected) * schedule.length_of(stage, some);
+      counts.products += (1 + projected) * schedule.length_of(stage, some);
+      if (!backward) {
+        if (two || some.first == 0) {
+          counts.products += chunk % schedule.input_chunks == 0 ? shape.directions : 0;
+        } else if (some.first == first_lane) {
+          ++counts.products;
+        }
+        if (!two && some.first + some.count > first_lane + 1) ++counts.products;
+        continue;
+      }
+      if (saving == Saving::recompute) counts.products += 2 * some.count;
+      if (two) {
+        if (some.first / 2 + 1 < shape.depth() && chunk + 1 == schedule.chunks()) ++counts.products;
+        if (chunk + 1 == schedule.chunks()) --counts.products;  // a layer's last step has no recurrent product
+      } else {
+        const int64_t last = some.first + some.count;
+        const int64_t inside =
+            std::min(last, run.last_layer - 1) - some.first;  // lanes whose upper neighbour is in the run
+        const bool shorter = schedule.length(chunk) < schedule.chunk_steps;
+        if (inside > 0) counts.products += shorter && inside > 1 ? 2 : 1;
+        if (last == run.last_layer && last < shape.depth()) ++counts.products;
+        // If the only lane of the run that is in a diagonal is at its last step, there is no recurrent product either.
+        if (some.count == 1 && chunk + 1 == schedule.chunks()) --counts.products;
+      }
     }
-    if (saving == Saving::recompute) counts.products += 2 * some.count;
-    if (two) {
-      if (some.first / 2 + 1 < shape.depth() && chunk + 1 == schedule.chunks()) ++counts.products;
-      if (chunk + 1 == schedule.chunks()) --counts.products;  // a layer's last step has no recurrent product
-    } else {
-      const int64_t below = std::min(some.first + some.count, shape.depth() - 1) - some.first;
-      const bool shorter = schedule.length(chunk) < schedule.chunk_steps;
-      if (below > 0) counts.products += shorter && below > 1 ? 2 : 1;
-      // A diagonal whose only lane is at its last step has none either.
-      if (some.count == 1 && chunk + 1 == schedule.chunks()) --counts.products;
+    if (!backward) continue;
+    ++counts.products;  // the gradient of h_0
+    if (weight_grad || saving == Saving::recompute) {
+      counts.launches += launches(lanes * (shape.steps > 1 ? 2 : 1));
+      int64_t masked = 0;  // layers whose h is masked for the layer above
+      for (int64_t k = run.first_layer; k < run.last_layer && k + 1 < shape.depth(); ++k) {
+        masked += options.dropout[k] > 0 ? 1 : 0;
+      }
+      counts.launches += launches(masked);
     }
+    if (weight_grad) counts.products += (2 + projected) * lanes;
   }
-  if (!backward) return counts;
-  ++counts.products;  // the gradient of h_0
-  const auto launches = [](int64_t cells) { return (cells + driver::kCopiesALaunch - 1) / driver::kCopiesALaunch; };
-  if (weight_grad || saving == Saving::recompute) {
-    counts.launches += launches(lanes * (shape.steps > 1 ? 2 : 1));
-    int64_t masked = 0;  // layers that read masked h
-    for (int64_t k = 0; k + 1 < shape.depth(); ++k) masked += options.dropout[k] > 0 ? 1 : 0;
-    counts.launches += launches(masked);
-  }
-  if (weight_grad) counts.products += (2 + projected) * lanes;
-  if (input_grad) ++counts.products;
+  if (backward && input_grad) ++counts.products;
   return counts;
 }
 

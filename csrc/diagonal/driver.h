@@ -6,6 +6,11 @@
 //   layer 1             ▪▪▪▪▪▪    ▪▪▪▪▪▪    ▪▪▪▪▪▪ …     recurrent product of all layers, and one launch for all of
 //   layer 2                       ▪▪▪▪▪▪    ▪▪▪▪▪▪ …     their cells. wavefront.h says which lanes are in a stage.
 //
+// That is so if all layers have the same width. Otherwise the layers form runs (wavefront.h): the layers of a run share
+// their products, their launches and their buffers, and a diagonal has a product and a launch for each run that has a lane
+// in it. The first layer of a run reads what the run below hands up, which has another width. So its input projection is a
+// product of its own.
+//
 // Nothing here waits for the device or reads a tensor's contents. So the same calls are queued every time, and a CUDA
 // graph can hold them. The few buffers are allocated before the first stage. The same code runs on the CPU, with
 // gates_host.cpp in place of the CUDA kernels.
@@ -51,8 +56,25 @@ class DiagonalDriver {
  protected:
   using A = Accumulator<T>;
 
+  using Lanes = Diagonals::Lanes;
+
   struct Rows {
     int64_t first, count;
+  };
+
+  // A run, and the sizes that its layers have in common.
+  struct RunShape {
+    LayerRun layers;
+    int64_t directions;
+    int64_t first, lanes;  // its first lane, and how many it has
+    int64_t below_top;     // how many of its layers have a layer above
+    int64_t hidden, projection, output, padded;
+
+    // Elements of a row of a layer's output, and of a row of the gate gradients of a layer.
+    int64_t output_stride() const { return directions * output; }
+    int64_t gates_stride() const { return directions * 4 * hidden; }
+    int64_t column_of(int64_t lane) const { return lane % directions * output; }
+    bool has_layer(int64_t layer) const { return layer >= layers.first_layer && layer < layers.last_layer; }
   };
 
   DiagonalDriver(const Call& call, DiagonalCounts& counts)
@@ -70,36 +92,50 @@ class DiagonalDriver {
         lanes_(call.shape.lanes()),
         batch_(call.shape.batch),
         rows_(call.shape.rows()),
-        hidden_(call.shape.layers[0].hidden),
-        projection_(call.shape.layers[0].projection),
-        output_(call.shape.layers[0].output()),
-        padded_(call.shape.layers[0].padded_hidden()),
         places_(call.shape, call.options.bias) {
-    TORCH_CHECK(shape_.same_hidden() && shape_.same_output(), "the diagonal schedule takes layers of one width");
     counts_.schedule = plan_;
     // No other chunk has more rows, since an earlier step never has fewer sequences than a later one.
     chunk_rows_ = shape_.first_row(std::min(plan_.chunk_steps, shape_.steps));
     input_ = call.input.reshape({rows_, call.input.size(-1)}).contiguous();
     for (int64_t k = 0; k < depth_; ++k) masks_.push_back(mask_of(call, k));
-  }
-
-  gates::CellSizes sizes(int64_t width) const {
-    return {width, directions_ * output_, padded_, directions_ * 4 * hidden_};
+    for (const LayerRun& run : runs_of(shape_)) {
+      const LayerShape& layer = shape_.layers[static_cast<size_t>(run.first_layer)];
+      run_shapes_.push_back({run, directions_, run.first_layer * directions_, run.layers() * directions_,
+                             std::min(run.last_layer, depth_ - 1) - run.first_layer, layer.hidden, layer.projection,
+                             layer.output(), layer.padded_hidden()});
+    }
   }
 
   const Tensor& weight(int64_t lane, Weight name) const { return call_.weights[places_.at(lane, name)]; }
 
-  // One kind of weight of the lanes from `first` on: (lanes, …).
-  Tensor stacked(Weight name, int64_t first = 0) const {
+  // One kind of weight of a run's lanes, without the first `skipped` of them: (lanes, …).
+  Tensor stacked(const RunShape& run, Weight name, int64_t skipped = 0) const {
     std::vector<Tensor> all;
-    for (int64_t lane = first; lane < lanes_; ++lane) all.push_back(weight(lane, name));
+    for (int64_t n = skipped; n < run.lanes; ++n) all.push_back(weight(run.first + n, name));
     return at::stack(all);
   }
 
-  // b_ih + b_hh, (lanes, 4H), or undefined.
-  Tensor stacked_bias() const {
+  // b_ih + b_hh of a run, (lanes, 4H), or undefined.
+  Tensor stacked_bias(const RunShape& run) const {
     if (!call_.options.bias) return {};
-    return stacked(Weight::bias_ih).to(scalar_type<A>()).add_(stacked(Weight::bias_hh));
+    return stacked(run, Weight::bias_ih).to(scalar_type<A>()).add_(stacked(run, Weight::bias_hh));
+  }
+
+  // A run's part of a tensor of states, from element `first` on: (lanes, B, width).
+  Tensor part_of_states(const Tensor& states, const RunShape& run, int64_t first, int64_t width) const {
+    return states.view(-1).narrow(0, first, run.lanes * batch_ * width).view({run.lanes, batch_, width});
+  }
+
+  // The beginning of a buffer, which has one dimension, in this form.
+  static Tensor beginning(const Tensor& buffer, at::IntArrayRef sizes) {
+    return buffer.narrow(0, 0, c10::multiply_integers(sizes)).view(sizes);
+  }
+  // The largest of a size of the runs.
+  template <typename SizeOf>
+  int64_t largest(const SizeOf& size_of) const {
+    int64_t most = 0;
+    for (const RunShape& run : run_shapes_) most = std::max(most, size_of(run));
+    return most;
   }
 
   int64_t time(int64_t lane, int64_t stage, int64_t s) const {
@@ -107,7 +143,6 @@ class DiagonalDriver {
   }
   int64_t layer_of(int64_t lane) const { return lane / directions_; }
   const gates::Mask& mask(int64_t layer) const { return masks_[static_cast<size_t>(layer)]; }
-  int64_t column_of(int64_t lane) const { return lane % directions_ * output_; }
 
   // The rows of `chunks` chunks of a lane. They are consecutive, whichever direction the lane has.
   Rows chunk_rows(int64_t lane, int64_t chunk, int64_t chunks = 1) const {
@@ -118,7 +153,9 @@ class DiagonalDriver {
     return {row, shape_.first_row(std::max(one, other) + 1) - row};
   }
 
-  gates::Element element(int64_t lane, int64_t t) const { return {t * batch_, column_of(lane), layer_of(lane), mask(layer_of(lane))}; }
+  gates::Element element(const RunShape& run, int64_t lane, int64_t t) const {
+    return {t * batch_, run.column_of(lane), layer_of(lane), mask(layer_of(lane))};
+  }
 
   void multiply(const Tensor& result, const Tensor& a, const Tensor& b) { products_.multiply(result, a, b); }
   void multiply_and_round(const Tensor& result, const Tensor& a, const Tensor& b, bool wide = true) {
@@ -126,15 +163,17 @@ class DiagonalDriver {
   }
 
   template <typename Cell>
-  void launch(std::string (*kernel)(const gates::CellSizes&, const Cell*, int64_t, void*), int64_t width,
-              const std::vector<Cell>& cells) {
+  void launch(std::string (*kernel)(const gates::CellSizes&, const Cell*, int64_t, void*), const RunShape& run,
+              int64_t width, const std::vector<Cell>& cells) {
     ++counts_.launches;
-    const std::string error = kernel(sizes(width), cells.data(), static_cast<int64_t>(cells.size()), stream_);
+    const gates::CellSizes sizes{width, run.output_stride(), run.padded, run.gates_stride()};
+    const std::string error = kernel(sizes, cells.data(), static_cast<int64_t>(cells.size()), stream_);
     TORCH_CHECK(error.empty(), "stacked_lstm_ext: a kernel could not be launched on ", call_.input.device(), ": ",
                 error);
   }
 
-  // A product over consecutive lanes and the first rows of each. Its views are made again only when these change.
+  // A product over consecutive lanes of a run, which are numbered in the run, and the first rows of each. Its views are
+  // made again only when these change.
   class LaneProduct {
    public:
     LaneProduct() = default;
@@ -167,11 +206,12 @@ class DiagonalDriver {
   DiagonalCounts& counts_;
   const Products<T> products_;
   const at::TensorOptions storage_, accumulator_;
-  const int64_t directions_, depth_, lanes_, batch_, rows_, hidden_, projection_, output_, padded_;
+  const int64_t directions_, depth_, lanes_, batch_, rows_;
   int64_t chunk_rows_;
   Tensor input_;  // (rows, I)
   const WeightPlaces places_;
   std::vector<gates::Mask> masks_;  // of the link from each layer
+  std::vector<RunShape> run_shapes_;
 };
 
 }  // namespace stacked_lstm::diagonal

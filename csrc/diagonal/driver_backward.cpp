@@ -4,6 +4,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
+#include "../stack/states.h"
 #include "driver.h"
 
 namespace stacked_lstm::diagonal {
@@ -18,19 +19,17 @@ class Backward : DiagonalDriver<T> {
   using Base::chunk_rows_;
   using Base::depth_;
   using Base::directions_;
-  using Base::hidden_;
   using Base::kernels_;
-  using Base::lanes_;
-  using Base::output_;
-  using Base::padded_;
   using Base::places_;
   using Base::plan_;
-  using Base::projection_;
   using Base::rows_;
+  using Base::run_shapes_;
   using Base::shape_;
   using Base::storage_;
   using typename Base::A;
   using typename Base::LaneProduct;
+  using typename Base::Lanes;
+  using typename Base::RunShape;
 
  public:
   Backward(const Call& call, const Kept& kept, const IncomingGradients& incoming, bool input_grad, bool weight_grad,
@@ -39,29 +38,47 @@ class Backward : DiagonalDriver<T> {
         reserve_(kept.reserve.contiguous()),
         parts_(reserve_, call),
         top_(kept.output.contiguous()),
-        grad_output_(contiguous(incoming.output)),
         grad_h_n_(contiguous(incoming.h_n)),
         h_0_(call.h_0.contiguous()),
         c_0_(call.c_0.contiguous()),
         incoming_(incoming),
         input_grad_(input_grad),
         weight_grad_(weight_grad),
-        recompute_(call.saving == Saving::recompute) {}
+        recompute_(call.saving == Saving::recompute) {
+    const auto of_layers = [&](const std::vector<OptionalTensor>& gradients) {
+      std::vector<Tensor> all(static_cast<size_t>(depth_));
+      for (size_t k = 0; k < gradients.size(); ++k) all[k] = contiguous(gradients[k]);
+      return all;
+    };
+    grad_outputs_ = of_layers(incoming.h);
+    grad_outputs_.back() = contiguous(incoming.output);
+    grad_cells_ = of_layers(incoming.c);
+  }
 
   Gradients run() {
-    TORCH_CHECK(incoming_.h.empty() && incoming_.c.empty(), "the diagonal schedule takes no gradients of states");
     allocate();
     prepare_inputs();
     for (int64_t stage = plan_.stages() - 1; stage >= 0; --stage) {
-      project(stage);
-      if (recompute_) recompute_gates(stage);
-      for (int64_t s = plan_.length_of_stage(stage) - 1; s >= 0; --s) step(stage, s);
-      const Diagonals::Lanes lanes = plan_.lanes(stage);
-      for (int64_t lane = lanes.first; lane < lanes.first + lanes.count; ++lane) {
-        if (weight_grad_ && plan_.chunk_of(stage, lane) == 0) finish(lane);
+      const Lanes lanes = plan_.lanes(stage);
+      const auto each_run = [&](const Lanes& some, auto&& visit) {
+        for (Run& run : runs_) {
+          const Lanes part = plan_.in_run(some, run.layers);
+          if (part.count > 0) visit(run, part);
+        }
+      };
+      each_run(lanes, [&](Run& run, const Lanes& part) { project(run, part, stage); });
+      if (recompute_) each_run(lanes, [&](Run& run, const Lanes& part) { recompute_gates(run, part, stage); });
+      for (int64_t s = plan_.length_of_stage(stage) - 1; s >= 0; --s) {
+        each_run(plan_.lanes(stage, s), [&](Run& run, const Lanes& part) { step(run, part, stage, s); });
       }
+      if (!weight_grad_) continue;
+      each_run(lanes, [&](Run& run, const Lanes& part) {
+        for (int64_t lane = part.first; lane < part.first + part.count; ++lane) {
+          if (plan_.chunk_of(stage, lane) == 0) finish(run, lane);
+        }
+      });
     }
-    recurrent_product_.run(*this, 0, lanes_, batch_);
+    for (Run& run : runs_) run.recurrent_product.run(*this, 0, run.lanes, batch_);
     if (input_grad_) finish_input();
     result_.h_0 = recurrent_.to(scalar_type<T>());
     result_.c_0 = grad_c_.to(scalar_type<T>());
@@ -69,31 +86,71 @@ class Backward : DiagonalDriver<T> {
   }
 
  private:
+  // Buffers of a run. Sizes with "lanes" or "layers" mean those of the run.
+  struct Run : RunShape {
+    explicit Run(const RunShape& shape) : RunShape(shape) {}
+
+    const Run* over = nullptr;  // the run above, if there is one
+    int64_t h_0 = 0, c_0 = 0;   // where its first lane begins in the states of the call
+    Tensor bias;                // (lanes, 4H), to recompute
+    Tensor grad_c;              // (lanes, B, H): dL/dc of the state before the last step taken
+    Tensor grad_gates;          // (lanes, B, 4H): of the last step taken
+    Tensor all_grad_gates;      // (layers, rows, 4H), two directions: (1, rows, 2·4H): of all steps
+    Tensor recurrent;           // (lanes, B, P or H): W_hhᵀ·grad_gates
+    // W_ihᵀ·grad_gates of the layer above: (layers below the top, rows of a chunk, P or H), two directions: (1, rows, 2·(P or H)).
+    Tensor above;
+    Tensor upper_weights;                            // (layers - 1, 4H, P or H): W_ih of all layers but the first
+    Tensor grad_h, all_grad_h, grad_cell_h, cell_h;  // with a projection; see gates.h
+    Tensor input_part, recurrent_part;               // (lanes, rows of a chunk, 4H), to recompute
+    Tensor previous;                                 // (lanes, rows, P or H): h(t-1)
+    LaneProduct recurrent_product, projection_product;
+  };
+
   void allocate() {
-    bias_ = recompute_ ? Base::stacked_bias() : Tensor();
-    grad_c_ = incoming_.c_n ? at::empty({lanes_, batch_, hidden_}, accumulator_).copy_(*incoming_.c_n)
-                            : at::zeros({lanes_, batch_, hidden_}, accumulator_);
-    // Zeros: a recurrent product may also take rows and lanes that have had no step yet. Nothing reads their results.
-    grad_gates_ = at::zeros({lanes_, batch_, 4 * hidden_}, storage_);
-    recurrent_ = at::empty({lanes_, batch_, output_}, accumulator_);
-    recurrent_product_ = LaneProduct(recurrent_, grad_gates_, Base::stacked(Weight::hh));
-    // Two directions: one layer runs at a time, so one buffer holds the gradients of each in turn.
-    all_grad_gates_ = at::empty({directions_ == 2 ? 1 : depth_, rows_, directions_ * 4 * hidden_}, storage_);
-    if (depth_ > 1) {
-      above_ = directions_ == 2 ? at::empty({1, rows_, 2 * output_}, accumulator_)
-                                : at::empty({depth_ - 1, chunk_rows_, output_}, accumulator_);
-      if (directions_ == 1) upper_weights_ = Base::stacked(Weight::ih, 1);
+    const StateLayout states(shape_);
+    runs_.reserve(run_shapes_.size());  // `over` points to an element
+    for (const RunShape& run_shape : run_shapes_) {
+      Run& run = runs_.emplace_back(run_shape);
+      if (runs_.size() < run_shapes_.size()) run.over = &run + 1;
+      run.h_0 = states.h(run.first), run.c_0 = states.c(run.first);
+      if (recompute_) run.bias = Base::stacked_bias(run);
     }
-    if (projection_ > 0) {
-      grad_h_ = at::empty({lanes_, batch_, projection_}, storage_);
-      all_grad_h_ = at::empty({lanes_, rows_, projection_}, storage_);
-      grad_cell_h_ = at::empty({lanes_, batch_, hidden_}, accumulator_);
-      cell_h_ = at::empty({lanes_, rows_, hidden_}, storage_);
-      projection_product_ = LaneProduct(grad_cell_h_, grad_h_, Base::stacked(Weight::hr));
+    grad_c_ = incoming_.c_n ? at::empty(call_.c_0.sizes(), accumulator_).copy_(*incoming_.c_n)
+                            : at::zeros(call_.c_0.sizes(), accumulator_);
+    recurrent_ = at::empty(call_.h_0.sizes(), accumulator_);
+    // Two directions: one layer runs at a time, so all layers share these buffers.
+    Tensor all_grad_gates, above;
+    const auto hands_up = [](const RunShape& run) { return run.below_top > 0 ? run.output_stride() : 0; };
+    if (directions_ == 2) {
+      const int64_t widest = Base::largest([](const RunShape& run) { return run.gates_stride(); });
+      all_grad_gates = at::empty({rows_ * widest}, storage_);
+      if (depth_ > 1) above = at::empty({rows_ * Base::largest(hands_up)}, accumulator_);
     }
-    if (recompute_) {
-      input_part_ = at::empty({lanes_, chunk_rows_, 4 * hidden_}, accumulator_);
-      recurrent_part_ = at::empty({lanes_, chunk_rows_, 4 * hidden_}, accumulator_);
+    for (Run& run : runs_) {
+      run.grad_c = Base::part_of_states(grad_c_, run, run.c_0, run.hidden);
+      run.recurrent = Base::part_of_states(recurrent_, run, run.h_0, run.output);
+      // Zeros: a recurrent product may also take rows and lanes that have had no step yet. Nothing reads their results.
+      run.grad_gates = at::zeros({run.lanes, batch_, 4 * run.hidden}, storage_);
+      run.recurrent_product = LaneProduct(run.recurrent, run.grad_gates, Base::stacked(run, Weight::hh));
+      if (directions_ == 2) {
+        run.all_grad_gates = Base::beginning(all_grad_gates, {1, rows_, run.gates_stride()});
+        if (run.below_top > 0) run.above = Base::beginning(above, {1, rows_, run.output_stride()});
+      } else {
+        run.all_grad_gates = at::empty({run.lanes, rows_, 4 * run.hidden}, storage_);
+        if (run.below_top > 0) run.above = at::empty({run.below_top, chunk_rows_, run.output}, accumulator_);
+        if (run.lanes > 1) run.upper_weights = Base::stacked(run, Weight::ih, 1);
+      }
+      if (run.projection > 0) {
+        run.grad_h = at::empty({run.lanes, batch_, run.projection}, storage_);
+        run.all_grad_h = at::empty({run.lanes, rows_, run.projection}, storage_);
+        run.grad_cell_h = at::empty({run.lanes, batch_, run.hidden}, accumulator_);
+        run.cell_h = at::empty({run.lanes, rows_, run.hidden}, storage_);
+        run.projection_product = LaneProduct(run.grad_cell_h, run.grad_h, Base::stacked(run, Weight::hr));
+      }
+      if (recompute_) {
+        run.input_part = at::empty({run.lanes, chunk_rows_, 4 * run.hidden}, accumulator_);
+        run.recurrent_part = at::empty({run.lanes, chunk_rows_, 4 * run.hidden}, accumulator_);
+      }
     }
     if (weight_grad_) {
       for (const Tensor& w : call_.weights) result_.weights.push_back(at::empty(w.sizes(), storage_));
@@ -102,43 +159,54 @@ class Backward : DiagonalDriver<T> {
   }
 
   // h of a layer, all rows: (rows, D·output).
-  const T* h_of(int64_t layer) const {
-    return layer + 1 == depth_ ? const_data<T>(top_) : parts_.h(layer);
-  }
+  const T* h_of(int64_t layer) const { return layer + 1 == depth_ ? const_data<T>(top_) : parts_.h(layer); }
 
   // Makes what the products over all steps read: h(t-1) of every lane, and the inputs of layers 1 and up, masked by
   // dropout.
   void prepare_inputs() {
     if (!weight_grad_ && !recompute_) return;
-    previous_ = at::empty({lanes_, rows_, output_}, storage_);
     std::vector<gates::CopyCell<T>> copies;
-    const auto flush = [&](int64_t limit, int64_t width) {
-      if (static_cast<int64_t>(copies.size()) <= limit) return;
-      Base::launch(kernels_.copy, width, copies);
+    const auto flush = [&](size_t limit, const Run& run, int64_t width) {
+      if (copies.size() <= limit) return;
+      Base::launch(kernels_.copy, run, width, copies);
       copies.clear();
     };
-    for (int64_t lane = 0; lane < lanes_; ++lane) {
-      copies_of_previous(shape_, lane, h_of(Base::layer_of(lane)) + Base::column_of(lane),
-                         const_data<T>(h_0_) + lane * batch_ * output_, data<T>(previous_) + lane * rows_ * output_,
-                         [&](const gates::CopyCell<T>& cell) {
-                           copies.push_back(cell);
-                           flush(kCopiesALaunch - 1, output_);
-                         });
+    const auto adds = [&](const Run& run, int64_t width) {
+      return [&, width](const gates::CopyCell<T>& cell) {
+        copies.push_back(cell);
+        flush(kCopiesALaunch - 1, run, width);
+      };
+    };
+    for (Run& run : runs_) {
+      run.previous = at::empty({run.lanes, rows_, run.output}, storage_);
+      for (int64_t n = 0; n < run.lanes; ++n) {
+        const int64_t lane = run.first + n;
+        copies_of_previous(shape_, lane, h_of(Base::layer_of(lane)) + run.column_of(lane),
+                           const_data<T>(h_0_) + run.h_0 + n * batch_ * run.output,
+                           data<T>(run.previous) + n * rows_ * run.output, adds(run, run.output));
+      }
+      flush(0, run, run.output);
     }
-    flush(0, output_);
 
-    if (!call_.seed) return;
-    const int64_t stride = directions_ * output_;
-    masked_ = at::empty({depth_ - 1, rows_, stride}, storage_);
+    int64_t elements = 0;
     for (int64_t layer = 0; layer + 1 < depth_; ++layer) {
-      if (!Base::mask(layer).seed) continue;
-      copies_of_masked(shape_, layer, Base::mask(layer), h_of(layer), data<T>(masked_) + layer * rows_ * stride,
-                       [&](const gates::CopyCell<T>& cell) {
-                         copies.push_back(cell);
-                         flush(kCopiesALaunch - 1, stride);
-                       });
+      if (Base::mask(layer).seed) elements += rows_ * directions_ * shape_.layers[static_cast<size_t>(layer)].output();
     }
-    flush(0, stride);
+    if (elements == 0) return;
+    const Tensor masked = at::empty({elements}, storage_);
+    masked_.resize(static_cast<size_t>(depth_ - 1));
+    int64_t first = 0;
+    for (const Run& run : runs_) {
+      for (int64_t layer = run.layers.first_layer; layer < run.layers.first_layer + run.below_top; ++layer) {
+        if (!Base::mask(layer).seed) continue;
+        const int64_t width = run.output_stride();
+        Tensor& mine = masked_[static_cast<size_t>(layer)];
+        mine = masked.narrow(0, first, rows_ * width).view({rows_, width});
+        first += rows_ * width;
+        copies_of_masked(shape_, layer, Base::mask(layer), h_of(layer), data<T>(mine), adds(run, width));
+      }
+      flush(0, run, run.output_stride());
+    }
   }
 
   int64_t continued_rows(int64_t lane, int64_t t) const { return driver::continued_rows(shape_, lane, t); }
@@ -151,141 +219,159 @@ class Backward : DiagonalDriver<T> {
   // The input of a layer, all rows: (rows, input).
   Tensor input_of(int64_t layer) const {
     if (layer == 0) return Base::input_;
-    if (Base::mask(layer - 1).seed) return masked_.select(0, layer - 1);
+    if (Base::mask(layer - 1).seed) return masked_[static_cast<size_t>(layer - 1)];
     return parts_.h_rows(layer - 1);
   }
 
   // The gate gradients of a lane, of all steps: (rows, 4H), rows D·4H apart.
-  Tensor grad_gates_of(int64_t lane) const {
-    return all_grad_gates_.select(0, directions_ == 2 ? 0 : lane)
-        .narrow(1, lane % directions_ * 4 * hidden_, 4 * hidden_);
+  Tensor grad_gates_of(const Run& run, int64_t lane) const {
+    const int64_t width = 4 * run.hidden;
+    return run.all_grad_gates.select(0, directions_ == 2 ? 0 : lane - run.first)
+        .narrow(1, lane % directions_ * width, width);
   }
 
-  // Computes the gradients that the layers of a stage get from the layers above them.
-  void project(int64_t stage) {
-    const Diagonals::Lanes lanes = plan_.lanes(stage);
+  // Computes the gradients that some layers of a run, which are all that it has in the stage, get from the layers above them.
+  void project(Run& run, const Lanes& some, int64_t stage) {
     if (directions_ == 2) {
-      const int64_t layer = Base::layer_of(lanes.first);
-      if (layer + 1 == depth_ || plan_.chunk_of(stage, lanes.first) + 1 < plan_.chunks()) return;
+      const int64_t layer = Base::layer_of(some.first);
+      if (layer + 1 == depth_ || plan_.chunk_of(stage, some.first) + 1 < plan_.chunks()) return;
       const Tensor weights =
-          at::cat({Base::weight(lanes.first + 2, Weight::ih), Base::weight(lanes.first + 3, Weight::ih)});
-      Base::multiply(above_, all_grad_gates_, single(weights));
+          at::cat({Base::weight(some.first + 2, Weight::ih), Base::weight(some.first + 3, Weight::ih)});
+      const Run& upper = run.has_layer(layer + 1) ? run : *run.over;
+      Base::multiply(run.above, upper.all_grad_gates, single(weights));
       return;
     }
-    int64_t lane = lanes.first;
-    const int64_t last = std::min(lanes.first + lanes.count, depth_ - 1);
+    const int64_t end = some.first + some.count, inside = std::min(end, run.first + run.lanes - 1);
+    int64_t lane = some.first;
     const auto full = [&](int64_t k) {
       return !shape_.packed() && plan_.length(plan_.chunk_of(stage, k)) == plan_.chunk_steps;
     };
-    while (lane < last) {
+    // The layers whose upper neighbour is in the run.
+    for (; lane < inside; ++lane) {
+      const int64_t n = lane - run.first;
+      const auto rows = Base::chunk_rows(lane, plan_.chunk_of(stage, lane));
       if (full(lane)) {
         // One strided view holds all layers: the next layer's rows lie one whole sequence on and one chunk back.
-        const int64_t count = last - lane, row = 4 * hidden_;
-        const auto from = Base::chunk_rows(lane, plan_.chunk_of(stage, lane));
-        const Tensor grads = all_grad_gates_.as_strided({count, from.count, row}, {(rows_ - from.count) * row, row, 1},
-                                                        ((lane + 1) * rows_ + from.first) * row);
-        Base::multiply(above_.narrow(0, lane, count).narrow(1, 0, from.count), grads,
-                       upper_weights_.narrow(0, lane, count));
-        return;
+        const int64_t count = inside - lane, row = 4 * run.hidden;
+        const Tensor grads = run.all_grad_gates.as_strided(
+            {count, rows.count, row}, {(rows_ - rows.count) * row, row, 1}, ((n + 1) * rows_ + rows.first) * row);
+        Base::multiply(run.above.narrow(0, n, count).narrow(1, 0, rows.count), grads,
+                       run.upper_weights.narrow(0, n, count));
+        lane = inside;
+        break;
       }
-      const auto rows = Base::chunk_rows(lane, plan_.chunk_of(stage, lane));
-      Base::multiply(above_.narrow(0, lane, 1).narrow(1, 0, rows.count),
-                     all_grad_gates_.narrow(0, lane + 1, 1).narrow(1, rows.first, rows.count),
-                     upper_weights_.narrow(0, lane, 1));
-      ++lane;
+      project_one(run, lane, rows, run.all_grad_gates.select(0, n + 1), run.upper_weights.select(0, n));
+    }
+    // The last layer of the run.
+    if (lane < end && run.over) {
+      project_one(run, lane, Base::chunk_rows(lane, plan_.chunk_of(stage, lane)), run.over->all_grad_gates.select(0, 0),
+                  Base::weight(lane + 1, Weight::ih));
     }
   }
 
-  void recompute_gates(int64_t stage) {
-    const Diagonals::Lanes lanes = plan_.lanes(stage);
-    for (int64_t lane = lanes.first; lane < lanes.first + lanes.count; ++lane) {
+  // One direction, one layer. `grad_gates`: of the layer above, all steps. `weights`: its W_ih.
+  void project_one(Run& run, int64_t lane, const typename Base::Rows& rows, const Tensor& grad_gates,
+                   const Tensor& weights) {
+    Base::multiply(run.above.narrow(0, lane - run.first, 1).narrow(1, 0, rows.count),
+                   single(grad_gates.narrow(0, rows.first, rows.count)), single(weights));
+  }
+
+  void recompute_gates(Run& run, const Lanes& some, int64_t stage) {
+    for (int64_t lane = some.first; lane < some.first + some.count; ++lane) {
+      const int64_t n = lane - run.first;
       const auto rows = Base::chunk_rows(lane, plan_.chunk_of(stage, lane));
-      Base::multiply(input_part_.narrow(0, lane, 1).narrow(1, 0, rows.count),
+      Base::multiply(run.input_part.narrow(0, n, 1).narrow(1, 0, rows.count),
                      single(input_of(Base::layer_of(lane)).narrow(0, rows.first, rows.count)),
                      single(Base::weight(lane, Weight::ih).t()));
-      Base::multiply(recurrent_part_.narrow(0, lane, 1).narrow(1, 0, rows.count),
-                     previous_.narrow(0, lane, 1).narrow(1, rows.first, rows.count),
+      Base::multiply(run.recurrent_part.narrow(0, n, 1).narrow(1, 0, rows.count),
+                     run.previous.narrow(0, n, 1).narrow(1, rows.first, rows.count),
                      single(Base::weight(lane, Weight::hh).t()));
     }
   }
 
-  void step(int64_t stage, int64_t s) {
-    const Diagonals::Lanes lanes = plan_.lanes(stage, s);
+  // Takes step s of a stage, for some lanes of a run.
+  void step(Run& run, const Lanes& some, int64_t stage, int64_t s) {
+    const int64_t hidden = run.hidden, output = run.output, output_stride = run.output_stride();
     int64_t most = 0, carried = 0;
     cells_.clear();
     collects_.clear();
-    for (int64_t lane = lanes.first; lane < lanes.first + lanes.count; ++lane) {
+    for (int64_t lane = some.first; lane < some.first + some.count; ++lane) {
       const int64_t t = Base::time(lane, stage, s), row = shape_.first_row(t), rows = shape_.active(t);
-      const int64_t layer = Base::layer_of(lane), stride = directions_ * output_;
+      const int64_t layer = Base::layer_of(lane), n = lane - run.first;
       const int64_t chunk_row = Base::chunk_rows(lane, plan_.chunk_of(stage, lane)).first;
 
       gates::Incoming<T> incoming{};
-      if (layer + 1 == depth_) {
-        incoming.grad_output =
-            grad_output_.defined() ? const_data<T>(grad_output_) + row * stride + Base::column_of(lane) : nullptr;
-      } else {
-        incoming.above = directions_ == 2 ? const_data<A>(above_) + row * stride + Base::column_of(lane)
-                                          : const_data<A>(above_) + (layer * chunk_rows_ + row - chunk_row) * output_;
+      if (const Tensor& grad = grad_outputs_[static_cast<size_t>(layer)]; grad.defined()) {
+        incoming.grad_output = const_data<T>(grad) + row * output_stride + run.column_of(lane);
       }
-      incoming.recurrent = const_data<A>(recurrent_) + lane * batch_ * output_;
-      incoming.grad_last = grad_h_n_.defined() ? const_data<T>(grad_h_n_) + lane * batch_ * output_ : nullptr;
+      if (layer + 1 < depth_) {
+        incoming.above = directions_ == 2 ? const_data<A>(run.above) + row * output_stride + run.column_of(lane)
+                                          : const_data<A>(run.above) + (n * chunk_rows_ + row - chunk_row) * output;
+      }
+      incoming.recurrent = const_data<A>(run.recurrent) + n * batch_ * output;
+      incoming.grad_last = grad_h_n_.defined() ? const_data<T>(grad_h_n_) + run.h_0 + n * batch_ * output : nullptr;
       incoming.carried = carried_rows(lane, t);
-      incoming.element = Base::element(lane, t);
+      incoming.element = Base::element(run, lane, t);
       most = std::max(most, rows);
       carried = std::max(carried, incoming.carried);
 
       gates::BackwardCell<T> cell{};
-      if (projection_ > 0) {
-        collects_.push_back({incoming, data<T>(grad_h_) + lane * batch_ * projection_,
-                             data<T>(all_grad_h_) + (lane * rows_ + row) * projection_, rows});
-        cell.incoming.recurrent = const_data<A>(grad_cell_h_) + lane * batch_ * hidden_;
+      if (run.projection > 0) {
+        collects_.push_back({incoming, data<T>(run.grad_h) + n * batch_ * output,
+                             data<T>(run.all_grad_h) + (n * rows_ + row) * output, rows});
+        cell.incoming.recurrent = const_data<A>(run.grad_cell_h) + n * batch_ * hidden;
         cell.incoming.carried = rows;
-        cell.cell_h = data<T>(cell_h_) + (lane * rows_ + row) * hidden_;
+        cell.cell_h = data<T>(run.cell_h) + (n * rows_ + row) * hidden;
       } else {
         cell.incoming = incoming;
       }
       if (recompute_) {
-        const int64_t at = (lane * chunk_rows_ + row - chunk_row) * 4 * hidden_;
-        cell.input_part = const_data<A>(input_part_) + at;
-        cell.recurrent_part = const_data<A>(recurrent_part_) + at;
-        cell.bias = bias_.defined() ? const_data<A>(bias_) + lane * 4 * hidden_ : nullptr;
+        const int64_t at = (n * chunk_rows_ + row - chunk_row) * 4 * hidden;
+        cell.input_part = const_data<A>(run.input_part) + at;
+        cell.recurrent_part = const_data<A>(run.recurrent_part) + at;
+        cell.bias = run.bias.defined() ? const_data<A>(run.bias) + n * 4 * hidden : nullptr;
       } else {
-        cell.gates = parts_.gates(lane) + 4 * row * padded_;
+        cell.gates = parts_.gates(lane) + 4 * row * run.padded;
       }
       const A* const c = parts_.c(lane);
-      cell.c = c + row * padded_;
+      cell.c = c + row * run.padded;
       cell.continued = continued_rows(lane, t);
-      if (cell.continued > 0) cell.c_before = c + shape_.first_row(lane % directions_ ? t + 1 : t - 1) * padded_;
-      cell.c_0 = const_data<T>(c_0_) + lane * batch_ * hidden_;
-      cell.grad_c = data<A>(grad_c_) + lane * batch_ * hidden_;
-      cell.grad_gates = data<T>(grad_gates_) + lane * batch_ * 4 * hidden_;
-      cell.all_grad_gates = data<T>(all_grad_gates_) +
-                            ((directions_ == 2 ? 0 : layer) * rows_ + row) * directions_ * 4 * hidden_ +
-                            lane % directions_ * 4 * hidden_;
+      if (cell.continued > 0) cell.c_before = c + shape_.first_row(lane % directions_ ? t + 1 : t - 1) * run.padded;
+      cell.c_0 = const_data<T>(c_0_) + run.c_0 + n * batch_ * hidden;
+      if (const Tensor& grad = grad_cells_[static_cast<size_t>(layer)]; grad.defined()) {
+        cell.grad_cell = const_data<T>(grad) + (row * directions_ + lane % directions_) * hidden;
+      }
+      cell.grad_c = data<A>(run.grad_c) + n * batch_ * hidden;
+      cell.grad_gates = data<T>(run.grad_gates) + n * batch_ * 4 * hidden;
+      cell.all_grad_gates = data<T>(run.all_grad_gates) +
+                            ((directions_ == 2 ? 0 : n) * rows_ + row) * run.gates_stride() +
+                            lane % directions_ * 4 * hidden;
       cell.rows = rows;
       cells_.push_back(cell);
     }
-    if (carried > 0) recurrent_product_.run(*this, lanes.first, lanes.count, carried);
-    if (projection_ > 0) {
-      Base::launch(kernels_.collect, projection_, collects_);
-      projection_product_.run(*this, lanes.first, lanes.count, most);
+    const int64_t first = some.first - run.first;
+    if (carried > 0) run.recurrent_product.run(*this, first, some.count, carried);
+    if (run.projection > 0) {
+      Base::launch(kernels_.collect, run, run.projection, collects_);
+      run.projection_product.run(*this, first, some.count, most);
     }
-    Base::launch(kernels_.backward, hidden_, cells_);
+    Base::launch(kernels_.backward, run, hidden, cells_);
   }
 
   // The weight gradients of a lane after its last step: each is one product over all rows.
-  void finish(int64_t lane) {
+  void finish(const Run& run, int64_t lane) {
     const auto grad = [&](Weight name) -> Tensor& { return result_.weights[places_.at(lane, name)]; };
-    const Tensor gates = grad_gates_of(lane), gates_t = single(gates.t());
+    const int64_t n = lane - run.first;
+    const Tensor gates = grad_gates_of(run, lane), gates_t = single(gates.t());
     Base::multiply_and_round(single(grad(Weight::ih)), gates_t, single(input_of(Base::layer_of(lane))));
-    Base::multiply_and_round(single(grad(Weight::hh)), gates_t, previous_.narrow(0, lane, 1));
+    Base::multiply_and_round(single(grad(Weight::hh)), gates_t, run.previous.narrow(0, n, 1));
     if (call_.options.bias) {
       at::sum_out(grad(Weight::bias_ih), gates, at::IntArrayRef{0});
       grad(Weight::bias_hh).copy_(grad(Weight::bias_ih));
     }
-    if (projection_ > 0) {
-      Base::multiply_and_round(single(grad(Weight::hr)), single(all_grad_h_.select(0, lane).t()),
-                               cell_h_.narrow(0, lane, 1));
+    if (run.projection > 0) {
+      Base::multiply_and_round(single(grad(Weight::hr)), single(run.all_grad_h.select(0, n).t()),
+                               run.cell_h.narrow(0, n, 1));
     }
   }
 
@@ -293,28 +379,21 @@ class Backward : DiagonalDriver<T> {
     result_.input = at::empty(call_.input.sizes(), storage_);
     const Tensor& first = Base::weight(0, Weight::ih);
     const Tensor weights = directions_ == 2 ? at::cat({first, Base::weight(1, Weight::ih)}) : first;
-    Base::multiply_and_round(single(result_.input.view({rows_, call_.input.size(-1)})), all_grad_gates_.narrow(0, 0, 1),
-                             single(weights));
+    Base::multiply_and_round(single(result_.input.view({rows_, call_.input.size(-1)})),
+                             runs_[0].all_grad_gates.narrow(0, 0, 1), single(weights));
   }
 
   const Tensor reserve_;
   const GpuReserve<T> parts_;
-  const Tensor top_, grad_output_, grad_h_n_, h_0_, c_0_;
+  const Tensor top_, grad_h_n_, h_0_, c_0_;
   const IncomingGradients& incoming_;
   const bool input_grad_, weight_grad_, recompute_;
+  std::vector<Tensor> grad_outputs_;  // of each layer's h from the loss, (rows, D·output); undefined: none
+  std::vector<Tensor> grad_cells_;    // likewise of c, (rows, D·H)
   Gradients result_;
-  Tensor bias_;            // (lanes, 4H), to recompute
-  Tensor grad_c_;          // (lanes, B, H): dL/dc of the state before the last step taken
-  Tensor grad_gates_;      // (lanes, B, 4H): of the last step taken
-  Tensor all_grad_gates_;  // (L, rows, 4H), two directions: (1, rows, 2·4H): of all steps
-  Tensor recurrent_;       // (lanes, B, P or H): W_hhᵀ·grad_gates
-  Tensor above_;  // (L-1, rows of a chunk, H), two directions: (1, rows, 2·H): W_ihᵀ·grad_gates of the layer above
-  Tensor upper_weights_;                               // (L-1, 4H, H): W_ih of layers 1 and up
-  Tensor grad_h_, all_grad_h_, grad_cell_h_, cell_h_;  // with a projection; see gates.h
-  Tensor input_part_, recurrent_part_;                 // (lanes, rows of a chunk, 4H), to recompute
-  Tensor previous_;                                    // (lanes, rows, P or H): h(t-1)
-  Tensor masked_;                                      // (L-1, rows, D·(P or H)): inputs of layers 1 and up
-  LaneProduct recurrent_product_, projection_product_;
+  Tensor grad_c_, recurrent_;   // of all lanes, as the states of the call
+  std::vector<Tensor> masked_;  // of each layer whose link has dropout: what the layer above has read, (rows, D·output)
+  std::vector<Run> runs_;
   std::vector<gates::BackwardCell<T>> cells_;
   std::vector<gates::CollectCell<T>> collects_;
 };

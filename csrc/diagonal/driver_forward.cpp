@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include "../stack/states.h"
 #include "driver.h"
 
 namespace stacked_lstm::diagonal {
@@ -17,18 +18,16 @@ class Forward : DiagonalDriver<T> {
   using Base::chunk_rows_;
   using Base::depth_;
   using Base::directions_;
-  using Base::hidden_;
   using Base::kernels_;
-  using Base::lanes_;
-  using Base::output_;
-  using Base::padded_;
   using Base::plan_;
-  using Base::projection_;
   using Base::rows_;
+  using Base::run_shapes_;
   using Base::shape_;
   using Base::storage_;
   using typename Base::A;
   using typename Base::LaneProduct;
+  using typename Base::Lanes;
+  using typename Base::RunShape;
 
  public:
   Forward(const Call& call, DiagonalCounts& counts) : Base(call, counts) {}
@@ -36,106 +35,170 @@ class Forward : DiagonalDriver<T> {
   Results run() {
     allocate();
     for (int64_t stage = 0; stage < plan_.stages(); ++stage) {
-      project(stage);
+      const Lanes lanes = plan_.lanes(stage);
+      for (Run& run : runs_) {
+        const Lanes some = plan_.in_run(lanes, run.layers);
+        if (some.count > 0) project(run, some, stage);
+      }
       const int64_t length = plan_.length_of_stage(stage);
-      for (int64_t s = 0; s < length; ++s) step(stage, s);
+      for (int64_t s = 0; s < length; ++s) {
+        const Lanes diagonal = plan_.lanes(stage, s);
+        for (Run& run : runs_) {
+          const Lanes some = plan_.in_run(diagonal, run.layers);
+          if (some.count > 0) step(run, some, stage, s);
+        }
+      }
     }
     return {output_all_, h_, c_.to(scalar_type<T>()), reserve_};
   }
 
  private:
+  // Buffers of a run. Sizes with "lanes" or "layers" mean those of the run.
+  struct Run : RunShape {
+    explicit Run(const RunShape& shape) : RunShape(shape) {}
+
+    const Run* below = nullptr;  // the run below, if there is one
+    Tensor h;                    // (lanes, B, P or H): of the last step taken
+    Tensor c;                    // (lanes, B, H)
+    Tensor bias;                 // (lanes, 4H)
+    Tensor cell_h;               // (lanes, B, H), with a projection: h before the projection
+    Tensor projected;            // (lanes, B, P): h after the projection
+    // W_ih·x: of the first lane, a chunk; of layer 0 and, with two directions, of both lanes of the layer at hand, the rows of
+    // input_chunks chunks: (1 or 2, rows, 4H).
+    Tensor first_input;
+    int64_t first_input_row[2] = {0, 0};  // the row of the call that is its first one
+    // What the layer above reads: (layers below the top, rows of a chunk, P or H). Two directions: see handed_up().
+    Tensor above;
+    A* recurrent = nullptr;    // (lanes, B, 4H)
+    A* upper_input = nullptr;  // (layers - 1, rows of a chunk, 4H): W_ih·h of the layer below it
+    LaneProduct recurrent_product, projection_product, input_product;
+  };
+
   void allocate() {
     output_all_ = at::empty(call_.output_sizes(), storage_);
-    const Saving saving = call_.saving;
-    const int64_t kept = reserve_elements(shape_, saving, call_.states, sizeof(T), sizeof(A));
-    // No kernel writes the padding. Zeros there make a reserve bitwise equal every time.
-    reserve_ = hidden_ == padded_ ? at::empty({kept}, accumulator_) : at::zeros({kept}, accumulator_);
+    reserve_ = make_reserve<T>(call_);
     parts_ = GpuReserve<T>(reserve_, call_);
-    h_ = at::empty({lanes_, batch_, output_}, storage_).copy_(call_.h_0);
-    c_ = at::empty({lanes_, batch_, hidden_}, accumulator_).copy_(call_.c_0);
-    bias_ = Base::stacked_bias();
+    h_ = at::empty(call_.h_0.sizes(), storage_).copy_(call_.h_0);
+    c_ = at::empty(call_.c_0.sizes(), accumulator_).copy_(call_.c_0);
 
-    const Tensor recurrent = at::empty({lanes_, batch_, 4 * hidden_}, accumulator_);
-    recurrent_ = data<A>(recurrent);
-    recurrent_product_ = LaneProduct(recurrent, h_, Base::stacked(Weight::hh).transpose(1, 2));
-    if (projection_ > 0) {
-      cell_h_ = at::empty({lanes_, batch_, hidden_}, storage_);
-      projected_ = at::empty({lanes_, batch_, projection_}, storage_);
-      projection_product_ = LaneProduct(projected_, cell_h_, Base::stacked(Weight::hr).transpose(1, 2));
-    }
     const int64_t input_rows = shape_.first_row(std::min(plan_.input_chunks * plan_.chunk_steps, shape_.steps));
-    first_input_ = at::empty({directions_, input_rows, 4 * hidden_}, accumulator_);
-    if (depth_ > 1 && directions_ == 1) {
-      above_ = at::empty({depth_ - 1, chunk_rows_, output_}, storage_);
-      const Tensor input = at::empty({depth_ - 1, chunk_rows_, 4 * hidden_}, accumulator_);
-      upper_input_ = data<A>(input);
-      input_product_ = LaneProduct(input, above_, Base::stacked(Weight::ih, 1).transpose(1, 2));
-    } else if (depth_ > 1) {
-      above_ = at::empty({2, rows_, 2 * output_}, storage_);  // two layers: one is read while the other is written
+    // Two directions: one layer runs at a time, so all layers share these buffers.
+    Tensor first_input;
+    const auto hands_up = [](const RunShape& run) { return run.below_top > 0 ? run.output_stride() : 0; };
+    if (directions_ == 2) {
+      first_input =
+          at::empty({2 * input_rows * 4 * Base::largest([](const RunShape& r) { return r.hidden; })}, accumulator_);
+      if (depth_ > 1) above_ = at::empty({2, rows_ * Base::largest(hands_up)}, storage_);
+    }
+    const StateLayout states(shape_);
+    runs_.reserve(run_shapes_.size());  // `below` points to an element
+    for (const RunShape& run_shape : run_shapes_) {
+      Run& run = runs_.emplace_back(run_shape);
+      if (runs_.size() > 1) run.below = &run - 1;
+      run.h = Base::part_of_states(h_, run, states.h(run.first), run.output);
+      run.c = Base::part_of_states(c_, run, states.c(run.first), run.hidden);
+      run.bias = Base::stacked_bias(run);
+      const Tensor recurrent = at::empty({run.lanes, batch_, 4 * run.hidden}, accumulator_);
+      run.recurrent = data<A>(recurrent);
+      run.recurrent_product = LaneProduct(recurrent, run.h, Base::stacked(run, Weight::hh).transpose(1, 2));
+      if (run.projection > 0) {
+        run.cell_h = at::empty({run.lanes, batch_, run.hidden}, storage_);
+        run.projected = at::empty({run.lanes, batch_, run.projection}, storage_);
+        run.projection_product = LaneProduct(run.projected, run.cell_h, Base::stacked(run, Weight::hr).transpose(1, 2));
+      }
+      if (directions_ == 2) {
+        run.first_input = Base::beginning(first_input, {2, input_rows, 4 * run.hidden});
+        continue;
+      }
+      run.first_input = at::empty({1, run.below ? chunk_rows_ : input_rows, 4 * run.hidden}, accumulator_);
+      if (run.below_top > 0) run.above = at::empty({run.below_top, chunk_rows_, run.output}, storage_);
+      if (run.lanes > 1) {
+        const Tensor input = at::empty({run.lanes - 1, chunk_rows_, 4 * run.hidden}, accumulator_);
+        run.upper_input = data<A>(input);
+        run.input_product = LaneProduct(input, run.above, Base::stacked(run, Weight::ih, 1).transpose(1, 2));
+      }
     }
   }
 
-  void project(int64_t stage) {
-    const Diagonals::Lanes lanes = plan_.lanes(stage);
-    // Lanes whose whole input exists already: one product computes several chunks.
-    const int64_t direct = directions_ == 2 ? 2 : lanes.first == 0 ? 1 : 0;
-    const int64_t chunk = plan_.chunk_of(stage, lanes.first);
-    if (chunk % plan_.input_chunks == 0) {
-      for (int64_t lane = lanes.first; lane < lanes.first + direct; ++lane) {
-        const auto rows = Base::chunk_rows(lane, chunk, plan_.input_chunks);
-        const int64_t direction = lane % directions_, layer = Base::layer_of(lane);
-        const Tensor source = layer == 0 ? Base::input_ : above_.select(0, (layer - 1) % 2);
-        Base::multiply(single(first_input_.select(0, direction).narrow(0, 0, rows.count)),
-                       single(source.narrow(0, rows.first, rows.count)), single(Base::weight(lane, Weight::ih).t()));
-        first_input_row_[direction] = rows.first;
+  // Two directions: what a layer hands up, all rows: (rows, 2·(P or H)). One layer's is read while the next one's is written.
+  Tensor handed_up(int64_t layer) const {
+    return Base::beginning(above_.select(0, layer % 2),
+                           {rows_, 2 * shape_.layers[static_cast<size_t>(layer)].output()});
+  }
+
+  // Computes the input projections of some lanes of a run, which are all that it has in the stage.
+  void project(Run& run, const Lanes& some, int64_t stage) {
+    const int64_t chunk = plan_.chunk_of(stage, some.first);
+    if (directions_ == 2 || some.first == 0) {
+      // The whole input of these lanes exists already: one product computes several chunks.
+      if (chunk % plan_.input_chunks == 0) {
+        const int64_t layer = Base::layer_of(some.first);
+        const Tensor source = layer == 0 ? Base::input_ : handed_up(layer - 1);
+        for (int64_t lane = some.first; lane < some.first + directions_; ++lane) {
+          const auto rows = Base::chunk_rows(lane, chunk, plan_.input_chunks);
+          project_first(run, lane, source.narrow(0, rows.first, rows.count), rows.first);
+        }
       }
+    } else if (some.first == run.first) {
+      const auto rows = Base::chunk_rows(some.first, chunk);
+      project_first(run, some.first, run.below->above.select(0, run.below->below_top - 1).narrow(0, 0, rows.count),
+                    rows.first);
     }
-    const int64_t first = std::max<int64_t>(lanes.first, 1), last = lanes.first + lanes.count;
+    const int64_t first = std::max(some.first, run.first + 1), last = some.first + some.count;
     if (directions_ == 2 || first >= last) return;
     int64_t rows = 0;
     for (int64_t lane = first; lane < last; ++lane) {
       rows = std::max(rows, Base::chunk_rows(lane, plan_.chunk_of(stage, lane)).count);
     }
-    input_product_.run(*this, first - 1, last - first, rows);
+    run.input_product.run(*this, first - 1 - run.first, last - first, rows);
   }
 
-  void step(int64_t stage, int64_t s) {
-    const Diagonals::Lanes lanes = plan_.lanes(stage, s);
+  // The product of one lane, whose rows `source` begin with row `first_row` of the call.
+  void project_first(Run& run, int64_t lane, const Tensor& source, int64_t first_row) {
+    const int64_t direction = lane % directions_;
+    Base::multiply(single(run.first_input.select(0, direction).narrow(0, 0, source.size(0))), single(source),
+                   single(Base::weight(lane, Weight::ih).t()));
+    run.first_input_row[direction] = first_row;
+  }
+
+  // Takes step s of a stage, for some lanes of a run.
+  void step(Run& run, const Lanes& some, int64_t stage, int64_t s) {
+    const int64_t hidden = run.hidden, output_stride = run.output_stride();
     int64_t most = 0;
     cells_.clear();
     copies_.clear();
-    for (int64_t lane = lanes.first; lane < lanes.first + lanes.count; ++lane) {
+    for (int64_t lane = some.first; lane < some.first + some.count; ++lane) {
       const int64_t t = Base::time(lane, stage, s), row = shape_.first_row(t), rows = shape_.active(t);
-      const int64_t layer = Base::layer_of(lane), direction = lane % directions_;
+      const int64_t n = lane - run.first, direction = lane % directions_;
       const int64_t chunk_row = Base::chunk_rows(lane, plan_.chunk_of(stage, lane)).first;
       most = std::max(most, rows);
 
       gates::ForwardCell<T> cell{};
-      cell.input_part = directions_ == 2 || layer == 0
-                            ? data<A>(first_input_) +
-                                  (direction * first_input_.size(1) + row - first_input_row_[direction]) * 4 * hidden_
-                            : upper_input_ + ((layer - 1) * chunk_rows_ + row - chunk_row) * 4 * hidden_;
-      cell.recurrent_part = recurrent_ + lane * batch_ * 4 * hidden_;
-      cell.bias = bias_.defined() ? data<A>(bias_) + lane * 4 * hidden_ : nullptr;
-      cell.c = data<A>(c_) + lane * batch_ * hidden_;
-      if (A* const c = parts_.c(lane)) cell.saved_c = c + row * padded_;
-      if (A* const saved = parts_.gates(lane)) cell.saved_gates = saved + 4 * row * padded_;
+      cell.input_part =
+          directions_ == 2 || n == 0
+              ? data<A>(run.first_input) +
+                    (direction * run.first_input.size(1) + row - run.first_input_row[direction]) * 4 * hidden
+              : run.upper_input + ((n - 1) * chunk_rows_ + row - chunk_row) * 4 * hidden;
+      cell.recurrent_part = run.recurrent + n * batch_ * 4 * hidden;
+      cell.bias = run.bias.defined() ? data<A>(run.bias) + n * 4 * hidden : nullptr;
+      cell.c = data<A>(run.c) + n * batch_ * hidden;
+      if (A* const c = parts_.c(lane)) cell.saved_c = c + row * run.padded;
+      if (A* const saved = parts_.gates(lane)) cell.saved_gates = saved + 4 * row * run.padded;
       cell.rows = rows;
-      cell.element = Base::element(lane, t);
+      cell.element = Base::element(run, lane, t);
 
-      T* const h = data<T>(h_) + lane * batch_ * output_;
-      T* const output = output_row(lane, row);
-      T* const above = above_row(lane, row, chunk_row);
-      if (projection_ > 0) {
-        cell.h = data<T>(cell_h_) + lane * batch_ * hidden_;
-        const T* const source = data<T>(projected_) + lane * batch_ * output_;
-        const int64_t stride = directions_ * output_;
-        copies_.push_back({source, output_, nullptr, h, output_, rows, rows, false, cell.element});
-        if (output) copies_.push_back({source, output_, nullptr, output, stride, rows, rows, false, cell.element});
-        if (above) {
-          copies_.push_back(
-              {source, output_, nullptr, above, stride, rows, rows, cell.element.mask.seed != nullptr, cell.element});
-        }
+      T* const h = data<T>(run.h) + n * batch_ * run.output;
+      T* const output = output_row(run, lane, row);
+      T* const above = above_row(run, lane, row, chunk_row);
+      if (run.projection > 0) {
+        cell.h = data<T>(run.cell_h) + n * batch_ * hidden;
+        const T* const source = data<T>(run.projected) + n * batch_ * run.output;
+        const auto copy = [&](T* target, int64_t stride, bool masked) {
+          copies_.push_back({source, run.output, nullptr, target, stride, rows, rows, masked, cell.element});
+        };
+        copy(h, run.output, false);
+        if (output) copy(output, output_stride, false);
+        if (above) copy(above, output_stride, cell.element.mask.seed != nullptr);
       } else {
         cell.h = h;
         cell.output = output;
@@ -143,42 +206,38 @@ class Forward : DiagonalDriver<T> {
       }
       cells_.push_back(cell);
     }
-    recurrent_product_.run(*this, lanes.first, lanes.count, most);
-    Base::launch(kernels_.forward, hidden_, cells_);
-    if (projection_ > 0) {
-      projection_product_.run(*this, lanes.first, lanes.count, most, true);
-      Base::launch(kernels_.copy, output_, copies_);
+    const int64_t first = some.first - run.first;
+    run.recurrent_product.run(*this, first, some.count, most);
+    Base::launch(kernels_.forward, run, hidden, cells_);
+    if (run.projection > 0) {
+      run.projection_product.run(*this, first, some.count, most, true);
+      Base::launch(kernels_.copy, run, run.output, copies_);
     }
   }
 
   // Where h of a row is stored for the caller or for backward; null if neither needs it.
-  T* output_row(int64_t lane, int64_t row) const {
-    const int64_t layer = Base::layer_of(lane), stride = directions_ * output_;
-    if (layer + 1 == depth_) return data<T>(output_all_) + row * stride + Base::column_of(lane);
+  T* output_row(const Run& run, int64_t lane, int64_t row) const {
+    const int64_t layer = Base::layer_of(lane), at = row * run.output_stride() + run.column_of(lane);
+    if (layer + 1 == depth_) return data<T>(output_all_) + at;
     T* const h = parts_.h(layer);
-    return h ? h + row * stride + Base::column_of(lane) : nullptr;
+    return h ? h + at : nullptr;
   }
   // Where h of a row is stored for the layer above: with one direction a chunk, with two directions all steps.
-  T* above_row(int64_t lane, int64_t row, int64_t chunk_row) const {
+  T* above_row(const Run& run, int64_t lane, int64_t row, int64_t chunk_row) const {
     const int64_t layer = Base::layer_of(lane);
     if (layer + 1 == depth_) return nullptr;
-    if (directions_ == 1) return data<T>(above_) + (layer * chunk_rows_ + row - chunk_row) * output_;
-    return data<T>(above_) + (layer % 2 * rows_ + row) * 2 * output_ + Base::column_of(lane);
+    if (directions_ == 1) {
+      return data<T>(run.above) + ((lane - run.first) * chunk_rows_ + row - chunk_row) * run.output;
+    }
+    return data<T>(above_) + layer % 2 * above_.size(1) + row * run.output_stride() + run.column_of(lane);
   }
 
   Tensor output_all_, reserve_;
   GpuReserve<T> parts_;
-  Tensor h_;                  // (lanes, B, P or H): of the last step taken
-  Tensor c_;                  // (lanes, B, H)
-  Tensor bias_;               // (lanes, 4H)
-  Tensor cell_h_;             // (lanes, B, H), with a projection: h before the projection
-  Tensor projected_;          // (lanes, B, P): h after the projection
-  Tensor first_input_;        // (D, rows, 4H): W_ih·x of the lanes whose whole input exists already
-  Tensor above_;              // (L-1, rows of a chunk, H): what the layer above reads; two directions: (2, rows, 2·H)
-  A* recurrent_ = nullptr;    // (lanes, B, 4H)
-  A* upper_input_ = nullptr;  // (L-1, rows of a chunk, 4H): W_ih·h of the layer below
-  int64_t first_input_row_[2] = {0, 0};
-  LaneProduct recurrent_product_, projection_product_, input_product_;
+  Tensor h_;  // of all lanes, as the states of the call; so is c_
+  Tensor c_;
+  Tensor above_;  // two directions: (2, elements that the widest layer below the top hands up)
+  std::vector<Run> runs_;
   std::vector<gates::ForwardCell<T>> cells_;
   std::vector<gates::CopyCell<T>> copies_;
 };

@@ -27,34 +27,52 @@ DiagonalCost predict_diagonals(const StackShape& shape, const Device& device, co
     units.push_back(units.back() + number(m.layer(k).hidden * directions));
   }
   const double bytes = number(ask.bytes), batch = number(shape.rows()) / number(shape.steps);  // rows of a step
-  const double kernels = m.layer(0).projection > 0 ? 2 : 1;                                    // of each kind
   // Recurrent weights are read every diagonal: from L2 if all of them stay there.
   const double l2 = costs.l2_rate * number(device.sms), all = recurrent.back() * bytes;
   const double in_cell = backward ? 24 + 8 * bytes : 36 + bytes + (ask.saving == Saving::none ? 0 : 20);
 
+  // What the layers of some lanes have of one of the sums above.
+  const auto of = [&](const std::vector<double>& below, const Diagonals::Lanes& some) {
+    const int64_t last = (some.first + some.count - 1) / directions;
+    return below[static_cast<size_t>(last + 1)] - below[static_cast<size_t>(some.first / directions)];
+  };
+
+  const std::vector<LayerRun> runs = runs_of(shape);
   for (int64_t stage = 0; stage < schedule.stages(); ++stage) {
     const Diagonals::Lanes lanes = schedule.lanes(stage);
-    const auto first = static_cast<size_t>(lanes.first / directions);
-    const auto last = static_cast<size_t>((lanes.first + lanes.count - 1) / directions + 1);
     const int64_t length = schedule.length_of_stage(stage);
-    const double weights = recurrent[last] - recurrent[first], steps = number(length);
-    const double reading =
-        all <= 0.7 * number(device.l2_bytes) ? m.cycles_us(weights * bytes / l2) : m.memory_us(weights * bytes);
-    // A product's tiles have at least 64 columns.
-    const double multiplying = m.large_us(weights * std::max(batch, 64.0), 0, 0);
-    const double product = std::max(costs.kernel_us, costs.kernel_us / 2 + std::max(reading, multiplying));
-    const double gates = std::max(costs.kernel_us, m.memory_us((units[last] - units[first]) * batch * in_cell));
-    const double host = kernels * (costs.host_product_us + costs.host_launch_us),
-                 on_device = kernels * (product + gates);
-    cost.host_us += steps * host, cost.device_us += steps * on_device;
-    cost.total_us += steps * std::max(host, on_device);
+    const double rows = batch * number(length);
+    double host = 0, on_device = 0, large = 0;
+    for (const LayerRun& run : runs) {
+      const Diagonals::Lanes some = schedule.in_run(lanes, run);
+      if (some.count == 0) continue;
+      const double weights = of(recurrent, some), steps = number(schedule.length_of(stage, some));
+      const double kernels = m.layer(run.first_layer).projection > 0 ? 2 : 1;  // of each kind
+      const double reading =
+          all <= 0.7 * number(device.l2_bytes) ? m.cycles_us(weights * bytes / l2) : m.memory_us(weights * bytes);
+      // A product's tiles have at least 64 columns.
+      const double multiplying = m.large_us(weights * std::max(batch, 64.0), 0, 0);
+      const double product = std::max(costs.kernel_us, costs.kernel_us / 2 + std::max(reading, multiplying));
+      const double gates = std::max(costs.kernel_us, m.memory_us(of(units, some) * batch * in_cell));
+      host += steps * (kernels * (costs.host_product_us + costs.host_launch_us));
+      on_device += steps * (kernels * (product + gates));
+
+      // One product for all layers of the run. If the run is not the lowest one, its first layer has a product of its
+      // own. The product of layer 0 is counted behind the loop.
+      const bool own = directions == 1 && run.first_layer > 0 && some.first == run.first_layer;
+      const double own_work = own ? m.input_work(run.first_layer) : 0;
+      const auto product_us = [&](double work) {
+        return std::max(costs.host_product_us, m.large_us(work * rows, 1, 0));
+      };
+      if (own) large += product_us(own_work);
+      if (!own || some.count > 1) large += product_us(of(inputs, some) - own_work);
+    }
+    cost.host_us += host, cost.device_us += on_device;
+    cost.total_us += std::max(host, on_device);
     cost.diagonals += length;
 
-    // One product for all layers of the stage. Backward, computing the gates again takes two products for each lane.
-    const double from_below = inputs[last] - inputs[first], rows = batch * steps;
-    double large = std::max(costs.host_product_us, m.large_us(from_below * rows, 1, 0));
-    if (backward && ask.saving == Saving::recompute) {
-      const double products = 2 * number(lanes.count), work = weights + from_below;
+    if (backward && ask.saving == Saving::recompute) {  // computing the gates again takes two products for each lane
+      const double products = 2 * number(lanes.count), work = of(recurrent, lanes) + of(inputs, lanes);
       large += std::max(products * costs.host_product_us, m.large_us(work * rows, products, 0));
     }
     cost.large_us += large;

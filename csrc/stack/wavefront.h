@@ -238,7 +238,7 @@ inline void predict(Schedule& schedule, const StackShape& shape, double rows, co
     } else {
       const int64_t bands = (phase.last_layer - phase.first_layer + phase.layer_groups - 1) / phase.layer_groups;
       // Layers of one width differ only in the input of the lowest, and not by much.
-      total += steps * (alike ? sum / layers * static_cast<double>(bands) : busiest);
+      total += alike ? steps * sum / layers * static_cast<double>(bands) : steps * busiest;
       fill += static_cast<double>((phase.layer_groups - 1) * schedule.chunk_steps) * most;
     }
   }
@@ -298,10 +298,28 @@ inline Schedule plan_cpu(const StackShape& shape, int64_t threads, const CpuMach
 
 // ---- The diagonal schedule, for devices that run one kernel over everything at a time ------------------------------
 
+// Neighbouring layers that are equally wide, as many as there are: first_layer … last_layer - 1. A stack whose layers all
+// have one width is one run.
+struct LayerRun {
+  int64_t first_layer, last_layer;
+
+  int64_t layers() const { return last_layer - first_layer; }
+};
+
+inline std::vector<LayerRun> runs_of(const StackShape& shape) {
+  std::vector<LayerRun> runs;
+  for (int64_t k = 0; k < shape.depth(); ++k) {
+    if (k == 0 || !shape.alike(k - 1, k)) runs.push_back({k, k});
+    runs.back().last_layer = k + 1;
+  }
+  return runs;
+}
+
 // Stage m holds the chunks (layer k, chunk m - k): all layers at once, each layer a chunk behind the layer below. The
-// input projections of a stage are one product, because the stage before has computed all that they need. Step s of a
-// stage, for all its layers side by side, is a diagonal: one recurrent product and one kernel for the gates. The layers
-// of a bidirectional stack have to wait for each other, so there a stage holds a chunk of both directions of one layer.
+// input projections of a run in a stage are one product, because the stage before has computed all that they need. (The
+// run's first layer reads another width, so it has a product of its own.) Step s of a stage, for all its layers side by
+// side, is a diagonal: for each run with a layer in it, one recurrent product and one kernel for the gates. The layers of
+// a bidirectional stack have to wait for each other, so there a stage holds a chunk of both directions of one layer.
 //
 // Backward takes the same stages, and the steps in each, from the last to the first.
 struct Diagonals {
@@ -337,11 +355,18 @@ struct Diagonals {
     }
     return some;
   }
-  // How many diagonals a stage has.
-  int64_t length_of_stage(int64_t stage) const {
-    const Lanes some = lanes(stage);
+  // Those of some lanes that are in a run. `count` is 0 if none is.
+  Lanes in_run(const Lanes& some, const LayerRun& run) const {
+    const int64_t first = std::max(some.first, run.first_layer * directions);
+    const int64_t last = std::min(some.first + some.count, run.last_layer * directions);
+    return {first, std::max<int64_t>(last - first, 0)};
+  }
+  // In how many diagonals of a stage one of these lanes of the stage is, of which there is at least one.
+  int64_t length_of(int64_t stage, const Lanes& some) const {
     return length(chunk_of(stage, some.first + (directions == 2 ? 0 : some.count - 1)));
   }
+  // How many diagonals a stage has.
+  int64_t length_of_stage(int64_t stage) const { return length_of(stage, lanes(stage)); }
   int64_t diagonals() const {
     int64_t sum = 0;
     for (int64_t stage = 0; stage < stages(); ++stage) sum += length_of_stage(stage);
@@ -349,26 +374,35 @@ struct Diagonals {
   }
 };
 
-// Chunks of C steps cost the fill, (L-1)·C diagonals of two launches each, and save products: there is one a stage, T/C
-// of them. A stage's product is assumed to cost half of a diagonal's two launches and their work (an estimate: to be
-// fitted on a GPU).
+// A diagonal takes two launches for each run that has a layer in it. So a run of n layers takes 2·(T + (n-1)·C) launches
+// with chunks of C steps. That is a fill of 2·(L - runs)·C launches for the stack. Longer chunks save input products: a run
+// has two a stage, that of its first layer and that of its other layers, and there are T/C stages; layer 0 has next to none.
+// A stage's product is assumed to cost half of a diagonal's two launches and their work (an estimate: to be fitted on a
+// GPU).
 inline Diagonals plan_diagonals(const StackShape& shape, int64_t element_bytes) {
   Diagonals plan{shape.steps, shape.depth(), shape.directions, 1, 1};
   const int64_t batch = std::max<int64_t>(shape.batch, 1);
-  int64_t widest = 1;
-  for (const LayerShape& layer : shape.layers) widest = std::max(widest, layer.hidden);
+  int64_t widest = 1, units = 0;
+  for (const LayerShape& layer : shape.layers) widest = std::max(widest, layer.hidden), units += layer.hidden;
   // Enough rows for a large product, but no more than 64 MiB of its results.
-  const int64_t most_rows = (int64_t{64} << 20) / (4 * widest * element_bytes * shape.directions);
+  const int64_t bytes = int64_t{64} << 20;
+  const int64_t most_rows = bytes / (4 * widest * element_bytes * shape.directions);
   const int64_t rows = std::max(std::min<int64_t>(2048, most_rows), batch);
   const int64_t input_steps = std::min(std::max<int64_t>(rows / batch, 1), std::max<int64_t>(shape.steps, 1));
   if (shape.directions == 2 || shape.depth() == 1) {
     plan.chunk_steps = input_steps;  // there is no fill
     return plan;
   }
-  const int64_t fill = shape.depth() - 1;
+  const std::vector<LayerRun> runs = runs_of(shape);
+  const int64_t fill = shape.depth() - static_cast<int64_t>(runs.size());
+  int64_t products = static_cast<int64_t>(runs.size()) - 1;  // of a stage
+  for (const LayerRun& run : runs) products += run.layers() > 1 ? 1 : 0;
+  // √(products·T / 2·fill). Without a fill only the results of a stage's products, of all layers, set a limit.
+  int64_t most = input_steps;
+  if (runs.size() > 1) most = std::min(most, std::max<int64_t>(bytes / (4 * units * element_bytes * batch), 1));
   int64_t chunk = 1;
-  while ((chunk + 1) * (chunk + 1) * 2 * fill <= shape.steps) ++chunk;  // √(T / 2(L-1))
-  plan.chunk_steps = std::min(chunk, input_steps);
+  while (chunk < most && (chunk + 1) * (chunk + 1) * 2 * fill <= products * shape.steps) ++chunk;
+  plan.chunk_steps = chunk;
   plan.input_chunks = std::max<int64_t>(input_steps / plan.chunk_steps, 1);
   return plan;
 }

@@ -572,8 +572,8 @@ class Maker {
     return plane;
   }
   gates::Element element() const {
-    gates::Element element = {setup.element_row + cell * 100,
-                              cell % setup.directions * setup.width + setup.column_shift, 2 + cell, {}};
+    gates::Element element = {
+        setup.element_row + cell * 100, cell % setup.directions * setup.width + setup.column_shift, 2 + cell, {}};
     if (setup.has(kMask)) {
       const double rate = setup.rate_of(cell);
       element.mask.threshold = static_cast<uint64_t>(rate * 4294967296.0);
@@ -603,7 +603,8 @@ template <typename A>
 Bounded<A> masked(const Setup& setup, const gates::Element& element, int64_t row, int64_t unit, Bounded<A> x) {
   const int64_t output_width = setup.directions * setup.width + setup.pad;
   const double rate = setup.rate_of(element.layer - 2);
-  const bool keeps = kept(setup.seed, element.layer, element.first_row + row, element.column + unit, output_width, rate);
+  const bool keeps =
+      kept(setup.seed, element.layer, element.first_row + row, element.column + unit, output_width, rate);
   const Real scale = rate < 1 ? 1 / (1 - static_cast<Real>(rate)) : 0;
   return x * (keeps ? Bounded<A>::rounded(scale, 0) : Bounded<A>{0, 0});
 }
