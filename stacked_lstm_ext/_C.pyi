@@ -11,12 +11,12 @@ class StackOptions:
     """What a stack is (``csrc/stack/options.h``); ``stacked_lstm_ext.options.StackOptions`` has the fields' meaning."""
 
     input_size: int
-    hidden_size: int
+    hidden_size: int | tuple[int, ...]
     num_layers: int
     bias: bool
     bidirectional: bool
-    proj_size: int
-    dropout: float
+    proj_size: int | tuple[int, ...]
+    dropout: float | tuple[float, ...]
     recompute: bool
     bf16_weights: bool
     def __init__(self, **options: Any) -> None: ...
@@ -93,12 +93,14 @@ def persistent_plan(
     timeline: bool = False,
     costs: dict[str, float] = {},
     capacity: Callable[[bool, dict[str, Any], int, int, bool], int] | None = None,
+    states: bool = False,
 ) -> dict[str, Any]:
     """The plan of the persistent kernels for a stack, forward or backward (``csrc/persistent/plan.h``), and its predicted time.
 
     ``device`` is a name of ``persistent_devices()``, such a dictionary, or ``{"like": name, ...}``. ``product``: "tensor"
-    or "exact"; ``saving``: "none", "full" or "recompute". ``capacity(backward, cut, most_inputs, hidden, over)`` stands for
-    a driver that says how many blocks the device holds. ``why_not`` is one sentence if the kernels cannot run the stack.
+    or "exact"; ``saving``: "none", "full" or "recompute"; ``states``: h and c of every layer are results.
+    ``capacity(backward, cut, most_inputs, hidden, over)`` stands for a driver that says how many blocks the device holds.
+    ``why_not`` is one sentence if the kernels cannot run the stack.
     ``timeline`` asks for the entries ``(pass, batch_group, layer, direction, chunk, first_block, blocks, needs_layer,
     needs_chunks, start_us, end_us)``. ``ValueError`` for a device, product, saving or cost that is not known and for sizes
     below 1."""
@@ -117,6 +119,7 @@ def persistent_choice(
     timeline: bool = False,
     costs: dict[str, float] = {},
     capacity: Callable[[bool, dict[str, Any], int, int, bool], int] | None = None,
+    states: bool = False,
 ) -> dict[str, Any]:
     """Both plans, the predicted time of the diagonal schedule, whether the persistent kernels are chosen (``persistent``),
     and the ``reason``. ``saving`` "none": no backward."""
@@ -131,6 +134,10 @@ def _use_gate_kernels(table: int) -> None:
 def _use_persistent_kernels(table: int, watchdog: bool = False) -> None:
     """Let the persistent kernels of the ``persistent::PersistentTable`` at this address run on CPU tensors; 0: none run. With
     ``watchdog``, these kernels report a wait that took too long."""
+
+def obstacle(path: str, options: StackOptions, dtype: str) -> str:
+    """Why ``"cpu"``, ``"diagonal"`` or ``"persistent"`` cannot run a stack with these options, in words; empty if it can. See
+    ``plan.obstacle``."""
 
 def gpu_plan(
     options: StackOptions,
@@ -163,7 +170,7 @@ def packed_counts() -> dict[str, int]:
     (calls that used kept weights since the start)."""
 
 def fingerprint(memory: list[tuple[int, int]], part: int, parts: int) -> tuple[int, int]:
-    """The lower and the upper 64 bits of the fingerprint (``csrc/cpu/fingerprint.h``) of pieces of memory, each
+    """The lower and the upper 64 bits of the fingerprint (``csrc/cpu/fingerprint.h``) of ranges of memory, each
     ``(address, bytes)``, or of part ``part`` of ``parts`` of it."""
 
 def call(
@@ -174,7 +181,7 @@ def call(
     weights: list[Tensor],
     seed: Tensor | None,
     options: StackOptions,
-    dropout: float,
+    dropout: float | tuple[float, ...],
     backend: str,
     frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:

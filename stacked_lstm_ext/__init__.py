@@ -15,11 +15,13 @@ from .flops import register_flop_formulas
 from .module import StackedLSTM
 from .ops import _C
 from .plan import Plan, backend, last_run
+from .states import StackStates
 
 __all__ = [
     "LSTMReport",
     "Plan",
     "ReportedLSTM",
+    "StackStates",
     "StackedLSTM",
     "__version__",
     "backend",

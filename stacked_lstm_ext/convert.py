@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 import torch
 from torch import nn
 
-from .module import StackedLSTM, TorchStackedLSTM, stacked_class, torch_class
+from .module import StackedLSTM, TorchStackedLSTM, in_one_size, obstacle_to_one_size, stacked_class, torch_class
 from .transplant import obstacle_to_replacing, transplant
 
 __all__ = ["LSTMReport", "ReportedLSTM", "convert_lstm", "lstm_report", "revert_lstm"]
@@ -149,14 +149,15 @@ def revert_lstm(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: for a subclass of ``StackedLSTM`` that overrides ``forward``, or that defines anything else beside a
-            constructor; its path inside the model is named, and nothing has been changed.
+            constructor, and for layers with sizes or rates that differ; the path inside the model is named, and nothing has
+            been changed.
     """
     found = {module: paths for module, paths in _modules(model).items() if isinstance(module, StackedLSTM)}
     for module, paths in found.items():
-        obstacle = obstacle_to_replacing(module, StackedLSTM)
+        obstacle = obstacle_to_replacing(module, StackedLSTM) or obstacle_to_one_size(module)
         if obstacle:
             raise TypeError(f"cannot replace the LSTM at '{paths[0] or '(the model itself)'}': {obstacle}")
-    made = {id(stacked): transplant(stacked, torch_class(stacked), options={}, take_hooks=True) for stacked in found}
+    made = {id(stacked): transplant(stacked, torch_class(stacked), options=in_one_size(stacked), take_hooks=True) for stacked in found}
     return _swap(model, made)
 
 
@@ -181,7 +182,8 @@ def _examine(model: nn.Module, skip: Skip) -> list[tuple[nn.Module, ReportedLSTM
         kind = type(module)
         cls = f"{getattr(module, 'original_name', '')} ({kind.__name__})" if scripted else f"{kind.__module__}.{kind.__qualname__}"
         if isinstance(module, StackedLSTM):
-            verdict = "converted", "it is a StackedLSTM"
+            obstacle = obstacle_to_one_size(module)
+            verdict = "converted", "it is a StackedLSTM" + (f", which cannot be reverted: {obstacle}" if obstacle else "")
         elif any(skipped(path, module) for path in paths):
             verdict = "skipped", "skip says so"
         elif scripted:

@@ -7,33 +7,27 @@ on the meta device). Gates, biases and what ``saving="recompute"`` computes agai
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import torch
+
+from .layout import state_layouts, weights_of_stack
 
 __all__ = ["register_flop_formulas"]
 
 Shape = Sequence[int]
 
 
-def _rows(input: Shape, h_0: Shape) -> tuple[int, int]:
-    """The number of rows of all steps, and the number of rows that begin from ``h_0`` (the batch)."""
-    return prod(input[:-1]), h_0[1]
-
-
 def _forward_flops(
     input: Shape, batch_sizes: Shape | None, h_0: Shape, c_0: Shape, weights: Sequence[Shape], *rest: Any, **kwargs: Any
 ) -> int:
-    rows, _ = _rows(input, h_0)
+    rows = prod(input[:-1])
     return sum(2 * rows * prod(weight) for weight in weights if len(weight) == 2)
 
 
 def _backward_flops(
-    grad_output: Shape | None,
-    grad_h_n: Shape | None,
-    grad_c_n: Shape | None,
     input: Shape,
     batch_sizes: Shape | None,
     h_0: Shape,
@@ -50,27 +44,36 @@ def _backward_flops(
     saving: str,
     input_grad: bool,
     weight_grad: bool,
+    backend: str,
+    bf16_weights: bool = False,
+    proj_sizes: Sequence[int] | None = None,
     *rest: Any,
     **kwargs: Any,
 ) -> int:
-    rows, batch = _rows(input, h_0)
+    """From the argument ``input`` on, which comes after the incoming gradients."""
     directions = 2 if bidirectional else 1
-    a_lane = len(weights) // (num_layers * directions)
+    by_layer = tuple(proj_sizes or ()) or (proj_size,) * num_layers
+    h_layout, _ = state_layouts(weights, bias, directions, by_layer)
+    rows, batch = prod(input[:-1]), h_layout.batch_of(h_0)
     total = 0
-    for index, weight in enumerate(weights):
+    for weight, (layer, _, kind) in zip(weights, weights_of_stack(bias, directions, by_layer), strict=True):
         if len(weight) != 2:
             continue
         product = 2 * prod(weight)  # of one row
-        lane, place = divmod(index, a_lane)
         if weight_grad:
             total += rows * product
-        if place == 0:
-            total += rows * product if input_grad or lane >= directions else 0
-        elif place == 1:
+        if kind == "weight_ih":
+            total += rows * product if input_grad or layer > 0 else 0
+        elif kind == "weight_hh":
             total += (rows - batch) * product  # without the gradient of h_0, which torch seldom computes
         else:
             total += rows * product
     return total
+
+
+def _after(flowing: int) -> Callable[..., int]:
+    """The formula of a backward operator whose first arguments are ``flowing`` incoming gradients."""
+    return lambda *arguments, **kwargs: _backward_flops(*arguments[flowing:], **kwargs)
 
 
 def register_flop_formulas() -> None:
@@ -83,6 +86,12 @@ def register_flop_formulas() -> None:
     finally:
         log.disabled = was_disabled
     operators = torch.ops.stacked_lstm_ext
-    for operator, formula in ((operators.forward, _forward_flops), (operators.backward, _backward_flops)):
+    formulas = {
+        operators.forward: _forward_flops,
+        operators.forward_states: _forward_flops,
+        operators.backward: _after(3),
+        operators.backward_states: _after(5),
+    }
+    for operator, formula in formulas.items():
         if operator not in flop_registry:  # registering twice raises
             register_flop_formula(operator)(formula)

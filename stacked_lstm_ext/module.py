@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import torch
@@ -12,9 +15,11 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .options import StackOptions
+from .layout import StateLayout, for_each_layer, weight_kinds
+from .options import StackOptions, as_tuple, check_dropouts, check_widths, count_layers, used_entries
 from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan, runs_on_cpu, stores_bf16
 from .reference import round_to_bf16
+from .states import Given, StackStates, State, check_dimensions, checked_pair, joined, map_state, parts
 from .transplant import both, obstacle_to_replacing, only_adds_a_constructor, original_class, transplant
 from .unusual import CHECKS, WATCHED, WEIGHT_METHODS, check_options, is_unusual, overrides, weight_names
 
@@ -22,6 +27,32 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["StackedLSTM", "TorchStackedLSTM"]
+
+# The ways that a call may take. An ordinary call asks for its way once, and goes on if that is _PLAIN.
+_PLAIN = 0
+_TUPLES = 1  # states are tuples: they are joined before the shortest way, and split after it
+_METHODS = 2  # every check is called as a method and every option is read, as nn.LSTM does
+
+
+class _NotGiven(int):
+    """The default of ``num_layers``. It is 1, but it is not the 1 of a caller, with which the other sizes have to agree."""
+
+
+_ONE_LAYER = _NotGiven(1)
+
+
+class _ForEachLayer:
+    """``lstm.hidden_sizes`` from ``lstm.hidden_size``.
+
+    This is no property: a subclass, or a module that was converted, may have an attribute of this name, which then counts.
+    """
+
+    def __init__(self, option: str, doc: str) -> None:
+        self.option = option
+        self.__doc__ = doc
+
+    def __get__(self, module: StackedLSTM | None, owner: type | None = None) -> Any:
+        return self if module is None else for_each_layer(getattr(module, self.option), module.num_layers)
 
 
 class StackedLSTM(nn.RNNBase):
@@ -43,13 +74,15 @@ class StackedLSTM(nn.RNNBase):
 
     Args:
         input_size: features of the input.
-        hidden_size: features of h (unless projected) and of c.
-        num_layers: layers, each working on the output of the one below.
+        hidden_size: features of h (unless projected) and of c. A sequence has an entry for each layer.
+        num_layers: layers, each working on the output of the one below. A sequence for another argument says it, too; if both
+            are given, they have to agree.
         bias: whether there are ``bias_ih`` and ``bias_hh``.
         batch_first: whether batched input and output are ``(N, T, feature)`` rather than ``(T, N, feature)``.
-        dropout: probability of an element of a layer's output being zeroed, in training, for all layers but the last.
+        dropout: probability of an element of a layer's output being zeroed, in training, for all layers but the last. A
+            sequence has an entry for each boundary between two layers, one fewer than there are layers.
         bidirectional: whether every layer also runs backwards in time.
-        proj_size: if positive, h is projected to this many features.
+        proj_size: if positive, h is projected to this many features. A sequence has an entry for each layer, 0 for none.
         device: of the parameters.
         dtype: of the parameters. float32, float64, bfloat16 and float16 have kernels.
         recompute: keep h and little else for the backward pass, which then computes the gates again. This takes two
@@ -66,17 +99,24 @@ class StackedLSTM(nn.RNNBase):
           or a ``PackedSequence``. T is at least 1; N may be 0.
         * **hx**: ``(h_0, c_0)`` as a tuple or list, shaped ``(D·num_layers, N, proj_size or hidden_size)`` and
           ``(D·num_layers, N, hidden_size)``, without N when unbatched; zeros by default. D is 2 if bidirectional,
-          else 1.
+          else 1. If ``hidden_size`` or ``proj_size`` was given as a sequence, also one of equal entries, each of the two is
+          a tuple or list with a tensor for each layer: ``(D, N, out_k)`` for h, where out_k is the layer's projection size
+          or, without a projection, its hidden size, and ``(D, N, H_k)`` for c.
 
     Outputs:
-        ``(output, (h_n, c_n))``: output ``(T, N, D·(proj_size or hidden_size))`` in the form of the input; ``h_n`` and
-        ``c_n`` shaped as ``h_0`` and ``c_0``.
+        ``(output, (h_n, c_n))``: output ``(T, N, D·(proj_size or hidden_size))``, by the sizes of the last layer, in the form
+        of the input; ``h_n`` and ``c_n`` shaped as ``h_0`` and ``c_0`` (tuples where those are tuples or lists).
+
+    Attributes:
+        hidden_sizes: the hidden size of each layer, a tuple in any case.
+        proj_sizes: the projection size of each layer, 0 for none; likewise.
 
     Raises:
-        ValueError: for sizes out of range, an input that is neither 2-D nor 3-D, or one whose dtype is not the
-            weights'.
+        ValueError: for sizes out of range or sequences whose lengths do not agree, an input that is neither 2-D nor 3-D, or
+            one whose dtype is not the weights'.
         TypeError: for constructor arguments of the wrong type (``bidirectional`` is checked at a call, as in
-            ``nn.LSTM``), or an ``hx`` that is neither a tuple nor a list.
+            ``nn.LSTM``), an ``hx`` that is neither a tuple nor a list, or states that are tuples where tensors are expected
+            or the other way round.
         RuntimeError: for options that were changed to values that the weights were not made for, for sizes that do not
             fit, an empty sequence, tensors on several devices, and for a forced backend (:func:`.backend`) that cannot
             run the call (ValueError if that backend is ``"persistent"``).
@@ -85,16 +125,26 @@ class StackedLSTM(nn.RNNBase):
 
         >>> lstm = StackedLSTM(10, 20, num_layers=8)
         >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+
+        >>> lstm = StackedLSTM(10, (64, 32, 16), dropout=(0.2, 0.1))
+        >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+        >>> [tuple(h.shape) for h in h_n]
+        [(1, 3, 64), (1, 3, 32), (1, 3, 16)]
     """
+
+    hidden_size: int | tuple[int, ...]  # type: ignore[assignment]
+    proj_size: int | tuple[int, ...]  # type: ignore[assignment]
+    dropout: float | tuple[float, ...]  # type: ignore[assignment]
+    hidden_sizes = _ForEachLayer("hidden_size", "The hidden size of each layer.")
+    proj_sizes = _ForEachLayer("proj_size", "The projection size of each layer, 0 where there is none.")
 
     recompute: bool
     bf16_weights: bool
     _frozen = False
     _kept_options: StackOptions | None = None
-    # Whether a call must call every check as a method and read every option, as nn.LSTM does: the class overrides one
-    # of these methods, or the instance has an unusual attribute.
-    _unusual = False
-    _unusual_step = False  # _unusual, or forward is overridden: then step calls forward
+    # _METHODS if the class overrides one of the methods that nn.LSTM calls, or the instance has an unusual attribute
+    _call_way = _PLAIN
+    _step_way = _PLAIN  # _METHODS also if forward is overridden: then step calls forward
     _overrides_weights = False  # the class updates _flat_weights itself, and calls compute with that list
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -105,19 +155,35 @@ class StackedLSTM(nn.RNNBase):
     def _note_overrides(cls) -> None:
         """Note whether the class overrides anything that the fast paths of a call would ignore."""
         cls._overrides_weights = overrides(cls, StackedLSTM, WEIGHT_METHODS) or hasattr(cls, "_flat_weights")
-        cls._unusual = cls._overrides_weights or overrides(cls, StackedLSTM, CHECKS)
-        cls._unusual_step = cls._unusual or overrides(cls, StackedLSTM, ("forward",))
+        unusual = cls._overrides_weights or overrides(cls, StackedLSTM, CHECKS)
+        cls._call_way = _METHODS if unusual else _PLAIN
+        cls._step_way = _METHODS if unusual or overrides(cls, StackedLSTM, ("forward",)) else _PLAIN
+
+    @property
+    def _unusual(self) -> bool:
+        """Whether a call has to call every check as a method and to read every option."""
+        return self._call_way == _METHODS
+
+    @property
+    def _unusual_step(self) -> bool:
+        """Whether step has to call forward."""
+        return self._step_way == _METHODS
+
+    @property
+    def _by_layer(self) -> bool:
+        """Whether states are tuples with a tensor for each layer."""
+        return isinstance(self.hidden_size, tuple) or isinstance(self.proj_size, tuple)
 
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
+        hidden_size: int | Sequence[int],
+        num_layers: int = _ONE_LAYER,
         bias: bool = True,
         batch_first: bool = False,
-        dropout: float = 0.0,
+        dropout: float | Sequence[float] = 0.0,
         bidirectional: bool = False,
-        proj_size: int = 0,
+        proj_size: int | Sequence[int] = 0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -127,22 +193,75 @@ class StackedLSTM(nn.RNNBase):
         for name, option in (("recompute", recompute), ("bf16_weights", bf16_weights)):
             if not isinstance(option, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(option).__name__}")
-        nn.RNNBase.__init__(  # not super(): with as_lstm, that is nn.LSTM.__init__
-            self,
-            "LSTM",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device,
-            dtype,
-        )
+        hidden, proj, rates = as_tuple(hidden_size), as_tuple(proj_size), as_tuple(dropout)
+        by_layer = isinstance(hidden, tuple) or isinstance(proj, tuple)
+        given = None if isinstance(num_layers, _NotGiven) else num_layers
+        if by_layer or isinstance(rates, tuple):
+            num_layers = count_layers(given, hidden, proj, rates)
+            if isinstance(rates, tuple):
+                check_dropouts(rates)
+                rates = tuple(map(float, rates))
+        elif given is None:
+            num_layers = 1  # a plain int
+        rate = 0.0 if isinstance(rates, tuple) else rates
+        if by_layer:
+            self._init_by_layer(input_size, hidden, num_layers, bias, batch_first, rate, bidirectional, proj, device, dtype)
+        else:
+            nn.RNNBase.__init__(  # not super(): with as_lstm, that is nn.LSTM.__init__
+                self, "LSTM", input_size, hidden, num_layers, bias, batch_first, rate, bidirectional, proj, device, dtype
+            )
+        if isinstance(rates, tuple):
+            self.dropout = rates
         self.recompute = recompute
         self.bf16_weights = bf16_weights
+
+    def _init_by_layer(
+        self,
+        input_size: int,
+        hidden_size: int | tuple[int, ...],
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int | tuple[int, ...],
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """What the constructor of ``nn.RNNBase`` does, with sizes for each layer: the same checks, attributes and parameters."""
+        # torch's own checks of the other arguments, its warning of dropout in a single layer, and its attributes.
+        narrow = nn.RNNBase("LSTM", input_size, 1, num_layers, bias, batch_first, dropout, bidirectional, device="meta")
+        check_widths(hidden_size, proj_size, num_layers)
+        nn.Module.__init__(self)
+        for name in nn.RNNBase.__constants__:
+            setattr(self, name, getattr(narrow, name))
+        self.hidden_size, self.proj_size = _each(operator.index, hidden_size), _each(operator.index, proj_size)
+        self._flat_weight_refs = []
+        self._flat_weights_names, self._all_weights = [], []
+        below = input_size
+        for layer, (hidden, proj) in enumerate(zip(self.hidden_sizes, self.proj_sizes, strict=True)):
+            out = proj or hidden
+            shapes = {"weight_ih": (4 * hidden, below), "weight_hh": (4 * hidden, out), "weight_hr": (proj, hidden)}
+            for suffix in ("", "_reverse") if bidirectional else ("",):
+                kinds = weight_kinds(bias, proj > 0)
+                names = [f"{kind}_l{layer}{suffix}" for kind in kinds]
+                for name, kind in zip(names, kinds, strict=True):
+                    setattr(self, name, nn.Parameter(torch.empty(shapes.get(kind, (4 * hidden,)), device=device, dtype=dtype)))
+                self._flat_weights_names.extend(names)
+                self._all_weights.append(names)
+            below = (2 if bidirectional else 1) * out
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: those of layer k from U(-1/√H_k, 1/√H_k)."""
+        if not isinstance(self.hidden_size, tuple):
+            super().reset_parameters()
+            return
+        for name, parameter in self.named_parameters():
+            layer = re.search(r"_l(\d+)", name)  # a parametrization puts its own words before and behind it
+            bound = 1.0 / math.sqrt(self.hidden_size[int(layer[1]) if layer else 0])
+            nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
     def from_torch(cls, lstm: nn.LSTM, *, recompute: bool = False, bf16_weights: bool = False) -> StackedLSTM:
@@ -165,11 +284,18 @@ class StackedLSTM(nn.RNNBase):
         return transplant(lstm, target, options={"recompute": recompute, "bf16_weights": bf16_weights}, take_hooks=False)
 
     def to_torch(self) -> nn.LSTM:
-        """A new ``torch.nn.LSTM`` that shares the very same ``Parameter`` objects; the inverse of :meth:`from_torch`."""
-        return transplant(self, torch_class(self), options={}, take_hooks=False)
+        """A new ``torch.nn.LSTM`` that shares the very same ``Parameter`` objects; the inverse of :meth:`from_torch`.
+
+        Raises:
+            TypeError: if the layers have sizes or rates that differ, which an ``nn.LSTM`` cannot have.
+        """
+        obstacle = obstacle_to_one_size(self)
+        if obstacle:
+            raise TypeError(f"cannot make a torch.nn.LSTM of this {type(self).__name__}: {obstacle}")
+        return transplant(self, torch_class(self), options=in_one_size(self), take_hooks=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        super().__setattr__(name, as_tuple(value) if name in _MAY_BE_TUPLES else value)
         if name in WATCHED:
             self._look_again()
 
@@ -189,23 +315,24 @@ class StackedLSTM(nn.RNNBase):
             # distinguishes modules of that name from the user's, and can be set to put no guards on their attributes.
             own["__module__"] = "torch.nn"
         unusual = is_unusual(self)
-        for flag, here in (("_unusual", unusual), ("_unusual_step", unusual or "forward" in own)):
-            if here:
-                own[flag] = True
-            else:
-                own.pop(flag, None)  # then the flag of the class counts
+        by_layer = any(isinstance(own.get(name), tuple) for name in ("hidden_size", "proj_size"))
+        for flag, methods in (("_call_way", unusual), ("_step_way", unusual or "forward" in own)):
+            own.pop(flag, None)  # then the flag of the class counts
+            way = _METHODS if methods else _TUPLES if by_layer else _PLAIN
+            if way > getattr(self, flag):
+                own[flag] = way
         if not self._unusual and "recompute" in own and "bf16_weights" in own:  # the constructor sets them last
             self._stack_options()
 
     def _check_options(self) -> None:
         """Refuse options that no call can obey. If the instance is no longer unusual, take the fast paths again."""
-        if "_unusual" in self.__dict__ and not torch.compiler.is_compiling():
+        if "_call_way" in self.__dict__ and not torch.compiler.is_compiling():
             self._look_again()
         check_options(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for name in ("__module__", "_kept_options", "_unusual", "_unusual_step"):
+        for name in ("__module__", "_kept_options", "_call_way", "_step_way"):
             state.pop(name, None)
         return state
 
@@ -268,17 +395,17 @@ class StackedLSTM(nn.RNNBase):
         options = "".join(f", {name}=True" for name in ("recompute", "bf16_weights") if getattr(self, name))
         return super().extra_repr() + options
 
-    def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
-        """The shape that ``h_0`` must have: ``(D·num_layers, N, proj_size or hidden_size)``."""
-        return self._expected_size(input, batch_sizes, self.proj_size or self.hidden_size)
+    def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> Any:
+        """The shape that ``h_0`` must have: ``(D·num_layers, N, proj_size or hidden_size)``; of tuples: a list of shapes."""
+        return self._expected_size(input, batch_sizes, self._options_of_call().layouts[0])
 
-    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
-        """The shape that ``c_0`` must have: ``(D·num_layers, N, hidden_size)``."""
-        return self._expected_size(input, batch_sizes, self.hidden_size)
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> Any:
+        """The shape that ``c_0`` must have: ``(D·num_layers, N, hidden_size)``; of tuples: a list of shapes."""
+        return self._expected_size(input, batch_sizes, self._options_of_call().layouts[1])
 
-    def _expected_size(self, input: Tensor, batch_sizes: Tensor | None, width: int) -> tuple[int, int, int]:
+    def _expected_size(self, input: Tensor, batch_sizes: Tensor | None, layout: StateLayout) -> Any:
         batch = input.size(0 if self.batch_first else 1) if batch_sizes is None else _int_of(batch_sizes[0])
-        return self.num_layers * (2 if self.bidirectional else 1), batch, width
+        return layout.part_shapes(batch) if self._by_layer else layout.shape(batch)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # nn.RNNBase reads the cached list of weights, which is out of date while functional_call, a parametrization or
@@ -312,70 +439,140 @@ class StackedLSTM(nn.RNNBase):
         super().check_hidden_size(hx, expected_hidden_size, msg)
 
     def check_forward_args(  # type: ignore[override]
-        self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
+        self, input: Tensor, hidden: tuple[Any, Any], batch_sizes: Tensor | None
     ) -> None:
         self.check_input(input, batch_sizes)
-        self.check_hidden_size(hidden[0], self.get_expected_hidden_size(input, batch_sizes), "Expected hidden[0] size {}, got {}")
-        self.check_hidden_size(hidden[1], self.get_expected_cell_size(input, batch_sizes), "Expected hidden[1] size {}, got {}")
+        for index, expected in enumerate((self.get_expected_hidden_size, self.get_expected_cell_size)):
+            state = hidden[index]
+            if isinstance(state, Tensor):
+                self.check_hidden_size(state, expected(input, batch_sizes), f"Expected hidden[{index}] size {{}}, got {{}}")
+                continue
+            for layer, (part, shape) in enumerate(zip(state, expected(input, batch_sizes), strict=True)):
+                self.check_hidden_size(part, shape, f"Expected hidden[{index}][{layer}] size {{}}, got {{}}")
 
     def permute_hidden(  # type: ignore[override]
-        self, hx: tuple[Tensor, Tensor], permutation: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, hx: tuple[Any, Any], permutation: Tensor | None
+    ) -> tuple[Any, Any]:
         if permutation is None:
             return hx
-        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+        h, c = hx
+        return map_state(lambda part: part.index_select(1, permutation), h), map_state(lambda part: part.index_select(1, permutation), c)
 
     @overload
-    def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+    def forward(self, input: Tensor, hx: Sequence[Any] | None = None) -> tuple[Tensor, tuple[Any, Any]]: ...
 
     @overload
-    def forward(self, input: PackedSequence, hx: Sequence[Tensor] | None = None) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+    def forward(self, input: PackedSequence, hx: Sequence[Any] | None = None) -> tuple[PackedSequence, tuple[Any, Any]]: ...
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
-        unusual = self._unusual
-        if unusual:
-            self._check_options()
-        elif not torch.compiler.is_compiling():
+        self, input: Tensor | PackedSequence, hx: Sequence[Any] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Any, Any]]:
+        if not self._call_way and not isinstance(input, PackedSequence) and not torch.compiler.is_compiling():
             result = self._fast_call(input, hx)
             if result is not None:
                 return result
+        return self._full_call(input, hx)
+
+    def _full_call(self, input: Tensor | PackedSequence, hx: Sequence[Any] | None) -> tuple[Any, tuple[State, State]]:
+        if self._call_way == _TUPLES and not isinstance(input, PackedSequence) and not torch.compiler.is_compiling():
+            result = self._fast_call_of_tuples(input, hx)
+            if result is not None:
+                return result
+        given = self._given(input, hx)
+        output, h_n, c_n = self._run(given)
+        return self._in_form(output, given), self._states_in_form(h_n, c_n, given)
+
+    def states(self, input: Tensor | PackedSequence, hx: Sequence[Any] | None = None) -> StackStates:
+        """A call of the module that also returns h and c of every layer at every step.
+
+        All results are differentiable, as often as those of a call. There is no second pass: c is the kernel's own, and under
+        the same ``torch.manual_seed`` ``states(input).output`` has the bits of ``self(input)[0]``, with dropout, too. The
+        method works where a call works: in ``torch.compile`` and ``torch.export``, under autocast and ``torch.func``. If no
+        gradient is recorded, nothing is kept beside the results. Forward hooks do not run, since they belong to calls of the
+        module, and neither does a ``forward`` that a subclass overrides.
+
+        Args:
+            input: as for a call.
+            hx: as for a call.
+
+        Returns:
+            :class:`StackStates`: ``(output, hidden, cell, h_n, c_n)``. ``hidden`` and ``cell`` are tuples with one sequence for
+            each layer, h before dropout and c, in the form of the input: ``(T, N, D·out_k)`` and ``(T, N, D·H_k)``;
+            ``(N, T, ...)`` if ``batch_first``, without N when unbatched, a ``PackedSequence`` for a ``PackedSequence``. They
+            have the dtype of the output.
+
+        Raises:
+            as a call.
+        """
+        given = self._given(input, hx)
+        output, h_n, c_n, hidden, cell = self._run(given, states=True)
+        hidden, cell = (tuple(self._in_form(sequence, given) for sequence in layers) for layers in (hidden, cell))
+        return StackStates(self._in_form(output, given), hidden, cell, *self._states_in_form(h_n, c_n, given))
+
+    def _given(self, input: Tensor | PackedSequence, hx: Sequence[Any] | None) -> Given:
+        """Check a call's arguments as nn.LSTM does, but for what :meth:`_run` checks."""
+        unusual = self._unusual
+        if unusual:
+            self._check_options()
+        layers = self.num_layers if self._by_layer else 0
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            # torch makes no checks here, and computes on with a wrong feature size.
+            if hx is None:
+                self.check_input(data, batch_sizes)
+                batch = _int_of(batch_sizes[0])
+                hidden = self._zero_states(data, batch)
+            else:
+                hidden = checked_pair(hx, layers)
+                self.check_forward_args(data, hidden, batch_sizes)
+                batch = parts(hidden[0])[0].size(1)
+                hidden = checked_pair(self.permute_hidden(hidden, sorted_indices), layers)
+            return Given(data, batch_sizes, hidden, batch, unusual, permutations=(sorted_indices, unsorted_indices))
+
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         is_batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if not is_batched:
             input = input.unsqueeze(batch_dim)
+        batch = input.size(batch_dim)
         if hx is None:
             if not unusual:
                 self.check_input(input, None)
-            hidden = self._zero_states(input, input.size(batch_dim))
+            hidden = self._zero_states(input, batch)
             if unusual:
                 self.check_forward_args(input, hidden, None)
         else:
-            hidden = _pair(hx)
-            dims = hidden[0].dim(), hidden[1].dim()
-            if is_batched and dims != (3, 3):
-                raise RuntimeError(f"For batched 3-D input, hx and cx should also be 3-D but got ({dims[0]}-D, {dims[1]}-D) tensors")
+            hidden = checked_pair(hx, layers)
+            check_dimensions(hidden, 3 if is_batched else 2)
             if not is_batched:
-                if dims != (2, 2):
-                    raise RuntimeError(f"For unbatched 2-D input, hx and cx should also be 2-D but got ({dims[0]}-D, {dims[1]}-D) tensors")
-                hidden = hidden[0].unsqueeze(1), hidden[1].unsqueeze(1)
+                hidden = map_state(lambda part: part.unsqueeze(1), hidden[0]), map_state(lambda part: part.unsqueeze(1), hidden[1])
             self.check_forward_args(input, hidden, None)
             if unusual:
-                hidden = _pair(self.permute_hidden(hidden, None))
+                hidden = checked_pair(self.permute_hidden(hidden, None), layers)
+        return Given(input.transpose(0, 1) if self.batch_first else input, None, hidden, batch, unusual, is_batched)
 
-        output, h_n, c_n = self._run(input.transpose(0, 1) if self.batch_first else input, None, hidden)
+    def _in_form(self, sequence: Tensor, given: Given) -> Any:
+        """Rows of all steps, as the kernels have them, in the form of the input."""
+        if given.batch_sizes is not None:
+            return PackedSequence(sequence, given.batch_sizes, *given.permutations)
         if self.batch_first:
-            output = output.transpose(0, 1)
-        if not is_batched:
-            output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
-        return output, self.permute_hidden((h_n, c_n), None) if unusual else (h_n, c_n)
+            sequence = sequence.transpose(0, 1)
+        return sequence if given.is_batched else sequence.squeeze(0 if self.batch_first else 1)
 
-    def _fast_call(self, input: Tensor, hx: Sequence[Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    def _states_in_form(self, h_n: Tensor, c_n: Tensor, given: Given) -> tuple[State, State]:
+        """The last states, as the kernels have them, in the form in which the module takes states."""
+        last: tuple[State, State] = h_n, c_n
+        if self._by_layer:
+            h_layout, c_layout = self._options_of_call().layouts
+            last = h_layout.split(h_n, given.batch), c_layout.split(c_n, given.batch)
+        if given.batch_sizes is not None:
+            return self.permute_hidden(last, given.permutations[1])
+        if not given.is_batched:
+            last = map_state(lambda part: part.squeeze(1), last[0]), map_state(lambda part: part.squeeze(1), last[1])
+        return self.permute_hidden(last, None) if given.unusual else last
+
+    def _fast_call(self, input: Tensor, hx: Sequence[Any] | None) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
         """The call by ``csrc/torch/eager.h``; ``None`` where that declines. It declines wrong calls, too: forward reports the error."""
         if not isinstance(input, Tensor) or input.dim() != 3 or self._dropout_in_effect() or not runs_on_cpu():
             return None
@@ -394,7 +591,23 @@ class StackedLSTM(nn.RNNBase):
         output, h_n, c_n = result
         return output.transpose(0, 1) if self.batch_first else output, (h_n, c_n)
 
-    def step(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _fast_call_of_tuples(self, input: Tensor, hx: Sequence[Any] | None) -> tuple[Tensor, tuple[State, State]] | None:
+        """:meth:`_fast_call` of a module whose states are tuples."""
+        if not isinstance(input, Tensor) or input.dim() != 3:
+            return None
+        options = self._kept_options or self._stack_options()
+        batch = input.size(0 if self.batch_first else 1)
+        hidden = None if hx is None else joined(hx, options, input, batch)
+        if hx is not None and hidden is None:
+            return None
+        result = self._fast_call(input, hidden)
+        if result is None:
+            return None
+        output, (h_n, c_n) = result
+        h_layout, c_layout = options.kept_layouts
+        return output, (h_layout.split(h_n, batch), c_layout.split(c_n, batch))
+
+    def step(self, input: Tensor, hx: Sequence[Any] | None = None) -> tuple[Tensor, tuple[Any, Any]]:
         """Run one time step and return the state for the next: for streaming, where a call of the module is too slow.
 
         ``output, hx = lstm.step(x[t], hx)`` over all t gives what ``lstm(x, hx)`` gives, up to rounding. It is the same
@@ -412,18 +625,30 @@ class StackedLSTM(nn.RNNBase):
             hx: ``(h, c)`` as for a call; zeros by default.
 
         Returns:
-            ``(output, (h, c))``: output ``(N, proj_size or hidden_size)``, without N when unbatched, and the state for
-            the next step. They share no memory.
+            ``(output, (h, c))``: output ``(N, proj_size or hidden_size)`` by the sizes of the last layer, without N when
+            unbatched, and the state for the next step, in the form of ``hx``. They share no memory.
 
         Raises:
             RuntimeError: for a bidirectional stack, whose second direction begins with the last step; and as a call.
             ValueError: for an input that is neither 1-D nor 2-D, and as a call.
         """
-        if hx is not None and not self._unusual_step and not torch.compiler.is_compiling():
+        if hx is not None and not self._step_way and not torch.compiler.is_compiling():
             result = self._fast_step(input, hx)
             if result is not None:
                 output, h, c = result
                 return output, (h, c)
+        return self._full_step(input, hx)
+
+    def _full_step(self, input: Tensor, hx: Sequence[Any] | None) -> tuple[Tensor, tuple[State, State]]:
+        if hx is not None and self._step_way == _TUPLES and not torch.compiler.is_compiling() and isinstance(input, Tensor):
+            options = self._kept_options or self._stack_options()
+            batch = input.shape[:-1]
+            hidden = joined(hx, options, input, *batch)
+            result = None if hidden is None else self._fast_step(input, hidden)
+            if result is not None:
+                output, h, c = result
+                h_layout, c_layout = options.kept_layouts
+                return output, (h_layout.split(h, *batch), c_layout.split(c, *batch))
         if self.bidirectional:
             raise RuntimeError("step needs a stack of one direction: a bidirectional one begins with the last step as well")
         if input.dim() not in (1, 2):
@@ -432,7 +657,7 @@ class StackedLSTM(nn.RNNBase):
         output, state = self.forward(input.unsqueeze(time), hx)
         return output.squeeze(time), state
 
-    def _fast_step(self, input: Tensor, hx: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _fast_step(self, input: Tensor, hx: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor] | None:
         """One step by ``csrc/torch/step.h``; ``None`` where that declines. This is the common case, so each look-up costs."""
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             return None
@@ -445,56 +670,55 @@ class StackedLSTM(nn.RNNBase):
         options = self._kept_options or self._stack_options()
         return ops.step(input, h, c, weights, options.native, self._frozen)
 
-    def _forward_packed(self, packed: PackedSequence, hx: Sequence[Tensor] | None) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
-        data, batch_sizes, sorted_indices, unsorted_indices = packed
-        if self._unusual:
-            self._check_options()
-        # torch makes no checks here, and computes on with a wrong feature size.
-        if hx is None:
-            self.check_input(data, batch_sizes)
-            hidden = self._zero_states(data, _int_of(batch_sizes[0]))
-        else:
-            hidden = _pair(hx)
-            self.check_forward_args(data, hidden, batch_sizes)
-            hidden = _pair(self.permute_hidden(hidden, sorted_indices))
-        output, h_n, c_n = self._run(data, batch_sizes, hidden)
-        result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return result, self.permute_hidden((h_n, c_n), unsorted_indices)
+    def _zero_states(self, input: Tensor, batch: int) -> tuple[State, State]:
+        """The states of a call that was given none: as the kernels take them, or for overridden checks as the caller would give them."""
 
-    def _zero_states(self, input: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        layers = self.num_layers * (2 if self.bidirectional else 1)
-        h_0 = torch.zeros(layers, batch, self.proj_size or self.hidden_size, dtype=input.dtype, device=input.device)
-        return h_0, torch.zeros(layers, batch, self.hidden_size, dtype=input.dtype, device=input.device)
+        def zeros(shape: tuple[int, ...]) -> Tensor:
+            return torch.zeros(shape, dtype=input.dtype, device=input.device)
 
-    def _run(self, input: Tensor, batch_sizes: Tensor | None, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Check what the shapes do not show, then run the operator or the reference on time-major or packed input."""
+        h_layout, c_layout = self._options_of_call().layouts
+        if self._by_layer and self._unusual:
+            return tuple(map(zeros, h_layout.part_shapes(batch))), tuple(map(zeros, c_layout.part_shapes(batch)))
+        return zeros(h_layout.shape(batch)), zeros(c_layout.shape(batch))
+
+    def _run(self, given: Given, *, states: bool = False) -> tuple[Any, ...]:
+        """Check what the shapes do not show, then run the operator or the reference on time-major or packed input.
+
+        Returns:
+            ``(output, h_n, c_n)``, with ``states`` ``(output, h_n, c_n, hidden, cell)``; all as the kernels have them.
+        """
+        input, batch_sizes, (h_0, c_0) = given.input, given.batch_sizes, given.hidden
         weights = self._weights_in_use()
-        self._check_devices(input, hidden, weights)
+        self._check_devices(input, (*parts(h_0), *parts(c_0)), weights)
         if input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        h_0, c_0 = hidden
         autocast_dtype = _autocast_dtype(input.device.type)
         if autocast_dtype is not None:
-            input, h_0, c_0, *weights = (_cast(tensor, autocast_dtype) for tensor in (input, h_0, c_0, *weights))
+            input, *weights = (_cast(tensor, autocast_dtype) for tensor in (input, *weights))
+            h_0, c_0 = (map_state(lambda part: _cast(part, autocast_dtype), state) for state in (h_0, c_0))
         self._check_dtypes(input, h_0, c_0, weights)
 
         dropout = self._dropout_in_effect()
-        if not 0 <= dropout <= 1:
-            raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout}")
+        for index, rate in enumerate(dropout if isinstance(dropout, tuple) else (dropout,)):
+            if not 0 <= rate <= 1:
+                where = f"dropout[{index}]" if isinstance(dropout, tuple) else "dropout"
+                raise RuntimeError(f"{where} probability has to be between 0 and 1, but got {rate}")
         seed = None
-        if dropout > 0:
+        if dropout != 0:
             seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=input.device)
 
+        options = self._options_of_call()
+        h_layout, c_layout = options.layouts
+        h_0 = h_0 if isinstance(h_0, Tensor) else h_layout.join(h_0)
+        c_0 = c_0 if isinstance(c_0, Tensor) else c_layout.join(c_0)
         tensors = (input, h_0, c_0, *weights)
         name, reason = choose_backend(input.device, input.dtype, _transform(tensors))
-        # Compiled code must not depend on what eager calls have kept: it would be compiled again after the first of them.
-        options = (None if torch.compiler.is_compiling() else self._kept_options) or self._stack_options()
         bf16_kernels = self.bf16_weights and stores_bf16(name, input.dtype)
         if self.bf16_weights and not bf16_kernels:
             weights = round_to_bf16(weights)
         if name == "reference":
             stack = (options.bias, options.num_layers, options.bidirectional, options.proj_size, dropout)
-            return ops.run_reference(input, batch_sizes, h_0, c_0, weights, seed, *stack, reason=reason)
+            return ops.run_reference(input, batch_sizes, h_0, c_0, weights, seed, *stack, states=states, reason=reason)
         saving = choose_saving(_needs_grad(tensors), self.recompute)
         if saving == "none" and not torch.compiler.is_compiling():
             ops.drop_packed_with(self, weights[0])
@@ -511,18 +735,25 @@ class StackedLSTM(nn.RNNBase):
             backend=kernel_backend(name),
             bf16_weights=bf16_kernels,
             frozen=self._frozen,
+            states=states,
         )
+
+    def _options_of_call(self) -> StackOptions:
+        """The options, kept ones if there are. (Compiled code must not depend on what eager calls have kept: it would be
+        compiled again after the first of them.)"""
+        return (None if torch.compiler.is_compiling() else self._kept_options) or self._stack_options()
 
     def _stack_options(self) -> StackOptions:
         """The options by the attributes of this moment. They are kept until an attribute is set, unless one is unusual."""
+        layers = int(self.num_layers)
         options = StackOptions(
             input_size=int(self.input_size),
-            hidden_size=int(self.hidden_size),
-            num_layers=int(self.num_layers),
+            hidden_size=_each(int, used_entries(self.hidden_size, layers)),
+            num_layers=layers,
             bias=self.bias,
             bidirectional=self.bidirectional,
-            proj_size=int(self.proj_size),
-            dropout=float(self.dropout),
+            proj_size=_each(int, used_entries(self.proj_size, layers)),
+            dropout=_each(float, used_entries(self.dropout, layers - 1)),
             recompute=self.recompute,
             bf16_weights=self.bf16_weights,
         )
@@ -530,8 +761,17 @@ class StackedLSTM(nn.RNNBase):
             self.__dict__["_kept_options"] = options
         return options
 
-    def _dropout_in_effect(self) -> float:
-        return float(self.dropout) if self.training and self.num_layers > 1 else 0.0
+    def _dropout_in_effect(self) -> float | tuple[float, ...]:
+        """The rate between layers, or each boundary's if they are not all 0."""
+        if not (self.training and self.num_layers > 1):
+            return 0.0
+        dropout = self.dropout
+        if not dropout:
+            return 0.0
+        if not isinstance(dropout, tuple):
+            return float(dropout)
+        rates: tuple[float, ...] = _each(float, dropout[: self.num_layers - 1])
+        return rates if any(rates) else 0.0
 
     def _current_weights(self) -> list[Tensor]:
         """The current weights, also while functional_call, a parametrization, weight norm or pruning swaps them."""
@@ -554,7 +794,7 @@ class StackedLSTM(nn.RNNBase):
                 return list(flat)
         return [getattr(self, name) for name in names]
 
-    def _check_devices(self, input: Tensor, hidden: tuple[Tensor, Tensor], weights: list[Tensor]) -> None:
+    def _check_devices(self, input: Tensor, hidden: tuple[Tensor, ...], weights: list[Tensor]) -> None:
         device = input.device
         for weight in weights:
             if weight.device != device:
@@ -569,15 +809,17 @@ class StackedLSTM(nn.RNNBase):
                     f"found input tensor at {device} and hidden tensor at {state.device}"
                 )
 
-    def _check_dtypes(self, input: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor]) -> None:
+    def _check_dtypes(self, input: Tensor, h_0: State, c_0: State, weights: list[Tensor]) -> None:
         dtype = input.dtype
         for index, weight in enumerate(weights):
             if weight.dtype != dtype:
                 name = weight_names(self)[index]
                 raise RuntimeError(f"Expected {name} to have the input's dtype {dtype}, got {weight.dtype}")
         for index, state in enumerate((h_0, c_0)):
-            if state.dtype != dtype:
-                raise RuntimeError(f"Expected hidden[{index}] to have the input's dtype {dtype}, got {state.dtype}")
+            for layer, part in enumerate(parts(state)):
+                if part.dtype != dtype:
+                    where = f"hidden[{index}]" if isinstance(state, Tensor) else f"hidden[{index}][{layer}]"
+                    raise RuntimeError(f"Expected {where} to have the input's dtype {dtype}, got {part.dtype}")
 
     def plan(
         self,
@@ -635,6 +877,10 @@ class StackedLSTM(nn.RNNBase):
         )
 
 
+# The options that may be tuples. A sequence that is assigned becomes a tuple: a list could change without an assignment.
+_MAY_BE_TUPLES = frozenset(("hidden_size", "proj_size", "dropout"))
+
+
 class TorchStackedLSTM(StackedLSTM, nn.LSTM):
     """A :class:`StackedLSTM` that is a ``torch.nn.LSTM`` by ``isinstance``: ``convert_lstm(model, as_lstm=True)`` makes it.
 
@@ -658,18 +904,31 @@ def torch_class(stacked: StackedLSTM) -> type[nn.LSTM]:
     return nn.LSTM if issubclass(cls, StackedLSTM) else cls  # type: ignore[return-value]
 
 
+def obstacle_to_one_size(stacked: StackedLSTM) -> str:
+    """Why a module cannot become an ``nn.LSTM``, which has one size and one rate for all layers; empty if it can."""
+    for name in ("hidden_size", "proj_size", "dropout"):
+        value = getattr(stacked, name)
+        entries = used_entries(value, stacked.num_layers - (name == "dropout")) if isinstance(value, tuple) else ()
+        if len(set(entries)) > 1:
+            return f"its {name} is {entries}, and a torch.nn.LSTM has one for all layers"
+    return ""
+
+
+def in_one_size(stacked: StackedLSTM) -> dict[str, Any]:
+    """The options of a module without such an obstacle that are tuples, as an ``nn.LSTM`` has them."""
+    values = {name: getattr(stacked, name) for name in _MAY_BE_TUPLES}
+    return {name: value[0] if value else 0.0 for name, value in values.items() if isinstance(value, tuple)}
+
+
 def _int_of(scalar: Tensor) -> int:
     """The value of ``scalar``; in a program that is compiled or exported, a symbol for it (``int`` would need the number)."""
     value: int = scalar.item()  # type: ignore[assignment]
     return value
 
 
-def _pair(hx: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    if not isinstance(hx, (tuple, list)):
-        raise TypeError(f"hx should be a tuple or list of two tensors, (h_0, c_0), got: {type(hx).__name__}")
-    if len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
-    return hx[0], hx[1]
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """``function`` of a value, or of each entry of a tuple."""
+    return tuple(function(entry) for entry in value) if isinstance(value, tuple) else function(value)
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -1,7 +1,12 @@
 """The operators ``stacked_lstm_ext::forward`` and ``::backward``: their shapes for tracing, and their derivative.
 
+``forward_states`` and ``backward_states`` are the same with every layer's h and c as further results.
+
 The compiled module ``_C`` defines the schemas and the kernels. This file adds what the rest of torch needs to know:
 fake kernels (``torch.compile``, ``torch.export``, the meta device), the autograd formula and ``vmap`` rules.
+
+Options have two forms here. The operators take one proj_size and one dropout, or, as arguments that came later, a list with one
+for each layer. All else takes a number or a tuple (:func:`_arguments_of` and :func:`_options_of` convert).
 
 The formula has two forms. Ordinarily it calls ``backward``, a kernel. When the caller asks for a graph of the backward
 pass itself (``create_graph=True``), it differentiates :mod:`.reference` instead, which works to any order.
@@ -20,18 +25,20 @@ import torch
 from torch import Tensor
 
 from ._native import _C as _C
+from .layout import KERNEL_BACKENDS, for_each_layer, reserve_numel, state_layouts
 from .options import StackOptions
-from .reference import lstm_reference, round_to_bf16
+from .reference import round_to_bf16, states_reference
 
 __all__ = [
     "KERNEL_BACKENDS",
     "backward",
+    "backward_states",
     "call",
     "drop_packed",
     "drop_packed_with",
     "forward",
+    "forward_states",
     "reference_run",
-    "reserve_numel",
     "run_kernel",
     "run_reference",
     "step",
@@ -41,72 +48,55 @@ step = _C.step
 call = _C.call
 forward = torch.ops.stacked_lstm_ext.forward.default
 backward = torch.ops.stacked_lstm_ext.backward.default
+forward_states = torch.ops.stacked_lstm_ext.forward_states.default
+backward_states = torch.ops.stacked_lstm_ext.backward_states.default
 
-# "auto" is "persistent" or "diagonal", whichever is predicted to be faster for the sizes of the call.
-KERNEL_BACKENDS = ("cpu", "diagonal", "persistent", "auto")
-
-# Rows of the unit dimension are padded in the reserve, so that every row starts on a vector of the widest instruction
-# set.
-_UNIT_PADDING = 16
-# With saving="recompute", the CPU kernels keep c after every _CHECKPOINT_STEPS steps, and one in _KEPT_GATES rows of gates.
-_CHECKPOINT_STEPS, _KEPT_GATES = 8, 3
+# bias, num_layers, bidirectional, proj_size, dropout. The last two are numbers, or tuples with one for each layer, or boundary.
+_Options = tuple[bool, int, bool, "int | tuple[int, ...]", "float | tuple[float, ...]"]
 
 
-def reserve_numel(
-    rows: int,
-    steps: int,
-    batch_size: int,
-    hidden_size: int,
-    num_layers: int,
-    bidirectional: bool,
-    proj_size: int,
-    dtype: torch.dtype,
-    saving: str,
-    backend: str,
-) -> int:
-    """Elements (float64 for float64, else float32) that the forward pass keeps for the backward pass.
-
-    Args:
-        rows: ``T·B``, or the length of the packed data.
-        saving: ``"none"``, ``"full"`` (h, c and the four gates) or ``"recompute"`` (h and c; ``"cpu"``: h, and of c and the
-            gates what ``csrc/stack/stack.h`` says).
-        backend: what runs both passes, one of ``KERNEL_BACKENDS``. All but ``"cpu"`` keep the same.
-    """
-    if backend not in KERNEL_BACKENDS:
-        raise ValueError(f"backend should be one of {', '.join(KERNEL_BACKENDS)}, got: {backend}")
-    if saving == "none":
-        return 0
-    directions = 2 if bidirectional else 1
-    padded_units = (hidden_size + _UNIT_PADDING - 1) // _UNIT_PADDING * _UNIT_PADDING
-    width = directions * (proj_size or hidden_size)
-    if saving == "full":
-        kept = 5 * rows
-    elif backend != "cpu":
-        kept = rows
-    else:
-        kept = (steps - 1) // _CHECKPOINT_STEPS * batch_size + 4 * (rows // _KEPT_GATES)
-    cells = kept * num_layers * directions * padded_units
-    # The last layer's h is the output itself.
-    outputs = rows * (num_layers - 1) * width
-    if dtype.itemsize > 2:
-        return cells + outputs
-    if backend != "cpu":
-        return cells + (outputs + 1) // 2  # h is rounded to 16 bits at every step: two h fit in an element
-    return cells + outputs + rows * width  # h is not rounded inside, but the output is, so every h is kept
+def _arguments_of(options: _Options) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Options as the operators take them: by position, and by name what has a default."""
+    bias, num_layers, bidirectional, proj_size, dropout = options
+    by_layer: dict[str, Any] = {}
+    if isinstance(proj_size, tuple):
+        by_layer["proj_sizes"], proj_size = list(proj_size), 0
+    if isinstance(dropout, tuple):
+        by_layer["dropouts"], dropout = list(dropout), 0.0
+    return (bias, num_layers, bidirectional, proj_size, dropout), by_layer
 
 
-def _check_arguments(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor,
-    weights: Sequence[Tensor],
-    seed: Tensor | None,
-    backend: str,
-    bf16_weights: bool,
-) -> None:
+def _options_of(named: dict[str, Any]) -> _Options:
+    """The inverse: from an operator's arguments by their names."""
+    proj_size = tuple(named["proj_sizes"] or ()) or named["proj_size"]
+    dropout = tuple(named["dropouts"] or ()) or named["dropout"]
+    return named["bias"], named["num_layers"], named["bidirectional"], proj_size, dropout
+
+
+def _by_name(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of an operator by their names, with the defaults of those that are left out."""
+    schema = operator._schema.arguments
+    named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    return named | dict(zip((argument.name for argument in schema), arguments)) | keywords
+
+
+# input, batch_sizes, h_0, c_0, weights, seed: as the operators take them.
+_Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], Tensor | None]
+
+
+def _inputs_of(named: dict[str, Any]) -> _Inputs:
+    return named["input"], named["batch_sizes"], named["h_0"], named["c_0"], named["weights"], named["seed"]
+
+
+def _check_arguments(named: dict[str, Any]) -> None:
     """Refuse in the fakes, with the same messages, what ``csrc/torch/prepare.cpp`` would refuse: while tracing, not in the run."""
+    input, batch_sizes, h_0, c_0, weights, seed = _inputs_of(named)
+    backend, bf16_weights = named["backend"], named["bf16_weights"]
     device = input.device
+    _, num_layers, _, proj_size, dropout = _options_of(named)
+    for name, value, entries in (("proj_size", proj_size, num_layers), ("dropout", dropout, num_layers - 1)):
+        if isinstance(value, tuple) and len(value) != entries:
+            raise ValueError(f"{name} should have {entries} entries, got: {len(value)}")
     if bf16_weights and (backend != "cpu" or input.dtype != torch.float32):
         raise ValueError(
             "bf16_weights needs backend cpu and dtype float32 (others take weights that are rounded already), "
@@ -121,93 +111,76 @@ def _check_arguments(
         raise ValueError(f"batch_sizes should be a one-dimensional int64 tensor on the CPU, got: {batch_sizes.device}")
 
 
-@torch.library.register_fake("stacked_lstm_ext::forward")
-def _forward_fake(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor,
-    weights: Sequence[Tensor],
-    seed: Tensor | None,
-    bias: bool,
-    num_layers: int,
-    bidirectional: bool,
-    proj_size: int,
-    dropout: float,
-    saving: str,
-    backend: str,
-    bf16_weights: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_arguments(input, batch_sizes, h_0, c_0, weights, seed, backend, bf16_weights)
-    hidden_size = c_0.size(-1)
-    width = (2 if bidirectional else 1) * (proj_size or hidden_size)
-    batch_size = h_0.size(1)
-    rows, steps = (input.size(0) * batch_size, input.size(0)) if batch_sizes is None else (input.size(0), batch_sizes.size(0))
-    numel = reserve_numel(rows, steps, batch_size, hidden_size, num_layers, bidirectional, proj_size, input.dtype, saving, backend)
-    reserve_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return (
-        input.new_empty((*input.shape[:-1], width)),
-        h_0.new_empty(h_0.shape),
-        c_0.new_empty(c_0.shape),
-        input.new_empty((numel,), dtype=reserve_dtype),
-    )
+def _forward_fake(operator: Any, states: bool) -> Callable[..., tuple[Any, ...]]:
+    """The fake of a forward operator: empty results of the right sizes.
+
+    Args:
+        states: whether every layer's h and c are among them.
+    """
+
+    def fake(*arguments: Any, **keywords: Any) -> tuple[Any, ...]:
+        named = _by_name(operator, arguments, keywords)
+        _check_arguments(named)
+        input, batch_sizes, h_0, c_0, weights, _ = _inputs_of(named)
+        bias, num_layers, bidirectional, proj_size, _ = _options_of(named)
+        directions = 2 if bidirectional else 1
+        shapes = [weight.shape for weight in weights]
+        h_layout, c_layout = state_layouts(shapes, bias, directions, for_each_layer(proj_size, num_layers))
+        if batch_sizes is None:
+            batch_size, rows, steps = input.size(1), input.size(0) * input.size(1), input.size(0)
+        else:
+            batch_size, rows, steps = h_layout.batch_of(h_0), input.size(0), batch_sizes.size(0)
+        sizes = c_layout.widths, h_layout.widths, directions
+        numel = reserve_numel(rows, steps, batch_size, *sizes, input.dtype, named["saving"], named["backend"], states=states)
+
+        def sequence(width: int) -> Tensor:
+            return input.new_empty((*input.shape[:-1], directions * width))
+
+        output = sequence(h_layout.widths[-1])
+        every_layer = ([sequence(width) for width in layout.widths] for layout in (h_layout, c_layout)) if states else ()
+        reserve = input.new_empty((numel,), dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+        return output, h_0.new_empty(h_0.shape), c_0.new_empty(c_0.shape), *every_layer, reserve
+
+    return fake
 
 
-@torch.library.register_fake("stacked_lstm_ext::backward")
-def _backward_fake(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor,
-    weights: Sequence[Tensor],
-    seed: Tensor | None,
-    output: Tensor,
-    reserve: Tensor,
-    bias: bool,
-    num_layers: int,
-    bidirectional: bool,
-    proj_size: int,
-    dropout: float,
-    saving: str,
-    input_grad: bool,
-    weight_grad: bool,
-    backend: str,
-    bf16_weights: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    _check_arguments(input, batch_sizes, h_0, c_0, weights, seed, backend, bf16_weights)
-    return (
-        input.new_empty(input.shape if input_grad else (0,)),
-        h_0.new_empty(h_0.shape),
-        c_0.new_empty(c_0.shape),
-        [weight.new_empty(weight.shape) for weight in weights] if weight_grad else [],
-    )
+def _backward_fake(operator: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
+    """The fake of a backward operator, likewise."""
+
+    def fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        named = _by_name(operator, arguments, keywords)
+        _check_arguments(named)
+        input, _, h_0, c_0, weights, _ = _inputs_of(named)
+        return (
+            input.new_empty(input.shape if named["input_grad"] else (0,)),
+            h_0.new_empty(h_0.shape),
+            c_0.new_empty(c_0.shape),
+            [weight.new_empty(weight.shape) for weight in weights] if named["weight_grad"] else [],
+        )
+
+    return fake
 
 
-# input, batch_sizes, h_0, c_0, weights, seed: as the operators take them.
-_Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], Tensor | None]
+torch.library.register_fake(forward, _forward_fake(forward, states=False))
+torch.library.register_fake(forward_states, _forward_fake(forward_states, states=True))
+torch.library.register_fake(backward, _backward_fake(backward))
+torch.library.register_fake(backward_states, _backward_fake(backward_states))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, reserve: Tensor) -> None:
-    input, batch_sizes, h_0, c_0, weights, seed, *options, saving, backend, bf16_weights = inputs
-    ctx.options = tuple(options)
-    ctx.saving = saving
-    ctx.backend = backend
-    ctx.bf16_weights = bf16_weights
-    ctx.set_materialize_grads(False)
-    if saving != "none":
-        ctx.save_for_backward(input, batch_sizes, h_0, c_0, seed, output, reserve, *weights)
+# Of output, h_n and c_n; with states, also lists of those of each layer's h and c. None where no gradient flows in.
+_Flowing = tuple[Any, ...]
+
+
+def _flat(flowing: _Flowing) -> list[Tensor | None]:
+    return [grad for part in flowing for grad in (part if isinstance(part, (list, tuple)) else (part,))]
 
 
 def _gradients(
-    ctx: Any, grad_outputs: tuple[Tensor | None, ...], needs: Sequence[bool]
+    ctx: Any, grad_outputs: _Flowing, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
-    """The formula: gradients of input, h_0, c_0 and the weights, from what :func:`_save` kept.
+    """The formula: gradients of input, h_0, c_0 and the weights, from what the call kept.
 
     Args:
-        grad_outputs: of output, h_n and c_n; ``None`` where no gradient flows in.
         needs: whether input, h_0, c_0 and each of the weights require a gradient.
     """
     if ctx.saving == "none":
@@ -217,19 +190,19 @@ def _gradients(
             "called or traced)"
         )
     input, batch_sizes, h_0, c_0, seed, output, reserve, *weights = ctx.saved_tensors
-    if all(grad is None for grad in grad_outputs):
+    if all(grad is None for grad in _flat(grad_outputs)):
         return None, None, None, [None] * len(weights)
     inputs = (input, batch_sizes, h_0, c_0, weights, seed)
     return _formula(grad_outputs, inputs, output, reserve, needs, ctx.options, ctx.saving, ctx.backend, ctx.bf16_weights)
 
 
 def _formula(
-    grad_outputs: tuple[Tensor | None, ...],
+    grad_outputs: _Flowing,
     inputs: _Inputs,
     output: Tensor,
     reserve: Tensor,
     needs: Sequence[bool],
-    options: tuple[Any, ...],
+    options: _Options,
     saving: str,
     backend: str,
     bf16_weights: bool,
@@ -245,7 +218,9 @@ def _formula(
 
     needs_input, needs_h_0, needs_c_0, *needs_weights = needs
     any_weight = any(needs_weights)
-    grad_input, grad_h_0, grad_c_0, grad_weights = backward(
+    operator = backward if len(grad_outputs) == 3 else backward_states
+    arguments, by_layer = _arguments_of(options)
+    grad_input, grad_h_0, grad_c_0, grad_weights = operator(
         *grad_outputs,
         input,
         batch_sizes,
@@ -255,12 +230,13 @@ def _formula(
         seed,
         output,
         reserve,
-        *options,
+        *arguments,
         saving,
         needs_input,
         any_weight,
         backend,
         bf16_weights,
+        **by_layer,
     )
     if not any_weight:
         grad_weights = [None] * len(weights)
@@ -272,21 +248,21 @@ def _formula(
     )
 
 
-def _obstacle_to_kernel(grad_outputs: Sequence[Tensor | None]) -> str:
+def _obstacle_to_kernel(grad_outputs: _Flowing) -> str:
     """Why the reference has to do a backward pass, in words; empty if the kernel can."""
     if torch.is_grad_enabled():
         return "create_graph=True: the backward pass itself is to be differentiated"
     # torch.autograd.grad(is_grads_batched=True) maps with torch's older vmap, which accepts no rules from outside torch.
-    if any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grad_outputs):
+    if any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in _flat(grad_outputs)):
         return "is_grads_batched=True: the backward pass is mapped over a batch of gradients"
     return ""
 
 
 def _reference_gradients(
-    grad_outputs: Sequence[Tensor | None],
+    grad_outputs: _Flowing,
     inputs: _Inputs,
     needs: Sequence[bool],
-    options: tuple[Any, ...],
+    options: _Options,
     bf16_weights: bool,
     reason: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
@@ -303,8 +279,11 @@ def _reference_gradients(
         input, h_0, c_0, *weights = tensors
         if bf16_weights:
             weights = round_to_bf16(weights)
-        results = run_reference(input, batch_sizes, h_0, c_0, weights, seed, *options, direction="backward", reason=reason)
-        flowing = [(result, grad) for result, grad in zip(results, grad_outputs, strict=True) if grad is not None]
+        inputs = (input, batch_sizes, h_0, c_0, weights, seed)
+        results = run_reference(*inputs, *options, states=len(grad_outputs) == 5, direction="backward", reason=reason)
+        flowing: list[tuple[Any, Tensor]] = [
+            (result, grad) for result, grad in zip(_flat(results), _flat(grad_outputs), strict=True) if grad is not None
+        ]
         found = iter(
             torch.autograd.grad(
                 [result for result, _ in flowing],
@@ -318,20 +297,39 @@ def _reference_gradients(
     return grad_input, grad_h_0, grad_c_0, grad_weights
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    result, _, _, reserve = output
-    ctx.mark_non_differentiable(reserve)
-    _save(ctx, inputs, result, reserve)
+def _save(operator: Any) -> Callable[..., None]:
+    """What a call of a forward operator keeps for :func:`_gradients`."""
+
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...], keyword_only_inputs: dict[str, Any] | None = None
+    ) -> None:
+        named = _by_name(operator, inputs, keyword_only_inputs or {})
+        result, *_, reserve = output
+        ctx.mark_non_differentiable(reserve)
+        ctx.options = _options_of(named)
+        ctx.saving = named["saving"]
+        ctx.backend = named["backend"]
+        ctx.bf16_weights = named["bf16_weights"]
+        ctx.set_materialize_grads(False)
+        if ctx.saving != "none":
+            input, batch_sizes, h_0, c_0, weights, seed = _inputs_of(named)
+            ctx.save_for_backward(input, batch_sizes, h_0, c_0, seed, result, reserve, *weights)
+
+    return setup_context
 
 
-def _operator_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+def _operator_backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
     needs_input, _, needs_h_0, needs_c_0, needs_weights, *not_differentiable = ctx.needs_input_grad
     needs = (needs_input, needs_h_0, needs_c_0, *needs_weights)
-    grad_input, grad_h_0, grad_c_0, grad_weights = _gradients(ctx, grad_outputs[:3], needs)
-    return grad_input, None, grad_h_0, grad_c_0, grad_weights, *(None for _ in not_differentiable)
+    *flowing, _ = grad_outputs  # the last is that of the reserve
+    grad_input, grad_h_0, grad_c_0, grad_weights = _gradients(ctx, tuple(flowing), needs)
+    # torch asks for a list where the argument was an empty list.
+    rest: list[Any] = [[] if isinstance(needed, list) else None for needed in not_differentiable]
+    return grad_input, None, grad_h_0, grad_c_0, grad_weights, *rest
 
 
-torch.library.register_autograd("stacked_lstm_ext::forward", _operator_backward, setup_context=_setup_context)
+for _operator in (forward, forward_states):
+    torch.library.register_autograd(_operator, _operator_backward, setup_context=_save(_operator))
 _C.set_formula(_formula)
 
 
@@ -349,9 +347,9 @@ def _run_one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
             return [select(item, item_dim, index) for item, item_dim in zip(argument, dim, strict=True)]
         return argument.select(dim, index)
 
-    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
         runs = [
-            operator(*(select(argument, dim, index) for argument, dim in zip(arguments, in_dims, strict=True)))
+            operator(*(select(argument, dim, index) for argument, dim in zip(arguments, in_dims, strict=True)), **keywords)
             for index in range(info.batch_size)
         ]
         results = tuple(
@@ -363,8 +361,8 @@ def _run_one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
     return rule
 
 
-torch.library.register_vmap("stacked_lstm_ext::forward", _run_one_by_one(forward))
-torch.library.register_vmap("stacked_lstm_ext::backward", _run_one_by_one(backward))
+for _operator in (forward, backward, forward_states, backward_states):
+    torch.library.register_vmap(_operator, _run_one_by_one(_operator))
 
 
 class _Owner(weakref.ref[Any]):
@@ -419,31 +417,37 @@ def run_kernel(
     seed: Tensor | None,
     options: StackOptions,
     *,
-    dropout: float,
+    dropout: float | tuple[float, ...],
     saving: str,
     backend: str,
     bf16_weights: bool,
     frozen: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    states: bool = False,
+) -> tuple[Any, ...]:
     """The operator ``forward`` without its reserve; by the fast path (``csrc/torch/eager.h``) if that accepts the call.
 
     Args:
         options: of the stack.
-        dropout: the rate in effect.
+        dropout: the rates in effect.
         saving: ``"none"``, ``"full"`` or ``"recompute"``.
         backend: one of ``KERNEL_BACKENDS``.
         bf16_weights: whether the kernels round the weights. If not, the caller has rounded them where the options ask for it.
         frozen: whether kept packed weights may be used without comparing them with the module's weights.
+        states: whether to run ``forward_states`` instead, which has no fast path.
+
+    Returns:
+        ``(output, h_n, c_n)``, with ``states`` ``(output, h_n, c_n, hidden, cell)``.
     """
-    if not torch.compiler.is_compiling():
+    if not states and not torch.compiler.is_compiling():
         if bf16_weights != options.bf16_weights:
             options = dataclasses.replace(options, bf16_weights=bf16_weights)
         results = call(input, batch_sizes, h_0, c_0, weights, seed, options.native, dropout, backend, frozen)
         if results is not None:
             return results
-    stack = (options.bias, options.num_layers, options.bidirectional, options.proj_size, dropout)
-    output, h_n, c_n, _ = forward(input, batch_sizes, h_0, c_0, weights, seed, *stack, saving, backend, bf16_weights)
-    return output, h_n, c_n
+    arguments, by_layer = _arguments_of((options.bias, options.num_layers, options.bidirectional, options.proj_size, dropout))
+    operator = forward_states if states else forward
+    *found, _ = operator(input, batch_sizes, h_0, c_0, weights, seed, *arguments, saving, backend, bf16_weights, **by_layer)
+    return tuple(found)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> None:
@@ -454,7 +458,8 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> None:
     )
 
 
-torch.library.register_autograd("stacked_lstm_ext::backward", _no_second_derivative)
+for _operator in (backward, backward_states):
+    torch.library.register_autograd(_operator, _no_second_derivative)
 
 
 class _ReferenceRun(threading.local):
@@ -477,17 +482,22 @@ def run_reference(
     bias: bool,
     num_layers: int,
     bidirectional: bool,
-    proj_size: int,
-    dropout: float,
+    proj_size: int | tuple[int, ...],
+    dropout: float | tuple[float, ...],
     *,
+    states: bool = False,
     direction: str = "forward",
     reason: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run :func:`.lstm_reference` with autocast off, and record it for :func:`stacked_lstm_ext.last_run`.
+) -> tuple[Any, ...]:
+    """Run :func:`.states_reference` with autocast off, and record it for :func:`stacked_lstm_ext.last_run`.
 
     Args:
+        states: whether every layer's h and c are wanted.
         direction: the pass that this run belongs to, ``"forward"`` or ``"backward"``.
         reason: why no kernel runs instead.
+
+    Returns:
+        ``(output, h_n, c_n)``, with ``states`` ``(output, h_n, c_n, hidden, cell)``.
     """
     if not torch.compiler.is_compiling():
         _C.clear_last_run()
@@ -498,7 +508,7 @@ def run_reference(
             "saving": "autograd" if torch.is_grad_enabled() else "none",
             "layers": num_layers,
             "seq_len": input.size(0) if batch_sizes is None else batch_sizes.numel(),
-            "batch_size": h_0.size(1),
+            "batch_size": input.size(1) if batch_sizes is None else int(batch_sizes[0]),
         }
     device_type = input.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -506,4 +516,7 @@ def run_reference(
     else:
         outside_autocast = nullcontext()
     with outside_autocast:
-        return lstm_reference(input, batch_sizes, h_0, c_0, weights, seed, bias, num_layers, bidirectional, proj_size, dropout)
+        results = states_reference(
+            input, batch_sizes, h_0, c_0, weights, seed, bias, num_layers, bidirectional, proj_size, dropout
+        )
+    return results if states else results[:3]

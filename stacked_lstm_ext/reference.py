@@ -1,12 +1,12 @@
 """The definition: a stacked LSTM in plain torch operations.
 
-Every kernel of this package is compared with :func:`lstm_reference` run in float64. The function also runs what no
+Every kernel of this package is compared with :func:`states_reference` run in float64. The function also runs what no
 kernel can: second derivatives, forward-mode differentiation, ``torch.func`` transforms, and dtypes that have no kernel.
 So it may use neither in-place operations nor control flow that depends on a tensor's contents (the one exception is
 ``batch_sizes``, which lives on the CPU). It is written to be read, not to be fast.
 
     i = σ(a_i)   f = σ(a_f)   g = tanh(a_g)   o = σ(a_o)      a = W_ih x + b_ih + W_hh h + b_hh, gate order i, f, g, o
-    c' = f·c + i·g            h' = W_hr (o·tanh(c'))          W_hr only when proj_size > 0
+    c' = f·c + i·g            h' = W_hr (o·tanh(c'))          W_hr only in a layer with a projection
 
 Sources: Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; the projection of Sak et al. 2014;
 dropout masks by Philox4x32-10 of Salmon et al. 2011.
@@ -14,13 +14,15 @@ dropout masks by Philox4x32-10 of Salmon et al. 2011.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["dropout_mask", "lstm_reference", "philox_4x32_10", "round_to_bf16"]
+from .layout import for_each_layer, state_layouts, weights_of_stack
+
+__all__ = ["dropout_mask", "lstm_reference", "philox_4x32_10", "round_to_bf16", "states_reference"]
 
 
 def lstm_reference(
@@ -33,8 +35,8 @@ def lstm_reference(
     bias: bool,
     num_layers: int,
     bidirectional: bool,
-    proj_size: int,
-    dropout: float,
+    proj_size: int | tuple[int, ...],
+    dropout: float | tuple[float, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a stacked LSTM; the arguments are those of the operator ``stacked_lstm_ext::forward``.
 
@@ -44,85 +46,111 @@ def lstm_reference(
     Args:
         input: ``(T, B, I)``, time-major; or, with ``batch_sizes``, the data ``(rows, I)`` of a ``PackedSequence``.
         batch_sizes: ``None``, or the int64 CPU tensor ``(T,)`` of a ``PackedSequence``.
-        h_0: ``(D·L, B, P or H)``, in sorted batch order when packed.
-        c_0: ``(D·L, B, H)``, likewise.
+        h_0: ``(D·L, B, out)``, where out_k is P_k, or H_k without a projection; in sorted batch order when packed. If the
+            layers differ in out, it is flat: the parts ``(D, B, out_k)`` one after the other (:class:`.layout.StateLayout`).
+        c_0: ``(D·L, B, H)``, likewise: flat if the layers differ in H.
         weights: in the order of ``nn.LSTM._flat_weights``: for each layer, for each direction, ``weight_ih``,
-            ``weight_hh``, ``bias_ih`` and ``bias_hh`` if ``bias``, ``weight_hr`` if ``proj_size > 0``.
-        seed: one int64 on the input's device; needed when ``dropout > 0`` and ``num_layers > 1``.
+            ``weight_hh``, ``bias_ih`` and ``bias_hh`` if ``bias``, ``weight_hr`` if the layer has a projection. They say H_k.
+        seed: one int64 on the input's device; needed when a dropout is in effect.
         bias: whether ``weights`` has biases.
         num_layers: L.
         bidirectional: whether D is 2.
-        proj_size: P, or 0 for no projection.
-        dropout: the rate in effect between layers; 0 when evaluating.
+        proj_size: P, or 0 for no projection; a tuple has one for each layer.
+        dropout: the rate in effect between layers, 0 when evaluating; a tuple has one for each boundary, L-1.
 
     Returns:
-        ``(output, h_n, c_n)``: output ``(T, B, D·(P or H))``, or ``(rows, D·(P or H))`` when packed; ``h_n`` and
+        ``(output, h_n, c_n)``: output ``(T, B, D·out)`` of the last layer, or ``(rows, D·out)`` when packed; ``h_n`` and
         ``c_n`` shaped as ``h_0`` and ``c_0``.
 
     Raises:
         ValueError: if ``dropout`` is in effect and there is no ``seed``.
     """
-    if dropout > 0 and num_layers > 1 and seed is None:
+    output, h_n, c_n, _, _ = states_reference(
+        input, batch_sizes, h_0, c_0, weights, seed, bias, num_layers, bidirectional, proj_size, dropout
+    )
+    return output, h_n, c_n
+
+
+def states_reference(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+    seed: Tensor | None,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    proj_size: int | tuple[int, ...],
+    dropout: float | tuple[float, ...],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """:func:`lstm_reference` with everything that the stack knows: the operator ``stacked_lstm_ext::forward_states``.
+
+    Returns:
+        ``(output, h_n, c_n, hidden, cell)``: the last two are lists with each layer's h, ``(T, B, D·out_k)``, before
+        dropout, and its c, ``(T, B, D·H_k)``; ``(rows, ...)`` when packed. The other results, the arguments and the errors
+        are those of :func:`lstm_reference`.
+    """
+    proj_sizes, dropouts = for_each_layer(proj_size, num_layers), for_each_layer(dropout, num_layers - 1)
+    if any(dropouts) and seed is None:
         raise ValueError(f"dropout={dropout} between {num_layers} layers needs a seed, got None")
     dtype = input.dtype
     if dtype.itemsize < torch.float32.itemsize:
         input, h_0, c_0 = input.float(), h_0.float(), c_0.float()
         weights = [weight.float() for weight in weights]
 
-    batch = h_0.size(1)
-    sizes = [batch] * input.size(0) if batch_sizes is None else batch_sizes.tolist()
+    sizes = [input.size(1)] * input.size(0) if batch_sizes is None else batch_sizes.tolist()
+    batch = sizes[0]
     directions = 2 if bidirectional else 1
-    per_direction = 2 + 2 * bias + (proj_size > 0)
+    h_layout, c_layout = state_layouts([weight.shape for weight in weights], bias, directions, proj_sizes)
+    named: list[list[dict[str, Tensor]]] = [[{} for _ in range(directions)] for _ in range(num_layers)]
+    for weight, (layer, direction, kind) in zip(weights, weights_of_stack(bias, directions, proj_sizes), strict=True):
+        named[layer][direction][kind] = weight
 
     # One row for each (step, sequence) that exists, so that padded and packed input are treated alike.
     rows = input if batch_sizes is not None else input.flatten(0, 1)
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
-    for layer in range(num_layers):
-        if layer > 0 and dropout > 0:
+    hidden: list[Tensor] = []
+    cell: list[Tensor] = []
+    for layer, (h, c) in enumerate(zip(h_layout.split(h_0, batch), c_layout.split(c_0, batch), strict=True)):
+        rate = dropouts[layer - 1] if layer > 0 else 0.0
+        if rate > 0:
             assert seed is not None
-            keep = dropout_mask(seed, layer - 1, _element_rows(sizes, batch, rows.device), rows.size(-1), dropout)
+            keep = dropout_mask(seed, layer - 1, _element_rows(sizes, batch, rows.device), rows.size(-1), rate)
             # A product, not a selection: NaN and Inf in a dropped element then show in the result, as in torch.
-            rows = rows * (keep.to(rows.dtype) * (1 / (1 - dropout) if dropout < 1 else 0.0))
-        halves = []
-        for direction in range(directions):
-            slot = layer * directions + direction
-            own = weights[slot * per_direction : (slot + 1) * per_direction]
-            half, h, c = _run_direction(rows, sizes, h_0[slot], c_0[slot], own, bias=bias, projected=proj_size > 0, reverse=direction == 1)
-            halves.append(half)
-            h_n.append(h)
-            c_n.append(c)
-        rows = torch.cat(halves, dim=-1) if bidirectional else halves[0]
+            rows = rows * (keep.to(rows.dtype) * (1 / (1 - rate) if rate < 1 else 0.0))
+        runs = [_run_direction(rows, sizes, h[d], c[d], named[layer][d], reverse=d == 1) for d in range(directions)]
+        all_h, all_c, last_h, last_c = zip(*runs, strict=True)
+        rows = torch.cat(all_h, dim=-1)
+        hidden.append(rows)
+        cell.append(torch.cat(all_c, dim=-1))
+        h_n.append(torch.stack(last_h))
+        c_n.append(torch.stack(last_c))
 
-    output = rows if batch_sizes is not None else rows.unflatten(0, (len(sizes), batch))
-    return output.to(dtype), torch.stack(h_n).to(dtype), torch.stack(c_n).to(dtype)
+    def result(rows: Tensor) -> Tensor:
+        return (rows if batch_sizes is not None else rows.unflatten(0, (len(sizes), batch))).to(dtype)
+
+    hidden[-1] = rows.clone()  # a result shares no memory with another
+    last = h_layout.join(h_n).to(dtype), c_layout.join(c_n).to(dtype)
+    return result(rows), *last, [result(h) for h in hidden], [result(c) for c in cell]
 
 
 def _run_direction(
-    rows: Tensor,
-    sizes: list[int],
-    h_0: Tensor,
-    c_0: Tensor,
-    weights: Sequence[Tensor],
-    *,
-    bias: bool,
-    projected: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One direction of one layer: ``rows`` (all steps) in; all h, and the last h and c of every sequence, out.
+    rows: Tensor, sizes: list[int], h_0: Tensor, c_0: Tensor, weights: Mapping[str, Tensor], *, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One direction of one layer: ``rows`` (all steps) in; all h, all c, and the last h and c of every sequence, out.
 
     ``sizes`` (the sequences alive at each step) never grows with time. Forwards, sequences therefore leave at the end
     of the batch; in reverse they join there, each from its own initial state.
     """
-    w_ih, w_hh = weights[0], weights[1]
-    b_ih, b_hh = (weights[2], weights[3]) if bias else (None, None)
-    w_hr = weights[-1] if projected else None
-
-    inputs = functional.linear(rows, w_ih, b_ih).split(sizes)
+    w_hh, b_hh, w_hr = weights["weight_hh"], weights.get("bias_hh"), weights.get("weight_hr")
+    inputs = functional.linear(rows, weights["weight_ih"], weights.get("bias_ih")).split(sizes)
     steps = range(len(sizes))
     alive = sizes[-1] if reverse else sizes[0]
     h, c = h_0[:alive], c_0[:alive]
-    outputs: list[Tensor] = []
+    all_h: list[Tensor] = []
+    all_c: list[Tensor] = []
     ended_h: list[Tensor] = []
     ended_c: list[Tensor] = []
     for t in reversed(steps) if reverse else steps:
@@ -140,11 +168,13 @@ def _run_direction(
         h = o.sigmoid() * c.tanh()
         if w_hr is not None:
             h = functional.linear(h, w_hr)
-        outputs.append(h)
+        all_h.append(h)
+        all_c.append(c)
 
     if reverse:
-        outputs.reverse()
-    return torch.cat(outputs), torch.cat([h, *reversed(ended_h)]), torch.cat([c, *reversed(ended_c)])
+        all_h.reverse()
+        all_c.reverse()
+    return torch.cat(all_h), torch.cat(all_c), torch.cat([h, *reversed(ended_h)]), torch.cat([c, *reversed(ended_c)])
 
 
 def _element_rows(sizes: list[int], batch: int, device: torch.device) -> Tensor:

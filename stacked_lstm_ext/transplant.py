@@ -26,7 +26,7 @@ _OWN_CONTAINERS = (
 )
 
 # Attributes of a StackedLSTM that an nn.LSTM does not have.
-_OWN_OPTIONS = ("recompute", "bf16_weights", "_frozen", "_kept_options", "_unusual", "_unusual_step", "__module__")
+_OWN_OPTIONS = ("recompute", "bf16_weights", "_frozen", "_kept_options", "_call_way", "_step_way", "__module__")
 
 # Names that every class body has, and names that cannot change how the module computes.
 _HARMLESS_ATTRIBUTES = frozenset(
@@ -49,9 +49,9 @@ _HARMLESS_ATTRIBUTES = frozenset(
         "__type_params__",
         "__weakref__",
         "_abc_impl",
+        "_call_way",
         "_overrides_weights",
-        "_unusual",
-        "_unusual_step",
+        "_step_way",
     }
 )
 
@@ -161,13 +161,14 @@ def _made_again(cls: type[nn.RNNBase], stacked: type[nn.RNNBase]) -> nn.RNNBase:
     return object.__new__(made)
 
 
-def transplant(source: nn.RNNBase, target: type[Target], *, options: dict[str, bool], take_hooks: bool) -> Target:
+def transplant(source: nn.RNNBase, target: type[Target], *, options: dict[str, Any], take_hooks: bool) -> Target:
     """A module of class ``target`` with everything that ``source`` has; it shares the very same ``Parameter`` objects.
 
     Parametrizations and hooks stay in force, also those of ``torch.nn.utils.weight_norm`` and ``prune``.
 
     Args:
-        options: the attributes of ``target`` that ``nn.LSTM`` does not have, to set on the new module.
+        options: attributes to set on the new module: those of ``target`` that ``nn.LSTM`` does not have, and those that
+            ``nn.LSTM`` has in another form.
         take_hooks: whether the new module takes the place of ``source``. It then gets the hook dictionaries
             themselves, so that a handle returned earlier still removes its hook; otherwise it gets copies of them.
     """
@@ -175,7 +176,8 @@ def transplant(source: nn.RNNBase, target: type[Target], *, options: dict[str, b
     if parametrize.is_parametrized(source):
         # torch gives a parametrized module a class of its own, whose properties compute the tensors.
         own = {key: value for key, value in vars(type(source)).items() if key not in ("__dict__", "__weakref__")}
-        own = {key: value for key, value in own.items() if not key.startswith(("_overrides_", "_unusual"))}  # the new class gets its own
+        # The new class gets its own ones of these.
+        own = {key: value for key, value in own.items() if key not in ("_call_way", "_overrides_weights", "_step_way")}
         cls = types.new_class(f"Parametrized{target.__name__}", (target,), exec_body=lambda body: body.update(own))
     module: Target = object.__new__(cls)
     state = dict(source.__dict__)

@@ -12,6 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .layout import for_each_layer, weights_of_stack
+from .options import check_dropouts, check_widths, count_layers, used_entries
+
 __all__ = ["CHECKS", "WATCHED", "WEIGHT_METHODS", "check_options", "is_unusual", "overrides", "weight_names"]
 
 # The methods that nn.LSTM.forward calls, directly or through each other, before and after it computes.
@@ -28,7 +31,8 @@ CHECKS = (
 WEIGHT_METHODS = ("_init_flat_weights", "_update_flat_weights", "_weights_have_changed")
 
 _FLAGS = ("bias", "batch_first", "bidirectional", "training")
-_SIZES = ("input_size", "hidden_size", "num_layers", "proj_size")
+_WIDTHS = ("hidden_size", "proj_size")  # each an int, or a tuple with an entry for each layer
+_SIZES = ("input_size", "num_layers", *_WIDTHS)
 
 # The attributes of an instance that may make it unusual when they are set.
 WATCHED = frozenset((*CHECKS, *WEIGHT_METHODS, *_FLAGS, *_SIZES, "dropout", "forward", "recompute", "bf16_weights"))
@@ -41,13 +45,17 @@ def overrides(cls: type, base: type, names: tuple[str, ...]) -> bool:
 
 def weight_names(module: nn.RNNBase) -> list[str]:
     """The names of the weights that the current options ask for, in the operators' order."""
-    kinds = ["weight_ih", "weight_hh"]
-    if module.bias:
-        kinds += ["bias_ih", "bias_hh"]
-    if module.proj_size > 0:
-        kinds.append("weight_hr")
     directions = ("", "_reverse") if module.bidirectional else ("",)
-    return [f"{kind}_l{layer}{direction}" for layer in range(module.num_layers) for direction in directions for kind in kinds]
+    proj_sizes = for_each_layer(module.proj_size, module.num_layers)
+    places = weights_of_stack(module.bias, len(directions), proj_sizes)
+    return [f"{kind}_l{layer}{directions[direction]}" for layer, direction, kind in places]
+
+
+def _has_type(value: Any, kinds: tuple[type, ...], entries: Any) -> bool:
+    """Whether ``value`` is of one of these types, or a tuple of so many of them. (A subclass may count in a way of its own.)"""
+    if type(value) is tuple:
+        return len(value) == entries and all(type(entry) in kinds for entry in value)
+    return type(value) in kinds
 
 
 def is_unusual(module: nn.RNNBase) -> bool:
@@ -57,15 +65,45 @@ def is_unusual(module: nn.RNNBase) -> bool:
         return True
     if any(type(own.get(name, False)) is not bool for name in _FLAGS):
         return True
-    if any(type(own.get(name, 1)) is not int for name in _SIZES) or type(own.get("dropout", 0.0)) not in (float, int):
+    if any(type(own.get(name, 1)) is not int for name in ("input_size", "num_layers")):
+        return True
+    layers = own.get("num_layers", 1)
+    if not all(_has_type(own.get(name, 1), (int,), layers) for name in _WIDTHS):
+        return True
+    if not _has_type(own.get("dropout", 0.0), (float, int), layers - 1):
         return True
     names = own.get("_flat_weights_names")
     if not names or "_all_weights" not in own or not own["_all_weights"]:
         return False  # the constructor is still running
-    if module.proj_size < 0 or names != weight_names(module):
-        return True
-    recurrent = own["_parameters"].get(names[1])
-    return recurrent is not None and recurrent.shape != (4 * module.hidden_size, module.proj_size or module.hidden_size)
+    return any(size < 0 for size in for_each_layer(module.proj_size, layers)) or names != weight_names(module) or bool(_misfit(module))
+
+
+def _misfit(module: nn.RNNBase, *, computed: bool = False) -> str:
+    """Which size the recurrent weights do not fit, in words; empty if they fit.
+
+    Args:
+        computed: whether to look at weights that are no parameters, too: a parametrization computes them when it is asked.
+    """
+    layers = module.num_layers
+    sizes = zip(for_each_layer(module.hidden_size, layers), for_each_layer(module.proj_size, layers), strict=True)
+    for layer, (hidden, proj) in enumerate(sizes):
+        name = f"weight_hh_l{layer}"
+        weight = getattr(module, name) if computed else vars(module)["_parameters"].get(name)
+        if weight is None:
+            continue
+        rows, columns = weight.shape if weight.dim() == 2 else (-1, -1)
+        if rows != 4 * hidden:
+            return f"{_entry(module, 'hidden_size', layer)} asks for a {name} of {4 * hidden} rows, got: {rows}"
+        if columns != (proj or hidden):
+            option = _entry(module, "proj_size" if proj else "hidden_size", layer)
+            return f"{option} asks for a {name} of as many columns, got: {columns}"
+    return ""
+
+
+def _entry(module: nn.RNNBase, name: str, layer: int) -> str:
+    """A size of a layer as its user wrote it: ``hidden_size=5`` or ``hidden_size[1]=5``."""
+    value: Any = getattr(module, name)
+    return f"{name}[{layer}]={value[layer]}" if isinstance(value, tuple) else f"{name}={value}"
 
 
 def _type(value: object) -> str:
@@ -87,25 +125,26 @@ def check_options(module: nn.RNNBase) -> None:
             raise TypeError(f"{name} should be of type bool, got: {_type(value)}")
     for name in ("num_layers", "hidden_size", "proj_size"):
         value = getattr(module, name)
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
+        if not (name in _WIDTHS and isinstance(value, tuple)) and (isinstance(value, bool) or not hasattr(value, "__index__")):
             raise TypeError(f"{name} should be of type int, got: {_type(value)}")
     dropout: Any = module.dropout
-    if not isinstance(dropout, (Number, Tensor)):
+    if not isinstance(dropout, (Number, Tensor, tuple)):
         raise TypeError(f"dropout should be a number, got: {_type(dropout)}")
-    for name in ("num_layers", "hidden_size"):
-        if getattr(module, name) < 1:
-            raise ValueError(f"{name} must be greater than zero, got: {getattr(module, name)}")
-    if module.proj_size < 0:
-        raise ValueError(f"proj_size should be a positive integer or zero to disable projections, got: {module.proj_size}")
+    if module.num_layers < 1:
+        raise ValueError(f"num_layers must be greater than zero, got: {module.num_layers}")
+    layers = int(module.num_layers)
+    hidden_size, proj_size = used_entries(module.hidden_size, layers), used_entries(module.proj_size, layers)
+    dropout = used_entries(dropout, layers - 1)
+    count_layers(layers, hidden_size, proj_size, dropout)
+    check_widths(hidden_size, proj_size, layers)
+    if isinstance(dropout, tuple):
+        check_dropouts(dropout)
 
     names = weight_names(module)
     missing = [name for name in names if not hasattr(module, name)]
     if missing:
         options = ", ".join(f"{name}={getattr(module, name)}" for name in ("num_layers", "bias", "bidirectional", "proj_size"))
         raise RuntimeError(f"{options} ask for {missing[0]}, which this module does not have: it was made with other options")
-    rows, columns = getattr(module, names[1]).shape
-    if rows != 4 * module.hidden_size:
-        raise RuntimeError(f"hidden_size={module.hidden_size} asks for a {names[1]} of {4 * module.hidden_size} rows, got: {rows}")
-    if columns != (module.proj_size or module.hidden_size):
-        size = "proj_size" if module.proj_size else "hidden_size"
-        raise RuntimeError(f"{size}={getattr(module, size)} asks for a {names[1]} of as many columns, got: {columns}")
+    misfit = _misfit(module, computed=True)
+    if misfit:
+        raise RuntimeError(misfit)

@@ -175,9 +175,10 @@ void forward_lane(const ForwardArguments<T>& a, const ForwardLane<T>& l) {
           for (int k = 0; k < inputs; ++k) sum[gate] += w_ih[static_cast<size_t>(g * inputs + k)] * x[k];
           for (int k = 0; k < hidden; ++k) sum[gate] += w_hh[static_cast<size_t>(g * hidden + k)] * h_before[k];
         }
-        const auto y = activate<Maths>(Gates<double>{sum[0], sum[1], sum[2], sum[3]});
         double cell = c[j];
-        h[j] = narrow<T>(static_cast<float>(cell_forward<Maths>(y, cell)));
+        Gates<double> y;
+        h[j] = narrow<T>(
+            static_cast<float>(LstmCell::forward<Maths>(Gates<double>{sum[0], sum[1], sum[2], sum[3]}, cell, y)));
         c[j] = static_cast<float>(cell);
         if (l.saved_c) l.saved_c[row * s.saved_stride + j] = c[j];
         if (l.saved_gates) {
@@ -220,6 +221,7 @@ Outcome forward(const ForwardArguments<T>& a, void*) {
       const ForwardLane<T>& below = a.lane[l.below];
       if (l.x != (below.above ? below.above : below.h) || below.reverse || l.reverse)
         return failed("x is not what is below");
+      if (l.inputs != s.hidden) return failed("inputs of a lane above another");
       if (l.x_row_stride != s.h_stride || l.x_step_stride != s.batch * s.h_stride) return failed("strides of h");
     }
     if (l.h_column != (l.reverse ? s.hidden : 0)) return failed("the column of a direction");
@@ -295,6 +297,7 @@ void backward_lane(const BackwardArguments<T>& a, const BackwardLane<T>& l, cons
           dh += l.grad_h_n ? widen(l.grad_h_n[at + j]) : 0.0;
           dc[j] = l.grad_c_n ? widen(l.grad_c_n[at + j]) : 0.0;
         }
+        if (l.grad_cell) dc[j] += widen(l.grad_cell[row * s.h_stride + j]);
         Gates<double> y;
         if (l.gates) {
           const float* g = l.gates + 4 * row * s.saved_stride + j;
@@ -306,13 +309,13 @@ void backward_lane(const BackwardArguments<T>& a, const BackwardLane<T>& l, cons
             sum[gate] = l.preactivations[4 * row * hidden + g] + (l.bias_ih ? widen(l.bias_ih[g]) : 0.0) +
                         (l.bias_hh ? widen(l.bias_hh[g]) : 0.0);
           }
-          y = activate<Maths>(Gates<double>{sum[0], sum[1], sum[2], sum[3]});
+          y = activate_gates<Maths>(Gates<double>{sum[0], sum[1], sum[2], sum[3]});
         }
         const double c = l.c[row * s.saved_stride + j];
         const double before = !first  ? l.c[steps.row(step - 1, b) * s.saved_stride + j]
                               : l.c_0 ? static_cast<double>(widen(l.c_0[at + j]))
                                       : 0.0;
-        const Gates<double> d = cell_backward<Maths>(y, before, c, dh, dc[j]);
+        const Gates<double> d = LstmCell::backward<Maths>(y, before, c, dh, dc[j]);
         T* to = l.grad_gates + row * s.gates_stride + j;
         to[0] = narrow<T>(static_cast<float>(d.i));
         to[hidden] = narrow<T>(static_cast<float>(d.f));

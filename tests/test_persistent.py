@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import threading
+from dataclasses import dataclass
 
 import emulator
 import pytest
@@ -21,6 +22,8 @@ from helpers import (
     assert_same_bits,
     backward_arguments,
     case_tolerance,
+    double,
+    dropout_mask,
     forward_arguments,
     gradient_names,
     make_input,
@@ -318,6 +321,242 @@ def test_products_beside_the_recurrence_are_left_out_where_no_weight_gradients_a
     assert torch.equal(both[0], inputs[0]) and len(both[3]) == 12 and len(inputs[3]) == 0
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Layers of different widths, and the states of all layers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A stack with a width for each layer and a rate of dropout for each link, and one batch."""
+
+    hidden: tuple[int, ...]
+    batch: int = 6
+    steps: int = 7
+    input_size: int = 5
+    bidirectional: bool = False
+    packed: bool = False
+    rates: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        name = f"H{'-'.join(map(str, self.hidden))}-B{self.batch}-T{self.steps}-I{self.input_size}"
+        return name + ("-bidir" if self.bidirectional else "") + ("-packed" if self.packed else "")
+
+    @property
+    def directions(self) -> int:
+        return 1 + self.bidirectional
+
+    def active(self) -> list[int]:
+        """How many sequences have each step."""
+        lengths = [self.steps - b * self.steps // self.batch for b in range(self.batch)] if self.packed else [self.steps] * self.batch
+        return [sum(length > t for length in lengths) for t in range(self.steps)]
+
+    def state(self, layers: list) -> torch.Tensor:
+        """(D, B, H) of each layer, as the operators take them: flat where widths differ."""
+        return torch.cat(layers) if len(set(self.hidden)) == 1 else torch.cat([layer.reshape(-1) for layer in layers])
+
+    def by_layer(self, state: torch.Tensor) -> list[torch.Tensor]:
+        sizes = [self.directions * self.batch * hidden for hidden in self.hidden]
+        shapes = [(self.directions, self.batch, hidden) for hidden in self.hidden]
+        return [part.view(shape) for part, shape in zip(state.reshape(-1).split(sizes), shapes, strict=True)]
+
+    def arguments(self, dtype: torch.dtype, saving: str) -> tuple[list, dict]:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape, scale=1.0):
+            return ((torch.rand(shape, generator=generator) * 2 - 1) * scale).to(dtype)
+
+        active, inputs, weights = self.active(), self.input_size, []
+        for hidden in self.hidden:
+            sizes = [(4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)]
+            weights += [random(*size, scale=2 * hidden**-0.5) for _ in range(self.directions) for size in sizes]
+            inputs = self.directions * hidden
+        x = random(sum(active), self.input_size) if self.packed else random(self.steps, self.batch, self.input_size)
+        h_0, c_0 = (self.state([random(self.directions, self.batch, hidden) for hidden in self.hidden]) for _ in range(2))
+        seed = torch.tensor([11]) if self.rates else None
+        batch_sizes = torch.tensor(active) if self.packed else None
+        positional = [x, batch_sizes, h_0, c_0, weights, seed, True, len(self.hidden), self.bidirectional, 0, 0.0, saving, "persistent"]
+        return positional, {"dropouts": list(self.rates)}
+
+    def truth(self, arguments: list, upstream: list) -> dict:
+        """All results of ``run_states``, in float64, from the definition."""
+        x, _, h_0, c_0, weights, seed, *_ = arguments
+        leaves = [double(t.detach().requires_grad_()) for t in (x, h_0, c_0, *weights)]
+        active, named = self.active(), {"output": None, "h_n": None, "c_n": None}
+        rows, last = list(leaves[0].reshape(sum(active), -1).split(active)), {"h": [], "c": []}
+        begin = [self.by_layer(leaves[1]), self.by_layer(leaves[2])]
+        weight = iter(leaves[3:])
+        for k in range(len(self.hidden)):
+            kept = {"h": [[None] * self.steps for _ in range(2)], "c": [[None] * self.steps for _ in range(2)]}
+            ends = {"h": [], "c": []}
+            for d in range(self.directions):
+                w_ih, w_hh, b_ih, b_hh = (next(weight) for _ in range(4))
+                h, c = begin[0][k][d], begin[1][k][d]
+                for t in reversed(range(self.steps)) if d else range(self.steps):
+                    n = active[t]
+                    i, f, g, o = (rows[t] @ w_ih.T + b_ih + h[:n] @ w_hh.T + b_hh).chunk(4, 1)
+                    c = torch.cat([f.sigmoid() * c[:n] + i.sigmoid() * g.tanh(), c[n:]])
+                    h = torch.cat([o.sigmoid() * c[:n].tanh(), h[n:]])
+                    kept["h"][d][t], kept["c"][d][t] = h[:n], c[:n]
+                ends["h"].append(h), ends["c"].append(c)
+            shape = (sum(active), -1) if self.packed else (self.steps, self.batch, -1)
+            for name, key in (("hidden", "h"), ("cell", "c")):
+                steps = [torch.cat([kept[key][d][t] for d in range(self.directions)], 1) for t in range(self.steps)]
+                named[f"{name}[{k}]"] = torch.cat(steps).view(shape)
+                last[key].append(torch.stack(ends[key]))
+            rows = list(named[f"hidden[{k}]"].reshape(sum(active), -1).split(active))
+            if k + 1 < len(self.hidden) and self.rates and self.rates[k]:
+                mask = dropout_mask(int(seed), k, self.steps, self.batch, self.directions * self.hidden[k], self.rates[k])
+                rows = [row * mask[t, : active[t]] for t, row in enumerate(rows)]
+        named |= {"output": named[f"hidden[{len(self.hidden) - 1}]"] * 1, "h_n": self.state(last["h"]), "c_n": self.state(last["c"])}
+        fed = [(value, g.double()) for value, g in zip(named.values(), upstream, strict=True) if g is not None]
+        gradients = torch.autograd.grad([v for v, _ in fed], leaves, [g for _, g in fed], materialize_grads=True)
+        named |= dict(zip(gradient_names(len(weights)), gradients, strict=True))
+        return {name: value.detach() for name, value in named.items()}
+
+    def tolerance(self, kind: str) -> float:
+        alike = Case(len(self.hidden), self.batch, self.steps, self.input_size, max(self.hidden))
+        return tolerance(alike, kind, max(self.rates, default=0.0))
+
+
+def run_states(arguments: list, keywords: dict, given=lambda name: True) -> tuple[dict, list]:
+    """``forward_states`` and ``backward_states``: every result by name, and the gradients that were fed, None where ``given``
+    says so."""
+    output, h_n, c_n, hidden, cell, reserve = ops.forward_states(*arguments, **keywords)
+    named = {"output": output, "h_n": h_n, "c_n": c_n}
+    for k in range(len(hidden)):
+        named |= {f"hidden[{k}]": hidden[k], f"cell[{k}]": cell[k]}
+    fed = [g if given(name) else None for name, g in zip(named, upstream_gradients(named, output.dtype), strict=True)]
+    *options, backend = arguments[6:]
+    gradient = ops.backward_states(
+        *fed[:3], fed[3::2], fed[4::2], *arguments[:6], output, reserve, *options, True, True, backend, **keywords
+    )
+    return named | dict(zip(gradient_names(len(arguments[4])), [*gradient[:3], *gradient[3]], strict=True)), fed
+
+
+def check_layers(case: Layers, kind: str, saving: str) -> None:
+    with kind_of(kind) as dtype:
+        arguments, keywords = case.arguments(dtype, saving)
+        actual, fed = run_states(arguments, keywords)
+        assert {t.dtype for t in actual.values()} == {dtype}
+        assert (last_run()["backend"], last_run()["pass"]) == ("persistent", "backward")
+        assert_matches(actual, case.truth(arguments, fed), case.tolerance(kind), case.directions)
+
+
+WIDTHS = [  # widths, batch, steps, input size
+    ((5, 3), 3, 9, 6),
+    ((1, 1, 3, 3, 65, 1), 1, 5, 2),
+    ((9, 17, 17, 17, 3), 6, 7, 5),
+    ((65, 17, 65), 17, 3, 4),
+    ((3, 129, 129), 2, 2, 33),
+]
+
+
+@pytest.mark.parametrize("kind, saving", [("float32", "full"), ("tf32", "recompute"), ("bfloat16", "full"), ("float32", "recompute")])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidir"])
+@pytest.mark.parametrize("hidden, batch, steps, input_size", WIDTHS)
+def test_layers_of_different_widths_and_their_states_match_float64(hidden, batch, steps, input_size, bidirectional, packed, kind, saving):
+    rates = tuple(0.1 * (k % 3) for k in range(len(hidden) - 1))
+    check_layers(Layers(hidden, batch, steps, input_size, bidirectional, packed, rates), kind, saving)
+
+
+WIDE = (9, 17, 17, 17, 3)
+WIDE_CUTS = [
+    (
+        [forward_pass(0, 1), forward_pass(1, 4, blocks=3), forward_pass(4, 5)],
+        [backward_pass(0, 1), backward_pass(1, 4, blocks=3), backward_pass(4, 5)],
+    ),
+    ([forward_pass(k, k + 1, blocks=3) for k in range(5)], [backward_pass(k, k + 1, blocks=3, segment_steps=2 + k) for k in range(5)]),
+    (
+        [forward_pass(0, 1, l2=1), forward_pass(1, 4, blocks=5, batch_groups=3, copies=2), forward_pass(4, 5, batch_groups=2, copies=1)],
+        [
+            backward_pass(0, 1, segment_steps=2, products_beside=1),
+            backward_pass(1, 4, blocks=3, segment_steps=4, chunk_steps=2, products_beside=1, batch_groups=3, copies=2),
+            backward_pass(4, 5, l2=1, products_beside=1),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("forward, backward", WIDE_CUTS, ids=range(len(WIDE_CUTS)))
+def test_passes_of_different_widths_cut_up_in_any_way_match_float64(forward, backward, packed, saving, host):
+    with cut_up(forward, backward):
+        check_layers(Layers(WIDE, packed=packed, rates=(0.3, 0.0, 0.2, 0.1)), "float32", saving)
+    assert host.host_persistent_launches() == sum(launches_of(forward, backward, 7))
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("forward, backward", CUTS, ids=range(len(CUTS)))
+def test_gradients_of_the_states_of_every_layer_match_float64_however_a_stack_is_cut_up(forward, backward, packed, saving):
+    with cut_up(forward, backward):
+        check_layers(Layers((9,) * 4, packed=packed, rates=(0.3, 0.0, 0.2)), "float32", saving)
+
+
+@pytest.mark.parametrize("given", ["hidden[0]", "cell[0]", "hidden[1]", "cell[1]", "hidden[2]", "cell[2]", "cell"])
+@pytest.mark.parametrize("hidden", [(9, 9, 9), (9, 9, 4)], ids=str)
+def test_a_gradient_of_one_state_goes_where_that_state_came_from(hidden, given):
+    case = Layers(hidden, packed=True, rates=(0.5, 0.0))
+    arguments, keywords = case.arguments(torch.float32, "full")
+    actual, fed = run_states(arguments, keywords, lambda name: name.startswith(given))
+    assert_matches(actual, case.truth(arguments, fed), case.tolerance("float32"))
+    if given == "hidden[0]":
+        assert not any(actual[f"grad of weights[{n}]"].any() for n in range(4, 12)), "nothing above layer 0 has a gradient"
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("case", [Layers((9, 9, 9), rates=(0.3, 0.3)), Layers((9, 4), bidirectional=True, packed=True)], ids=str)
+def test_states_without_gradients_change_no_bit(case, saving, host):
+    arguments, keywords = case.arguments(torch.float32, saving)
+    host.host_persistent_launches()
+    with_states, fed = run_states(arguments, keywords, lambda name: "[" not in name)
+    launches, products = host.host_persistent_launches(), last_run()["products"]
+    output, h_n, c_n, reserve = ops.forward(*arguments, **keywords)
+    *options, name = arguments[6:]
+    gradient = ops.backward(*fed[:3], *arguments[:6], output, reserve, *options, True, True, name, **keywords)
+    assert (host.host_persistent_launches(), last_run()["products"]) == (launches, products)
+    plain = {"output": output, "h_n": h_n, "c_n": c_n}
+    plain |= dict(zip(gradient_names(len(arguments[4])), [*gradient[:3], *gradient[3]], strict=True))
+    assert_same_bits({name: with_states[name] for name in plain}, plain)
+    # And inference has the same states.
+    *inference, reserve = ops.forward_states(*with_saving(arguments, "none"), **keywords)
+    assert reserve.numel() == 0
+    for k in range(len(case.hidden)):
+        assert torch.equal(inference[3][k], with_states[f"hidden[{k}]"]) and torch.equal(inference[4][k], with_states[f"cell[{k}]"])
+
+
+def test_a_width_or_a_state_is_another_question():
+    """Decisions are kept: a stack must not get that of another one."""
+    with planned_for(SMALL):
+        passes = {}
+        for hidden in ((64, 64, 8), (64, 8, 8), (8, 64, 64), (8, 8, 64)):
+            arguments, keywords = Layers(hidden).arguments(torch.float32, "none")
+            ops.forward(*arguments, **keywords)
+            passes[hidden] = [(p["first_layer"], p["last_layer"], p["blocks_lane"] * p["units_block"]) for p in last_run()["passes"]]
+        predicted = []
+        for run in (ops.forward, ops.forward_states, ops.forward):
+            run(*arguments, **keywords)
+            predicted.append(last_run()["predicted_us"])
+    for hidden, parts in passes.items():
+        assert [last for _, last, _ in parts[:-1]] == [first for first, _, _ in parts[1:]]
+        for first, last, units in parts:
+            assert set(hidden[first:last]) == {hidden[first]} and units >= hidden[first]
+    assert predicted[0] == predicted[2] < predicted[1], "c and h go to memory"
+
+
+def test_layers_of_different_widths_are_no_pass(host):
+    arguments, keywords = Layers((9, 9, 4)).arguments(torch.float32, "full")
+    with (
+        cut_up([forward_pass(0, 3)]),
+        pytest.raises(ValueError, match="layers 0 to 2: layers of 9 and of 4 units, and a pass has one width"),
+    ):
+        ops.forward(*arguments, **keywords)
+    assert host.host_persistent_launches() == 0
+
+
 WRONG = [  # a forward pass of 4 layers of 9 units, and what is said of it
     ([forward_pass(0, 3)], "do not take all layers"),
     ([forward_pass(1, 4)], "in order"),
@@ -519,9 +758,7 @@ def test_without_kernels_for_the_device_it_is_refused():
 
 def test_a_gpu_too_old_or_a_layer_too_wide_is_refused_with_the_reason():
     with planned_for(SMALL):
-        plan = gpu_plan(
-            StackOptions(8, 4096), 8, 1, torch.bfloat16, torch.device("cpu"), "none"
-        )
+        plan = gpu_plan(StackOptions(8, 4096), 8, 1, torch.bfloat16, torch.device("cpu"), "none")
     assert not plan["persistent"] and "4096" in plan["why_not"] and "forward" not in plan
 
 
@@ -884,6 +1121,21 @@ def test_the_cuda_kernels_match_float64_in_the_same_driver(case, device, kind, s
         check(case, kind, saving, dropout=0.3)
     for part in last_run()["passes"]:
         assert part["exchange"] == ("cluster" if device == "h100" and part["blocks_lane"] > 1 else "l2")
+
+
+EMULATED_LAYERS = [
+    Layers((7, 7, 7), 5, 6, 4, rates=(0.3, 0.0)),
+    Layers((3, 33, 33, 1), 6, 5, 17, packed=True, rates=(0.3, 0.2, 0.0)),
+    Layers((17, 8), 5, 4, 3, bidirectional=True, packed=True, rates=(0.3,)),
+]
+
+
+@pytest.mark.parametrize("kind, saving", [("bfloat16", "full"), ("tf32", "full"), ("float32", "recompute")])
+@pytest.mark.parametrize("device", ["h100", "a100"])
+@pytest.mark.parametrize("case", EMULATED_LAYERS, ids=str)
+def test_the_cuda_kernels_match_float64_with_states_and_widths(case, device, kind, saving, emulated):
+    with planned_for(device):
+        check_layers(case, kind, saving)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])

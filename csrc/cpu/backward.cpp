@@ -111,20 +111,29 @@ void BackwardWave<T>::LaneRun::recompute(int64_t s) {
   stretch_ = {s / steps * steps, s + 1};
   int64_t kept_from = stretch_.last;
   while (kept_from > stretch_.first && w_.reserve_.gates(index_, kept_from - 1)) --kept_from;
-  if (kept_from > stretch_.first) recompute_gates({stretch_.first, kept_from});
+  if (kept_from > stretch_.first) recompute_sums({stretch_.first, kept_from});
   for (int64_t step = stretch_.first; step < stretch_.last; ++step) {
-    if (w_.reserve_.c(index_, step)) continue;
-    const T* gates = gates_of(step);
-    T* c_next = scratch_.c + rows_between(stretch_.first, step) * padded_;
+    const int64_t before = rows_between(stretch_.first, step);
+    const bool sums = step < kept_from, keeps_c = w_.reserve_.c(index_, step) != nullptr;
+    if (!sums && keeps_c) continue;
+    T* c_next = scratch_.c + before * padded_;
     with_c_before(step, [&](int64_t row, int64_t rows, const T* c) {
-      w_.kernels_.states(gates + row * 4 * padded_, c, rows, padded_, unit_blocks_.first, unit_blocks_.last,
-                         c_next + row * padded_);
+      w_.kernels_.replay({
+          .first_unit_block = unit_blocks_.first,
+          .last_unit_block = unit_blocks_.last,
+          .rows = rows,
+          .padded_hidden = padded_,
+          .gates = sums ? nullptr : gates_of(step) + row * 4 * padded_,
+          .sums = sums ? scratch_.gates + (before + row) * 4 * padded_ : nullptr,
+          .c = c,
+          .c_next = keeps_c ? nullptr : c_next + row * padded_,
+      });
     });
   }
 }
 
 template <typename T>
-void BackwardWave<T>::LaneRun::recompute_gates(const Range& steps) {
+void BackwardWave<T>::LaneRun::recompute_sums(const Range& steps) {
   const Range panels{unit_blocks_.first * 4 / kWidth, unit_blocks_.last * 4 / kWidth};
   int64_t lda = layer_.input + kRowPadding;
   const int64_t rows = copy_x(steps, scratch_.copied, lda);
@@ -151,7 +160,6 @@ void BackwardWave<T>::LaneRun::recompute_gates(const Range& steps) {
   product.rounded = w_.call_.bf16_activations;
   product.init = scratch_.gates, product.init_step = 4 * padded_;
   w_.kernels_.product(product);
-  w_.kernels_.activate(scratch_.gates, rows, padded_, unit_blocks_.first, unit_blocks_.last);
 }
 
 template <typename T>

@@ -20,8 +20,8 @@
 //   ┄┄┴───────┴──────────┴┄┄┄┄┄┄┄┄┄┄     call, the workers meet only at the end.
 //
 // Recomputation. A stretch is a run of steps that starts after a kept c, or at step 0. When a worker comes to the last
-// step of a stretch, it first recomputes what was not kept (CpuReserve in stack.h) of all steps of the stretch: the
-// gates, by two products of x and h, and then c, step after step forward. It waits for no other worker, because all x
+// step of a stretch, it first recomputes what was not kept (cpu/reserve.h) of all steps of the stretch: the sums of
+// the gates, by two products of x and h, and then gates and c by the cell, step after step forward. It waits for no other worker, because all x
 // and h are known. The length of a stretch changes no bit: the gates of a row depend on no other row, and every kept c
 // is used as it is.
 //
@@ -302,8 +302,8 @@ class BackwardWave : Wave<T> {
     // Recomputes the stretch whose last step is s.
     void recompute(int64_t s);
 
-    // Recomputes the gates of `steps`, the first steps of the stretch, from h of this layer and of the layer below.
-    void recompute_gates(const Range& steps);
+    // Recomputes W_ih·x + W_hh·h + b of `steps`, the first steps of the stretch, from h of this layer and of the layer below.
+    void recompute_sums(const Range& steps);
 
     int64_t copy_x(const Range& steps, T* out, int64_t ldo) const {
       return w_.copy_input(w_.call_.input, w_.call_.links, layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr,

@@ -76,7 +76,7 @@ struct BackwardCall {
   std::vector<Input<T>> grad_h, grad_c;
   const T* grad_h_n;  // states, or null
   const T* grad_c_n;
-  T* grad_input[2];      // (rows, input) of each direction, or null; the gradient is their sum
+  T* grad_input[2];  // (rows, input) of each direction, or null; the gradient is their sum
   T* grad_h_0;
   T* grad_c_0;
   std::vector<LaneGradients<T>> gradients;  // one per lane, or empty

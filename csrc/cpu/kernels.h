@@ -103,6 +103,18 @@ struct StepForward {
   bool from_last = false;  // see "Alternating panel order"
 };
 
+// The cell once more for unit blocks first … last-1 of `rows` rows, in a backward pass: what a forward pass did not keep.
+template <typename T>
+struct Replay {
+  int64_t first_unit_block, last_unit_block;
+  int64_t rows;
+  int64_t padded_hidden;
+  const T* gates;  // [row][4·padded_hidden]: the activations; or null, if `sums` are given:
+  T* sums;         // likewise: W_ih·x + W_hh·h + b in, the activations out
+  const T* c;      // [row][padded_hidden]: before the step
+  T* c_next;       // likewise, after it; or null
+};
+
 // The cell's backward for unit blocks first … last-1 of `rows` rows.
 template <typename T>
 struct StepBackward {
@@ -174,11 +186,7 @@ struct CpuKernels {
   void (*product)(const Product<T>&);
   void (*step_forward)(const StepForward<T>&);
   void (*step_backward)(const StepBackward<T>&);
-  // Pre-activations to activations, in place, for unit blocks first … last-1.
-  void (*activate)(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_unit_block, int64_t last_unit_block);
-  // c after a step, [row][padded_hidden], from its activations and c before it, for unit blocks first … last-1.
-  void (*states)(const T* gates, const T* c, int64_t rows, int64_t padded_hidden, int64_t first_unit_block,
-                 int64_t last_unit_block, T* c_next);
+  void (*replay)(const Replay<T>&);
   void (*gradient)(const GradientProduct<T>&);
   // sum[n] = Σ over rows of a[row][n], n < columns, row after row; added to sum with `accumulate`.
   void (*sum_rows)(const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate, T* sum);

@@ -272,15 +272,15 @@ INLINE void store_gates(T* p, const Gates<Vec<T>>& y) {
 
 // The cell for one unit block of `rows` rows; `pre` holds their pre-activations. Not inlined, so that every caller runs
 // the same instructions and gets the same bits.
-template <typename T>
+template <typename Cell, typename T>
 __attribute__((noinline)) void cells_forward(const StepForward<T>& s, const T* pre, int64_t unit_block, int64_t row,
                                              int64_t rows) {
   constexpr int V = kVectorElements<T>;
   const int64_t unit = unit_block * V;
   for (int64_t end = row + rows; row < end; ++row, pre += 4 * V) {
-    const Gates<Vec<T>> y = activate<Math<T>>(load_gates(pre));
+    Gates<Vec<T>> y;
     Vec<T> c = load(s.c + row * s.padded_hidden + unit);
-    const Vec<T> h = cell_forward<Math<T>>(y, c);
+    const Vec<T> h = Cell::template forward<Math<T>>(load_gates(pre), c, y);
     store(s.c + row * s.padded_hidden + unit, c);
     store(s.h_next + row * s.ldh_next + unit, h);
     if (s.y) store_first(s.y + row * s.ldy + unit, h, s.hidden - unit);
@@ -289,7 +289,7 @@ __attribute__((noinline)) void cells_forward(const StepForward<T>& s, const T* p
   }
 }
 
-template <typename Panel, int Width>
+template <typename Cell, typename Panel, int Width>
 void step_forward_of_width(const StepForward<typename Panel::T>& s) {
   using T = typename Panel::T;
   constexpr int V = kVectorElements<T>;
@@ -308,15 +308,16 @@ void step_forward_of_width(const StepForward<typename Panel::T>& s) {
                      s.projected + row * 4 * s.padded_hidden + panel * columns, 4 * s.padded_hidden,
                      pre + part * columns, 4 * V);
       }
-      cells_forward(s, pre, unit_block, row, count);
+      cells_forward<Cell>(s, pre, unit_block, row, count);
     });
   });
 }
 
-template <typename T>
+template <typename Cell, typename T>
 void step_forward(const StepForward<T>& s) {
-  with_panels<T>(s.panels, s.width, s.rounded,
-                 [&]<typename Panel>(Panel, auto width) INLINE_LAMBDA { step_forward_of_width<Panel, width>(s); });
+  with_panels<T>(s.panels, s.width, s.rounded, [&]<typename Panel>(Panel, auto width) INLINE_LAMBDA {
+    step_forward_of_width<Cell, Panel, width>(s);
+  });
 }
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
@@ -330,7 +331,7 @@ INLINE Vec<T> first_elements(Vec<T> v, int64_t count) {
   return load_first(all, count);
 }
 
-template <typename T>
+template <typename Cell, typename T>
 void step_backward(const StepBackward<T>& s) {
   constexpr int V = kVectorElements<T>;
   for (int64_t row = 0; row < s.rows; ++row) {
@@ -341,7 +342,7 @@ void step_backward(const StepBackward<T>& s) {
       Vec<T> dc = load(s.dc + at);
       const Gates<Vec<T>> y = load_gates(s.gates + at * 4);
       const Vec<T> c_next = load(s.c_next + at);
-      Gates<Vec<T>> d = cell_backward<Math<T>>(y, load(s.c + at), c_next, dh, dc);
+      Gates<Vec<T>> d = Cell::template backward<Math<T>>(y, load(s.c + at), c_next, dh, dc);
       if (const int64_t left = s.hidden - unit; left < V) {
         d = {first_elements<T>(d.i, left), first_elements<T>(d.f, left), first_elements<T>(d.g, left),
              first_elements<T>(d.o, left)};
@@ -355,23 +356,21 @@ void step_backward(const StepBackward<T>& s) {
   }
 }
 
-template <typename T>
-void activate_rows(T* gates, int64_t rows, int64_t padded_hidden, int64_t first_unit_block, int64_t last_unit_block) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t unit_block = first_unit_block; unit_block < last_unit_block; ++unit_block) {
-      T* p = gates + (row * padded_hidden + unit_block * kVectorElements<T>)*4;
-      store_gates(p, activate<Math<T>>(load_gates(p)));
-    }
-  }
-}
-
-template <typename T>
-void states(const T* gates, const T* c, int64_t rows, int64_t padded_hidden, int64_t first_unit_block,
-            int64_t last_unit_block, T* c_next) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t unit_block = first_unit_block; unit_block < last_unit_block; ++unit_block) {
-      const int64_t at = row * padded_hidden + unit_block * kVectorElements<T>;
-      store(c_next + at, cell_state(load_gates(gates + at * 4), load(c + at)));
+template <typename Cell, typename T>
+void replay(const Replay<T>& s) {
+  constexpr int V = kVectorElements<T>;
+  for (int64_t row = 0; row < s.rows; ++row) {
+    for (int64_t unit_block = s.first_unit_block; unit_block < s.last_unit_block; ++unit_block) {
+      const int64_t at = row * s.padded_hidden + unit_block * V;
+      Vec<T> c = load(s.c + at);
+      if (s.gates) {
+        c = Cell::state(load_gates(s.gates + at * 4), c);
+      } else {
+        Gates<Vec<T>> y;
+        Cell::template forward<Math<T>>(load_gates(s.sums + at * 4), c, y);
+        store_gates(s.sums + at * 4, y);
+      }
+      if (s.c_next) store(s.c_next + at, c);
     }
   }
 }
@@ -405,7 +404,18 @@ void maths(const T* x, int64_t n, T* sigmoid, T* tanh) {
 
 template <typename T>
 constexpr CpuKernels<T> kTable = {
-    kVectorElements<T>, kUnits,      pack_gates<T>,   pack_rows<T>,     pack_columns<T>,
-    pack_bias<T>,       product<T>,  step_forward<T>, step_backward<T>, activate_rows<T>,
-    states<T>,          gradient<T>, sum_rows<T>,     maths<T>,         digest,
+    kVectorElements<T>,
+    kUnits,
+    pack_gates<T>,
+    pack_rows<T>,
+    pack_columns<T>,
+    pack_bias<T>,
+    product<T>,
+    step_forward<LstmCell, T>,
+    step_backward<LstmCell, T>,
+    replay<LstmCell, T>,
+    gradient<T>,
+    sum_rows<T>,
+    maths<T>,
+    digest,
 };

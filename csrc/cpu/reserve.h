@@ -30,9 +30,7 @@ inline KeptRows kept_rows(const StackShape& shape, const Keeping& keeping) {
   if (!keeping.anything()) return {};
   const int64_t rows = shape.rows(), checkpoints = (std::max<int64_t>(shape.steps, 1) - 1) / kCheckpointSteps;
   const bool all_c = keeping.saving != Saving::recompute || keeping.states;
-  const int64_t gates = keeping.saving == Saving::none   ? 0
-                        : keeping.saving == Saving::full ? rows
-                                                         : rows / kKeptGates;
+  const int64_t gates = keeping.saving == Saving::none ? 0 : keeping.saving == Saving::full ? rows : rows / kKeptGates;
   return {all_c ? rows : checkpoints * shape.batch, gates, true, keeping.keep_top};
 }
 
@@ -106,9 +104,7 @@ class CpuReserve {
 
  private:
   // The first row of the call whose gates a lane may keep.
-  int64_t gates_from(int64_t lane) const {
-    return lane % shape_.directions ? 0 : shape_.rows() - layout_.kept().gates;
-  }
+  int64_t gates_from(int64_t lane) const { return lane % shape_.directions ? 0 : shape_.rows() - layout_.kept().gates; }
   int64_t padded(int64_t lane) const { return shape_.of_lane(lane).padded_hidden(); }
 
   const StackShape& shape_;

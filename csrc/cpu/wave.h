@@ -199,8 +199,8 @@ class Wave {
   }
   // Copies the input of a lane's layer: for layer 0 the caller's input, else what the link makes of `below`, h of the layer
   // below.
-  int64_t copy_input(const Input<T>& input, const Links& links, const T* below, int64_t lane,
-                     const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
+  int64_t copy_input(const Input<T>& input, const Links& links, const T* below, int64_t lane, const Range& sequences,
+                     const Range& steps, T* out, int64_t ldo) const {
     const int64_t layer = lane / shape_.directions, width = shape_.layers[layer].input;
     if (layer == 0) {
       return copy_rows(

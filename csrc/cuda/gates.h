@@ -1,7 +1,7 @@
 // csrc/cuda/gates.h: what happens between two products of the diagonal schedule, element by element; host and device.
 //
-//   forward    a = W_ih·x + W_hh·h(t-1) + b   →   activate, cell_forward   →   c, h, what backward needs
-//   backward   dh (from the loss, the layer above, step t+1)   →   cell_backward   →   dgates, dc
+//   forward    a = W_ih·x + W_hh·h(t-1) + b   →   the cell   →   c, h, what backward needs
+//   backward   dh (from the loss, the layer above, step t+1)   →   the cell's backward   →   dgates, dc
 //   collect    the sum dh alone, where a projection stands between h and the gates
 //   copy       rows, masked by dropout or taken from an initial state where a sequence begins
 //
@@ -170,8 +170,8 @@ STACKED_LSTM_HOST_DEVICE void forward_units(const CellSizes& sizes, const Forwar
   Pack<A, V> gates[4];
   STACKED_LSTM_UNROLL
   for (int n = 0; n < V; ++n) {
-    const Gates<A> y = activate<Maths>(Gates<A>{a[0][n], a[1][n], a[2][n], a[3][n]});
-    h[n] = cell_forward<Maths>(y, c.element[n]);
+    Gates<A> y;
+    h[n] = LstmCell::forward<Maths>(Gates<A>{a[0][n], a[1][n], a[2][n], a[3][n]}, c.element[n], y);
     gates[0].element[n] = y.i;
     gates[1].element[n] = y.f;
     gates[2].element[n] = y.g;
@@ -267,8 +267,8 @@ STACKED_LSTM_HOST_DEVICE void backward_units(const CellSizes& sizes, const Backw
   STACKED_LSTM_UNROLL
   for (int n = 0; n < V; ++n) {
     Gates<A> gates{y[0][n], y[1][n], y[2][n], y[3][n]};
-    if (!cell.gates) gates = activate<Maths>(gates);
-    const Gates<A> d = cell_backward<Maths>(gates, c_before[n], c.element[n], dh[n], dc.element[n]);
+    if (!cell.gates) gates = LstmCell::activate<Maths>(gates, c_before[n], c.element[n]);
+    const Gates<A> d = LstmCell::backward<Maths>(gates, c_before[n], c.element[n], dh[n], dc.element[n]);
     grad[0][n] = d.i;
     grad[1][n] = d.f;
     grad[2][n] = d.g;

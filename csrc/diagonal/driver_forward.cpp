@@ -76,14 +76,7 @@ class Forward : DiagonalDriver<T> {
 
   void allocate() {
     output_all_ = at::empty(call_.output_sizes(), storage_);
-    const int64_t kept = reserve_elements(shape_, call_.saving, call_.states, sizeof(T), sizeof(A));
-    // No kernel writes the padding of units. Zeros there make a reserve bitwise equal every time.
-    const bool padding = std::any_of(run_shapes_.begin(), run_shapes_.end(),
-                                     [](const RunShape& run) { return run.hidden != run.padded; });
-    reserve_ = padding ? at::zeros({kept}, accumulator_) : at::empty({kept}, accumulator_);
-    // Likewise for half of the last number: an odd number of 16-bit h does not fill it.
-    const ReserveLayout layout(shape_, kept_rows(shape_, call_.saving, call_.states));
-    if (!padding && sizeof(T) < sizeof(A) && layout.h_elements() % 2) reserve_.narrow(0, kept - 1, 1).zero_();
+    reserve_ = make_reserve<T>(call_);
     parts_ = GpuReserve<T>(reserve_, call_);
     h_ = at::empty(call_.h_0.sizes(), storage_).copy_(call_.h_0);
     c_ = at::empty(call_.c_0.sizes(), accumulator_).copy_(call_.c_0);

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../stack/obstacle.h"
 #include "../stack/options.h"
 #include "../stack/stack.h"
 #include "../stack/weights.h"
@@ -17,6 +18,13 @@
 namespace stacked_lstm {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+inline ElementType element_type(at::ScalarType type) {
+  return type == at::kDouble     ? ElementType::float64
+         : type == at::kBFloat16 ? ElementType::bfloat16
+         : type == at::kHalf     ? ElementType::float16
+                                 : ElementType::float32;
+}
 
 // The arguments that forward and backward share.
 struct Call {

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <type_traits>
@@ -132,6 +133,21 @@ inline int64_t reserve_elements(const StackShape& shape, Saving saving, bool sta
   return layout.cells() + (layout.h_elements() * storage_bytes + accumulator_bytes - 1) / accumulator_bytes;
 }
 
+// A reserve for a forward pass. No kernel writes the padding of units, nor the half of an element behind an odd number of
+// 16-bit h. Zeros there make the bits of a reserve the same every time.
+template <typename T>
+Tensor make_reserve(const Call& call) {
+  using A = Accumulator<T>;
+  const StackShape& shape = call.shape;
+  const ReserveLayout layout(shape, kept_rows(shape, call.saving, call.states));
+  const auto padded = [](const LayerShape& layer) { return layer.hidden != layer.padded_hidden(); };
+  const bool gaps = layout.h_elements() * static_cast<int64_t>(sizeof(T)) % static_cast<int64_t>(sizeof(A)) != 0 ||
+                    std::any_of(shape.layers.begin(), shape.layers.end(), padded);
+  const Tensor reserve = at::empty({reserve_elements(shape, call.saving, call.states, sizeof(T), sizeof(A))},
+                                   call.input.options().dtype(scalar_type<A>()));
+  return gaps ? reserve.zero_() : reserve;
+}
+
 // The parts of a reserve: its layout is in stack/reserve.h. The pointers are null where nothing is kept.
 template <typename T>
 class GpuReserve {
@@ -140,7 +156,9 @@ class GpuReserve {
 
   GpuReserve() = default;
   GpuReserve(Tensor reserve, const Call& call)
-      : reserve_(std::move(reserve)), shape_(&call.shape), layout_(call.shape, kept_rows(call.shape, call.saving, call.states)) {}
+      : reserve_(std::move(reserve)),
+        shape_(&call.shape),
+        layout_(call.shape, kept_rows(call.shape, call.saving, call.states)) {}
 
   // c of a lane, rows of padded_hidden.
   A* c(int64_t lane) const { return layout_.kept().c > 0 ? cells() + layout_.c(lane) : nullptr; }

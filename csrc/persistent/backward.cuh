@@ -6,7 +6,7 @@
 //                                                             (─): half the bytes of gathering the dgates themselves.
 //
 // A step s:   receive the partial sums of dh(s) that all blocks have sent, and add them up in the order of the blocks   →
-//             cell_backward   →   dgates(s) to shared memory   →   barrier   →   times the block's part of W_hhᵀ   →   send
+//             the cell's backward   →   dgates(s) to shared memory   →   barrier   →   times the block's part of W_hhᵀ   →   send
 //             the partial sums of dh(s-1)   →   and only then write dgates(s) to memory, and load what step s-1 needs.
 //
 // dh from a lane above in the same launch: a block takes the gate rows of its own units in the lane above. For a chunk
@@ -61,13 +61,13 @@ class BackwardCells {
   // The next step's inputs, as they come from memory.
   float y_[kCells][4];      // activations, or pre-activations without the bias
   float c_before_[kCells];  // c(s-1)
-  T grad_output_[kCells];
+  T grad_output_[kCells], grad_cell_[kCells];
   float grad_above_[kCells];
   // From the step before in the order of the launch, s+1; active_ is of this step, s.
   float c_[kCells], dc_[kCells];
   bool was_active_, active_;
   // Of this step, known before dh is.
-  CellSlopes<float> slope_[kCells];
+  LstmCell::Slopes<float> slope_[kCells];
   float incoming_[kCells];
   Packed grad_[kCells];  // dgates(s)
 
@@ -112,7 +112,7 @@ class BackwardCells {
 #pragma unroll
     for (int n = 0; n < kCells; ++n) {
       c_before_[n] = grad_above_[n] = 0;
-      grad_output_[n] = T{};
+      grad_output_[n] = grad_cell_[n] = T{};
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) y_[n][gate] = 0;
       if (!exists(n)) continue;
@@ -127,27 +127,21 @@ class BackwardCells {
       for (int gate = 0; gate < 4; ++gate) y_[n][gate] = load_streaming(y + gate * stride + n * kStep);
       const int64_t at = row * sizes.h_stride + unit + n * kStep;
       if (lane.grad_output) grad_output_[n] = load_streaming(lane.grad_output + at);
+      if (lane.grad_cell) grad_cell_[n] = load_streaming(lane.grad_cell + at);
       if (lane.grad_above) grad_above_[n] = load_streaming(lane.grad_above + at);
     }
   }
 
-  // Computes all of step s that does not need its dh.
+  // Computes all of step s that does not need its dh. The gradients come first: their registers, and those that drawing a
+  // mask takes, are free again when the slopes are computed.
   __device__ __forceinline__ void prepare(int s) {
     const BackwardLane<T>& lane = block_.lane;
     const bool ends = active_ && !was_active_;  // step s is the sequence's last: it has no step s+1
 #pragma unroll
     for (int n = 0; n < kCells; ++n) {
       incoming_[n] = 0;
-      slope_[n] = {};
       if (!active_ || !exists(n)) continue;
       const int unit = cells_.unit_of(n);
-      Gates<float> y = {y_[n][0], y_[n][1], y_[n][2], y_[n][3]};
-      if (!lane.gates) {
-        add_bias(y, lane.bias_ih, unit);
-        add_bias(y, lane.bias_hh, unit);
-        y = activate<MathsOf<T>>(y);
-      }
-      slope_[n] = cell_slopes<MathsOf<T>>(y, c_before_[n], c_[n]);
       if (lane.grad_above) {
         if (block_.lane.mask.seed) mask(block_.time(s), unit, grad_above_[n]);
         incoming_[n] = grad_above_[n];
@@ -155,6 +149,20 @@ class BackwardCells {
       if (lane.grad_output) incoming_[n] += widen(grad_output_[n]);
       if (ends && lane.grad_h_n) incoming_[n] += widen(load_ordinary(lane.grad_h_n + state(n)));
       if (ends) dc_[n] = lane.grad_c_n ? widen(load_ordinary(lane.grad_c_n + state(n))) : 0;
+      if (lane.grad_cell) dc_[n] += widen(grad_cell_[n]);
+    }
+#pragma unroll
+    for (int n = 0; n < kCells; ++n) {
+      slope_[n] = {};
+      if (!active_ || !exists(n)) continue;
+      const int unit = cells_.unit_of(n);
+      Gates<float> y = {y_[n][0], y_[n][1], y_[n][2], y_[n][3]};
+      if (!lane.gates) {
+        add_bias(y, lane.bias_ih, unit);
+        add_bias(y, lane.bias_hh, unit);
+        y = LstmCell::activate<MathsOf<T>>(y, c_before_[n], c_[n]);
+      }
+      slope_[n] = LstmCell::slopes<MathsOf<T>>(y, c_before_[n], c_[n]);
     }
   }
 
@@ -164,7 +172,7 @@ class BackwardCells {
     for (int n = 0; n < kCells; ++n) {
       if (!cells_.has(n)) continue;
       // If the sequence has no such step, or there is no such unit, all slopes are zero, and so are these gradients.
-      const Gates<float> d = cell_backward(slope_[n], incoming_[n] + sums[n], dc_[n]);
+      const Gates<float> d = LstmCell::backward(slope_[n], incoming_[n] + sums[n], dc_[n]);
       const float all[4] = {d.i, d.f, d.g, d.o};
       const int unit = cells_.unit_of(n) - block_.first_unit;
 #pragma unroll

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cuda/device.h"
+#include "../stack/obstacle.h"
 #include "../stack/stack.h"
 #include "choice.h"
 #include "cost.h"
@@ -182,10 +183,11 @@ void take_instances(Ask& ask) {
 
 // What the planner is asked, for the instances that are compiled. `capacity`: None, or a function that answers instead
 // of CUDA's driver: capacity(backward, cut, most_inputs, hidden, over) -> blocks.
-inline Ask ask_of(int64_t element_bytes, const std::string& product, const std::string& saving,
+inline Ask ask_of(int64_t element_bytes, const std::string& product, const std::string& saving, bool states,
                   const py::object& capacity) {
   Ask ask;
   ask.bytes = element_bytes;
+  ask.states = states;
   if (product != "tensor" && product != "exact") {
     throw py::value_error("product should be one of tensor, exact, got: " + product);
   }
@@ -204,18 +206,21 @@ inline Ask ask_of(int64_t element_bytes, const std::string& product, const std::
   return ask;
 }
 
-inline StackShape stack_of(int64_t input_size, const std::vector<int64_t>& hidden_sizes, int64_t proj_size,
-                           bool bidirectional, int64_t seq_len, int64_t batch_size) {
+inline ElementType element_type_of(int64_t bytes) {
+  return bytes == 8 ? ElementType::float64 : bytes == 4 ? ElementType::float32 : ElementType::bfloat16;
+}
+
+inline StackOptions options_of(int64_t input_size, const std::vector<int64_t>& hidden_sizes, int64_t proj_size,
+                               bool bidirectional) {
   if (input_size < 1) throw py::value_error("input_size should be at least 1, got: " + std::to_string(input_size));
-  StackShape shape;
-  shape.steps = seq_len, shape.batch = batch_size, shape.directions = bidirectional ? 2 : 1;
-  int64_t input = input_size;
   for (const int64_t hidden : hidden_sizes) {
     if (hidden < 1) throw py::value_error("hidden sizes should be at least 1, got: " + std::to_string(hidden));
-    shape.layers.push_back({input, hidden, proj_size});
-    input = shape.directions * shape.layers.back().output();
   }
-  return shape;
+  StackOptions options;
+  options.input_size = input_size, options.num_layers = static_cast<int64_t>(hidden_sizes.size());
+  options.hidden_size = PerLayer<int64_t>(hidden_sizes);
+  options.proj_size = proj_size, options.bidirectional = bidirectional;
+  return options;
 }
 
 inline void bind_persistent_plan(py::module_& m) {
@@ -228,7 +233,7 @@ inline void bind_persistent_plan(py::module_& m) {
   m.def("persistent_device_from", [](const py::dict& told) { return describe(device_from(properties_of(told))); });
   m.def("persistent_costs", [] { return describe(Costs{}); });
   m.def("persistent_instances", [](int64_t element_bytes, bool backward) {
-    const Ask ask = ask_of(element_bytes, "tensor", "none", py::none());
+    const Ask ask = ask_of(element_bytes, "tensor", "none", false, py::none());
     const Instance* first = backward ? ask.backward : ask.forward;
     py::list instances;
     for (const Instance* i = first; i < first + (backward ? ask.backward_count : ask.forward_count); ++i) {
@@ -244,28 +249,37 @@ inline void bind_persistent_plan(py::module_& m) {
       [](const py::object& device, int64_t input_size, const std::vector<int64_t>& hidden_sizes, int64_t proj_size,
          bool bidirectional, int64_t seq_len, int64_t batch_size, int64_t element_bytes, const std::string& product,
          const std::string& saving, bool backward, bool with_timeline, const py::dict& costs,
-         const py::object& capacity) {
-        const StackShape shape = stack_of(input_size, hidden_sizes, proj_size, bidirectional, seq_len, batch_size);
+         const py::object& capacity, bool states) {
+        const StackOptions options = options_of(input_size, hidden_sizes, proj_size, bidirectional);
+        StackShape shape;
+        shape.steps = seq_len, shape.batch = batch_size;
+        set_layers(options, shape);
         const Costs figures = costs_of(costs);
-        const Ask ask = ask_of(element_bytes, product, saving, capacity);
+        Ask ask = ask_of(element_bytes, product, saving, states, capacity);
+        ask.obstacle = obstacle(Path::persistent, options, element_type_of(element_bytes));
         return describe(plan(shape, device_of(device), figures, ask, backward), shape, figures, with_timeline);
       },
       "device"_a, "input_size"_a, "hidden_sizes"_a, "proj_size"_a, "bidirectional"_a, "seq_len"_a, "batch_size"_a,
       "element_bytes"_a, "product"_a = "tensor", "saving"_a = "none", "backward"_a = false, "timeline"_a = false,
-      "costs"_a = py::dict(), "capacity"_a = py::none());
+      "costs"_a = py::dict(), "capacity"_a = py::none(), "states"_a = false);
   m.def(
       "persistent_choice",
       [](const py::object& device, int64_t input_size, const std::vector<int64_t>& hidden_sizes, int64_t proj_size,
          bool bidirectional, int64_t seq_len, int64_t batch_size, int64_t element_bytes, const std::string& product,
-         const std::string& saving, bool with_timeline, const py::dict& costs, const py::object& capacity) {
-        const StackShape shape = stack_of(input_size, hidden_sizes, proj_size, bidirectional, seq_len, batch_size);
+         const std::string& saving, bool with_timeline, const py::dict& costs, const py::object& capacity,
+         bool states) {
+        const StackOptions options = options_of(input_size, hidden_sizes, proj_size, bidirectional);
+        StackShape shape;
+        shape.steps = seq_len, shape.batch = batch_size;
+        set_layers(options, shape);
         const Costs figures = costs_of(costs);
-        const Ask ask = ask_of(element_bytes, product, saving, capacity);
+        Ask ask = ask_of(element_bytes, product, saving, states, capacity);
+        ask.obstacle = obstacle(Path::persistent, options, element_type_of(element_bytes));
         return describe(choose(shape, device_of(device), figures, ask), shape, figures, with_timeline);
       },
       "device"_a, "input_size"_a, "hidden_sizes"_a, "proj_size"_a, "bidirectional"_a, "seq_len"_a, "batch_size"_a,
       "element_bytes"_a, "product"_a = "tensor", "saving"_a = "none", "timeline"_a = false, "costs"_a = py::dict(),
-      "capacity"_a = py::none());
+      "capacity"_a = py::none(), "states"_a = false);
 }
 
 }  // namespace stacked_lstm::persistent

@@ -115,7 +115,7 @@ struct FastMaths {
     return 1.0f + exp2_approx(lesser_or_nan(-scale * kLog2E * x, kMostExponent));
   }
 
-  // See activate() of cell.h.
+  // See cell.h.
   static __device__ __forceinline__ Gates<float> activate(const Gates<float>& a) {
     const float i = denominator(a.i), f = denominator(a.f), o = denominator(a.o);
     const float io = i * o, fo = f * o, fi = f * i;
@@ -148,7 +148,7 @@ struct EachOfTwo {
     Gates<Two> y;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const Gates<float> one = stacked_lstm::activate<Maths>(Gates<float>{a.i.of[n], a.f.of[n], a.g.of[n], a.o.of[n]});
+      const Gates<float> one = activate_gates<Maths>(Gates<float>{a.i.of[n], a.f.of[n], a.g.of[n], a.o.of[n]});
       y.i.of[n] = one.i, y.f.of[n] = one.f, y.g.of[n] = one.g, y.o.of[n] = one.o;
     }
     return y;

@@ -44,12 +44,13 @@ LaneCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih,
     const double again = m.ask.saving == Saving::recompute ? activations / 2 * cells : 0;
     cost.gates = m.cycles_us(sum + costs.backward_gates * cells + again + costs.barrier);
     in_memory = 4 + 16 + bytes + 4 * bytes;  // c, gates, dL/dh; and the gates' gradients
+    if (m.ask.states) in_memory += bytes;    // dL/dc
   } else {
     // One warp of a group computes its cells, two a thread and tile.
     const double gate_warps = std::ceil(cut.groups / schedulers) * batch_tiles;
     const double reduce = cut.splits > 1 ? costs.reduce + costs.reduce_words * (cut.splits - 1) * batch_tiles : 0;
     cost.gates = m.cycles_us(activations * gate_warps + costs.gate_latency + reduce);
-    in_memory = m.ask.saving == Saving::none ? 0 : bytes + 4 + (m.ask.saving == Saving::full ? 16 : 0);
+    in_memory = m.ask.keeps_c() ? bytes + 4 + (m.ask.saving == Saving::full ? 16 : 0) : 0;
     if (in_memory > 0) cost.saves = m.cycles_us(costs.save * gate_warps);
   }
   // Memory may be slower than all blocks together. Memory works beside the rest of the step: only what takes longer

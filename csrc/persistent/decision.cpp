@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cuda/architectures.h"
+#include "../stack/obstacle.h"
 #include "driver.h"
 #include "planner.h"
 
@@ -93,20 +94,13 @@ Product product_for(at::ScalarType type) {
 }
 
 // Why the kernels cannot run this, if that is known without a plan, or "".
-std::string obstacle(const Question& q) {
+std::string known_obstacle(const Question& q) {
   const auto number = [](int64_t n) { return std::to_string(n); };
-  if (q.type == at::kDouble) return "it computes in float32, and these tensors are float64";
-  for (int64_t k = 0; k < q.shape.depth(); ++k) {
-    const int64_t projected = q.shape.layers[static_cast<size_t>(k)].projection;
-    if (projected == 0) continue;
-    return "it exchanges h as it leaves the cell, and layer " + number(k) + " has a projection (proj_size " +
-           number(projected) + ")";
-  }
+  if (std::string why = obstacle(Path::persistent, q.options, element_type(q.type)); !why.empty()) return why;
   if (q.shape.batch == 0) return "the batch is empty";
-  if (!q.shape.same_hidden()) return "its layers have different widths";
-  for (const int64_t size : {q.shape.steps, q.shape.batch, q.shape.layers[0].hidden, q.shape.layers[0].input}) {
-    if (size > std::numeric_limits<int>::max() / 2) return "a size of " + number(size) + " is too large";
-  }
+  int64_t largest = std::max(q.shape.steps, q.shape.batch);
+  for (const LayerShape& layer : q.shape.layers) largest = std::max({largest, layer.hidden, layer.input});
+  if (largest > std::numeric_limits<int>::max() / 2) return "a size of " + number(largest) + " is too large";
   return "";
 }
 
@@ -126,7 +120,13 @@ std::string misfit(const Plan& plan, const StackShape& shape, const PersistentKe
     const int64_t layers = pass.last_layer - pass.first_layer, lanes = layers * shape.directions;
     if (shape.directions == 2 && layers > 1) return who + "a bidirectional layer needs the whole layer below it";
     if (lanes > kMaxLanes) return who + number(lanes) + " lanes, and a launch takes " + number(kMaxLanes);
-    const int64_t hidden = shape.layers[0].hidden;
+    const int64_t hidden = shape.layers[static_cast<size_t>(pass.first_layer)].hidden;
+    for (int64_t k = pass.first_layer; k < pass.last_layer; ++k) {
+      const int64_t other = shape.layers[static_cast<size_t>(k)].hidden;
+      if (other != hidden) {
+        return who + "layers of " + number(hidden) + " and of " + number(other) + " units, and a pass has one width";
+      }
+    }
     if (std::string error = blocks_misfit(cut); !error.empty()) return who + error;
     if (cut.groups < 1 || cut.batch_tiles < 1 || cut.chunk_steps < 1 || cut.units() < hidden) {
       return who + number(cut.units()) + " units in blocks of " + number(cut.block_units()) + ", and there are " +
@@ -175,6 +175,7 @@ Decision make_decision(const Question& q, const PersistentTable& table, const De
   ask.bytes = sizeof(T);
   ask.product = decision.product;
   ask.saving = q.saving;
+  ask.states = q.states;
   ask.forward = kernels.forward_instances, ask.forward_count = kernels.forward_count;
   ask.backward = kernels.backward_instances, ask.backward_count = kernels.backward_count;
   ask.capacity = [&](bool backward, const Cut& cut, int most_inputs, int hidden, bool over) {
@@ -224,7 +225,7 @@ std::shared_ptr<const Decision> decide(const Question& q) {
     decision.choice.reason = decision.choice.forward.why_not = decision.why_not = std::move(why);
     return std::make_shared<const Decision>(std::move(decision));
   };
-  if (std::string why = obstacle(q); !why.empty()) return cannot(std::move(why));
+  if (std::string why = known_obstacle(q); !why.empty()) return cannot(std::move(why));
 
   const std::lock_guard<std::mutex> lock(mutex);
   const PersistentTable* table = table_for(q.device);
@@ -235,6 +236,7 @@ std::shared_ptr<const Decision> decide(const Question& q) {
                               static_cast<int64_t>(q.type),
                               static_cast<int64_t>(product_for(q.type)),
                               static_cast<int64_t>(q.saving),
+                              q.states,
                               q.options.drops(),
                               q.shape.directions,
                               q.shape.steps,

@@ -4,8 +4,8 @@
 //   forward    pass 0 (layers 0 … 4)   →   pass 1 (layers 5 … 7)   → …        a launch each, or, where not all batch groups
 //   backward   … ←  products of pass 0  ←  pass 0  ←  products of pass 1  ←  pass 1     find room, a round of them each
 //
-// Between two passes, forward hands on h of the lower pass's top layer in memory; backward hands back W_ihᵀ·dgates, one
-// product over all steps. Weight gradients are products over all steps, too, as soon as a pass has its gate gradients.
+// All layers of a pass are equally wide; those of another pass may have another width. Between two passes, forward hands on
+// h of the lower pass's top layer in memory; backward hands back W_ihᵀ·dgates, one product over all steps. Weight gradients are products over all steps, too, as soon as a pass has its gate gradients.
 //
 // Saving::recompute: the pre-activations of gates are computed again from h: W_ih·x + W_hh·h(t-1), two products over a
 // segment of steps. A pass then runs in several launches, one a segment, from the last steps to the first, so that this
@@ -34,6 +34,7 @@
 
 #include "../driver/driver.h"
 #include "../driver/gate_kernels.h"
+#include "../stack/states.h"
 #include "persistent.h"
 
 namespace stacked_lstm::persistent {
@@ -83,12 +84,9 @@ class PersistentDriver {
         floats_(call.input.options().dtype(at::kFloat)),
         directions_(call.shape.directions),
         depth_(call.shape.depth()),
-        lanes_(call.shape.lanes()),
         batch_(call.shape.batch),
         rows_(call.shape.rows()),
-        hidden_(call.shape.layers[0].hidden),
-        padded_(call.shape.layers[0].padded_hidden()),
-        width_(call.shape.directions * call.shape.layers[0].hidden),
+        states_(call.shape),
         places_(call.shape, call.options.bias),
         first_rows_(rows_on_device(call.shape, call.input)) {
     for (const Tensor& weight : call.weights) weights_.push_back(weight.contiguous());
@@ -102,7 +100,17 @@ class PersistentDriver {
   const T* weight_data(int64_t lane, Weight name) const {
     return places_.has(lane, name) ? const_data<T>(weight(lane, name)) : nullptr;
   }
-  int64_t column_of(int64_t lane) const { return lane % directions_ * hidden_; }
+  // H of a layer, and the width of its output.
+  int64_t hidden_of(int64_t layer) const { return shape_.layers[static_cast<size_t>(layer)].hidden; }
+  int64_t width_of(int64_t layer) const { return directions_ * hidden_of(layer); }
+  // Where a lane's direction begins in a row of its layer's output.
+  int64_t column_of(int64_t lane) const { return lane % directions_ * hidden_of(lane / directions_); }
+
+  // The strides of a layer's tensors, for work on `width` units of them.
+  gates::CellSizes sizes_of(int64_t layer, int64_t width) const {
+    const int64_t padded = shape_.layers[static_cast<size_t>(layer)].padded_hidden();
+    return {width, width_of(layer), padded, 4 * width_of(layer)};
+  }
 
   // The rows of W_ih of both directions of a layer, one below the other: (D·4H, input).
   Tensor input_weights(int64_t layer) const {
@@ -119,12 +127,13 @@ class PersistentDriver {
     s.steps = s.last_step = static_cast<int>(shape_.steps);
     s.first_step = 0;
     s.batch = static_cast<int>(batch_);
-    s.hidden = static_cast<int>(hidden_);
     s.lanes = static_cast<int>((pass.last_layer - pass.first_layer) * directions_);
     s.batch_groups = static_cast<int>(pass.batch_groups);
-    s.h_stride = width_;
-    s.saved_stride = padded_;
-    s.gates_stride = directions_ * 4 * hidden_;
+    const gates::CellSizes sizes = sizes_of(pass.first_layer, hidden_of(pass.first_layer));
+    s.hidden = static_cast<int>(sizes.width);
+    s.h_stride = sizes.output_stride;
+    s.saved_stride = sizes.saved_stride;
+    s.gates_stride = sizes.gates_stride;
     s.first_row = const_data<int64_t>(first_rows_);
     arguments.watchdog = data<Watchdog>(watchdog_);
   }
@@ -155,27 +164,27 @@ class PersistentDriver {
     }
   }
 
-  // Copies rows, in as few launches as possible.
+  // Copies rows of a layer, in as few launches as possible. `width`: of a row.
   class Copies {
    public:
-    Copies(const PersistentDriver& driver, int64_t width) : driver_(driver), width_(width) {}
+    Copies(const PersistentDriver& driver, int64_t layer, int64_t width)
+        : driver_(driver), sizes_(driver.sizes_of(layer, width)) {}
     void add(const gates::CopyCell<T>& cell) {
       cells_.push_back(cell);
       if (static_cast<int64_t>(cells_.size()) == kCopiesALaunch) flush();
     }
     void flush() {
       if (cells_.empty()) return;
-      const gates::CellSizes sizes{width_, driver_.width_, driver_.padded_, driver_.directions_ * 4 * driver_.hidden_};
       const at::Device device = driver_.call_.input.device();
       const std::string error = gate_kernels(device).of<T>().copy(
-          sizes, cells_.data(), static_cast<int64_t>(cells_.size()), stream_for(device));
+          sizes_, cells_.data(), static_cast<int64_t>(cells_.size()), stream_for(device));
       TORCH_CHECK(error.empty(), "stacked_lstm_ext: a kernel could not be launched on ", device, ": ", error);
       cells_.clear();
     }
 
    private:
     const PersistentDriver& driver_;
-    int64_t width_;
+    const gates::CellSizes sizes_;
     std::vector<gates::CopyCell<T>> cells_;
   };
 
@@ -186,8 +195,8 @@ class PersistentDriver {
   PersistentCounts& counts_;
   const Products<T> products_;
   const at::TensorOptions storage_, floats_;
-  const int64_t directions_, depth_, lanes_, batch_, rows_, hidden_, padded_;
-  const int64_t width_;  // of a layer's output
+  const int64_t directions_, depth_, batch_, rows_;
+  const StateLayout states_;
   const WeightPlaces places_;
   const Tensor first_rows_;
   std::vector<Tensor> weights_;

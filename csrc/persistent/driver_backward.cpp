@@ -98,17 +98,16 @@ class Backward : PersistentDriver<T> {
   using Base::depth_;
   using Base::directions_;
   using Base::floats_;
-  using Base::hidden_;
+  using Base::hidden_of;
   using Base::kernels_;
-  using Base::lanes_;
-  using Base::padded_;
   using Base::places_;
   using Base::plan_;
   using Base::products_;
   using Base::rows_;
   using Base::shape_;
+  using Base::states_;
   using Base::storage_;
-  using Base::width_;
+  using Base::width_of;
   using typename Base::Copies;
 
  public:
@@ -121,6 +120,8 @@ class Backward : PersistentDriver<T> {
         grad_output_(contiguous(incoming.output)),
         grad_h_n_(contiguous(incoming.h_n)),
         grad_c_n_(contiguous(incoming.c_n)),
+        grad_hidden_(of_layers(incoming.h)),
+        grad_cell_(of_layers(incoming.c)),
         h_0_(call.h_0.contiguous()),
         c_0_(call.c_0.contiguous()),
         input_grad_(input_grad),
@@ -129,8 +130,8 @@ class Backward : PersistentDriver<T> {
         beside_(call.input.device()) {}
 
   Gradients run() {
-    result_.h_0 = at::empty({lanes_, batch_, hidden_}, storage_);
-    result_.c_0 = at::empty({lanes_, batch_, hidden_}, storage_);
+    result_.h_0 = at::empty(call_.h_0.sizes(), storage_);
+    result_.c_0 = at::empty(call_.c_0.sizes(), storage_);
     if (!input_grad_) result_.input = at::empty({0}, storage_);
     if (weight_grad_) {
       for (const Tensor& w : call_.weights) result_.weights.push_back(at::empty(w.sizes(), storage_));
@@ -144,17 +145,18 @@ class Backward : PersistentDriver<T> {
   void run(const Pass& pass) {
     const int64_t layers = pass.last_layer - pass.first_layer, lanes = layers * directions_;
     first_layer_ = pass.first_layer;
-    grad_gates_ = at::empty({layers, rows_, directions_ * 4 * hidden_}, storage_);
+    const int64_t hidden = hidden_of(first_layer_);  // of all layers of the pass
+    grad_gates_ = at::empty({layers, rows_, directions_ * 4 * hidden}, storage_);
     const bool segments = pass.segment_steps < shape_.steps;
-    Tensor carried = segments ? at::empty({2, lanes_, batch_, hidden_}, floats_) : Tensor();
+    Tensor carried = segments ? at::empty({2, lanes, batch_, hidden}, floats_) : Tensor();
     // What the products read: inputs_ of the pass's layers, previous_ of its lanes.
     inputs_.assign(static_cast<size_t>(layers), Tensor());
     previous_.assign(static_cast<size_t>(lanes), Tensor());
     if (recompute_) {
       make_operands(pass);
       const int64_t most_rows = shape_.first_row(std::min(pass.segment_steps, shape_.steps));
-      preactivations_ = at::empty({lanes, most_rows, 4 * hidden_}, floats_);
-      recurrent_part_ = at::empty({1, most_rows, 4 * hidden_}, floats_);
+      preactivations_ = at::empty({lanes, most_rows, 4 * hidden}, floats_);
+      recurrent_part_ = at::empty({1, most_rows, 4 * hidden}, floats_);
     }
     const bool beside = weight_grad_ && pass.products_beside;
     if (beside) {
@@ -185,17 +187,17 @@ class Backward : PersistentDriver<T> {
         } else if (layer + 1 < depth_) {
           l.grad_above = const_data<float>(grad_above_) + l.h_column;
         }
+        const int64_t number = lane - first_layer_ * directions_;  // in the pass, from its lowest layer up
         if (recompute_) {
-          const int64_t number = lane - first_layer_ * directions_;
           l.preactivations = make_preactivations(lane, number, first_step, last_step);
         }
-        float* const state = segments ? data<float>(carried) + lane * batch_ * hidden_ : nullptr;
-        const int64_t half = lanes_ * batch_ * hidden_;
+        float* const state = segments ? data<float>(carried) + number * batch_ * hidden : nullptr;
+        const int64_t half = lanes * batch_ * hidden;
         if (last_step < shape_.steps) l.carried_h = state, l.carried_c = state + half;
         if (first_step > 0) l.carry_h = state, l.carry_c = state + half;
         if (first_step == 0) {
-          l.grad_h_0 = data<T>(result_.h_0) + lane * batch_ * hidden_;
-          l.grad_c_0 = data<T>(result_.c_0) + lane * batch_ * hidden_;
+          l.grad_h_0 = data<T>(result_.h_0) + states_.h(lane);
+          l.grad_c_0 = data<T>(result_.c_0) + states_.c(lane);
         }
       }
       Base::launch_rounds(arguments, pass, kernels_.backward, &backward_words<T>);
@@ -209,7 +211,7 @@ class Backward : PersistentDriver<T> {
 
     const Tensor lowest = single(grad_gates_.select(0, 0));
     if (first_layer_ > 0) {
-      grad_above_ = at::empty({1, rows_, width_}, floats_);
+      grad_above_ = at::empty({1, rows_, width_of(first_layer_ - 1)}, floats_);
       products_.multiply(grad_above_, lowest, single(Base::input_weights(first_layer_)));
     } else if (input_grad_) {
       result_.input = at::empty(call_.input.sizes(), storage_);
@@ -228,6 +230,13 @@ class Backward : PersistentDriver<T> {
     }
   }
 
+  // The tensors that are given, one for each layer; undefined where none is given.
+  std::vector<Tensor> of_layers(const std::vector<OptionalTensor>& given) const {
+    std::vector<Tensor> all(static_cast<size_t>(depth_));
+    for (size_t k = 0; k < given.size(); ++k) all[k] = contiguous(given[k]);
+    return all;
+  }
+
   void make_operands(const Pass& pass) {
     for (size_t n = 0; n < inputs_.size(); ++n) inputs_[n] = input_of(pass.first_layer + static_cast<int64_t>(n));
     for (size_t n = 0; n < previous_.size(); ++n) {
@@ -236,19 +245,21 @@ class Backward : PersistentDriver<T> {
   }
 
   void describe_lane(BackwardLane<T>& l, int64_t lane) const {
-    const int64_t layer = lane / directions_, states = lane * batch_ * hidden_;
+    const int64_t layer = lane / directions_;
+    const auto of_layer = [&](const Tensor& rows) { return rows.defined() ? const_data<T>(rows) + l.h_column : nullptr; };
     l.weight_hh = Base::weight_data(lane, Weight::hh);
     l.h_column = Base::column_of(lane);
-    if (layer + 1 == depth_ && grad_output_.defined()) l.grad_output = const_data<T>(grad_output_) + l.h_column;
+    l.grad_output = of_layer(layer + 1 == depth_ ? grad_output_ : grad_hidden_[static_cast<size_t>(layer)]);
+    l.grad_cell = of_layer(grad_cell_[static_cast<size_t>(layer)]);
     l.gates = parts_.gates(lane);
     l.c = parts_.c(lane);
     if (recompute_) {
       l.bias_ih = Base::weight_data(lane, Weight::bias_ih);
       l.bias_hh = Base::weight_data(lane, Weight::bias_hh);
     }
-    l.c_0 = const_data<T>(c_0_) + states;
-    if (grad_h_n_.defined()) l.grad_h_n = const_data<T>(grad_h_n_) + states;
-    if (grad_c_n_.defined()) l.grad_c_n = const_data<T>(grad_c_n_) + states;
+    l.c_0 = const_data<T>(c_0_) + states_.c(lane);
+    if (grad_h_n_.defined()) l.grad_h_n = const_data<T>(grad_h_n_) + states_.h(lane);
+    if (grad_c_n_.defined()) l.grad_c_n = const_data<T>(grad_c_n_) + states_.c(lane);
     l.grad_gates = data<T>(grad_gates_of(lane));
     l.over = -1;
     l.reverse = static_cast<int>(lane % directions_);
@@ -279,21 +290,22 @@ class Backward : PersistentDriver<T> {
     products_.multiply(sum, single(rows.of(input_at(lane))), single(Base::weight(lane, Weight::ih).t()));
     products_.multiply(recurrent, single(rows.of(previous_at(lane))), single(Base::weight(lane, Weight::hh).t()));
     sum.add_(recurrent);
-    return const_data<float>(sum) - rows.first * 4 * hidden_;
+    return const_data<float>(sum) - rows.first * 4 * hidden_of(lane / directions_);
   }
 
   // h of a layer, all rows: (rows, D·H).
   Tensor h_of(int64_t layer) const {
-    if (layer + 1 == depth_) return top_.view({rows_, width_});
+    if (layer + 1 == depth_) return top_.view({rows_, width_of(layer)});
     return parts_.h_rows(layer);
   }
 
   // h(t-1) of every row of a lane: (rows, H).
   Tensor previous_of(int64_t lane) const {
-    const Tensor previous = at::empty({rows_, hidden_}, storage_);
-    Copies copies(*this, hidden_);
-    copies_of_previous(shape_, lane, const_data<T>(h_of(lane / directions_)) + Base::column_of(lane),
-                       const_data<T>(h_0_) + lane * batch_ * hidden_, data<T>(previous),
+    const int64_t layer = lane / directions_, hidden = hidden_of(layer);
+    const Tensor previous = at::empty({rows_, hidden}, storage_);
+    Copies copies(*this, layer, hidden);
+    copies_of_previous(shape_, lane, const_data<T>(h_of(layer)) + Base::column_of(lane),
+                       const_data<T>(h_0_) + states_.h(lane), data<T>(previous),
                        [&](const gates::CopyCell<T>& cell) { copies.add(cell); });
     copies.flush();
     return previous;
@@ -305,8 +317,9 @@ class Backward : PersistentDriver<T> {
     const Tensor h = h_of(layer - 1);
     const gates::Mask mask = mask_of(call_, layer - 1);
     if (!mask.seed) return h;
-    const Tensor masked = at::empty({rows_, width_}, storage_);
-    Copies copies(*this, width_);
+    const int64_t width = width_of(layer - 1);
+    const Tensor masked = at::empty({rows_, width}, storage_);
+    Copies copies(*this, layer - 1, width);
     copies_of_masked(shape_, layer - 1, mask, const_data<T>(h), data<T>(masked),
                      [&](const gates::CopyCell<T>& cell) { copies.add(cell); });
     copies.flush();
@@ -315,8 +328,8 @@ class Backward : PersistentDriver<T> {
 
   // Gradients of all steps of a lane's gates: (rows, 4H), rows D·4H apart.
   Tensor grad_gates_of(int64_t lane) const {
-    return grad_gates_.select(0, lane / directions_ - first_layer_)
-        .narrow(1, lane % directions_ * 4 * hidden_, 4 * hidden_);
+    const int64_t layer = lane / directions_, gate_rows = 4 * hidden_of(layer);
+    return grad_gates_.select(0, layer - first_layer_).narrow(1, lane % directions_ * gate_rows, gate_rows);
   }
 
   // Adds what the steps of a segment, or all steps, contribute to a lane's weight gradients: one product a matrix.
@@ -356,12 +369,14 @@ class Backward : PersistentDriver<T> {
 
   const Tensor reserve_;
   const GpuReserve<T> parts_;
-  const Tensor top_, grad_output_, grad_h_n_, grad_c_n_, h_0_, c_0_;
+  const Tensor top_, grad_output_, grad_h_n_, grad_c_n_;
+  const std::vector<Tensor> grad_hidden_, grad_cell_;  // of each layer: the caller's gradients of its h and c, all steps
+  const Tensor h_0_, c_0_;
   const bool input_grad_, weight_grad_, recompute_;
   Gradients result_;
   int64_t first_layer_ = 0;                // of the pass
   Tensor grad_gates_;                      // (layers of the pass, rows, D·4H)
-  Tensor grad_above_;                      // (1, rows, D·H): W_ihᵀ·dgates of the pass above
+  Tensor grad_above_;                      // (1, rows, D·H of the pass below it): W_ihᵀ·dgates of the pass above
   Tensor preactivations_;                  // (lanes of the pass, rows of a segment, 4H), to recompute
   Tensor recurrent_part_;                  // (1, rows of a segment, 4H)
   std::vector<Tensor> inputs_, previous_;  // of the pass's layers, (rows, input), and lanes, (rows, H): h(t-1)

@@ -11,15 +11,13 @@ class Forward : PersistentDriver<T> {
   using Base::call_;
   using Base::depth_;
   using Base::directions_;
-  using Base::hidden_;
   using Base::kernels_;
-  using Base::lanes_;
-  using Base::padded_;
   using Base::plan_;
   using Base::rows_;
   using Base::shape_;
+  using Base::states_;
   using Base::storage_;
-  using Base::width_;
+  using Base::width_of;
 
  public:
   Forward(const Call& call, const Plan& plan, const PersistentTable& table, PersistentCounts& counts)
@@ -27,12 +25,9 @@ class Forward : PersistentDriver<T> {
 
   Results run() {
     result_.output = at::empty(call_.output_sizes(), storage_);
-    result_.h_n = at::empty({lanes_, batch_, hidden_}, storage_);
-    result_.c_n = at::empty({lanes_, batch_, hidden_}, storage_);
-    const int64_t kept = reserve_elements(shape_, call_.saving, call_.states, sizeof(T), sizeof(float));
-    result_.reserve = at::empty({kept}, Base::floats_);
-    // No kernel writes the padding. Zeros there make the bits of a reserve the same every time.
-    if (hidden_ != padded_) result_.reserve.zero_();
+    result_.h_n = at::empty(call_.h_0.sizes(), storage_);
+    result_.c_n = at::empty(call_.c_0.sizes(), storage_);
+    result_.reserve = make_reserve<T>(call_);
     parts_ = GpuReserve<T>(result_.reserve, call_);
     // The input is read where it is if its rows have no gaps; otherwise it is copied.
     input_ = call_.input.stride(-1) == 1 || call_.input.size(-1) == 1 ? call_.input : call_.input.contiguous();
@@ -51,14 +46,16 @@ class Forward : PersistentDriver<T> {
   void run(const Pass& pass) {
     ForwardArguments<T> arguments{};
     Base::describe(arguments, pass);
-    Source source = below_.defined() ? Source{const_data<T>(below_), batch_ * width_, width_} : stack_input();
+    const int64_t width = width_of(pass.first_layer);
+    Source source = stack_input();
+    if (below_.defined()) source = rows_of(below_, width_of(pass.first_layer - 1));
     std::vector<Tensor> kept;  // until the launches are queued; then later work of the stream may write over them
     Tensor above;              // what the layer above reads
     for (int64_t layer = pass.first_layer; layer < pass.last_layer; ++layer) {
       const Tensor h = output_of(layer);
       above = h;
       const gates::Mask mask = mask_of(call_, layer);
-      if (mask.seed) above = at::empty({rows_, width_}, storage_);
+      if (mask.seed) above = at::empty({rows_, width}, storage_);
       for (int64_t direction = 0; direction < directions_; ++direction) {
         const int64_t lane = layer * directions_ + direction, number = lane - pass.first_layer * directions_;
         ForwardLane<T>& l = arguments.lane[number];
@@ -72,11 +69,10 @@ class Forward : PersistentDriver<T> {
         l.h_column = Base::column_of(lane);
         l.h = data<T>(h) + l.h_column;
         l.above = above.is_same(h) ? nullptr : data<T>(above) + l.h_column;
-        const int64_t states = lane * batch_ * hidden_;
-        l.h_0 = const_data<T>(h_0_) + states;
-        l.c_0 = const_data<T>(c_0_) + states;
-        l.h_n = data<T>(result_.h_n) + states;
-        l.c_n = data<T>(result_.c_n) + states;
+        l.h_0 = const_data<T>(h_0_) + states_.h(lane);
+        l.c_0 = const_data<T>(c_0_) + states_.c(lane);
+        l.h_n = data<T>(result_.h_n) + states_.h(lane);
+        l.c_n = data<T>(result_.c_n) + states_.c(lane);
         l.saved_c = parts_.c(lane);
         l.saved_gates = parts_.gates(lane);
         l.inputs = static_cast<int>(shape_.layers[static_cast<size_t>(layer)].input);
@@ -87,7 +83,7 @@ class Forward : PersistentDriver<T> {
       }
       kept.push_back(h);
       kept.push_back(above);
-      source = {const_data<T>(above), batch_ * width_, width_};
+      source = rows_of(above, width);
     }
     Base::launch_rounds(arguments, pass, kernels_.forward, &forward_words<T>);
     below_ = above;
@@ -98,16 +94,18 @@ class Forward : PersistentDriver<T> {
     return {const_data<T>(input_), input_.stride(0), input_.stride(1)};
   }
 
+  Source rows_of(const Tensor& all, int64_t width) const { return {const_data<T>(all), batch_ * width, width}; }
+
   // Where h of a layer goes: to the caller, to the reserve for backward, or only to the layer above.
   Tensor output_of(int64_t layer) const {
     if (layer + 1 == depth_) return result_.output;
-    return call_.keeps_states() ? parts_.h_rows(layer) : at::empty({rows_, width_}, storage_);
+    return call_.keeps_states() ? parts_.h_rows(layer) : at::empty({rows_, width_of(layer)}, storage_);
   }
 
   Results result_;
   GpuReserve<T> parts_;
   Tensor input_, h_0_, c_0_;
-  Tensor below_;  // (rows, D·H): what the next pass begins with; undefined before the first
+  Tensor below_;  // (rows, D·H of the pass below): what the next pass begins with; undefined before the first
 };
 
 }  // namespace

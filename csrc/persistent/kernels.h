@@ -179,11 +179,14 @@ struct ForwardArguments {
 
 // Backward. dh(s) of a lane = grad_output + mask ∘ (grad_above, or the lane above's W_ihᵀ·dgates(s))
 //                             + W_hhᵀ·dgates(s+1), or grad_h_n if the sequence has no step s+1.
+//           dc(s)           = grad_cell + dc(s+1)·f(s+1), or grad_c_n if the sequence has no step s+1,
+//                             + what dh(s) adds to it (cell.h).
 template <typename T>
 struct BackwardLane {
   const T* weight_hh;        // (4H, H)
   const T* weight_ih_above;  // (4H, H): W_ih of lane `over`; null without one
-  const T* grad_output;      // rows of h_stride, from the loss; or null
+  const T* grad_output;      // rows of h_stride: the caller's gradient of h, before the mask; or null
+  const T* grad_cell;        // rows of h_stride: the caller's gradient of c; or null
   const float* grad_above;  // rows of h_stride, from a layer above that is not in this launch, before the mask; or null
   const float* gates;       // (rows, 4, ·) of saved_stride: activations; or null, if preactivations are given:
   const float* preactivations;  // (rows, 4, H), without gaps: W_ih·x + W_hh·h(s-1), without the bias

@@ -21,6 +21,7 @@ struct Question {
   Saving saving;
   at::ScalarType type;
   at::Device device;
+  bool states = false;  // of the call
 };
 
 // What would run the call. `auto`, `plan` and both the forward and the backward pass of a call use the same decision.

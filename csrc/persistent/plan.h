@@ -43,6 +43,8 @@ struct Ask {
   int64_t bytes = 2;  // of an element: 2, or 4 for float32
   Product product = Product::tensor;
   Saving saving = Saving::none;  // none: no backward will follow
+  std::string obstacle;          // why the stack's options rule these kernels out (stack/obstacle.h), or empty
+  bool states = false;           // c and h of every layer are results, and have gradients of their own
   // The instances that are compiled for these elements.
   const Instance* forward = nullptr;
   int64_t forward_count = 0;
@@ -52,6 +54,9 @@ struct Ask {
   // planner asks for the cuts of the cheapest plan. If the answer is less than the Device promises, the planner takes
   // the answer and plans again. A larger answer changes nothing: the Device should promise no less than there is.
   std::function<int64_t(bool backward, const Cut& cut, int most_inputs, int hidden, bool over)> capacity;
+
+  // Whether forward writes c of every cell to memory.
+  bool keeps_c() const { return saving != Saving::none || states; }
 };
 
 // ---- What a plan says -----------------------------------------------------------------------------------------------

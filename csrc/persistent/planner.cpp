@@ -130,6 +130,7 @@ class Planner {
   // Why no plan is tried at all, or "".
   std::string refusal() const {
     const auto text = [](int64_t n) { return std::to_string(n); };
+    if (!m_.ask.obstacle.empty()) return m_.ask.obstacle;
     const Device& device = m_.device;
     if (device.major < 8) {
       return "compute capability " + text(device.major) + "." + text(device.minor) +
@@ -143,10 +144,6 @@ class Planner {
              text(m_.shape.batch);
     }
     for (int64_t k = 0; k < depth_; ++k) {
-      if (m_.layer(k).projection > 0) {
-        return "layer " + text(k) + " has a projection of " + text(m_.layer(k).projection) +
-               ": the persistent kernel exchanges h unprojected";
-      }
       const int64_t widest = std::max(m_.layer(k).hidden, m_.layer(k).input);
       if (widest > kMostWidth) {
         return "layer " + text(k) + " is " + text(widest) + " wide: the persistent kernel takes at most " +

@@ -238,7 +238,7 @@ inline void predict(Schedule& schedule, const StackShape& shape, double rows, co
     } else {
       const int64_t bands = (phase.last_layer - phase.first_layer + phase.layer_groups - 1) / phase.layer_groups;
       // Layers of one width differ only in the input of the lowest, and not by much.
-      total += steps * (alike ? sum / layers * static_cast<double>(bands) : busiest);
+      total += alike ? steps * sum / layers * static_cast<double>(bands) : steps * busiest;
       fill += static_cast<double>((phase.layer_groups - 1) * schedule.chunk_steps) * most;
     }
   }

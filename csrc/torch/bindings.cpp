@@ -267,11 +267,12 @@ void set_python_formula(py::object formula) {
   set_formula([kept](const std::array<Tensor, 3>& flowing, const EagerSaved& saved, const std::vector<bool>& needs) {
     const py::gil_scoped_acquire gil;
     const StackOptions& o = saved.options;
-    const py::tuple found = (*kept)(
-        py::make_tuple(flowing[0], flowing[1], flowing[2]),
-        py::make_tuple(saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights, saved.seed), saved.output,
-        saved.reserve, needs, py::make_tuple(o.bias, o.num_layers, o.bidirectional, option_to(o.proj_size), option_to(o.dropout)),
-        o.recompute ? "recompute" : "full", saved.backend, o.bf16_weights);
+    const py::tuple found =
+        (*kept)(py::make_tuple(flowing[0], flowing[1], flowing[2]),
+                py::make_tuple(saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights, saved.seed),
+                saved.output, saved.reserve, needs,
+                py::make_tuple(o.bias, o.num_layers, o.bidirectional, option_to(o.proj_size), option_to(o.dropout)),
+                o.recompute ? "recompute" : "full", saved.backend, o.bf16_weights);
     std::vector<Tensor> gradients;
     const auto add = [&](const py::handle& one) { gradients.push_back(one.is_none() ? Tensor() : one.cast<Tensor>()); };
     for (size_t n = 0; n < 3; ++n) add(found[n]);
@@ -464,6 +465,13 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("table"), py::arg("watchdog") = false);
   m.def("gpu_plan", &gpu_plan);
+  // Why a path cannot run a stack with these options, or "".
+  m.def("obstacle", [](const std::string& path, const StackOptions& options, const std::string& dtype) {
+    TORCH_CHECK_VALUE(path == "cpu" || path == "diagonal" || path == "persistent",
+                      "path should be one of cpu, diagonal, persistent, got: ", path);
+    const Path named = path == "cpu" ? Path::cpu : path == "diagonal" ? Path::diagonal : Path::persistent;
+    return obstacle(named, options, element_type(dtype_named(dtype)));
+  });
   m.def("force_persistent_device", [](const py::object& device) {
     persistent::force_device(device.is_none() ? std::nullopt : std::optional(persistent::device_of(device)));
   });

@@ -114,11 +114,10 @@ struct StackedLSTMBackward : torch::autograd::Function<StackedLSTMBackward> {
     const bool any_weight = std::find(needs.begin() + 3, needs.end(), true) != needs.end();
     const OptionalTensor grad_output = optional(flowing[0]), grad_h_n = optional(flowing[1]),
                          grad_c_n = optional(flowing[2]);
-    Gradients found =
-        stacked_lstm::backward({saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights, saved.seed,
-                                options, saving_of(options), backend},
-                               {saved.output, saved.reserve}, {grad_output, grad_h_n, grad_c_n, {}, {}}, needs[0],
-                               any_weight);
+    Gradients found = stacked_lstm::backward({saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights,
+                                              saved.seed, options, saving_of(options), backend},
+                                             {saved.output, saved.reserve}, {grad_output, grad_h_n, grad_c_n, {}, {}},
+                                             needs[0], any_weight);
     if (needs[0]) gradients[0] = std::move(found.input);
     if (needs[1]) gradients[1] = std::move(found.h_0);
     if (needs[2]) gradients[2] = std::move(found.c_0);

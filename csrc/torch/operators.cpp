@@ -30,8 +30,8 @@ namespace {
 // call.
 std::shared_ptr<const persistent::Decision> persistent_decision(Backend kind, const Call& call) {
   if (kind != Backend::persistent && kind != Backend::automatic) return nullptr;
-  auto decision =
-      persistent::decide({call.shape, call.options, call.saving, call.input.scalar_type(), call.input.device()});
+  auto decision = persistent::decide(
+      {call.shape, call.options, call.saving, call.input.scalar_type(), call.input.device(), call.states});
   if (kind == Backend::automatic) return decision->choice.persistent ? decision : nullptr;
   TORCH_CHECK_VALUE(decision->why_not.empty(), "the persistent kernel cannot run this call: ", decision->why_not);
   return decision;
@@ -62,11 +62,16 @@ Results forward(const OperatorArguments& a, const StackShape* checked, States* s
   const bool stores = stores_bf16(a.options.bf16_weights, a.backend, kind, a.input);
   StackShape made;
   if (!checked) prepare(tensors_of(a), Misfit::raises, made);
-  const Call call{a.input,   a.batch_sizes.has_value(),
-                  a.h_0,     a.c_0,
-                  a.weights, seed_of(a.seed, a.input, a.options),
-                  a.options, a.saving,
-                  stores,    checked ? *checked : made,
+  const Call call{a.input,
+                  a.batch_sizes.has_value(),
+                  a.h_0,
+                  a.c_0,
+                  a.weights,
+                  seed_of(a.seed, a.input, a.options),
+                  a.options,
+                  a.saving,
+                  stores,
+                  checked ? *checked : made,
                   states != nullptr};
   Results results = run_forward(kind, call);
   if (states) *states = states_of(call, results, kind == Backend::cpu);
@@ -96,9 +101,10 @@ Gradients backward(const OperatorArguments& a, const Kept& kept, IncomingGradien
   check_shape(kept.output, sizes, "output");
   TORCH_CHECK_VALUE(reserve.scalar_type() == type && reserve.device() == input.device(), "reserve should be ", type,
                     " on ", input.device(), ", got: ", reserve.scalar_type(), " on ", reserve.device());
-  const int64_t elements = kind == Backend::cpu
-                               ? reserve_elements(shape, {a.saving, type != input.scalar_type(), states})
-                               : driver::reserve_elements(shape, a.saving, states, input.element_size(), reserve.element_size());
+  const int64_t elements =
+      kind == Backend::cpu
+          ? reserve_elements(shape, {a.saving, type != input.scalar_type(), states})
+          : driver::reserve_elements(shape, a.saving, states, input.element_size(), reserve.element_size());
   check_shape(reserve, {elements}, "reserve");
   const auto check = [&](const OptionalTensor& gradient, at::IntArrayRef expected, const char* name) {
     if (gradient) check_same(*gradient, input, name), check_shape(*gradient, expected, name);
@@ -138,10 +144,12 @@ StackOptions options_of(bool bias, int64_t num_layers, bool bidirectional, int64
   return options;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_operator(
-    const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& h_0, const Tensor& c_0, TensorList weights,
-    const OptionalTensor& seed, bool bias, int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout,
-    const std::string& saving, const std::string& backend, bool bf16_weights, Numbers proj_sizes, Rates dropouts) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_operator(const Tensor& input, const OptionalTensor& batch_sizes,
+                                                            const Tensor& h_0, const Tensor& c_0, TensorList weights,
+                                                            const OptionalTensor& seed, bool bias, int64_t num_layers,
+                                                            bool bidirectional, int64_t proj_size, double dropout,
+                                                            const std::string& saving, const std::string& backend,
+                                                            bool bf16_weights, Numbers proj_sizes, Rates dropouts) {
   const StackOptions options =
       options_of(bias, num_layers, bidirectional, proj_size, dropout, bf16_weights, proj_sizes, dropouts);
   Results r = forward({input, batch_sizes, h_0, c_0, weights, seed, options, saving_of(saving), backend});
@@ -155,8 +163,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Ten
   const StackOptions options =
       options_of(bias, num_layers, bidirectional, proj_size, dropout, bf16_weights, proj_sizes, dropouts);
   States states;
-  Results r = forward({input, batch_sizes, h_0, c_0, weights, seed, options, saving_of(saving), backend}, nullptr, &states);
-  return {std::move(r.output), std::move(r.h_n),      std::move(r.c_n),
+  Results r =
+      forward({input, batch_sizes, h_0, c_0, weights, seed, options, saving_of(saving), backend}, nullptr, &states);
+  return {std::move(r.output), std::move(r.h_n),    std::move(r.c_n),
           std::move(states.h), std::move(states.c), std::move(r.reserve)};
 }
 
@@ -194,14 +203,14 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward_states_operator
 
 // Every argument that came after the first release is keyword-only and has a default, so that programs that were exported
 // before it still load.
-#define STACKED_LSTM_FORWARD_ARGUMENTS                                                                                           \
-  "(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, bool bias, "         \
-  "int num_layers, bool bidirectional, int proj_size, float dropout, str saving, str backend, "                     \
+#define STACKED_LSTM_FORWARD_ARGUMENTS                                                                      \
+  "(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, bool bias, " \
+  "int num_layers, bool bidirectional, int proj_size, float dropout, str saving, str backend, "             \
   "bool bf16_weights=False, *, int[] proj_sizes=[], float[] dropouts=[])"
-#define STACKED_LSTM_BACKWARD_ARGUMENTS                                                                                          \
-  "Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, "      \
-  "Tensor reserve, bool bias, int num_layers, bool bidirectional, int proj_size, float dropout, str saving, "       \
-  "bool input_grad, bool weight_grad, str backend, bool bf16_weights=False, *, int[] proj_sizes=[], "               \
+#define STACKED_LSTM_BACKWARD_ARGUMENTS                                                                        \
+  "Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, " \
+  "Tensor reserve, bool bias, int num_layers, bool bidirectional, int proj_size, float dropout, str saving, "  \
+  "bool input_grad, bool weight_grad, str backend, bool bf16_weights=False, *, int[] proj_sizes=[], "          \
   "float[] dropouts=[]) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"
 
 TORCH_LIBRARY(stacked_lstm_ext, m) {
@@ -211,9 +220,10 @@ TORCH_LIBRARY(stacked_lstm_ext, m) {
         " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor[] hidden, Tensor[] cell, Tensor reserve)",
         tags);
   m.def("backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, " STACKED_LSTM_BACKWARD_ARGUMENTS, tags);
-  m.def("backward_states(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor?[] grad_hidden, "
-        "Tensor?[] grad_cell, " STACKED_LSTM_BACKWARD_ARGUMENTS,
-        tags);
+  m.def(
+      "backward_states(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor?[] grad_hidden, "
+      "Tensor?[] grad_cell, " STACKED_LSTM_BACKWARD_ARGUMENTS,
+      tags);
 }
 
 TORCH_LIBRARY_IMPL(stacked_lstm_ext, CPU, m) {

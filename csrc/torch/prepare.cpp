@@ -121,8 +121,7 @@ bool options_fit(const StackOptions& options, const Fit& fit) {
   return fit.value(options.num_layers > 0, "num_layers should be greater than zero, got: ", options.num_layers) &&
          entries_fit(options.hidden_size, options.num_layers, "hidden_size", fit) &&
          entries_fit(options.proj_size, options.num_layers, "proj_size", fit) &&
-         entries_fit(options.dropout, options.num_layers - 1, "dropout", fit) &&
-         options.dropout.all([&](double rate) {
+         entries_fit(options.dropout, options.num_layers - 1, "dropout", fit) && options.dropout.all([&](double rate) {
            return fit.value(rate >= 0 && rate <= 1, "dropout should be in [0, 1], got: ", rate);
          }) &&
          options.proj_size.all(
@@ -151,7 +150,8 @@ bool hidden_sizes_fit(const Arguments& a, StackOptions& options, const Fit& fit)
   for (int64_t k = 0; k < options.num_layers; ++k) {
     const int64_t hidden = options.hidden_size[k], projected = options.proj_size[k];
     if (!fit.value(hidden > 0, "hidden_size should be greater than zero, got: ", hidden) ||
-        !fit.value(projected < hidden, "proj_size should be smaller than hidden_size, ", hidden, ", got: ", projected)) {
+        !fit.value(projected < hidden, "proj_size should be smaller than hidden_size, ", hidden,
+                   ", got: ", projected)) {
       return false;
     }
     if (options.hidden_size.each.empty() && options.proj_size.each.empty()) break;  // the other layers are the same
@@ -226,9 +226,8 @@ bool prepare(const Arguments& a, Misfit misfit, StackShape& shape) {
     return false;
   }
   if (options.input_size == 0) options.input_size = input.size(-1);
-  if (!hidden_sizes_fit(a, options, fit) ||
-      !fit.value(input.size(-1) == options.input_size, "input should have ", options.input_size,
-                 " features, got: ", input.size(-1))) {
+  if (!hidden_sizes_fit(a, options, fit) || !fit.value(input.size(-1) == options.input_size, "input should have ",
+                                                       options.input_size, " features, got: ", input.size(-1))) {
     return false;
   }
 
@@ -252,8 +251,8 @@ bool prepare(const Arguments& a, Misfit misfit, StackShape& shape) {
                  shape.lanes(), " layers and directions, hidden_size ", widest)) {
     return false;
   }
-  return !a.h_0 || (fit.shape(*a.h_0, h_sizes(shape, unbatched), "h_0") &&
-                    fit.shape(*a.c_0, c_sizes(shape, unbatched), "c_0"));
+  return !a.h_0 ||
+         (fit.shape(*a.h_0, h_sizes(shape, unbatched), "h_0") && fit.shape(*a.c_0, c_sizes(shape, unbatched), "c_0"));
 }
 
 at::DimVector h_sizes(const StackShape& shape, bool unbatched) {

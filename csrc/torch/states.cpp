@@ -26,7 +26,8 @@ States states_of(const Call& call, const Results& results, bool on_cpu) {
   const int64_t rows = shape.rows(), directions = shape.directions;
   const auto type = call.input.scalar_type();
   const bool wide = arithmetic_type(call.input) == type;
-  const KeptRows kept = on_cpu ? kept_rows(shape, {call.saving, !wide, true}) : driver::kept_rows(shape, call.saving, true);
+  const KeptRows kept =
+      on_cpu ? kept_rows(shape, {call.saving, !wide, true}) : driver::kept_rows(shape, call.saving, true);
   const ReserveLayout layout(shape, kept);
   const Tensor& reserve = results.reserve;
   // On a GPU, h is kept in the tensors' dtype; the CPU kernels keep what they have computed.

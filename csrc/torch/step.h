@@ -17,8 +17,8 @@ namespace stacked_lstm {
 
 struct StepArguments {
   const at::Tensor& input;  // (B, I) or (I)
-  const at::Tensor& h_0;    // (L, B, P or H) or (L, P or H)
-  const at::Tensor& c_0;    // (L, B, H) or (L, H)
+  const at::Tensor& h_0;    // (L, B, output), or without B; or flat (stack/states.h)
+  const at::Tensor& c_0;    // (L, B, hidden), likewise
   at::TensorList weights;   // as the operators'
   const StackOptions& options;
   bool frozen;  // kept packed weights are used without comparing them with `weights`

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
-from ..ops import _C, reference_run, reserve_numel
+from ..layout import reserve_numel
+from ..ops import _C, reference_run
 from ..options import StackOptions
 
 __all__ = [
     "BACKENDS",
+    "EXAMPLES",
     "Plan",
     "backend",
     "choose_backend",
@@ -27,13 +29,16 @@ __all__ = [
     "gpu_obstacle",
     "kernel_backend",
     "last_run",
+    "obstacle",
     "runs_on_cpu",
     "stores_bf16",
+    "what_runs_where",
 ]
 
 BACKENDS = ("auto", "reference", "cpu", "diagonal", "persistent")
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_CPU = torch.device("cpu")
 
 
 class _Selection(threading.local):
@@ -91,22 +96,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype, transform: str = ""
     forced = _selection.name
     if forced == "reference":
         return "reference", "forced by backend('reference')"
-    if transform:
-        obstacle = f"{transform}, which the kernels cannot follow"
-    elif dtype not in _KERNEL_DTYPES:
-        obstacle = f"there is no kernel for {dtype}"
-    elif device.type in ("cpu", "meta"):
-        obstacle = ""
-    elif device.type != "cuda":
-        obstacle = f"there is no kernel for device type '{device.type}'"
-    elif forced == "cpu":
-        obstacle = f"it works on CPU tensors, and these are on {device}"
-    else:
-        obstacle = gpu_obstacle(device)
-    if obstacle:
+    why_not = obstacle("diagonal" if forced == "auto" else forced, device=device, dtype=dtype, transform=transform)
+    if why_not:
         if forced != "auto":
-            raise RuntimeError(f"backend '{forced}' is forced but cannot run this call: {obstacle}")
-        return "reference", obstacle
+            raise RuntimeError(f"backend '{forced}' is forced but cannot run this call: {why_not}")
+        return "reference", why_not
     if device.type == "meta":
         return "meta", "meta tensors have shapes but no data: nothing runs"
     if forced != "auto":
@@ -114,6 +108,75 @@ def choose_backend(device: torch.device, dtype: torch.dtype, transform: str = ""
     if device.type == "cuda":
         return "auto", "the tensors are on a GPU"
     return "cpu", "the tensors are on the CPU"
+
+
+def obstacle(
+    path: str,
+    options: StackOptions | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = _CPU,
+    transform: str = "",
+) -> str:
+    """Why a path cannot run a stack, in one sentence without the full stop; empty if it can.
+
+    This is the only place that knows. The choice of what runs, errors, plans and the table "What runs where" in docs/api.md
+    ask it. For options it asks ``csrc/stack/obstacle.h``, as the operators do. Whether the sizes of a call fit a GPU is
+    another question, which the planner of the persistent kernels answers (:func:`gpu_plan`).
+
+    Args:
+        path: ``"reference"``, ``"cpu"``, ``"diagonal"`` or ``"persistent"``.
+        options: of the stack; ``None`` asks about the tensors alone.
+        dtype: of the tensors.
+        device: where they are.
+        transform: the transform of the call that no kernel can follow, in words; empty for an ordinary call.
+    """
+    if path not in BACKENDS[1:]:
+        raise ValueError(f"path should be one of {', '.join(map(repr, BACKENDS[1:]))}, got {path!r}")
+    if path == "reference":
+        return ""
+    if transform:
+        return f"{transform}, which the kernels cannot follow"
+    if dtype not in _KERNEL_DTYPES:
+        return f"there is no kernel for {dtype}"
+    if device.type not in ("cpu", "meta", "cuda"):
+        return f"there is no kernel for device type '{device.type}'"
+    if device.type == "cuda":
+        why_not = f"it works on CPU tensors, and these are on {device}" if path == "cpu" else gpu_obstacle(device)
+        if why_not:
+            return why_not
+    return "" if options is None else _C.obstacle(path, options.native, str(dtype).removeprefix("torch."))
+
+
+# The rows of the table "What runs where": a name, options of a stack of two layers of 8 units, and a dtype.
+EXAMPLES: tuple[tuple[str, dict[str, Any], torch.dtype], ...] = (
+    ("a plain stack", {}, torch.float32),
+    ("`hidden_size` a layer", {"hidden_size": (8, 4)}, torch.float32),
+    ("`proj_size`, for all layers or some", {"proj_size": (0, 4)}, torch.float32),
+    ("`dropout`, for all boundaries or each", {"dropout": (0.5,)}, torch.float32),
+    ("`bidirectional`", {"bidirectional": True}, torch.float32),
+    ("`recompute`", {"recompute": True}, torch.float32),
+    ("`bf16_weights`", {"bf16_weights": True}, torch.float32),
+    ("bfloat16", {}, torch.bfloat16),
+    ("float16", {}, torch.float16),
+    ("float64", {}, torch.float64),
+    ("`states()`", {}, torch.float32),
+)
+
+
+def what_runs_where() -> str:
+    """The table of docs/api.md: which path runs which options, as :func:`obstacle` says."""
+    paths = BACKENDS[1:]
+    lines = ["| " + " | ".join(("", *paths)) + " |", "| --- " * (len(paths) + 1) + "|"]
+    for name, options, dtype in EXAMPLES:
+        stack = StackOptions(**{"input_size": 8, "hidden_size": 8, "num_layers": 2, **options})
+        cells = [_cell(obstacle(path, stack, dtype=dtype)) for path in paths]
+        lines.append("| " + " | ".join((name, *cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(why_not: str) -> str:
+    return f"no: {why_not}" if why_not else "✓"
 
 
 def runs_on_cpu() -> bool:
@@ -300,18 +363,8 @@ def make_plan(
         backward = "torch's autograd through those operations"
     else:
         saving = choose_saving(needs_grad, options.recompute)
-        numel = reserve_numel(
-            seq_len * batch_size,
-            seq_len,
-            batch_size,
-            options.hidden_size,
-            options.num_layers,
-            options.bidirectional,
-            options.proj_size,
-            dtype,
-            saving,
-            kernel_backend(name),
-        )
+        sizes = options.hidden_sizes, options.output_sizes, options.directions
+        numel = reserve_numel(seq_len * batch_size, seq_len, batch_size, *sizes, dtype, saving, kernel_backend(name))
         saved_bytes = numel * (8 if dtype == torch.float64 else 4)
         forward = backward = "shapes only"
     if name in ("cpu", "diagonal", "persistent"):

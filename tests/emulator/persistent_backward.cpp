@@ -83,6 +83,7 @@ enum : unsigned {
   kDropout = 2048,
   kMisaligned = 4096,  // weights and gradients at odd addresses, as far as their type allows
   kTopFirst = 8192,    // lane 0 is the top one, instead of the last
+  kCell = 16384,       // grad_cell
   kAll = kInitial | kOutput | kLast | kFirst | kShared,
 };
 enum class Number { bf16, f16, f32 };
@@ -139,6 +140,14 @@ const std::vector<Case> kCases = {
     {"l2_seventeen", f32, kExact, 2, 2, 1, kL2, 1, 2, 1, 136, 17, 2, kAll},  // a warp's second tile has owners, too
     {"l2_tf32", f32, kTensor, 8, 2, 1, kL2, 2, 4, 5, 77, 10, 2, kAll, 2},    // four threads share a cell
     {"l2_float", f32, kExact, 2, 2, 1, kL2, 2, 3, 5, 40, 5, 2, (kAll | kDropout | kPacked | kReverse) & ~kShared, 2},
+    // The caller's gradients of h and c of every lane, also of lanes with a lane above them.
+    {"states_one", bf16, kTensor, 1, 4, 1, kL2, 3, 3, 1, 1, 1, 1, kAll | kCell | kDropout, 2},
+    {"states_three", f32, kExact, 2, 2, 1, kL2, 2, 5, 3, 3, 1, 2, kAll | kCell | kPacked | kReverse, 2},
+    {"states_both", f32, kTensor, 1, 4, 2, kCluster, 2, 5, 13, 17, 2, 2,
+     kAll | kBoth | kPacked | kAbove | kDropout | kRecompute | kBias | kCell, 2},
+    {"states_last", f16, kTensor, 2, 4, 1, kCluster, 2, 4, 5, 65, 3, 3, (kAll | kCell | kPacked) & ~(kLast | kInitial),
+     3},
+    {"states_only", bf16, kTensor, 1, 4, 1, kCluster, 3, 4, 3, 65, 3, 2, kCell | kFirst | kRecompute, 3},
     {"l2_768", bf16, kTensor, 6, 2, 1, kL2, 1, 2, 3, 768, 48, 2, kAll & ~kShared},
 };
 
@@ -163,9 +172,9 @@ void append_every(std::vector<Case>& all, Number type, const std::string& elemen
     c.steps = i.unit_tiles > 2 ? 2 : 3, c.batch = kTileColumns * (c.batch_tiles - 1) + 3, c.chunk_steps = 1 + turn % 3;
     c.batch_groups = c.copies = 1;
     constexpr unsigned kEach[] = {kAll, kAll | kRecompute | kBias, kAll | kPacked | kReverse,
-                                  (kAll | kDropout | kAbove) & ~kShared,
-                                  kAll | kBoth | kPacked | kAbove | kDropout | kRecompute};
-    c.options = c.lanes == 1 ? kAll : kEach[turn % 5];
+                                  (kAll | kCell | kDropout | kAbove) & ~kShared,
+                                  kAll | kBoth | kPacked | kAbove | kDropout | kRecompute | kCell};
+    c.options = c.lanes == 1 ? kAll | kCell : kEach[turn % 5];
     Cut cut;
     cut.exchange = c.exchange, cut.batch_tiles = c.batch_tiles, cut.pieces = c.pieces, cut.unit_tiles = c.unit_tiles;
     cut.groups = c.pieces / backward_pieces<T>(1), cut.blocks = c.blocks, cut.chunk_steps = c.chunk_steps;
@@ -195,7 +204,8 @@ float as_operand(float x, bool tf32) {
 template <typename T>
 struct Stack {
   struct Memory {
-    Guarded<T> weight_hh, weight_ih_above, grad_output, bias_ih, bias_hh, c_0, grad_h_n, grad_c_n, grad_h_0, grad_c_0;
+    Guarded<T> weight_hh, weight_ih_above, grad_output, grad_cell;
+    Guarded<T> bias_ih, bias_hh, c_0, grad_h_n, grad_c_n, grad_h_0, grad_c_0;
     Guarded<float> grad_above, gates, preactivations, c, carry_h, carry_c;
   };
   const Case& c;
@@ -244,11 +254,11 @@ struct Stack {
     grad_gates = Guarded<T>(rows * 4 * hidden * c.lanes + odd);
     for (int n = 0; n < c.lanes; ++n) {
       lanes.push_back({Guarded<T>(4 * hidden * hidden + odd), Guarded<T>(4 * hidden * hidden + odd),
-                       Guarded<T>(rows * s.h_stride), Guarded<T>(4 * hidden), Guarded<T>(4 * hidden), Guarded<T>(state),
-                       Guarded<T>(state), Guarded<T>(state), Guarded<T>(state), Guarded<T>(state),
-                       Guarded<float>(rows * s.h_stride), Guarded<float>(rows * 4 * s.saved_stride),
-                       Guarded<float>(rows * 4 * hidden), Guarded<float>(rows * s.saved_stride), Guarded<float>(state),
-                       Guarded<float>(state)});
+                       Guarded<T>(rows * s.h_stride), Guarded<T>(rows * s.h_stride), Guarded<T>(4 * hidden),
+                       Guarded<T>(4 * hidden), Guarded<T>(state), Guarded<T>(state), Guarded<T>(state),
+                       Guarded<T>(state), Guarded<T>(state), Guarded<float>(rows * s.h_stride),
+                       Guarded<float>(rows * 4 * s.saved_stride), Guarded<float>(rows * 4 * hidden),
+                       Guarded<float>(rows * s.saved_stride), Guarded<float>(state), Guarded<float>(state)});
       Memory& m = lanes.back();
       m.weight_hh.fill(-bound, bound), m.weight_ih_above.fill(-bound, bound);
       m.grad_output.fill(-1, 1), m.grad_above.fill(-1, 1);
@@ -256,6 +266,7 @@ struct Stack {
       m.grad_h_n.fill(-1, 1), m.grad_c_n.fill(-1, 1);
       m.gates.fill(0.05f, 0.95f, hidden, s.saved_stride), m.preactivations.fill(-2, 2);
       m.c.fill(-1.5f, 1.5f, hidden, s.saved_stride);
+      m.grad_cell.fill(-1, 1);  // the last: without it, everything else is the same
     }
     for (int n = 0; n < c.lanes; ++n) {
       Memory& m = lanes[count(n)];
@@ -268,6 +279,7 @@ struct Stack {
       lane.weight_hh = m.weight_hh.data() + odd;
       if (lane.over >= 0) lane.weight_ih_above = m.weight_ih_above.data() + odd;
       if (has(kOutput)) lane.grad_output = m.grad_output.data() + lane.h_column;
+      if (has(kCell)) lane.grad_cell = m.grad_cell.data() + lane.h_column;
       if (has(kAbove) && lane.over < 0) lane.grad_above = m.grad_above.data() + lane.h_column;
       (has(kRecompute) ? lane.preactivations : lane.gates) = has(kRecompute) ? m.preactivations.data() : m.gates.data();
       if (has(kBias)) lane.bias_ih = m.bias_ih.data(), lane.bias_hh = m.bias_hh.data();
@@ -301,6 +313,7 @@ struct Stack {
       const std::string of = " of lane " + std::to_string(n);
       lend("weight_hh" + of, m.weight_hh, read), lend("weight_ih_above" + of, m.weight_ih_above, read);
       lend("grad_output" + of, m.grad_output, read), lend("grad_above" + of, m.grad_above, read);
+      lend("grad_cell" + of, m.grad_cell, read);
       lend("gates" + of, m.gates, read), lend("preactivations" + of, m.preactivations, read);
       lend("bias_ih" + of, m.bias_ih, read), lend("bias_hh" + of, m.bias_hh, read);
       lend("c" + of, m.c, read), lend("c_0" + of, m.c_0, read);
@@ -434,6 +447,7 @@ struct Stack {
               dh += widen(m.grad_h_n[b * hidden + j]);
               dc = widen(m.grad_c_n[b * hidden + j]);
             }
+            if (lane.grad_cell) dc += widen(lane.grad_cell[at * arguments.sizes.h_stride + j]);
             double y[4];
             for (int64_t g = 0; g < 4; ++g) {
               y[g] = has(kRecompute) ? m.preactivations[(4 * at + g) * hidden + j] : m.gates[(4 * at + g) * saved + j];

@@ -9,7 +9,7 @@ KERNELS = [emulator.HERE / "persistent_backward_16.cu", emulator.HERE / "persist
 CHECKS = [emulator.HERE / "persistent_backward.cpp"]
 # Small ones, in which every line of the kernel and every way to wait is; and of these, every way that threads meet.
 SMALL = ["two_steps", "dropout", "reverse", "both", "tf32_odd", "float", "l2_one", "inside_one", "l2_two", "l2_ragged"]
-SMALL += ["l2_batch", "l2_float"]
+SMALL += ["l2_batch", "l2_float", "states_one", "states_three", "states_both"]
 MEETING = ["two_steps", "dropout", "both", "tf32_odd", "l2_one", "l2_two", "l2_float"]
 
 
@@ -29,7 +29,7 @@ def succeeds(*arguments, sanitizer=None):
 GROUPS = [
     ["one", "alone", "two", "deep", "ragged", "ninety", "dropout", "half", "layer"],
     ["packed", "reverse", "nothing", "both", "groups", "full"],
-    ["tf32", "float", "l2", "inside", "not_inside"],
+    ["tf32", "float", "l2", "inside", "not_inside", "states"],
 ]
 
 

@@ -25,6 +25,7 @@
 
 #include "../../csrc/cpu/packed.h"
 #include "../../csrc/cpu/step.h"
+#include "../../csrc/stack/states.h"
 
 using namespace stacked_lstm;
 
@@ -57,6 +58,11 @@ struct Case {
   int64_t layers, batch, steps, input, hidden, projection;
   bool bidirectional, packed, dropout;
   Saving saving;
+  int64_t narrower = 0;  // by so many units a layer is narrower than the one below, and only even layers project
+  bool states = false;   // all h and c are results and have gradients
+
+  int64_t hidden_of(int64_t k) const { return std::max<int64_t>(hidden - k * narrower, 1); }
+  int64_t projection_of(int64_t k) const { return narrower > 0 && k % 2 ? 0 : projection; }
 };
 
 const Case kCases[] = {
@@ -76,15 +82,20 @@ const Case kCases[] = {
     {"many blocks of rows, every option", 2, 40, 32, 3, 9, 5, true, true, true, Saving::recompute},
     {"gates of several stretches again", 2, 5, 70, 3, 9, 0, false, false, false, Saving::recompute},
     {"many blocks of rows, lengths", 3, 40, 32, 3, 9, 0, false, true, false, Saving::full},
+    {"widths", 3, 5, 9, 10, 150, 0, false, false, true, Saving::recompute, 70},
+    {"widths, some projections, both directions, lengths, states", 3, 5, 20, 4, 90, 11, true, true, true,
+     Saving::recompute, 35, true},
+    {"states, some projections", 4, 3, 19, 5, 21, 7, false, false, true, Saving::full, 4, true},
 };
 
 // Everything a call reads and writes.
 template <typename T>
 struct Problem {
   StackShape shape;
-  Dropout dropout;
-  Saving saving;
+  Links links;
+  Keeping keeping;
   bool bf16_weights = false;
+  std::vector<std::vector<T>> grad_h, grad_c;  // of each layer; empty without states
   std::vector<T> input, h_0, c_0, grad_output, grad_h_n, grad_c_n;
   std::vector<std::vector<T>> weights;               // five a lane
   std::vector<T> output, h_n, c_n, reserve;          // forward
@@ -93,11 +104,15 @@ struct Problem {
   std::vector<T> grad_input[2], grad_h_0, grad_c_0;  // backward
   std::vector<std::vector<T>> gradients;
 
-  explicit Problem(const Case& c) : dropout{c.dropout ? 0.4 : 0.0, 12345}, saving(c.saving) {
+  explicit Problem(const Case& c) : keeping{c.saving, false, c.states} {
+    if (c.dropout) {  // no two neighbouring links have the same rate, and one has none
+      for (int64_t k = 0; k + 1 < c.layers; ++k) links.rates.each.push_back(k % 3 == 1 ? 0 : 0.4 - 0.1 * (k % 3));
+      links.seed = 12345;
+    }
     shape.steps = c.steps, shape.batch = c.batch, shape.directions = c.bidirectional ? 2 : 1;
-    const int64_t out = c.projection ? c.projection : c.hidden;
     for (int64_t k = 0; k < c.layers; ++k) {
-      shape.layers.push_back({k ? shape.directions * out : c.input, c.hidden, c.projection});
+      const int64_t below = k ? shape.directions * shape.layers.back().output() : c.input;
+      shape.layers.push_back({below, c.hidden_of(k), c.projection_of(k)});
     }
     if (c.packed) shape.packed_rows.push_back(0);
     for (int64_t t = 0; c.packed && t < c.steps; ++t) {
@@ -111,21 +126,27 @@ struct Problem {
       for (T& x : v) x = static_cast<T>(scale * uniform(random));
     };
     fill(input, shape.rows() * c.input);
-    fill(h_0, shape.lanes() * c.batch * out), fill(grad_h_n, shape.lanes() * c.batch * out);
-    fill(c_0, shape.lanes() * c.batch * c.hidden), fill(grad_c_n, shape.lanes() * c.batch * c.hidden);
-    fill(grad_output, shape.rows() * shape.directions * out);
+    const StateLayout states(shape);
+    fill(h_0, states.h(shape.lanes())), fill(grad_h_n, states.h(shape.lanes()));
+    fill(c_0, states.c(shape.lanes())), fill(grad_c_n, states.c(shape.lanes()));
+    fill(grad_output, shape.rows() * shape.directions * shape.layers.back().output());
     for (int64_t lane = 0; lane < shape.lanes(); ++lane) {
-      for (const int64_t n : {4 * c.hidden * shape.of_lane(lane).input, 4 * c.hidden * out, 4 * c.hidden, 4 * c.hidden,
-                              c.projection * c.hidden}) {
-        fill(weights.emplace_back(), n, 1 / std::sqrt(static_cast<double>(c.hidden)));
+      const LayerShape& layer = shape.of_lane(lane);
+      const int64_t rows = 4 * layer.hidden;
+      for (const int64_t n : {rows * layer.input, rows * layer.output(), rows, rows, layer.projection * layer.hidden}) {
+        fill(weights.emplace_back(), n, 1 / std::sqrt(static_cast<double>(layer.hidden)));
       }
+    }
+    for (int64_t k = 0; c.states && k < c.layers; ++k) {
+      fill(grad_h.emplace_back(), shape.rows() * shape.directions * shape.layers[static_cast<size_t>(k)].output());
+      fill(grad_c.emplace_back(), shape.rows() * shape.directions * shape.layers[static_cast<size_t>(k)].hidden);
     }
   }
 
   void run(const cpu::Workers& workers, Pool pool) {
     const T nan = std::numeric_limits<T>::quiet_NaN();
     output.assign(grad_output.size(), nan), h_n.assign(h_0.size(), nan), c_n.assign(c_0.size(), nan);
-    reserve.assign(static_cast<size_t>(reserve_size(shape, saving, false).total()), nan);
+    reserve.assign(static_cast<size_t>(reserve_elements(shape, keeping)), nan);
     grad_h_0.assign(h_0.size(), nan), grad_c_0.assign(c_0.size(), nan);
     for (int64_t d = 0; d < shape.directions; ++d) grad_input[d].assign(input.size(), nan);
     gradients.clear();
@@ -141,7 +162,7 @@ struct Problem {
       lane_gradients.push_back({gradients[n].data(), gradients[n + 1].data(), gradients[n + 2].data(),
                                 gradients[n + 3].data(), gradients[n + 4].data()});
     }
-    cpu::forward(ForwardCall<T>{shape, x, lane_weights, h_0.data(), c_0.data(), dropout, saving, false, output.data(),
+    cpu::forward(ForwardCall<T>{shape, x, lane_weights, h_0.data(), c_0.data(), links, keeping, output.data(),
                                 h_n.data(), c_n.data(), reserve.data(), bf16_weights},
                  workers, platform);
     std::vector<cpu::Bytes> sources;
@@ -152,27 +173,44 @@ struct Problem {
     for (std::vector<T>& again : inferred) {
       again.assign(output.size(), nan);
       std::vector<T> h(h_n.size()), c(c_n.size());
-      cpu::forward(ForwardCall<T>{shape, x, packed.ready() ? std::vector<LaneWeights<T>>{} : lane_weights, h_0.data(),
-                                  c_0.data(), dropout, Saving::none, false, again.data(), h.data(), c.data(), nullptr,
+      cpu::forward(ForwardCall<T>{shape,
+                                  x,
+                                  packed.ready() ? std::vector<LaneWeights<T>>{} : lane_weights,
+                                  h_0.data(),
+                                  c_0.data(),
+                                  links,
+                                  {},
+                                  again.data(),
+                                  h.data(),
+                                  c.data(),
+                                  nullptr,
                                   bf16_weights},
                    workers, platform, &packed);
     }
-    if (shape.directions == 1 && !shape.packed() && !dropout.active()) {
+    if (shape.directions == 1 && !shape.packed() && links.rates == PerLayer<double>()) {
       stepped.assign(output.size(), nan);
       take_steps(packed, pool == Pool::one_thread ? 1 : workers.threads, platform);
     }
-    const int64_t width = shape.directions * shape.layers.back().output();
+    const auto rows_of = [&](const std::vector<T>& rows, int64_t width) {
+      return Input<T>{rows.data(), shape.batch * width, width};
+    };
+    std::vector<Input<T>> grad_of_h(shape.layers.size()), grad_of_c;
+    for (size_t k = 0; k < grad_h.size(); ++k) {
+      grad_of_h[k] = rows_of(grad_h[k], shape.directions * shape.layers[k].output());
+      grad_of_c.push_back(rows_of(grad_c[k], shape.directions * shape.layers[k].hidden));
+    }
+    grad_of_h.back() = rows_of(grad_output, shape.directions * shape.layers.back().output());
     cpu::backward(BackwardCall<T>{shape,
                                   x,
                                   lane_weights,
                                   h_0.data(),
                                   c_0.data(),
-                                  dropout,
-                                  saving,
-                                  false,
+                                  links,
+                                  keeping,
                                   output.data(),
                                   reserve.data(),
-                                  {grad_output.data(), shape.batch * width, width},
+                                  grad_of_h,
+                                  grad_of_c,
                                   grad_h_n.data(),
                                   grad_c_n.data(),
                                   {grad_input[0].data(), shape.directions == 2 ? grad_input[1].data() : nullptr},

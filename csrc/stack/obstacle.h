@@ -1,0 +1,30 @@
+// csrc/stack/obstacle.h: which options a path cannot run, and why: the only place for it. The operators, `auto`, plans and the
+// table in docs/api.md all ask this function. (Whether the sizes of a call fit a device is the planner's to say, and comes after
+// it: csrc/persistent/planner.cpp.)
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "options.h"
+
+namespace stacked_lstm {
+
+enum class Path : uint8_t { cpu, diagonal, persistent };
+
+// The type of the tensors.
+enum class ElementType : uint8_t { float32, float64, bfloat16, float16 };
+
+// One sentence about a stack with these options, without the full stop; "" if the path can run it.
+inline std::string obstacle(Path path, const StackOptions& options, ElementType type) {
+  if (path != Path::persistent) return "";
+  if (type == ElementType::float64) return "it computes in float32, and these tensors are float64";
+  for (int64_t k = 0; k < options.num_layers; ++k) {
+    if (options.proj_size[k] == 0) continue;
+    return "it exchanges h as it leaves the cell, and layer " + std::to_string(k) + " has a projection (proj_size " +
+           std::to_string(options.proj_size[k]) + ")";
+  }
+  return "";
+}
+
+}  // namespace stacked_lstm

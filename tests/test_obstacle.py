@@ -1,0 +1,63 @@
+"""plan.obstacle: which path runs which options. What it says is held to what calls do, and the table of docs/api.md to it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_persistent import host  # noqa: F401  (a fixture: the persistent kernels on the host)
+
+from stacked_lstm_ext import StackedLSTM, backend, last_run
+from stacked_lstm_ext.options import StackOptions
+from stacked_lstm_ext.plan import BACKENDS, EXAMPLES, obstacle, what_runs_where
+
+ROOT = Path(__file__).resolve().parents[1]
+PATHS = BACKENDS[1:]
+
+
+@pytest.mark.parametrize(("name", "options", "dtype"), EXAMPLES, ids=[name.strip("`") for name, _, _ in EXAMPLES])
+def test_a_path_runs_what_it_says_and_refuses_the_rest_in_the_same_words(name, options, dtype):
+    sizes = {"input_size": 8, "hidden_size": 8, "num_layers": 2, **options}
+    torch.manual_seed(0)
+    module = StackedLSTM(**sizes, dtype=dtype)
+    x = torch.randn(3, 2, 8, dtype=dtype)
+
+    def run():
+        torch.manual_seed(1)  # of the masks
+        return module.states(x) if "states" in name else module(x)
+
+    def leaves(result):
+        return [result] if isinstance(result, torch.Tensor) else [leaf for part in result for leaf in leaves(part)]
+
+    with backend("reference"):
+        expected = leaves(run())
+    for path in PATHS:
+        why_not = obstacle(path, StackOptions(**sizes), dtype=dtype)
+        if why_not:
+            with backend(path), pytest.raises(ValueError, match=re.escape(why_not)):
+                run()
+            continue
+        with backend(path):
+            found = leaves(run())
+        assert last_run()["backend"] == path
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 and name != "`bf16_weights`" else 0.02
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+def test_the_table_of_the_docs_is_what_the_code_says():
+    """To write it again: print(stacked_lstm_ext.plan.what_runs_where()), between the markers of docs/api.md."""
+    text = (ROOT / "docs/api.md").read_text()
+    assert text.split("<!-- where:begin -->\n")[1].split("<!-- where:end -->")[0] == what_runs_where()
+    assert "no: " in what_runs_where()
+
+
+def test_tensors_that_no_kernel_takes_are_an_obstacle_to_all_of_them():
+    for path in PATHS:
+        kernel = path != "reference"
+        assert bool(obstacle(path, dtype=torch.complex64)) == kernel
+        assert bool(obstacle(path, transform="vmap is active")) == kernel
+        assert bool(obstacle(path, device=torch.device("xpu"))) == kernel
+    assert "CPU tensors" in obstacle("cpu", device=torch.device("cuda"))
+    with pytest.raises(ValueError, match="path should be one of"):
+        obstacle("auto")
