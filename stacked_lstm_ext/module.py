@@ -132,9 +132,10 @@ class StackedLSTM(nn.RNNBase):
         [(1, 3, 64), (1, 3, 32), (1, 3, 16)]
     """
 
-    hidden_size: int | tuple[int, ...]  # type: ignore[assignment]
-    proj_size: int | tuple[int, ...]  # type: ignore[assignment]
-    dropout: float | tuple[float, ...]  # type: ignore[assignment]
+    # int, int and float, or tuples of them. Any: who gave numbers may go on to compute with numbers, also before a type checker.
+    hidden_size: Any
+    proj_size: Any
+    dropout: Any
     hidden_sizes = _ForEachLayer("hidden_size", "The hidden size of each layer.")
     proj_sizes = _ForEachLayer("proj_size", "The projection size of each layer, 0 where there is none.")
 

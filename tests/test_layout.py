@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from stacked_lstm_ext.layout import StateLayout, for_each_layer, reserve_numel, weights_of_stack
+from stacked_lstm_ext.options import StackOptions
 
 ops = torch.ops.stacked_lstm_ext
 KERNELS = ["cpu", "diagonal", "persistent", "auto"]
@@ -39,6 +40,17 @@ def test_a_layer_has_a_projection_or_not():
         (2, "weight_ih"),
         (2, "weight_hh"),
     ]
+
+
+def test_options_of_each_layer_reach_cpp():
+    tuples = StackOptions(3, (5, 6, 7), 3, proj_size=(0, 2, 0), dropout=(0.25, 0.0), bidirectional=True)
+    for name in ("hidden_size", "proj_size", "dropout"):
+        assert getattr(tuples.native, name) == getattr(tuples, name)
+    assert (tuples.output_sizes, tuples.dropouts, tuples.directions) == ((5, 2, 7), (0.25, 0.0), 2)
+    assert tuples.native != StackOptions(3, (5, 6, 8), 3, proj_size=(0, 2, 0), dropout=(0.25, 0.0), bidirectional=True).native
+    numbers = StackOptions(3, 5, 2, proj_size=2, dropout=0.5)
+    assert (numbers.hidden_sizes, numbers.proj_sizes, numbers.output_sizes, numbers.dropouts) == ((5, 5), (2, 2), (2, 2), (0.5,))
+    assert numbers.layouts == numbers.kept_layouts == (StateLayout((2, 2), 1), StateLayout((5, 5), 1))
 
 
 @pytest.mark.parametrize("value, expected", [(3, (3, 3)), ((1, 2), (1, 2)), ((1, 2, 3), (1, 2)), (0.5, (0.5, 0.5))])
