@@ -532,7 +532,7 @@ def test_a_width_or_a_state_is_another_question():
     """Decisions are kept: a stack must not get that of another one."""
     with planned_for(SMALL):
         passes = {}
-        for hidden in ((64, 64, 8), (64, 8, 8), (8, 64, 64), (8, 8, 64)):
+        for hidden in ((64, 64, 8), (64, 64, 64), (64, 8, 8), (8, 64, 64), (8, 8, 64)):
             arguments, keywords = Layers(hidden).arguments(torch.float32, "none")
             ops.forward(*arguments, **keywords)
             passes[hidden] = [(p["first_layer"], p["last_layer"], p["blocks_lane"] * p["units_block"]) for p in last_run()["passes"]]
