@@ -57,9 +57,7 @@ def convert_lstm(
     model: nn.LSTM, *, skip: Skip = (), as_lstm: bool = False, recompute: bool = False, bf16_weights: bool = False
 ) -> StackedLSTM: ...
 @overload
-def convert_lstm(
-    model: Model, *, skip: Skip = (), as_lstm: bool = False, recompute: bool = False, bf16_weights: bool = False
-) -> Model: ...
+def convert_lstm(model: Model, *, skip: Skip = (), as_lstm: bool = False, recompute: bool = False, bf16_weights: bool = False) -> Model: ...
 def convert_lstm(
     model: nn.Module, *, skip: Skip = (), as_lstm: bool = False, recompute: bool = False, bf16_weights: bool = False
 ) -> nn.Module:

@@ -19,7 +19,7 @@ from .layout import StateLayout, for_each_layer, weight_kinds
 from .options import StackOptions, as_tuple, check_dropouts, check_widths, count_layers, used_entries
 from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan, runs_on_cpu, stores_bf16
 from .reference import round_to_bf16
-from .states import Given, StackStates, State, check_dimensions, checked_pair, joined, map_state, parts
+from .states import Given, StackStates, State, check_dimensions, checked_pair, joined, map_state, parts, split
 from .transplant import both, obstacle_to_replacing, only_adds_a_constructor, original_class, transplant
 from .unusual import CHECKS, WATCHED, WEIGHT_METHODS, check_options, is_unusual, overrides, weight_names
 
@@ -132,9 +132,10 @@ class StackedLSTM(nn.RNNBase):
         [(1, 3, 64), (1, 3, 32), (1, 3, 16)]
     """
 
-    hidden_size: int | tuple[int, ...]  # type: ignore[assignment]
-    proj_size: int | tuple[int, ...]  # type: ignore[assignment]
-    dropout: float | tuple[float, ...]  # type: ignore[assignment]
+    # int, int and float, or tuples of them. Any: who gave numbers may go on to compute with numbers, also before a type checker.
+    hidden_size: Any
+    proj_size: Any
+    dropout: Any
     hidden_sizes = _ForEachLayer("hidden_size", "The hidden size of each layer.")
     proj_sizes = _ForEachLayer("proj_size", "The projection size of each layer, 0 where there is none.")
 
@@ -239,7 +240,8 @@ class StackedLSTM(nn.RNNBase):
         self._flat_weight_refs = []
         self._flat_weights_names, self._all_weights = [], []
         below = input_size
-        for layer, (hidden, proj) in enumerate(zip(self.hidden_sizes, self.proj_sizes, strict=True)):
+        sizes = zip(for_each_layer(self.hidden_size, num_layers), for_each_layer(self.proj_size, num_layers), strict=True)
+        for layer, (hidden, proj) in enumerate(sizes):
             out = proj or hidden
             shapes = {"weight_ih": (4 * hidden, below), "weight_hh": (4 * hidden, out), "weight_hr": (proj, hidden)}
             for suffix in ("", "_reverse") if bidirectional else ("",):
@@ -258,9 +260,11 @@ class StackedLSTM(nn.RNNBase):
         if not isinstance(self.hidden_size, tuple):
             super().reset_parameters()
             return
+        sizes = dict(enumerate(self.hidden_size))
         for name, parameter in self.named_parameters():
-            layer = re.search(r"_l(\d+)", name)  # a parametrization puts its own words before and behind it
-            bound = 1.0 / math.sqrt(self.hidden_size[int(layer[1]) if layer else 0])
+            named = re.search(r"_l(\d+)", name)  # a parametrization puts its own words before and behind it
+            # A parameter that a subclass has added is treated as one of the first layer.
+            bound = 1.0 / math.sqrt(sizes.get(int(named[1]), sizes[0]) if named else sizes[0])
             nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
@@ -349,9 +353,7 @@ class StackedLSTM(nn.RNNBase):
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse, with the reason. ``torch.jit.script`` calls this method; without it, it would fail and not say why."""
-        raise RuntimeError(
-            "torch.jit.script cannot compile a StackedLSTM: script revert_lstm(copy.deepcopy(model)), or use torch.export"
-        )
+        raise RuntimeError("torch.jit.script cannot compile a StackedLSTM: script revert_lstm(copy.deepcopy(model)), or use torch.export")
 
     def drop_packed_weights(self) -> None:
         """Free the packed weights that CPU calls without gradients have kept; later calls pack them again.
@@ -464,9 +466,7 @@ class StackedLSTM(nn.RNNBase):
     @overload
     def forward(self, input: PackedSequence, hx: Sequence[Any] | None = None) -> tuple[PackedSequence, tuple[Any, Any]]: ...
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Sequence[Any] | None = None
-    ) -> tuple[Tensor | PackedSequence, tuple[Any, Any]]:
+    def forward(self, input: Tensor | PackedSequence, hx: Sequence[Any] | None = None) -> tuple[Tensor | PackedSequence, tuple[Any, Any]]:
         if not self._call_way and not isinstance(input, PackedSequence) and not torch.compiler.is_compiling():
             result = self._fast_call(input, hx)
             if result is not None:
@@ -604,8 +604,7 @@ class StackedLSTM(nn.RNNBase):
         if result is None:
             return None
         output, (h_n, c_n) = result
-        h_layout, c_layout = options.kept_layouts
-        return output, (h_layout.split(h_n, batch), c_layout.split(c_n, batch))
+        return output, split(h_n, c_n, options, hx, batch)
 
     def step(self, input: Tensor, hx: Sequence[Any] | None = None) -> tuple[Tensor, tuple[Any, Any]]:
         """Run one time step and return the state for the next: for streaming, where a call of the module is too slow.
@@ -647,8 +646,7 @@ class StackedLSTM(nn.RNNBase):
             result = None if hidden is None else self._fast_step(input, hidden)
             if result is not None:
                 output, h, c = result
-                h_layout, c_layout = options.kept_layouts
-                return output, (h_layout.split(h, *batch), c_layout.split(c, *batch))
+                return output, split(h, c, options, hx, *batch)
         if self.bidirectional:
             raise RuntimeError("step needs a stack of one direction: a bidirectional one begins with the last step as well")
         if input.dim() not in (1, 2):

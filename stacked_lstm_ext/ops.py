@@ -516,7 +516,5 @@ def run_reference(
     else:
         outside_autocast = nullcontext()
     with outside_autocast:
-        results = states_reference(
-            input, batch_sizes, h_0, c_0, weights, seed, bias, num_layers, bidirectional, proj_size, dropout
-        )
+        results = states_reference(input, batch_sizes, h_0, c_0, weights, seed, bias, num_layers, bidirectional, proj_size, dropout)
     return results if states else results[:3]

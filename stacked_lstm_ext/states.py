@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree
 
 from .options import StackOptions
 
-__all__ = ["Given", "StackStates", "State", "check_dimensions", "checked_pair", "joined", "map_state", "parts"]
+__all__ = ["Given", "StackStates", "State", "check_dimensions", "checked_pair", "joined", "map_state", "parts", "split"]
 
 # A state of all layers: a tensor as torch has it, or a tuple with a tensor for each layer.
 State = Tensor | tuple[Tensor, ...]
@@ -37,6 +39,13 @@ class StackStates(NamedTuple):
     cell: tuple[Tensor | PackedSequence, ...]
     h_n: State
     c_n: State
+
+
+# torch.export can save a program that returns a named tuple only if torch knows a name for it. The function is private to torch: if
+# it is gone, such a program still runs, and saving it says what is missing.
+_register = getattr(_pytree, "_register_namedtuple", None)
+if _register is not None:
+    _register(StackStates, serialized_type_name="stacked_lstm_ext.StackStates")
 
 
 class Given(NamedTuple):
@@ -111,7 +120,11 @@ def check_dimensions(hidden: tuple[State, State], expected: int) -> None:
 
 
 def joined(hx: Sequence[Any], options: StackOptions, input: Tensor, *batch: int) -> tuple[Tensor, Tensor] | None:
-    """Each state of all layers as one tensor; ``None`` if a part is not what it should be, which the full call reports."""
+    """Each state of all layers as one tensor, for an eager call; ``None`` if a part is not what it should be, which the full call reports.
+
+    This and :func:`split` do what the methods of :class:`.StateLayout` do, with one call of torch for all layers: a step of a
+    small stack takes no longer than a few of them.
+    """
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         return None
     dtype, device = input.dtype, input.device
@@ -123,4 +136,21 @@ def joined(hx: Sequence[Any], options: StackOptions, input: Tensor, *batch: int)
         for part, shape in zip(state, shapes, strict=True):
             if not isinstance(part, Tensor) or part.shape != shape or part.dtype != dtype or part.device != device:
                 return None
-    return layouts[0].join(hx[0]), layouts[1].join(hx[1])
+    h_0, c_0 = (_flatten_dense_tensors(state) for state in hx)
+    h_layout, c_layout = layouts
+    return (
+        h_0 if h_layout.is_flat else h_0.view(h_layout.shape(*batch)),
+        c_0 if c_layout.is_flat else c_0.view(c_layout.shape(*batch)),
+    )
+
+
+def split(h: Tensor, c: Tensor, options: StackOptions, hx: Sequence[Any] | None, *batch: int) -> tuple[State, State]:
+    """The inverse, of an eager call's results.
+
+    Args:
+        hx: the states that the call began with, if it was given any: these have the shapes of the parts.
+    """
+    if hx is None or h.numel() == 0:
+        h_layout, c_layout = options.kept_layouts
+        return h_layout.split(h, *batch), c_layout.split(c, *batch)
+    return tuple(_unflatten_dense_tensors(h.view(-1), hx[0])), tuple(_unflatten_dense_tensors(c.view(-1), hx[1]))

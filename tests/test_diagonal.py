@@ -6,6 +6,7 @@ but rounded wherever the schedule rounds (``rounded_truth``).
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import math
 
@@ -567,3 +568,255 @@ def test_a_longer_sequence_allocates_no_more_tensors(options, saving):
 
     allocations(8)
     assert 0 < allocations(64) <= allocations(16)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs: layers of different widths. And the gradients of every layer's h and c
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Wide:
+    """A stack whose layers have widths and links of their own, and a batch. ``lengths`` alone is a padded batch."""
+
+    hidden: tuple[int, ...]
+    proj: tuple[int, ...]
+    dropout: tuple[float, ...]
+    lengths: tuple[int, ...]
+    packed: bool = False
+    bidirectional: bool = False
+    input_size: int = 4
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        return tuple(p or h for p, h in zip(self.proj, self.hidden, strict=True))
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Which rows of the padded batch there are, (T, B)."""
+        return torch.arange(self.lengths[0])[:, None] < torch.tensor(self.lengths)
+
+    @property
+    def case(self) -> Case:
+        """A stack of one width that is no easier to compute: for tolerances."""
+        return Case(len(self.hidden), len(self.lengths), self.lengths[0], self.input_size, max(self.hidden))
+
+    def lanes(self) -> list[tuple[int, int, int, int]]:
+        """Of each lane: its layer, and the widths of its input, hidden state and output."""
+        below = [self.input_size, *(self.directions * n for n in self.out)]
+        layers = range(len(self.hidden))
+        return [(k, below[k], self.hidden[k], self.out[k]) for k in layers for _ in range(self.directions)]
+
+    def native(self) -> _C.StackOptions:
+        return _C.StackOptions(
+            input_size=self.input_size,
+            hidden_size=self.hidden,
+            num_layers=len(self.hidden),
+            bidirectional=self.bidirectional,
+            proj_size=self.proj,
+            dropout=self.dropout,
+        )
+
+    def __str__(self) -> str:
+        name = "H" + "-".join(map(str, self.hidden)) + ("-P" + "-".join(map(str, self.proj)) if any(self.proj) else "")
+        return name + ("-bidir" if self.bidirectional else "") + ("-packed" if self.packed else "")
+
+
+WIDE = [
+    Wide((5, 5, 5, 8, 3), (0,) * 5, (0.3, 0, 0.5, 0.2), (8,) * 3),  # a run of 3 below runs of 1
+    Wide((6, 8, 8, 8), (0, 4, 4, 4), (0.2, 0.4, 0), (7,) * 4),  # a run of 1 below a run of 3, which projects
+    Wide((4, 8, 8, 8, 8), (0, 0, 0, 3, 3), (0, 0, 0.3, 0), (9, 7, 7, 2, 1), packed=True),  # one H, but two runs
+    Wide((8, 8, 5), (0, 0, 3), (0.3, 0), (6,) * 3, bidirectional=True),
+    Wide((4, 7, 7, 9), (2, 0, 0, 6), (0.3, 0.1, 0), (7, 5, 5, 1), packed=True, bidirectional=True),
+    Wide((16, 4, 16), (0, 0, 0), (0, 0.5), (2,) * 2),  # fewer steps than layers; widths of whole packs
+]
+
+
+def wide_arguments(wide: Wide, dtype, saving: str, backend="diagonal") -> tuple[list, dict]:
+    """Positional and keyword arguments of ``forward_states``."""
+    generator = torch.Generator().manual_seed(4)
+
+    def numbers(*sizes):
+        return (torch.randn(*sizes, generator=generator, dtype=torch.float64) * 0.4).to(dtype)
+
+    batch, steps, lanes = len(wide.lengths), wide.lengths[0], wide.lanes()
+    x, batch_sizes = numbers(steps, batch, wide.input_size), None
+    if wide.packed:
+        x, batch_sizes = x[wide.mask], wide.mask.sum(1)
+    weights = []
+    for k, below, hidden, out in lanes:
+        weights += [numbers(4 * hidden, below), numbers(4 * hidden, out), numbers(4 * hidden), numbers(4 * hidden)]
+        weights += [numbers(wide.proj[k], hidden)] if wide.proj[k] else []
+
+    def state(widths):
+        return numbers(len(widths), batch, widths[0]) if len(set(widths)) == 1 else numbers(sum(widths) * batch)
+
+    h_0, c_0 = (state([lane[n] for lane in lanes]) for n in (3, 2))
+    seed = torch.tensor([77]) if any(wide.dropout) else None
+    arguments = [x, batch_sizes, h_0, c_0, weights, seed, True, len(wide.hidden), wide.bidirectional, 0, 0.0, saving, backend]
+    return arguments, {"proj_sizes": wide.proj, "dropouts": wide.dropout}
+
+
+def named_states(output, h_n, c_n, hidden, cell) -> dict:
+    named = {"output": output, "h_n": h_n, "c_n": c_n}
+    return named | {f"{n}[{k}]": t for n, all in (("hidden", hidden), ("cell", cell)) for k, t in enumerate(all)}
+
+
+def run_states(arguments: list, keywords: dict, upstream=None) -> dict:
+    """``forward_states`` and ``backward_states``, called directly, and every result by name.
+
+    ``upstream``: a gradient or None for each result, made of random numbers by default.
+    """
+    *named, reserve = ops.forward_states(*arguments, **keywords)
+    layers, named = arguments[7], named_states(*named)
+    if arguments[-2] == "none":
+        return named
+    g = upstream_gradients(named, arguments[0].dtype) if upstream is None else upstream
+    gradient = ops.backward_states(
+        *[*g[:3], list(g[3 : 3 + layers]), list(g[3 + layers :])],
+        *[*arguments[:6], named["output"], reserve, *arguments[6:12], True, True, arguments[12]],
+        **keywords,
+    )
+    return named | dict(zip(gradient_names(len(arguments[4])), [*gradient[:3], *gradient[3]], strict=True))
+
+
+def states_truth(wide: Wide, arguments: list) -> dict:
+    """What ``run_states`` should give: a loop over layers and steps in float64, and autograd."""
+    leaves = [t.detach().double().requires_grad_() for t in (arguments[0], *arguments[2:4], *arguments[4])]
+    x, h_0, c_0, *weights = leaves
+    dtype, seed, mask, (steps, batch) = arguments[0].dtype, arguments[5], wide.mask, wide.mask.shape
+    u = x.new_zeros(steps, batch, x.size(-1)).masked_scatter(mask[..., None], x) if wide.packed else x
+    lanes = wide.lanes()
+    h_0, c_0 = (t.reshape(-1).split([batch * lane[n] for lane in lanes]) for t, n in ((h_0, 3), (c_0, 2)))
+    hidden, cell, h_n, c_n, places = [], [], [], [], iter(weights)
+    for n, (k, _, units, out) in enumerate(lanes):
+        w_ih, w_hh, b_ih, b_hh = (next(places) for _ in range(4))
+        w_hr = next(places) if wide.proj[k] else torch.eye(units, dtype=torch.float64)
+        h, c = h_0[n].view(batch, out), c_0[n].view(batch, units)
+        reverse = wide.bidirectional and n % 2 == 1
+        all_h, all_c = [h] * steps, [c] * steps
+        for t in reversed(range(steps)) if reverse else range(steps):
+            i, f, g, o = (u[t] @ w_ih.T + b_ih + h @ w_hh.T + b_hh).chunk(4, 1)
+            new = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            there = mask[t][:, None]
+            c = torch.where(there, new, c)
+            h = torch.where(there, (o.sigmoid() * new.tanh()) @ w_hr.T, h)
+            all_h[t], all_c[t] = h, c
+        h_n.append(h)
+        c_n.append(c)
+        hidden.append(torch.stack(all_h))
+        cell.append(torch.stack(all_c))
+        if len(hidden) < wide.directions * (k + 1):
+            continue
+        both = slice(-wide.directions, None)
+        hidden[both], cell[both] = [torch.cat(hidden[both], -1)] * wide.directions, [torch.cat(cell[both], -1)] * wide.directions
+        u = hidden[-1]
+        if k + 1 < len(wide.hidden) and wide.dropout[k] > 0:
+            u = u * dropout_mask(int(seed), k, steps, batch, u.size(-1), wide.dropout[k])
+    rows = (lambda t: t[mask]) if wide.packed else (lambda t: t)
+    hidden, cell = ([rows(t) for t in all[:: wide.directions]] for all in (hidden, cell))
+    h_n, c_n = (torch.cat([t.reshape(-1) for t in all]).view_as(given) for all, given in ((h_n, leaves[1]), (c_n, leaves[2])))
+    named = named_states(hidden[-1], h_n, c_n, hidden, cell)
+    upstream = [g.double() for g in upstream_gradients(named, dtype)]
+    gradient = torch.autograd.grad(list(named.values()), leaves, upstream)
+    named |= dict(zip(gradient_names(len(weights)), gradient, strict=True))
+    return {name: value.detach() for name, value in named.items()}
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wide", WIDE, ids=str)
+def test_runs_and_gradients_of_states_match_a_plain_loop_with_chunks_of_any_length(wide, dtype, saving):
+    """Memory that was not written is full of NaN: it must not show."""
+    arguments, keywords = wide_arguments(wide, dtype, saving)
+    expected = states_truth(wide, arguments)
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    tol = tolerance(wide.case, dtype, max(wide.dropout))
+    for steps in (None, 1, 3, wide.lengths[0]):
+        with chunks_of(steps):
+            actual = run_states(arguments, keywords)
+            without = ops.forward(*arguments, **keywords)
+        assert_matches(actual, expected, tol)
+        assert_same_bits(dict(zip(("output", "h_n", "c_n"), without, strict=False)), {n: actual[n] for n in ("output", "h_n", "c_n")})
+    nothing = run_states(with_saving(arguments, "none"), keywords)
+    assert_matches(nothing, {name: expected[name] for name in nothing}, tol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wide", WIDE, ids=str)
+def test_the_cuda_kernels_give_the_same_bits_for_every_run(wide, dtype, emulated):
+    for saving in SAVING:
+        arguments, keywords = wide_arguments(wide, dtype, saving)
+        with chunks_of(3):
+            actual = run_states(arguments, keywords)
+            assert emulated.emulated_gate_calls() > 0
+            _C._use_gate_kernels(0)
+            assert_same_bits(actual, run_states(arguments, keywords))
+        _C._use_gate_kernels(gate_library().emulated_gate_kernels())
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("wide", [WIDE[1], WIDE[4]], ids=str)
+def test_gradients_of_states_may_be_absent_and_strided(wide, saving):
+    arguments, keywords = wide_arguments(wide, torch.float32, saving)
+    named = run_states(with_saving(arguments, "none"), keywords)
+    given = upstream_gradients(named, torch.float32)
+    for left_out in (0, 1):
+        absent = [None if n > 2 and n % 2 == left_out else torch.stack([g, g], -1)[..., 0] for n, g in enumerate(given)]
+        zeros = [torch.zeros_like(g) if other is None else g for g, other in zip(given, absent, strict=True)]
+        assert_same_bits(run_states(arguments, keywords, absent), run_states(arguments, keywords, zeros))
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+@pytest.mark.parametrize("wide", [wide for wide in WIDE if not wide.packed], ids=str)
+def test_every_run_takes_as_many_launches_and_products_as_planned(wide, chunk, saving, emulated):
+    arguments, keywords = wide_arguments(wide, torch.float32, saving)
+    counted = ("diagonals", "launches", "products", "chunk_steps", "input_steps")
+
+    def agrees(call, backward):
+        products, _ = profiled(call)
+        planned = _C.diagonal_plan(wide.native(), wide.lengths[0], len(wide.lengths), False, backward, saving)
+        run = _C.last_run()
+        assert {n: run[n] for n in counted} == {n: planned[n] for n in counted}
+        assert (emulated.emulated_gate_calls(), products) == (run["launches"], run["products"])
+
+    with chunks_of(chunk):
+        kept = []
+        agrees(lambda: kept.extend(ops.forward(*arguments, **keywords)), False)
+        output, h_n, c_n, reserve = kept
+        upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, torch.float32)
+        given = backward_arguments(upstream, arguments, output, reserve)
+        agrees(lambda: ops.backward(*given, **keywords), True)
+
+
+@pytest.mark.parametrize("hidden", [(8,) * 4, (8,) * 12, (8,) * 8 + (4,) * 8, (4, 8, 8, 8, 8, 8), (8, 4, 8, 4)], ids=str)
+def test_the_planned_chunk_takes_about_as_few_calls_as_any(hidden):
+    """A fill costs launches and products only inside a run; a chunk saves input products. (Layer 0's are few anyway.)"""
+    wide, steps = Wide(hidden, (0,) * len(hidden), (0.0,) * (len(hidden) - 1), (200,)), 200
+
+    def calls(chunk):
+        with chunks_of(chunk):
+            plan = _C.diagonal_plan(wide.native(), steps, 1, False, False, "none")
+        return plan["launches"] + plan["products"]
+
+    assert calls(None) <= 1.02 * min(calls(chunk) for chunk in range(1, steps + 1))
+
+
+@pytest.mark.parametrize("proj", [0, 3], ids=["", "proj"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidir"])
+@pytest.mark.parametrize("hidden", [(8,) * 4, (8, 8, 8, 4, 4, 6), (4, 8, 4)], ids=str)
+def test_the_cost_model_counts_the_launches_and_products_of_every_run(hidden, bidirectional, proj):
+    wide = Wide(hidden, (proj,) * len(hidden), (0.0,) * (len(hidden) - 1), (50,) * 2, bidirectional=bidirectional)
+    sizes = (wide.input_size, hidden, proj, bidirectional, 50, 2)
+    predicted = _C.persistent_choice("h100", *sizes, 4)["diagonal_forward"]
+    planned = _C.diagonal_plan(wide.native(), 50, 2, False, False, "none")
+    figures = _C.persistent_costs()
+    each = figures["host_product_us"] + figures["host_launch_us"]
+    assert predicted["diagonals"] == planned["diagonals"]
+    assert predicted["host_us"] == pytest.approx(each * planned["launches"])

@@ -401,6 +401,7 @@ def test_the_public_names_are_these():
         "LSTMReport",
         "Plan",
         "ReportedLSTM",
+        "StackStates",
         "StackedLSTM",
         "__version__",
         "backend",

@@ -42,7 +42,9 @@ STACKS = [  # what each of them has that the others have not
 ]
 
 
-@pytest.mark.parametrize("dtype, recompute", [*((dtype, False) for dtype in DTYPES), (torch.float64, True), (torch.bfloat16, True)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, recompute", [*((dtype, False) for dtype in DTYPES), (torch.float64, True), (torch.bfloat16, True)], ids=str
+)
 @pytest.mark.parametrize("stack", STACKS, ids=str)
 def test_every_result_and_gradient_matches_float64(stack, dtype, recompute):
     check(stack, "cpu", dtype, recompute)
@@ -346,11 +348,20 @@ CALLS = [  # arguments of StackedLSTM(3, (5, 6)), the exception, its text
         RuntimeError,
         "For batched 3-D input, hidden[0][0] should also be 3-D but got a 2-D tensor",
     ),
-    ((X[:, 0], (tensors(5, 6), tensors(5, 6))), RuntimeError, "For unbatched 2-D input, hidden[0][0] should also be 2-D but got a 3-D tensor"),
+    (
+        (X[:, 0], (tensors(5, 6), tensors(5, 6))),
+        RuntimeError,
+        "For unbatched 2-D input, hidden[0][0] should also be 2-D but got a 3-D tensor",
+    ),
     (
         (X, (tensors(5, 6), tensors(5, 6, dtype=torch.float64))),
         RuntimeError,
         "Expected hidden[1][0] to have the input's dtype torch.float32, got torch.float64",
+    ),
+    (
+        (X, (tensors(5, 6), (tensors(5)[0], tensors(6, dtype=torch.bfloat16)[0]))),
+        RuntimeError,
+        "Expected hidden[1][1] to have the input's dtype torch.float32, got torch.bfloat16",
     ),
     ((X, (tensors(5, 6, device="meta"), tensors(5, 6))), RuntimeError, "found input tensor at cpu and hidden tensor at meta"),
     ((torch.zeros(4, 2, 4),), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 4"),
@@ -373,7 +384,7 @@ def test_a_wrong_call_is_refused_and_says_what_was_expected_of_each_layer(argume
 
 
 def test_tuples_for_a_module_of_one_size_are_refused_too():
-    text = "hidden[0] should be a tensor, got: tuple (it is one with a tensor for each layer only where hidden_size or proj_size is a sequence)"
+    text = "hidden[0] should be a tensor, got: tuple (it is one with a tensor for each layer only where hidden_size"
     with pytest.raises(TypeError, match=re.escape(text)):
         StackedLSTM(3, 5, 2)(X, (tensors(5, 5), tensors(5, 5)))
 
@@ -412,13 +423,18 @@ def test_calls_and_steps_without_gradients_take_the_short_way(stack, monkeypatch
     module = stack.module(torch.float32)
     x, hx = make_input(stack, module, torch.float32)
     taken = []
-    for name in ("_fast_call", "_fast_step"):
 
-        def noted(*arguments, _name=name, _way=getattr(module, name)):
-            taken.append((_name, (result := _way(*arguments)) is not None))
+    def noting(name, way):
+        def noted(*arguments):
+            result = way(*arguments)
+            taken.append((name, result is not None))
             return result
 
-        monkeypatch.setattr(module, name, noted)
+        return noted
+
+    for name in ("_fast_call", "_fast_step"):
+
+        monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
     with torch.no_grad():
         for state in (None, hx):
             module(x, state)
@@ -441,6 +457,16 @@ def test_a_plan_says_what_a_call_keeps(recompute, dtype):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         module(x, hx)
     assert plan.saved_bytes in {tensor.numel() * tensor.element_size() for tensor in kept if tensor.dim() == 1}
+
+
+@pytest.mark.parametrize("hidden", [5, (5, 6, 7)])
+def test_rates_of_zero_cost_nothing(hidden):
+    """No random number is drawn, and the call takes the short way."""
+    module, x = StackedLSTM(4, hidden, dropout=(0.0, 0.0)), torch.randn(3, 2, 4)
+    before = torch.get_rng_state()
+    module(x), module.states(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert module._fast_call(x, None) is not None
 
 
 def test_frozen_weights_and_packed_weights_that_are_dropped():
@@ -649,7 +675,7 @@ def test_state_dicts():
     assert_same_bits(dict(other.state_dict()), dict(module.state_dict()))
     with pytest.raises(RuntimeError, match=re.escape("size mismatch for weight_ih_l1: copying a param with shape torch.Size([24, 5])")):
         StackedLSTM(3, (5, 7)).load_state_dict(module.state_dict())
-    with pytest.raises(RuntimeError, match="Missing key.*weight_hr_l1"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_hr_l1"):
         StackedLSTM(3, (5, 6), proj_size=(0, 2)).load_state_dict(module.state_dict(), strict=True)
     assert not any(StackedLSTM(3, 5, 2).load_state_dict(StackedLSTM(3, (5, 5)).state_dict()))
 
@@ -722,7 +748,11 @@ def test_an_attribute_of_a_converted_module_that_has_a_name_of_ours_is_kept():
 
 CHANGED = [  # made with, then set, what it is like
     ({"hidden_size": (5, 6, 7)}, {"num_layers": 2}, {"hidden_size": (5, 6)}),
-    ({"hidden_size": (5, 6, 7), "proj_size": (0, 2, 3), "dropout": (1.0, 0.0)}, {"num_layers": 2}, {"hidden_size": (5, 6), "proj_size": (0, 2), "dropout": 1.0}),
+    (
+        {"hidden_size": (5, 6, 7), "proj_size": (0, 2, 3), "dropout": (1.0, 0.0)},
+        {"num_layers": 2},
+        {"hidden_size": (5, 6), "proj_size": (0, 2), "dropout": 1.0},
+    ),
     ({"hidden_size": (5, 5)}, {"hidden_size": 5}, {"hidden_size": 5, "num_layers": 2}),
     ({"hidden_size": 5, "num_layers": 2}, {"hidden_size": [5, 5]}, {"hidden_size": (5, 5)}),
     ({"hidden_size": 5, "num_layers": 2, "proj_size": 2}, {"proj_size": (2, 2)}, {"hidden_size": (5, 5), "proj_size": 2}),
@@ -757,10 +787,25 @@ NO_LONGER = [  # made with, then set, the exception, its text
     ({"hidden_size": 5, "num_layers": 3}, {"dropout": (0.5,)}, ValueError, "num_layers is 3, but dropout has 1 entry"),
     ({"hidden_size": (5, 6)}, {"hidden_size": (5, 7)}, RuntimeError, "hidden_size[1]=7 asks for a weight_hh_l1 of 28 rows, got: 24"),
     ({"hidden_size": (5, 6)}, {"hidden_size": 5}, RuntimeError, "hidden_size=5 asks for a weight_hh_l1 of 20 rows, got: 24"),
-    ({"hidden_size": 5, "num_layers": 2}, {"hidden_size": (5, 6)}, RuntimeError, "hidden_size[1]=6 asks for a weight_hh_l1 of 24 rows, got: 20"),
+    (
+        {"hidden_size": 5, "num_layers": 2},
+        {"hidden_size": (5, 6)},
+        RuntimeError,
+        "hidden_size[1]=6 asks for a weight_hh_l1 of 24 rows, got: 20",
+    ),
     ({"hidden_size": (5, 6)}, {"proj_size": (0, 2)}, RuntimeError, "ask for weight_hr_l1"),
-    ({"hidden_size": (5, 6), "proj_size": (0, 2)}, {"proj_size": (0, 3)}, RuntimeError, "proj_size[1]=3 asks for a weight_hh_l1 of as many columns, got: 2"),
-    ({"hidden_size": (5, 6), "proj_size": (0, 2)}, {"proj_size": 0}, RuntimeError, "hidden_size[1]=6 asks for a weight_hh_l1 of as many columns, got: 2"),
+    (
+        {"hidden_size": (5, 6), "proj_size": (0, 2)},
+        {"proj_size": (0, 3)},
+        RuntimeError,
+        "proj_size[1]=3 asks for a weight_hh_l1 of as many columns, got: 2",
+    ),
+    (
+        {"hidden_size": (5, 6), "proj_size": (0, 2)},
+        {"proj_size": 0},
+        RuntimeError,
+        "hidden_size[1]=6 asks for a weight_hh_l1 of as many columns, got: 2",
+    ),
     ({"hidden_size": (5, 6)}, {"hidden_size": (5, 6.0)}, TypeError, "hidden_size[1] should be of type int, got: float"),
     ({"hidden_size": (5, 6)}, {"hidden_size": (5, 0)}, ValueError, "hidden_size[1] must be greater than zero, got: 0"),
     ({"hidden_size": (5, 6)}, {"proj_size": (0, -1)}, ValueError, "proj_size[1] should be a positive integer or zero"),

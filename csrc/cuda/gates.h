@@ -244,6 +244,13 @@ STACKED_LSTM_HOST_DEVICE void backward_units(const CellSizes& sizes, const Backw
   } else {
     preactivations(cell, hidden, row, unit, y);
   }
+  // dc is complete before c is read. In the other order, nvcc takes 8 registers more for 16-bit numbers.
+  Pack<A, V> dc = load<V>(cell.grad_c + row * hidden + unit);
+  if (cell.grad_cell) {
+    const Pack<T, V> grad = load<V>(cell.grad_cell + row * (sizes.gates_stride / 4) + unit);
+    STACKED_LSTM_UNROLL
+    for (int n = 0; n < V; ++n) dc.element[n] += widen(grad.element[n]);
+  }
   const Pack<A, V> c = load<V>(cell.c + row * sizes.saved_stride + unit);
   A c_before[V];
   if (row < cell.continued) {
@@ -254,12 +261,6 @@ STACKED_LSTM_HOST_DEVICE void backward_units(const CellSizes& sizes, const Backw
     const Pack<T, V> before = load<V>(cell.c_0 + row * hidden + unit);
     STACKED_LSTM_UNROLL
     for (int n = 0; n < V; ++n) c_before[n] = widen(before.element[n]);
-  }
-  Pack<A, V> dc = load<V>(cell.grad_c + row * hidden + unit);
-  if (cell.grad_cell) {
-    const Pack<T, V> grad = load<V>(cell.grad_cell + row * (sizes.gates_stride / 4) + unit);
-    STACKED_LSTM_UNROLL
-    for (int n = 0; n < V; ++n) dc.element[n] += widen(grad.element[n]);
   }
 
   A grad[4][V], h[V];

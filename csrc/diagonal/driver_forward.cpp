@@ -1,7 +1,6 @@
 // csrc/diagonal/driver_forward.cpp: the forward pass of the diagonal schedule. See driver.h.
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include "../stack/states.h"
 #include "driver.h"

@@ -12,7 +12,7 @@
 //                  chunk to its last (bands, not diagonals, so that a worker reads the same recurrent weights for the
 //                  whole sequence);
 //   unit slices    split one lane's hidden units and hand h over once a step.
-// A schedule has one or two phases. A phase is a run of layers with its own layer groups × slices. If L is not a
+// A schedule has one or two phases. A phase is some consecutive layers with their own layer groups × slices. If L is not a
 // multiple of the layer groups, the second phase splits the remaining layers by units instead.
 //
 // Positions. A position is a lane's number in the order in which lanes are taken: forward from layer 0 up, backward

@@ -501,6 +501,7 @@ enum : unsigned {
   kGradLast = 32,
   kCellH = 64,
   kMask = 128,
+  kGradCell = 256,
 };
 
 struct Setup {
@@ -756,23 +757,31 @@ struct BackwardTest {
         c(m.make<A>(true, m.in_reserve(), Role::input)),
         c_before(m.make<A>(continued > 0, Maker::head(m.in_reserve(), continued), Role::input)),
         c_0(m.make<T>(continued < m.rows(), m.dense(), Role::input)),
+        grad_cell(m.make<T>(m.setup.has(kGradCell), in_gradients(m), Role::input)),
         grad_c(m.make<A>(true, m.dense(), Role::in_place)),
         grad_gates(m.make<T>(true, m.dense(4), Role::output)),
         all_grad_gates(
             m.make<T>(true, {m.rows(), 4 * m.setup.width, gates_stride(m.setup), m.setup.first_row}, Role::output)),
         cell_h(m.make<T>(m.setup.has(kCellH), m.dense(), Role::output)),
-        cell{in.incoming(),  gates.get(), input_part.get(), recurrent_part.get(), bias.get(),           c.get(),
-             c_before.get(), c_0.get(),   grad_c.get(),     grad_gates.get(),     all_grad_gates.get(), cell_h.get(),
-             m.rows(),       continued} {}
+        cell{in.incoming(),   gates.get(),  input_part.get(), recurrent_part.get(),
+             bias.get(),      c.get(),      c_before.get(),   c_0.get(),
+             grad_cell.get(), grad_c.get(), grad_gates.get(), all_grad_gates.get(),
+             cell_h.get(),    m.rows(),     continued} {}
 
   static int64_t gates_stride(const Setup& setup) { return setup.directions * 4 * setup.width + setup.pad; }
+  static Plane in_gradients(const Maker& m) {
+    return {m.rows(), m.setup.width, gates_stride(m.setup) / 4, m.setup.first_row};
+  }
+  static bool packs_fit(const Setup& setup, int64_t pack) {
+    return !setup.has(kGradCell) || gates_stride(setup) / 4 % pack == 0;
+  }
 
   template <typename Visit>
   void each_buffer(const Visit& visit) {
     in.each_buffer(visit);
     visit("gates", gates), visit("input_part", input_part), visit("recurrent_part", recurrent_part);
-    visit("bias", bias), visit("c", c), visit("c_before", c_before), visit("c_0", c_0), visit("grad_c", grad_c),
-        visit("grad_gates", grad_gates);
+    visit("bias", bias), visit("c", c), visit("c_before", c_before), visit("c_0", c_0);
+    visit("grad_cell", grad_cell), visit("grad_c", grad_c), visit("grad_gates", grad_gates);
     visit("all_grad_gates", all_grad_gates), visit("cell_h", cell_h);
   }
 
@@ -787,7 +796,9 @@ struct BackwardTest {
     const CellState<A> y = gates ? CellState<A>{a[0], a[1], a[2], a[3]} : gates_of(a);
     const Bounded<A> before = row < continued ? exact(c_before, row, unit) : Bounded<A>{real(c_0.at(row, unit)), 0};
     const Bounded<A> dh = in.sum(row, unit), after = exact(c, row, unit);
-    const CellGradient<A> d = gradient_of(y, before, after, dh, exact(grad_c, row, unit));
+    Bounded<A> dc = exact(grad_c, row, unit);
+    if (grad_cell) dc = dc + Bounded<A>{real(grad_cell.at(row, unit)), 0};
+    const CellGradient<A> d = gradient_of(y, before, after, dh, dc);
     compare(grad_c, row, unit, d.c, "grad_c", complain);
     static constexpr const char* kNames[] = {"grad of i", "grad of f", "grad of g", "grad of o"};
     for (int64_t gate = 0; gate < 4; ++gate) {
@@ -801,7 +812,7 @@ struct BackwardTest {
   IncomingTest<T> in;
   int64_t continued;
   Buffer<A> gates, input_part, recurrent_part, bias, c, c_before;
-  Buffer<T> c_0;
+  Buffer<T> c_0, grad_cell;
   Buffer<A> grad_c;
   Buffer<T> grad_gates, all_grad_gates, cell_h;
   Cell cell;
@@ -900,6 +911,7 @@ void run(const Setup& setup) {
   // Whole packs wherever they are possible.
   constexpr int64_t pack = 16 / sizeof(Accumulator<T>);
   bool packed = setup.width % pack == 0 && setup.pad % pack == 0 && setup.column_shift % pack == 0;
+  if constexpr (requires { Test<T>::packs_fit(setup, pack); }) packed = packed && Test<T>::packs_fit(setup, pack);
   for (int64_t n = 0; n < cells; ++n) {
     Maker maker(setup, n, values);
     tests.push_back(std::make_unique<Test<T>>(maker));
@@ -970,7 +982,7 @@ void sizes_part() {
       setup.width = width;
       setup.rows = {rows, rows / 2, 0, std::min<int64_t>(rows, 3)};
       setup.directions = 1 + turn % 2;
-      setup.pad = std::array<int64_t, 3>{0, 8, 3}[static_cast<size_t>(turn % 3)];
+      setup.pad = std::array<int64_t, 3>{0, 16, 3}[static_cast<size_t>(turn % 3)];
       setup.rate = turn % 5 == 0 ? 1.0 : 0.3;
       setup.element_row = turn % 4 ? 0 : int64_t{1} << 34;  // element numbers beyond 32 bits
       ++turn;
@@ -986,7 +998,8 @@ void options_part() {
     for (unsigned absent = 0; absent < 256; ++absent) {
       if (arguments.quick && absent % 5) continue;
       Setup setup;
-      setup.width = width, setup.absent = absent;
+      // kGradCell goes by the number of the others: there it is with each two of them, in every combination, and not there.
+      setup.width = width, setup.absent = absent | (std::popcount(absent) % 2 ? unsigned{kGradCell} : 0u);
       setup.rows = {4, 3};
       if (absent < 32 || (absent & kMask && absent < 160)) run<ForwardTest, T>(setup);
       for (const Share carried : {Share::none, Share::some, Share::all}) {
@@ -1013,19 +1026,21 @@ void options_part() {
 template <typename T>
 void alignment_part() {
   for (const int64_t width : {4, 20}) {
-    for (int misaligned = -1; misaligned < 15; ++misaligned) {
+    const int64_t rows =
+        width == 4 ? 33 : 5;  // of packs one block, of single units two: the number of threads tells them apart
+    for (int misaligned = -1; misaligned < 16; ++misaligned) {
       Setup setup;
-      setup.width = width, setup.rows = {3, 2}, setup.misaligned = misaligned;
+      setup.width = width, setup.rows = {rows, 2}, setup.misaligned = misaligned;
       run_all<T>(setup);
     }
-    for (const int64_t pad : {1, 2, 3, 4, 12}) {
+    for (const int64_t pad : {1, 2, 3, 4, 12, 16}) {
       Setup setup;
-      setup.width = width, setup.rows = {3, 2}, setup.pad = pad;
+      setup.width = width, setup.rows = {rows, 2}, setup.pad = pad;
       run_all<T>(setup);
     }
     for (const int64_t shift : {1, 2, 3, 4}) {
       Setup setup;
-      setup.width = width, setup.rows = {3, 2}, setup.column_shift = shift, setup.pad = 4;
+      setup.width = width, setup.rows = {rows, 2}, setup.column_shift = shift, setup.pad = 4;
       run_all<T>(setup);
     }
   }
@@ -1068,7 +1083,7 @@ void specials_part() {
   }
   const Real infinity = std::numeric_limits<Real>::infinity(), nan = std::numeric_limits<Real>::quiet_NaN();
   for (const Real value : {nan, infinity, -infinity}) {
-    for (int buffer = 0; buffer < 12; ++buffer) {
+    for (int buffer = 0; buffer < 13; ++buffer) {
       for (const double rate : {0.3, 1.0}) {
         Setup setup;
         setup.rows = {3, 2}, setup.special = buffer, setup.special_value = value, setup.rate = rate;
