@@ -329,6 +329,7 @@ struct Diagonals {
   int64_t chunk_steps = 1;
   int64_t input_chunks = 1;  // chunks that are projected at once where the whole input is known: of layer 0 or, with
                              // two directions, of every layer
+  int64_t runs = 1;          // of the layers
 
   // The lanes of a stage or of a diagonal: `count` consecutive lanes from lane `first` on.
   struct Lanes {
@@ -380,7 +381,8 @@ struct Diagonals {
 // A stage's product is assumed to cost half of a diagonal's two launches and their work (an estimate: to be fitted on a
 // GPU).
 inline Diagonals plan_diagonals(const StackShape& shape, int64_t element_bytes) {
-  Diagonals plan{shape.steps, shape.depth(), shape.directions, 1, 1};
+  const std::vector<LayerRun> runs = runs_of(shape);
+  Diagonals plan{shape.steps, shape.depth(), shape.directions, 1, 1, static_cast<int64_t>(runs.size())};
   const int64_t batch = std::max<int64_t>(shape.batch, 1);
   int64_t widest = 1, units = 0;
   for (const LayerShape& layer : shape.layers) widest = std::max(widest, layer.hidden), units += layer.hidden;
@@ -393,13 +395,12 @@ inline Diagonals plan_diagonals(const StackShape& shape, int64_t element_bytes) 
     plan.chunk_steps = input_steps;  // there is no fill
     return plan;
   }
-  const std::vector<LayerRun> runs = runs_of(shape);
-  const int64_t fill = shape.depth() - static_cast<int64_t>(runs.size());
-  int64_t products = static_cast<int64_t>(runs.size()) - 1;  // of a stage
+  const int64_t fill = shape.depth() - plan.runs;
+  int64_t products = plan.runs - 1;  // of a stage
   for (const LayerRun& run : runs) products += run.layers() > 1 ? 1 : 0;
   // √(products·T / 2·fill). Without a fill only the results of a stage's products, of all layers, set a limit.
   int64_t most = input_steps;
-  if (runs.size() > 1) most = std::min(most, std::max<int64_t>(bytes / (4 * units * element_bytes * batch), 1));
+  if (plan.runs > 1) most = std::min(most, std::max<int64_t>(bytes / (4 * units * element_bytes * batch), 1));
   int64_t chunk = 1;
   while (chunk < most && (chunk + 1) * (chunk + 1) * 2 * fill <= products * shape.steps) ++chunk;
   plan.chunk_steps = chunk;

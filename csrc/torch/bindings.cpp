@@ -88,12 +88,15 @@ py::dict describe(const diagonal::DiagonalCounts& counts) {
   const std::string why = schedule.directions == 2
                               ? "the two directions of a layer run side by side, the layers in turn"
                           : schedule.depth == 1 ? "one layer: its steps in turn"
-                                                : "all layers side by side, each a chunk behind the one below";
-  return py::dict(py::arg("backend") = "diagonal", py::arg("chunk_steps") = schedule.chunk_steps,
-                  py::arg("input_steps") = schedule.input_chunks * schedule.chunk_steps,
-                  py::arg("diagonals") = schedule.diagonals(), py::arg("launches") = counts.launches,
-                  py::arg("products") = counts.products, py::arg("why") = why,
-                  py::arg("binds") = "two launches a diagonal");
+                          : schedule.runs == 1  ? "all layers side by side, each a chunk behind the one below"
+                                                : "all layers side by side, each a chunk behind the one below, in " +
+                                                      std::to_string(schedule.runs) + " runs of layers of one width";
+  return py::dict(
+      py::arg("backend") = "diagonal", py::arg("chunk_steps") = schedule.chunk_steps,
+      py::arg("input_steps") = schedule.input_chunks * schedule.chunk_steps,
+      py::arg("diagonals") = schedule.diagonals(), py::arg("launches") = counts.launches,
+      py::arg("products") = counts.products, py::arg("why") = why,
+      py::arg("binds") = schedule.runs == 1 ? "two launches a diagonal" : "two launches a run and diagonal");
 }
 
 const char* name_of(persistent::Product product, at::ScalarType type) {
