@@ -61,7 +61,7 @@ class BackwardCells {
   // The next step's inputs, as they come from memory.
   float y_[kCells][4];      // activations, or pre-activations without the bias
   float c_before_[kCells];  // c(s-1)
-  T grad_output_[kCells], grad_cell_[kCells];
+  T grad_output_[kCells];
   float grad_above_[kCells];
   // From the step before in the order of the launch, s+1; active_ is of this step, s.
   float c_[kCells], dc_[kCells];
@@ -112,7 +112,7 @@ class BackwardCells {
 #pragma unroll
     for (int n = 0; n < kCells; ++n) {
       c_before_[n] = grad_above_[n] = 0;
-      grad_output_[n] = grad_cell_[n] = T{};
+      grad_output_[n] = T{};
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) y_[n][gate] = 0;
       if (!exists(n)) continue;
@@ -127,32 +127,17 @@ class BackwardCells {
       for (int gate = 0; gate < 4; ++gate) y_[n][gate] = load_streaming(y + gate * stride + n * kStep);
       const int64_t at = row * sizes.h_stride + unit + n * kStep;
       if (lane.grad_output) grad_output_[n] = load_streaming(lane.grad_output + at);
-      if (lane.grad_cell) grad_cell_[n] = load_streaming(lane.grad_cell + at);
       if (lane.grad_above) grad_above_[n] = load_streaming(lane.grad_above + at);
     }
   }
 
-  // Computes all of step s that does not need its dh. The gradients come first: their registers, and those that drawing a
-  // mask takes, are free again when the slopes are computed.
+  // Computes all of step s that does not need its dh.
   __device__ __forceinline__ void prepare(int s) {
     const BackwardLane<T>& lane = block_.lane;
     const bool ends = active_ && !was_active_;  // step s is the sequence's last: it has no step s+1
 #pragma unroll
     for (int n = 0; n < kCells; ++n) {
       incoming_[n] = 0;
-      if (!active_ || !exists(n)) continue;
-      const int unit = cells_.unit_of(n);
-      if (lane.grad_above) {
-        if (block_.lane.mask.seed) mask(block_.time(s), unit, grad_above_[n]);
-        incoming_[n] = grad_above_[n];
-      }
-      if (lane.grad_output) incoming_[n] += widen(grad_output_[n]);
-      if (ends && lane.grad_h_n) incoming_[n] += widen(load_ordinary(lane.grad_h_n + state(n)));
-      if (ends) dc_[n] = lane.grad_c_n ? widen(load_ordinary(lane.grad_c_n + state(n))) : 0;
-      if (lane.grad_cell) dc_[n] += widen(grad_cell_[n]);
-    }
-#pragma unroll
-    for (int n = 0; n < kCells; ++n) {
       slope_[n] = {};
       if (!active_ || !exists(n)) continue;
       const int unit = cells_.unit_of(n);
@@ -163,7 +148,15 @@ class BackwardCells {
         y = LstmCell::activate<MathsOf<T>>(y, c_before_[n], c_[n]);
       }
       slope_[n] = LstmCell::slopes<MathsOf<T>>(y, c_before_[n], c_[n]);
+      if (lane.grad_above) {
+        if (block_.lane.mask.seed) mask(block_.time(s), unit, grad_above_[n]);
+        incoming_[n] = grad_above_[n];
+      }
+      if (lane.grad_output) incoming_[n] += widen(grad_output_[n]);
+      if (ends && lane.grad_h_n) incoming_[n] += widen(load_ordinary(lane.grad_h_n + state(n)));
+      if (ends) dc_[n] = lane.grad_c_n ? widen(load_ordinary(lane.grad_c_n + state(n))) : 0;
     }
+    if (lane.grad_cell) add_cell_gradients(s);
   }
 
   // When dh has come: computes dgates(s), writes them to shared memory for the products, and keeps them for store().
@@ -263,6 +256,20 @@ class BackwardCells {
     y.f += widen(load_readonly(bias + hidden + unit));
     y.g += widen(load_readonly(bias + 2 * hidden + unit));
     y.o += widen(load_readonly(bias + 3 * hidden + unit));
+  }
+
+  // Adds the caller's gradients of c after step s. They are loaded only here, and so take no registers between the steps: most
+  // calls have none.
+  __device__ __forceinline__ void add_cell_gradients(int s) {
+    if (!active_) return;
+    const int column = kept(cells_.column), unit = kept(cells_.unit);
+    const int64_t row = block_.sequences.row(block_.time(s)) + column;
+    const T* from = block_.lane.grad_cell + row * block_.sizes.h_stride + unit;
+    T x[kCells];
+#pragma unroll
+    for (int n = 0; n < kCells; ++n) x[n] = exists(n) ? load_streaming(from + n * CellPlace<C>::kUnitStep) : T{};
+#pragma unroll
+    for (int n = 0; n < kCells; ++n) dc_[n] += widen(x[n]);
   }
 
   __device__ __forceinline__ void mask(int time, int unit, float& x) const {

@@ -571,14 +571,6 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/backward.cuh",
-        function="prepare",
-        kind="guard",
-        change="always true",
-        code="lane.grad_cell",
-        reason="a zero is added",
-    ),
-    Equivalent(
-        file="csrc/persistent/backward.cuh",
         function="settle_begun",
         kind="guard",
         change="always false",
@@ -877,10 +869,10 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/backward.cuh",
-        function="prefetch",
+        function="add_cell_gradients",
         kind="access",
         change="as constant",
-        code="load_streaming(lane.grad_cell + at)",
+        code="load_streaming(from + n * CellPlace<C>::kUnitStep)",
         reason="no thread of the launch writes it",
     ),
     Equivalent(
