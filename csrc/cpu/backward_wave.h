@@ -19,11 +19,11 @@
 //     │       │          │ are summed    many rows as a gradient block and a chunk have. If it can hold all rows of the
 //   ┄┄┴───────┴──────────┴┄┄┄┄┄┄┄┄┄┄     call, the workers meet only at the end.
 //
-// Recomputation. A stretch is a run of steps that starts after a kept c, or at step 0. When a worker comes to the last
-// step of a stretch, it first recomputes what was not kept (cpu/reserve.h) of all steps of the stretch: the sums of
-// the gates, by two products of x and h, and then gates and c by the cell, step after step forward. It waits for no other worker, because all x
-// and h are known. The length of a stretch changes no bit: the gates of a row depend on no other row, and every kept c
-// is used as it is.
+// Recomputation. A stretch is consecutive steps, which start after a kept c, or at step 0. When a worker comes to the last
+// step of a stretch, it first recomputes what was not kept (reserve.h) of all steps of the stretch: the sums of the gates,
+// by two products of x and h, and then gates and c by the cell, step after step forward. It waits for no other worker,
+// because all x and h are known. The length of a stretch changes no bit: the gates of a row depend on no other row, and
+// every kept c is used as it is.
 //
 // Hazards.
 //   dG(s) overwrites the rows that are a ring's length back. The products of a gradient block's chunks and the sums

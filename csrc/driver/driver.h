@@ -197,7 +197,7 @@ template <typename T, typename Add>
 void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const T* h_0, T* target, Add&& add) {
   const int64_t output = shape.of_lane(lane).output(), stride = shape.directions * output;
   const bool reverse = lane % shape.directions != 0;
-  const auto copy = [&](int64_t t, int64_t steps) {  // a run of steps; in a run of several, all rows continue
+  const auto copy = [&](int64_t t, int64_t steps) {  // consecutive steps; if they are several, all rows continue
     const int64_t row = shape.first_row(t), rows = shape.first_row(t + steps) - row;
     const int64_t continued = continued_rows(shape, lane, t), before = reverse ? t + 1 : t - 1;
     const T* const source = continued > 0 ? h + shape.first_row(before) * stride : nullptr;
