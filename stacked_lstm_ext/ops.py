@@ -94,6 +94,10 @@ def _check_arguments(named: dict[str, Any]) -> None:
     backend, bf16_weights = named["backend"], named["bf16_weights"]
     device = input.device
     _, num_layers, _, proj_size, dropout = _options_of(named)
+    if num_layers < 1:
+        raise ValueError(f"num_layers should be greater than zero, got: {num_layers}")
+    if num_layers > len(weights):  # a layer has more than one: before anything is made for each layer
+        raise ValueError(f"weights should be at least {2 * num_layers} tensors, got: {len(weights)}")
     for name, value, entries in (("proj_size", proj_size, num_layers), ("dropout", dropout, num_layers - 1)):
         if isinstance(value, tuple) and len(value) != entries:
             raise ValueError(f"{name} should have {entries} entries, got: {len(value)}")

@@ -188,6 +188,14 @@ def test_lists_of_another_length_are_refused_while_tracing_and_in_the_run(change
         operator(*arguments, **keywords | change)
 
 
+@pytest.mark.parametrize("layers, words", [(0, "num_layers should be greater than zero, got: 0"), (2**62, "weights should be")])
+def test_a_number_of_layers_that_the_weights_cannot_have_is_refused_while_tracing(layers, words):
+    arguments, _ = operator_arguments(Stack((3, 5)), torch.float32, "none", "cpu")
+    arguments[7] = layers
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match=words):
+        ops.forward(*arguments)
+
+
 def test_a_list_of_weights_of_another_length_is_refused_too():
     arguments, keywords = operator_arguments(Stack((3, 5)), torch.float32, "none", "cpu")
     arguments[4] = arguments[4][:-1]
