@@ -13,15 +13,15 @@ ops = torch.ops.stacked_lstm_ext
 FORWARD = (
     "stacked_lstm_ext::forward(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, "
     "Tensor? seed, bool bias, int num_layers, bool bidirectional, int proj_size, float dropout, str saving, "
-    "str backend, bool bf16_weights=False) "
+    "str backend, bool bf16_weights=False, *, int[]? proj_sizes=None, float[]? dropouts=None) "
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)"
 )
 BACKWARD = (
     "stacked_lstm_ext::backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
     "Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, Tensor reserve, "
     "bool bias, int num_layers, bool bidirectional, int proj_size, float dropout, str saving, "
-    "bool input_grad, bool weight_grad, str backend, bool bf16_weights=False) "
-    "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"
+    "bool input_grad, bool weight_grad, str backend, bool bf16_weights=False, *, int[]? proj_sizes=None, "
+    "float[]? dropouts=None) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"
 )
 
 
@@ -29,6 +29,10 @@ def test_the_schemas_are_those_that_exported_programs_name():
     """A changed schema breaks every program that was exported before."""
     assert str(ops.forward.default._schema) == FORWARD
     assert str(ops.backward.default._schema) == BACKWARD
+    forward = FORWARD.replace("::forward(", "::forward_states(")
+    assert str(ops.forward_states.default._schema) == forward.replace("c_n, Tensor reserve", "c_n, Tensor[] hidden, Tensor[] cell, Tensor reserve")
+    backward = BACKWARD.replace("::backward(", "::backward_states(")
+    assert str(ops.backward_states.default._schema) == backward.replace("grad_c_n, ", "grad_c_n, Tensor?[] grad_hidden, Tensor?[] grad_cell, ")
 
 
 def run_forward(arguments, missing=(), **wanted):

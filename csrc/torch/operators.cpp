@@ -131,15 +131,15 @@ namespace {
 
 // The operators with the arguments of their schemas. The schemas have no hidden_size and no input_size: the tensors say them.
 
-using Numbers = at::IntArrayRef;
-using Rates = at::ArrayRef<double>;
+using Numbers = at::OptionalIntArrayRef;
+using Rates = std::optional<at::ArrayRef<double>>;
 
 StackOptions options_of(bool bias, int64_t num_layers, bool bidirectional, int64_t proj_size, double dropout,
                         bool bf16_weights, Numbers proj_sizes, Rates dropouts) {
   StackOptions options;
   options.bias = bias, options.num_layers = num_layers, options.bidirectional = bidirectional;
-  options.proj_size = proj_sizes.empty() ? PerLayer<int64_t>(proj_size) : PerLayer<int64_t>(proj_sizes.vec());
-  options.dropout = dropouts.empty() ? PerLayer<double>(dropout) : PerLayer<double>(dropouts.vec());
+  options.proj_size = proj_sizes ? PerLayer<int64_t>(proj_sizes->vec()) : PerLayer<int64_t>(proj_size);
+  options.dropout = dropouts ? PerLayer<double>(dropouts->vec()) : PerLayer<double>(dropout);
   options.bf16_weights = bf16_weights;
   return options;
 }
@@ -206,12 +206,12 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward_states_operator
 #define STACKED_LSTM_FORWARD_ARGUMENTS                                                                      \
   "(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, bool bias, " \
   "int num_layers, bool bidirectional, int proj_size, float dropout, str saving, str backend, "             \
-  "bool bf16_weights=False, *, int[] proj_sizes=[], float[] dropouts=[])"
+  "bool bf16_weights=False, *, int[]? proj_sizes=None, float[]? dropouts=None)"
 #define STACKED_LSTM_BACKWARD_ARGUMENTS                                                                        \
   "Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, " \
   "Tensor reserve, bool bias, int num_layers, bool bidirectional, int proj_size, float dropout, str saving, "  \
-  "bool input_grad, bool weight_grad, str backend, bool bf16_weights=False, *, int[] proj_sizes=[], "          \
-  "float[] dropouts=[]) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"
+  "bool input_grad, bool weight_grad, str backend, bool bf16_weights=False, *, int[]? proj_sizes=None, "       \
+  "float[]? dropouts=None) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"
 
 TORCH_LIBRARY(stacked_lstm_ext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};

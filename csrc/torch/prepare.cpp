@@ -217,12 +217,17 @@ bool prepare(const Arguments& a, Misfit misfit, StackShape& shape) {
   if (!fit.value(input.dim() == dimensions, "input should have ", dimensions, " dimensions, got: ", input.dim())) {
     return false;
   }
+  const auto weights = static_cast<int64_t>(a.weights.size());
+  // Every layer has two weights or more. This also bounds the loops over layers.
+  if (!fit.value(options.num_layers <= weights, "weights should be more than ", weights, " tensors for ",
+                 options.num_layers, " layers")) {
+    return false;
+  }
   int64_t expected = 0;
   for (int64_t k = 0; k < options.num_layers; ++k) {
     expected += options.directions() * weights_of_lane({0, 0, options.proj_size[k]}, options.bias);
   }
-  if (!fit.value(static_cast<int64_t>(a.weights.size()) == expected, "weights should be ", expected,
-                 " tensors, got: ", a.weights.size())) {
+  if (!fit.value(weights == expected, "weights should be ", expected, " tensors, got: ", weights)) {
     return false;
   }
   if (options.input_size == 0) options.input_size = input.size(-1);
