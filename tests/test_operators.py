@@ -29,10 +29,12 @@ def test_the_schemas_are_those_that_exported_programs_name():
     """A changed schema breaks every program that was exported before."""
     assert str(ops.forward.default._schema) == FORWARD
     assert str(ops.backward.default._schema) == BACKWARD
-    forward = FORWARD.replace("::forward(", "::forward_states(")
-    assert str(ops.forward_states.default._schema) == forward.replace("c_n, Tensor reserve", "c_n, Tensor[] hidden, Tensor[] cell, Tensor reserve")
-    backward = BACKWARD.replace("::backward(", "::backward_states(")
-    assert str(ops.backward_states.default._schema) == backward.replace("grad_c_n, ", "grad_c_n, Tensor?[] grad_hidden, Tensor?[] grad_cell, ")
+    lists = "c_n, Tensor[] hidden, Tensor[] cell, Tensor reserve"
+    forward = FORWARD.replace("::forward(", "::forward_states(").replace("c_n, Tensor reserve", lists)
+    assert str(ops.forward_states.default._schema) == forward
+    lists = "grad_c_n, Tensor?[] grad_hidden, Tensor?[] grad_cell, "
+    backward = BACKWARD.replace("::backward(", "::backward_states(").replace("grad_c_n, ", lists)
+    assert str(ops.backward_states.default._schema) == backward
 
 
 def run_forward(arguments, missing=(), **wanted):

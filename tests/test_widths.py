@@ -880,3 +880,28 @@ def test_equal_sizes_become_the_int_form():
 def test_the_default_of_num_layers_is_still_one():
     assert stacked_lstm_ext.StackedLSTM(3, 5).num_layers == 1
     assert "num_layers: 'int' = 1" in str(__import__("inspect").signature(StackedLSTM))
+
+
+@pytest.mark.parametrize("groups, slices", [(2, 1), (1, 2), (4, 1), (2, 2)])
+def test_layers_that_share_memory_in_inference_do_not_overwrite_each_other(groups, slices):
+    """Without a reserve, every second layer's h goes into the same buffer. A wider layer must not reach what is still to be read."""
+    torch.manual_seed(0)
+    module = StackedLSTM(6, [40, 129, 129, 8]).eval()
+    x = torch.randn(9, 3, 6)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            expected = module(x)
+        torch.set_num_threads(groups * slices)
+        for chunk in (1, 2, 5):
+            phase = {"first_layer": 0, "last_layer": 4, "layer_groups": groups, "unit_slices": slices}
+            _C.force_cpu_schedule({"batch_slices": 1, "chunk_steps": chunk, "phases": [phase]})
+            for _ in range(20):
+                with torch.no_grad():
+                    output, (h_n, c_n) = module(x)
+                assert torch.equal(output, expected[0])
+                assert all(map(torch.equal, (*h_n, *c_n), (*expected[1][0], *expected[1][1])))
+    finally:
+        torch.set_num_threads(threads)
+        _C.force_cpu_schedule(None)

@@ -307,7 +307,7 @@ class BackwardWave : Wave<T> {
 
     int64_t copy_x(const Range& steps, T* out, int64_t ldo) const {
       return w_.copy_input(w_.call_.input, w_.call_.links, layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr,
-                           index_, sequences_, steps, out, ldo);
+                           layer_.input, index_, sequences_, steps, out, ldo);
     }
     // Copies, for each row of `steps`, h of the step before; h_0 where the sequence starts.
     int64_t copy_h_before(const Range& sequences, const Range& steps, T* out, int64_t ldo) const {

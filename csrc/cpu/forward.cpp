@@ -12,7 +12,8 @@
 //   slice does that only after it has read h(s-2).
 //   In inference the layers share two buffers of y. Layer k+2 writes chunk c over layer k's only after layer k+1 has
 //   published chunk c, and layer k+1 does that after it has copied layer k's chunk c. (A bidirectional layer waits for
-//   all chunks.)
+//   all chunks.) So a chunk has to be in the same place in both layers, whatever their widths: all rows of a buffer are as
+//   long as those of the widest layer.
 #include "../stack/states.h"
 #include "wave.h"
 
@@ -110,6 +111,11 @@ class ForwardWave : Wave<T> {
     if (layer + 1 == shape_.depth()) return call_.output;
     return call_.keeping.anything() ? reserve_.h(layer) : passing_[layer % 2];
   }
+  // Elements from row to row. The layers that share a buffer have one stride there: see Hazards.
+  int64_t output_stride(int64_t layer) const {
+    const bool passing = layer + 1 < shape_.depth() && !call_.keeping.anything();
+    return shape_.directions * (passing ? this->widest_output_ : shape_.layers[layer].output());
+  }
 
   // Whether the packed weights are those of the sources as they are now. Every worker reads a share of the sources, and
   // all workers get the same answer.
@@ -155,7 +161,7 @@ class ForwardWave : Wave<T> {
     const Range sequences = this->sequences(place);
     const int64_t count = sequences.size(), first = sequences.first;
     const int64_t hidden = layer.hidden, padded = layer.padded_hidden(), out = layer.output();
-    const int64_t ldy = shape_.directions * out;
+    const int64_t ldy = output_stride(layer_index);
     const Range unit_blocks = this->own_unit_blocks(position, place, padded);
     const Range units{std::min(unit_blocks.first * kernels_.vector_elements, hidden),
                       std::min(unit_blocks.last * kernels_.vector_elements, hidden)};
@@ -195,9 +201,9 @@ class ForwardWave : Wave<T> {
       const Range steps = this->steps_of(chunk);
       this->wait_for_input(position, place, chunk);
       const int64_t lda = layer.input + kRowPadding;
-      const int64_t rows =
-          this->copy_input(call_.input, call_.links, layer_index ? output_of(layer_index - 1) : nullptr, index,
-                           sequences, steps, scratch.copied, lda);
+      const int64_t rows = this->copy_input(
+          call_.input, call_.links, layer_index ? output_of(layer_index - 1) : nullptr,
+          layer_index ? output_stride(layer_index - 1) : 0, index, sequences, steps, scratch.copied, lda);
       kernels_.product({
           .panels = {weights.weight_ih, storage_},
           .width = kWidth,

@@ -35,8 +35,8 @@ inline KeptRows kept_rows(const StackShape& shape, const Keeping& keeping) {
 }
 
 inline int64_t reserve_elements(const StackShape& shape, const Keeping& keeping) {
-  const ReserveLayout layout(shape, kept_rows(shape, keeping));
-  return layout.cells() + layout.h_elements();
+  const ReserveSize size = reserve_size(shape, kept_rows(shape, keeping));
+  return size.cells() + size.h;
 }
 
 // A reserve on the CPU. Saving::full keeps all rows of a lane. Saving::recompute keeps, of the lane's steps s,
@@ -77,7 +77,7 @@ class CpuReserve {
     return data_ + layout_.gates(lane) + row * 4 * padded(lane);
   }
   // h of all directions of a layer, [row][D·output].
-  T* h(int64_t layer) const { return data_ + layout_.cells() + layout_.h(layer); }
+  T* h(int64_t layer) const { return data_ + layout_.size().cells() + layout_.h(layer); }
 
   // Clears units first … last-1 of those rows of a lane's reserve that no step writes, so that equal calls have equal
   // reserves. These are rows of gates, fewer than a step has, and the rows of c of sequences that have ended or not

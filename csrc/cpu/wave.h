@@ -198,17 +198,17 @@ class Wave {
     return row;
   }
   // Copies the input of a lane's layer: for layer 0 the caller's input, else what the link makes of `below`, h of the layer
-  // below.
-  int64_t copy_input(const Input<T>& input, const Links& links, const T* below, int64_t lane, const Range& sequences,
-                     const Range& steps, T* out, int64_t ldo) const {
+  // below in rows of `below_stride`.
+  int64_t copy_input(const Input<T>& input, const Links& links, const T* below, int64_t below_stride, int64_t lane,
+                     const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
     const int64_t layer = lane / shape_.directions, width = shape_.layers[layer].input;
     if (layer == 0) {
       return copy_rows(
           lane, sequences, steps, width, [&](int64_t t, int64_t b) { return input.row(shape_, t, b); }, out, ldo);
     }
     const int64_t rows = copy_rows(
-        lane, sequences, steps, width, [&](int64_t t, int64_t b) { return below + (shape_.first_row(t) + b) * width; },
-        out, ldo);
+        lane, sequences, steps, width,
+        [&](int64_t t, int64_t b) { return below + (shape_.first_row(t) + b) * below_stride; }, out, ldo);
     const Link link = links[layer - 1];
     if (!link.changes_h()) return rows;
     for (int64_t s = steps.first; s < steps.last; ++s) {

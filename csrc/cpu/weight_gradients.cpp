@@ -90,7 +90,7 @@ void BackwardWave<T>::LaneRun::input_weight_gradient(const LaneGradients<T>& g, 
   } else {
     copy_gradient_block(width, [&](const Range& step, T* to, int64_t ldo) {
       return w_.copy_input(w_.call_.input, w_.call_.links, layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr,
-                           index_, everyone(), step, to, ldo);
+                           layer_.input, index_, everyone(), step, to, ldo);
     });
     add_product(g.weight_ih, width, units, gradient_block, scratch_.copied, width + kRowPadding);
   }

@@ -129,8 +129,8 @@ inline KeptRows kept_rows(const StackShape& shape, Saving saving, bool states) {
 // Elements of the reserve, in Accumulator<T>. h is kept as T.
 inline int64_t reserve_elements(const StackShape& shape, Saving saving, bool states, int64_t storage_bytes,
                                 int64_t accumulator_bytes) {
-  const ReserveLayout layout(shape, kept_rows(shape, saving, states));
-  return layout.cells() + (layout.h_elements() * storage_bytes + accumulator_bytes - 1) / accumulator_bytes;
+  const ReserveSize size = reserve_size(shape, kept_rows(shape, saving, states));
+  return size.cells() + (size.h * storage_bytes + accumulator_bytes - 1) / accumulator_bytes;
 }
 
 // A reserve for a forward pass. No kernel writes the padding of units, nor the half of an element behind an odd number of
@@ -139,9 +139,9 @@ template <typename T>
 Tensor make_reserve(const Call& call) {
   using A = Accumulator<T>;
   const StackShape& shape = call.shape;
-  const ReserveLayout layout(shape, kept_rows(shape, call.saving, call.states));
+  const ReserveSize size = reserve_size(shape, kept_rows(shape, call.saving, call.states));
   const auto padded = [](const LayerShape& layer) { return layer.hidden != layer.padded_hidden(); };
-  const bool gaps = layout.h_elements() * static_cast<int64_t>(sizeof(T)) % static_cast<int64_t>(sizeof(A)) != 0 ||
+  const bool gaps = size.h * static_cast<int64_t>(sizeof(T)) % static_cast<int64_t>(sizeof(A)) != 0 ||
                     std::any_of(shape.layers.begin(), shape.layers.end(), padded);
   const Tensor reserve = at::empty({reserve_elements(shape, call.saving, call.states, sizeof(T), sizeof(A))},
                                    call.input.options().dtype(scalar_type<A>()));
@@ -166,12 +166,12 @@ class GpuReserve {
   A* gates(int64_t lane) const { return layout_.kept().gates > 0 ? cells() + layout_.gates(lane) : nullptr; }
   // h of a layer, which is not the top layer: rows of D·output.
   T* h(int64_t layer) const {
-    return layout_.kept().h ? reinterpret_cast<T*>(cells() + layout_.cells()) + layout_.h(layer) : nullptr;
+    return layout_.kept().h ? reinterpret_cast<T*>(cells() + layout_.size().cells()) + layout_.h(layer) : nullptr;
   }
   // The same as a tensor: (rows, D·output).
   Tensor h_rows(int64_t layer) const {
     const int64_t width = shape_->directions * shape_->layers[static_cast<size_t>(layer)].output();
-    return reserve_.narrow(0, layout_.cells(), reserve_.numel() - layout_.cells())
+    return reserve_.narrow(0, layout_.size().cells(), reserve_.numel() - layout_.size().cells())
         .view(scalar_type<T>())
         .narrow(0, layout_.h(layer), shape_->rows() * width)
         .view({shape_->rows(), width});

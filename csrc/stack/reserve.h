@@ -22,38 +22,57 @@ struct KeptRows {
   bool top = false;          // whether h of the top layer is kept, too
 };
 
+// Elements of the parts: c and gates in the arithmetic's type, h in its own.
+struct ReserveSize {
+  int64_t c = 0, gates = 0, h = 0;
+
+  int64_t cells() const { return c + gates; }
+};
+
+inline ReserveSize reserve_size(const StackShape& shape, const KeptRows& kept) {
+  if (!kept.h) return {};
+  int64_t units = 0, outputs = 0;  // units of all lanes, padded; outputs of all layers whose h is kept
+  for (int64_t k = 0; k < shape.depth(); ++k) {
+    const LayerShape& layer = shape.layers[k];
+    units += shape.directions * layer.padded_hidden();
+    if (k + 1 < shape.depth() || kept.top) outputs += shape.directions * layer.output();
+  }
+  return {kept.c * units, 4 * kept.gates * units, shape.rows() * outputs};
+}
+
 class ReserveLayout {
  public:
   ReserveLayout() = default;
-  ReserveLayout(const StackShape& shape, const KeptRows& kept) : kept_(kept) {
+  ReserveLayout(const StackShape& shape, const KeptRows& kept)
+      : kept_(kept), size_(reserve_size(shape, kept)), directions_(shape.directions) {
     if (!kept.h) return;
-    int64_t units = 0;  // of all lanes, padded
-    for (int64_t k = 0; k < shape.depth(); ++k) {
-      const LayerShape& layer = shape.layers[k];
-      for (int64_t d = 0; d < shape.directions; ++d, units += layer.padded_hidden()) units_before_.push_back(units);
-      h_before_.push_back(h_);
-      if (k + 1 < shape.depth() || kept.top) h_ += shape.rows() * shape.directions * layer.output();
+    before_.reserve(static_cast<size_t>(shape.lanes()));
+    Before next{};
+    for (const LayerShape& layer : shape.layers) {
+      for (int64_t d = 0; d < directions_; ++d) before_.push_back(next), next.units += layer.padded_hidden();
+      next.h += shape.rows() * directions_ * layer.output();
     }
-    c_ = kept.c * units, gates_ = 4 * kept.gates * units;
   }
 
   const KeptRows& kept() const { return kept_; }
-  // Where a lane's c and its gates begin; in elements of the arithmetic's type.
-  int64_t c(int64_t lane) const { return kept_.c * units_before(lane); }
-  int64_t gates(int64_t lane) const { return c_ + 4 * kept_.gates * units_before(lane); }
-  // Elements of all c and all gates. h begins behind them.
-  int64_t cells() const { return c_ + gates_; }
-  // Where a layer's h begins, counted from the first h, and the number of all h; in elements of h's type.
-  int64_t h(int64_t layer) const { return h_before_[static_cast<size_t>(layer)]; }
-  int64_t h_elements() const { return h_; }
+  const ReserveSize& size() const { return size_; }
+  // Where a lane's c and its gates begin; in elements of the arithmetic's type. h begins behind all of them.
+  int64_t c(int64_t lane) const { return kept_.c * before(lane).units; }
+  int64_t gates(int64_t lane) const { return size_.c + 4 * kept_.gates * before(lane).units; }
+  // Where a layer's h begins, counted from the first h, in elements of h's type.
+  int64_t h(int64_t layer) const { return before(layer * directions_).h; }
 
  private:
-  int64_t units_before(int64_t lane) const { return units_before_[static_cast<size_t>(lane)]; }
+  struct Before {   // of all lanes before a lane, and of all layers before its layer
+    int64_t units;  // padded
+    int64_t h;      // elements
+  };
+  const Before& before(int64_t lane) const { return before_[static_cast<size_t>(lane)]; }
 
   KeptRows kept_;
-  std::vector<int64_t> units_before_;  // padded units of all lanes before each lane
-  std::vector<int64_t> h_before_;      // elements of h of all layers before each layer
-  int64_t c_ = 0, gates_ = 0, h_ = 0;  // elements
+  ReserveSize size_;
+  int64_t directions_ = 1;
+  std::vector<Before> before_;  // a lane each
 };
 
 }  // namespace stacked_lstm

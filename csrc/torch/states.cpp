@@ -42,7 +42,7 @@ States states_of(const Call& call, const Results& results, bool on_cpu) {
     if (k + 1 == shape.depth()) {
       states.h.back().copy_(results.output);
     } else {
-      const Tensor all = reserve.narrow(0, layout.cells(), reserve.numel() - layout.cells()).view(h_type);
+      const Tensor all = reserve.narrow(0, layout.size().cells(), reserve.numel() - layout.size().cells()).view(h_type);
       states.h.back().view({rows, width}).copy_(all.narrow(0, layout.h(k), rows * width).view({rows, width}));
     }
     for (int64_t d = 0; d < directions; ++d) {

@@ -58,11 +58,11 @@ struct Case {
   int64_t layers, batch, steps, input, hidden, projection;
   bool bidirectional, packed, dropout;
   Saving saving;
-  int64_t narrower = 0;  // by so many units a layer is narrower than the one below, and only even layers project
+  int64_t narrower = 0;  // by so many units a layer is narrower than the one below; then only even layers project
   bool states = false;   // all h and c are results and have gradients
 
   int64_t hidden_of(int64_t k) const { return std::max<int64_t>(hidden - k * narrower, 1); }
-  int64_t projection_of(int64_t k) const { return narrower > 0 && k % 2 ? 0 : projection; }
+  int64_t projection_of(int64_t k) const { return narrower != 0 && k % 2 ? 0 : projection; }
 };
 
 const Case kCases[] = {
@@ -83,6 +83,7 @@ const Case kCases[] = {
     {"gates of several stretches again", 2, 5, 70, 3, 9, 0, false, false, false, Saving::recompute},
     {"many blocks of rows, lengths", 3, 40, 32, 3, 9, 0, false, true, false, Saving::full},
     {"widths", 3, 5, 9, 10, 150, 0, false, false, true, Saving::recompute, 70},
+    {"widths, layers of a buffer grow", 4, 3, 9, 10, 8, 0, false, false, false, Saving::full, -40},
     {"widths, some projections, both directions, lengths, states", 3, 5, 20, 4, 90, 11, true, true, true,
      Saving::recompute, 35, true},
     {"states, some projections", 4, 3, 19, 5, 21, 7, false, false, true, Saving::full, 4, true},
