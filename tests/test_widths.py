@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import stacked_lstm_ext
-from stacked_lstm_ext import StackedLSTM, backend, convert_lstm, last_run, lstm_report, revert_lstm
+from stacked_lstm_ext import _C, StackedLSTM, backend, convert_lstm, last_run, lstm_report, revert_lstm
 
 # --------------------------------------------------------------------------------------------------------------------
 # Numbers
