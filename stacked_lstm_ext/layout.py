@@ -1,6 +1,6 @@
 """Where a stack's tensors have their parts: the weights in a call's list, the layers in a state, the rows in a reserve.
 
-``csrc/stack/weights.h``, ``states.h`` and ``reserve.h`` say the same to the kernels. The formulas here also serve sizes that are
+``csrc/stack/weights.h``, ``state_layout.h`` and ``reserve.h`` say the same to the kernels. The formulas here also serve sizes that are
 symbols: T and B of a program that is traced.
 """
 

@@ -74,7 +74,7 @@ def _options_of(named: dict[str, Any]) -> _Options:
 
 
 def _by_name(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of an operator by their names, with the defaults of those that are left out."""
+    """The arguments of a call of an operator by their names. An argument that is left out has its default."""
     schema = operator._schema.arguments
     named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     return named | dict(zip((argument.name for argument in schema), arguments)) | keywords
@@ -171,7 +171,7 @@ torch.library.register_fake(backward, _backward_fake(backward))
 torch.library.register_fake(backward_states, _backward_fake(backward_states))
 
 
-# Of output, h_n and c_n; with states, also lists of those of each layer's h and c. None where no gradient flows in.
+# Gradients of output, h_n and c_n; with states, then two lists, of each layer's h and c. None where no gradient flows in.
 _Flowing = tuple[Any, ...]
 
 

@@ -43,7 +43,7 @@
 //   both directions of the layer above have left.
 #pragma once
 
-#include "../stack/states.h"
+#include "../stack/state_layout.h"
 #include "wave.h"
 
 namespace stacked_lstm::cpu {

@@ -46,7 +46,7 @@ struct ForwardCall {
   StackShape shape;
   Input<T> input;
   std::vector<LaneWeights<T>> weights;  // one per lane
-  const T* h_0;                         // states: see stack/states.h
+  const T* h_0;                         // states: see stack/state_layout.h
   const T* c_0;
   Links links;
   Keeping keeping;

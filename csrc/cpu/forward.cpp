@@ -14,7 +14,7 @@
 //   published chunk c, and layer k+1 does that after it has copied layer k's chunk c. (A bidirectional layer waits for
 //   all chunks.) So a chunk has to be in the same place in both layers, whatever their widths: all rows of a buffer are as
 //   long as those of the widest layer.
-#include "../stack/states.h"
+#include "../stack/state_layout.h"
 #include "wave.h"
 
 namespace stacked_lstm::cpu {

@@ -79,9 +79,8 @@ class CpuReserve {
   // h of all directions of a layer, [row][D·output].
   T* h(int64_t layer) const { return data_ + layout_.size().cells() + layout_.h(layer); }
 
-  // Clears units first … last-1 of those rows of a lane's reserve that no step writes, so that equal calls have equal
-  // reserves. These are rows of gates, fewer than a step has, and the rows of c of sequences that have ended or not
-  // started.
+  // No step writes some rows of a lane's reserve: rows of gates, fewer than a step has, and rows of c of sequences that have
+  // ended or not started. Clears units first … last-1 of them, so that equal calls have equal reserves.
   void clear_rest(int64_t lane, int64_t first, int64_t last) const {
     const int64_t units = padded(lane);
     if (checkpoints_ && layout_.kept().c > 0) {

@@ -17,7 +17,7 @@
 #include <algorithm>
 #include <new>
 
-#include "../stack/states.h"
+#include "../stack/state_layout.h"
 #include "wave.h"
 
 namespace stacked_lstm::cpu {

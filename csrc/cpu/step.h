@@ -18,7 +18,7 @@ struct StepCall {
   const PackedStack<T>& weights;
   const T* input;  // (B, I), rows `input_stride` apart
   int64_t input_stride;
-  const T* h_0;  // states: see stack/states.h
+  const T* h_0;  // states: see stack/state_layout.h
   const T* c_0;
   T* output;  // (B, output)
   T* h_n;

@@ -4,7 +4,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
-#include "../stack/states.h"
+#include "../stack/state_layout.h"
 #include "driver.h"
 
 namespace stacked_lstm::diagonal {

@@ -2,7 +2,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 
-#include "../stack/states.h"
+#include "../stack/state_layout.h"
 #include "driver.h"
 
 namespace stacked_lstm::diagonal {

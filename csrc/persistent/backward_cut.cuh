@@ -88,7 +88,7 @@ struct CellPlace {
   }
   __device__ __forceinline__ int unit_of(int n) const { return unit + n * kUnitStep; }
 
-  // The place of this cell in the sums of a patch. Warp lane (r, q) of those that send them has units 2r, 2r + 1 and
+  // The place of this cell in the sums of a patch. Warp lane (r, q) of a warp that sends them has units 2r, 2r + 1 and
   // columns 2q, 2q + 1. In shared memory a thread's four sums lie together, and a thread with r & 2 takes the place of
   // q ^ 2, so that 4 columns use all 32 banks.
   __device__ __forceinline__ int shared_spot() const {

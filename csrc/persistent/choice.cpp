@@ -29,11 +29,8 @@ DiagonalCost predict_diagonals(const StackShape& shape, const Device& device, co
   const double bytes = number(ask.bytes), batch = number(shape.rows()) / number(shape.steps);  // rows of a step
   // Recurrent weights are read every diagonal: from L2 if all of them stay there.
   const double l2 = costs.l2_rate * number(device.sms), all = recurrent.back() * bytes;
-  const double in_cell = backward ? 24 + 8 * bytes
-                                  : 36 + bytes +
-                                        (ask.saving != Saving::none ? 20
-                                         : ask.states               ? 4
-                                                                    : 0);
+  const double kept = ask.saving != Saving::none ? 20 : ask.states ? 4 : 0;  // c, and the gates for a backward pass
+  const double in_cell = backward ? 24 + 8 * bytes : 36 + bytes + kept;
 
   // What the layers of some lanes have of one of the sums above.
   const auto of = [&](const std::vector<double>& below, const Diagonals::Lanes& some) {

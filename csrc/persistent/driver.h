@@ -34,7 +34,7 @@
 
 #include "../driver/driver.h"
 #include "../driver/gate_kernels.h"
-#include "../stack/states.h"
+#include "../stack/state_layout.h"
 #include "persistent.h"
 
 namespace stacked_lstm::persistent {

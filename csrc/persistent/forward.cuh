@@ -271,8 +271,8 @@ __device__ __forceinline__ void project(const ForwardArguments<T>& arguments, co
 template <int Tiles>
 using GateSums = float[Tiles][2][4];
 
-// Loads the values that the recurrent sums of a step start from; the step's first tile is tile `tile` of those
-// that are projected together.
+// Loads the values that the recurrent sums of a step start from. Several tiles are projected together;
+// the step's first one is tile `tile` of them.
 template <typename T, int Tiles>
 __device__ __forceinline__ void load_projected(GateSums<Tiles>& d, const ThreadPlace& place,
                                                const ForwardShared<T>& shared, int tile) {

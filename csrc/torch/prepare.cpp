@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "../cuda/architectures.h"
-#include "../stack/states.h"
+#include "../stack/state_layout.h"
 #include "../stack/weights.h"
 
 namespace stacked_lstm {

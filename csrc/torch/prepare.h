@@ -37,9 +37,10 @@ void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* na
 struct Arguments {
   const at::Tensor& input;        // (T, B, I); with batch_sizes, (rows, I); of one step, (B, I) or (I)
   const at::Tensor* batch_sizes;  // or null
-  const at::Tensor* h_0;   // (lanes, B, output), without B if the input has none; or flat (stack/states.h); or null
-  const at::Tensor* c_0;   // (lanes, B, hidden), likewise; null if h_0 is
-  at::TensorList weights;  // in the order of stack/weights.h
+  const at::Tensor*
+      h_0;  // (lanes, B, output), without B if the input has none; or flat (stack/state_layout.h); or null
+  const at::Tensor* c_0;        // (lanes, B, hidden), likewise; null if h_0 is
+  at::TensorList weights;       // in the order of stack/weights.h
   const StackOptions& options;  // if hidden_size or input_size is 0, the tensors say it
   bool one_step = false;
 };
@@ -52,7 +53,7 @@ enum class Misfit { raises, declines };
 // cannot have batch_sizes.
 bool prepare(const Arguments& arguments, Misfit misfit, StackShape& shape);
 
-// The sizes of h_0, or of c_0, for a shape: stack/states.h.
+// The sizes of h_0, or of c_0, for a shape: stack/state_layout.h.
 at::DimVector h_sizes(const StackShape& shape, bool unbatched = false);
 at::DimVector c_sizes(const StackShape& shape, bool unbatched = false);
 

@@ -17,7 +17,7 @@ namespace stacked_lstm {
 
 struct StepArguments {
   const at::Tensor& input;  // (B, I) or (I)
-  const at::Tensor& h_0;    // (L, B, output), or without B; or flat (stack/states.h)
+  const at::Tensor& h_0;    // (L, B, output), or without B; or flat (stack/state_layout.h)
   const at::Tensor& c_0;    // (L, B, hidden), likewise
   at::TensorList weights;   // as the operators'
   const StackOptions& options;

@@ -25,7 +25,7 @@
 
 #include "../../csrc/cpu/packed.h"
 #include "../../csrc/cpu/step.h"
-#include "../../csrc/stack/states.h"
+#include "../../csrc/stack/state_layout.h"
 
 using namespace stacked_lstm;
 

@@ -1,4 +1,4 @@
-// csrc/stack/states.h: where each lane's states are in h_0, c_0, h_n, c_n and their gradients.
+// csrc/stack/state_layout.h: where each lane's states are in h_0, c_0, h_n, c_n and their gradients.
 //
 // A state tensor holds the lanes in order, each as (B, width of the lane). Where all layers have the same width, this is the
 // tensor (lanes, B, width) of torch.nn.LSTM. Where they differ, it is a tensor of one dimension.
