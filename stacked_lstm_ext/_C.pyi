@@ -135,8 +135,8 @@ def _use_persistent_kernels(table: int, watchdog: bool = False) -> None:
     """Let the persistent kernels of the ``persistent::PersistentTable`` at this address run on CPU tensors; 0: none run. With
     ``watchdog``, these kernels report a wait that took too long."""
 
-def obstacle(path: str, options: StackOptions, dtype: str) -> str:
-    """Why ``"cpu"``, ``"diagonal"`` or ``"persistent"`` cannot run a stack with these options, in words; empty if it can. See
+def obstacle(path: str, options: StackOptions, dtype: str, lengths: bool = False, resets: bool = False) -> str:
+    """Why ``"cpu"``, ``"diagonal"`` or ``"persistent"`` cannot run a call of a stack with these options, in words; empty if it can. See
     ``plan.obstacle``."""
 
 def gpu_plan(
@@ -184,6 +184,8 @@ def call(
     dropout: float | tuple[float, ...],
     backend: str,
     frozen: bool,
+    lengths: Tensor | None,
+    resets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """``(output, h_n, c_n)`` by the fast path of ``csrc/torch/eager.h``, or ``None`` where that declines. States that are
     ``None`` are zeros. ``frozen``: kept packed weights are used without comparing them with the weights."""
@@ -198,5 +200,6 @@ def step(
     weights: list[Tensor],
     options: StackOptions,
     frozen: bool,
+    reset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """``(output, h_n, c_n)`` of one step, or ``None`` where ``csrc/torch/step.h`` declines."""

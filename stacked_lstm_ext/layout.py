@@ -13,13 +13,25 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["KERNEL_BACKENDS", "StateLayout", "for_each_layer", "reserve_numel", "state_layouts", "weights_of_stack"]
+__all__ = [
+    "KERNEL_BACKENDS",
+    "LINKS",
+    "StateLayout",
+    "for_each_layer",
+    "output_width",
+    "reserve_numel",
+    "state_layouts",
+    "weights_of_stack",
+]
 
 T = TypeVar("T")
 
 # The operators' argument `backend`. "auto" is "persistent" or "diagonal", whichever is predicted to be faster for the sizes
 # of the call.
 KERNEL_BACKENDS = ("cpu", "diagonal", "persistent", "auto")
+
+# The kinds of link between layers: `csrc/stack/link.h`.
+LINKS = ("plain", "residual", "skip")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -137,6 +149,11 @@ def state_layouts(
     return StateLayout(output_sizes, directions), StateLayout(hidden_sizes, directions)
 
 
+def output_width(output_sizes: Sequence[int], directions: int, link: str) -> int:
+    """Features of a stack's output: those of the last layer's h, or, with skip links, of the h of all layers."""
+    return directions * (sum(output_sizes) if link == "skip" else output_sizes[-1])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The reserve
 # --------------------------------------------------------------------------------------------------------------------
@@ -160,6 +177,7 @@ def reserve_numel(
     backend: str,
     *,
     states: bool = False,
+    link: str = "plain",
 ) -> int:
     """Elements (float64 for float64, else float32) that the forward pass keeps for the backward pass.
 
@@ -171,6 +189,7 @@ def reserve_numel(
             gates what ``csrc/cpu/reserve.h`` says).
         backend: what runs both passes, one of ``KERNEL_BACKENDS``. All but ``"cpu"`` keep the same.
         states: whether every layer's h and c are results of the call: then c of all rows is kept.
+        link: one of ``LINKS``.
 
     Raises:
         ValueError: for another backend.
@@ -186,11 +205,15 @@ def reserve_numel(
             c_rows = (steps - 1) // _CHECKPOINT_STEPS * batch_size
     padded_units = sum((size + _UNIT_PADDING - 1) // _UNIT_PADDING * _UNIT_PADDING for size in hidden_sizes)
     cells = (c_rows + 4 * gate_rows) * directions * padded_units
-    # The last layer's h is the output itself.
-    outputs = rows * directions * sum(output_sizes[:-1])
-    if dtype.itemsize > 2:
-        return cells + outputs
-    if backend != "cpu":
-        return cells + (outputs + 1) // 2  # h is rounded to 16 bits at every step: two h fit in an element
-    # h is not rounded inside, but the output is, so every h is kept.
-    return cells + outputs + rows * directions * output_sizes[-1]
+    depth = len(output_sizes)
+    # Of each layer's h, what the output does not hold; and the layers' inputs that are sums.
+    in_other_bits = dtype.itemsize <= 2 and backend == "cpu"  # h is not rounded inside, but the output is
+    kept = 0 if link == "skip" else sum(output_sizes[:-1])
+    if in_other_bits or (link == "residual" and depth > 1):
+        kept = sum(output_sizes)
+    if link == "residual" and saving != "none":
+        kept += sum(output_sizes[1:-1])  # the inputs of layers from 2 on
+    values = rows * directions * kept
+    if dtype.itemsize <= 2 and backend != "cpu":
+        return cells + (values + 1) // 2  # h is rounded to 16 bits at every step: two h fit in an element
+    return cells + values

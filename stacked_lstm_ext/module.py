@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .layout import StateLayout, for_each_layer, weight_kinds
-from .options import StackOptions, as_tuple, check_dropouts, check_widths, count_layers, used_entries
+from .options import StackOptions, as_tuple, check_dropouts, check_link, check_widths, count_layers, used_entries
 from .plan import Plan, choose_backend, choose_saving, kernel_backend, make_plan, runs_on_cpu, stores_bf16
 from .reference import round_to_bf16
+from .sequences import as_lengths, as_reset, as_resets, check_lengths, last_rows
 from .states import Given, StackStates, State, check_dimensions, checked_pair, joined, map_state, parts, split
 from .transplant import both, obstacle_to_replacing, only_adds_a_constructor, original_class, transplant
 from .unusual import CHECKS, WATCHED, WEIGHT_METHODS, check_options, is_unusual, overrides, weight_names
@@ -30,7 +31,7 @@ __all__ = ["StackedLSTM", "TorchStackedLSTM"]
 
 # The ways that a call may take. An ordinary call asks for its way once, and goes on if that is _PLAIN.
 _PLAIN = 0
-_TUPLES = 1  # states are tuples: they are joined before the shortest way, and split after it
+_FORMED = 1  # states are tuples, or the output is the last step: arguments and results of the shortest way get another form
 _METHODS = 2  # every check is called as a method and every option is read, as nn.LSTM does
 
 
@@ -141,6 +142,8 @@ class StackedLSTM(nn.RNNBase):
 
     recompute: bool
     bf16_weights: bool
+    link: str = "plain"
+    return_sequences: bool = True
     _frozen = False
     _kept_options: StackOptions | None = None
     # _METHODS if the class overrides one of the methods that nn.LSTM calls, or the instance has an unusual attribute
@@ -190,8 +193,11 @@ class StackedLSTM(nn.RNNBase):
         *,
         recompute: bool = False,
         bf16_weights: bool = False,
+        link: str = "plain",
+        return_sequences: bool = True,
     ) -> None:
-        for name, option in (("recompute", recompute), ("bf16_weights", bf16_weights)):
+        flags = {"recompute": recompute, "bf16_weights": bf16_weights, "return_sequences": return_sequences}
+        for name, option in flags.items():
             if not isinstance(option, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(option).__name__}")
         hidden, proj, rates = as_tuple(hidden_size), as_tuple(proj_size), as_tuple(dropout)
@@ -205,14 +211,16 @@ class StackedLSTM(nn.RNNBase):
         elif given is None:
             num_layers = 1  # a plain int
         rate = 0.0 if isinstance(rates, tuple) else rates
-        if by_layer:
-            self._init_by_layer(input_size, hidden, num_layers, bias, batch_first, rate, bidirectional, proj, device, dtype)
+        if by_layer or link != "plain":
+            self._init_by_layer(input_size, hidden, num_layers, bias, batch_first, rate, bidirectional, proj, link, device, dtype)
         else:
             nn.RNNBase.__init__(  # not super(): with as_lstm, that is nn.LSTM.__init__
                 self, "LSTM", input_size, hidden, num_layers, bias, batch_first, rate, bidirectional, proj, device, dtype
             )
         if isinstance(rates, tuple):
             self.dropout = rates
+        self.link = link
+        self.return_sequences = return_sequences
         self.recompute = recompute
         self.bf16_weights = bf16_weights
 
@@ -226,6 +234,7 @@ class StackedLSTM(nn.RNNBase):
         dropout: float,
         bidirectional: bool,
         proj_size: int | tuple[int, ...],
+        link: str,
         device: torch.device | str | int | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -233,6 +242,7 @@ class StackedLSTM(nn.RNNBase):
         # torch's own checks of the other arguments, its warning of dropout in a single layer, and its attributes.
         narrow = nn.RNNBase("LSTM", input_size, 1, num_layers, bias, batch_first, dropout, bidirectional, device="meta")
         check_widths(hidden_size, proj_size, num_layers)
+        check_link(link, hidden_size, proj_size, num_layers)
         nn.Module.__init__(self)
         for name in nn.RNNBase.__constants__:
             setattr(self, name, getattr(narrow, name))
@@ -251,7 +261,7 @@ class StackedLSTM(nn.RNNBase):
                     setattr(self, name, nn.Parameter(torch.empty(shapes.get(kind, (4 * hidden,)), device=device, dtype=dtype)))
                 self._flat_weights_names.extend(names)
                 self._all_weights.append(names)
-            below = (2 if bidirectional else 1) * out
+            below = (2 if bidirectional else 1) * out + (input_size if link == "skip" else 0)
         self._init_flat_weights()
         self.reset_parameters()
 
@@ -299,7 +309,7 @@ class StackedLSTM(nn.RNNBase):
         return transplant(self, torch_class(self), options=in_one_size(self), take_hooks=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, as_tuple(value) if name in _MAY_BE_TUPLES else value)
+        super().__setattr__(name, as_tuple(value) if name in _MAY_BE_FORMED else value)
         if name in WATCHED:
             self._look_again()
 
@@ -319,10 +329,10 @@ class StackedLSTM(nn.RNNBase):
             # distinguishes modules of that name from the user's, and can be set to put no guards on their attributes.
             own["__module__"] = "torch.nn"
         unusual = is_unusual(self)
-        by_layer = any(isinstance(own.get(name), tuple) for name in ("hidden_size", "proj_size"))
+        formed = self.return_sequences is not True or any(isinstance(own.get(name), tuple) for name in ("hidden_size", "proj_size"))
         for flag, methods in (("_call_way", unusual), ("_step_way", unusual or "forward" in own)):
             own.pop(flag, None)  # then the flag of the class counts
-            way = _METHODS if methods else _TUPLES if by_layer else _PLAIN
+            way = _METHODS if methods else _FORMED if formed else _PLAIN
             if way > getattr(self, flag):
                 own[flag] = way
         if not self._unusual and "recompute" in own and "bf16_weights" in own:  # the constructor sets them last
@@ -345,6 +355,8 @@ class StackedLSTM(nn.RNNBase):
         # The pickle may be of an nn.LSTM, or of a version of this module that did not have these settings yet.
         self.__dict__.setdefault("recompute", False)
         self.__dict__.setdefault("bf16_weights", False)
+        self.__dict__.setdefault("link", "plain")
+        self.__dict__.setdefault("return_sequences", True)
         self.__dict__.pop("_frozen", None)  # freeze() made its promise for the weights of the module that was pickled
         self._look_again()
 
@@ -395,6 +407,10 @@ class StackedLSTM(nn.RNNBase):
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}=True" for name in ("recompute", "bf16_weights") if getattr(self, name))
+        if self.link != "plain":
+            options += f", link={self.link!r}"
+        if not self.return_sequences:
+            options += ", return_sequences=False"
         return super().extra_repr() + options
 
     def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> Any:
@@ -461,28 +477,56 @@ class StackedLSTM(nn.RNNBase):
         return map_state(lambda part: part.index_select(1, permutation), h), map_state(lambda part: part.index_select(1, permutation), c)
 
     @overload
-    def forward(self, input: Tensor, hx: Sequence[Any] | None = None) -> tuple[Tensor, tuple[Any, Any]]: ...
+    def forward(
+        self,
+        input: Tensor,
+        hx: Sequence[Any] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Any, Any]]: ...
 
     @overload
     def forward(self, input: PackedSequence, hx: Sequence[Any] | None = None) -> tuple[PackedSequence, tuple[Any, Any]]: ...
 
-    def forward(self, input: Tensor | PackedSequence, hx: Sequence[Any] | None = None) -> tuple[Tensor | PackedSequence, tuple[Any, Any]]:
-        if not self._call_way and not isinstance(input, PackedSequence) and not torch.compiler.is_compiling():
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Sequence[Any] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, tuple[Any, Any]]:
+        if not self._call_way and not isinstance(input, PackedSequence) and not torch.compiler.is_compiling() and lengths is resets is None:
             result = self._fast_call(input, hx)
             if result is not None:
                 return result
-        return self._full_call(input, hx)
+        return self._full_call(input, hx, lengths, resets)
 
-    def _full_call(self, input: Tensor | PackedSequence, hx: Sequence[Any] | None) -> tuple[Any, tuple[State, State]]:
-        if self._call_way == _TUPLES and not isinstance(input, PackedSequence) and not torch.compiler.is_compiling():
-            result = self._fast_call_of_tuples(input, hx)
+    def _full_call(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Sequence[Any] | None,
+        lengths: Tensor | Sequence[int] | None,
+        resets: Tensor | None,
+    ) -> tuple[Any, tuple[State, State]]:
+        plain = lengths is resets is None and not torch.compiler.is_compiling()
+        if plain and self._call_way == _FORMED and not isinstance(input, PackedSequence):
+            result = self._fast_call_in_form(input, hx)
             if result is not None:
                 return result
-        given = self._given(input, hx)
+        given = self._given(input, hx, lengths, resets)
         output, h_n, c_n = self._run(given)
-        return self._in_form(output, given), self._states_in_form(h_n, c_n, given)
+        return self._output_in_form(output, h_n, given), self._states_in_form(h_n, c_n, given)
 
-    def states(self, input: Tensor | PackedSequence, hx: Sequence[Any] | None = None) -> StackStates:
+    def states(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Sequence[Any] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
+    ) -> StackStates:
         """A call of the module that also returns h and c of every layer at every step.
 
         All results are differentiable, as often as those of a call. There is no second pass: c is the kernel's own, and under
@@ -494,6 +538,8 @@ class StackedLSTM(nn.RNNBase):
         Args:
             input: as for a call.
             hx: as for a call.
+            lengths: as for a call; ``hidden`` and ``cell`` are zero behind a sequence's end, too.
+            resets: as for a call.
 
         Returns:
             :class:`StackStates`: ``(output, hidden, cell, h_n, c_n)``. ``hidden`` and ``cell`` are tuples with one sequence for
@@ -504,18 +550,27 @@ class StackedLSTM(nn.RNNBase):
         Raises:
             as a call.
         """
-        given = self._given(input, hx)
+        given = self._given(input, hx, lengths, resets)
         output, h_n, c_n, hidden, cell = self._run(given, states=True)
         hidden, cell = (tuple(self._in_form(sequence, given) for sequence in layers) for layers in (hidden, cell))
-        return StackStates(self._in_form(output, given), hidden, cell, *self._states_in_form(h_n, c_n, given))
+        return StackStates(self._output_in_form(output, h_n, given), hidden, cell, *self._states_in_form(h_n, c_n, given))
 
-    def _given(self, input: Tensor | PackedSequence, hx: Sequence[Any] | None) -> Given:
+    def _given(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Sequence[Any] | None,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
+    ) -> Given:
         """Check a call's arguments as nn.LSTM does, but for what :meth:`_run` checks."""
         unusual = self._unusual
         if unusual:
             self._check_options()
         layers = self.num_layers if self._by_layer else 0
         if isinstance(input, PackedSequence):
+            for name, value in (("lengths", lengths), ("resets", resets)):
+                if value is not None:
+                    raise ValueError(f"{name} should be left out where the input is a PackedSequence")
             data, batch_sizes, sorted_indices, unsorted_indices = input
             # torch makes no checks here, and computes on with a wrong feature size.
             if hx is None:
@@ -534,8 +589,14 @@ class StackedLSTM(nn.RNNBase):
         is_batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if not is_batched:
+            if lengths is not None:
+                raise ValueError("lengths should be left out where the input has no batch: its length is that of the sequence")
             input = input.unsqueeze(batch_dim)
         batch = input.size(batch_dim)
+        if lengths is not None:
+            lengths = as_lengths(lengths, batch)
+        if resets is not None:
+            resets = as_resets(resets, input, batch_first=self.batch_first, is_batched=is_batched)
         if hx is None:
             if not unusual:
                 self.check_input(input, None)
@@ -550,7 +611,8 @@ class StackedLSTM(nn.RNNBase):
             self.check_forward_args(input, hidden, None)
             if unusual:
                 hidden = checked_pair(self.permute_hidden(hidden, None), layers)
-        return Given(input.transpose(0, 1) if self.batch_first else input, None, hidden, batch, unusual, is_batched)
+        time_major = input.transpose(0, 1) if self.batch_first else input
+        return Given(time_major, None, hidden, batch, unusual, is_batched, lengths, resets)
 
     def _in_form(self, sequence: Tensor, given: Given) -> Any:
         """Rows of all steps, as the kernels have them, in the form of the input."""
@@ -559,6 +621,31 @@ class StackedLSTM(nn.RNNBase):
         if self.batch_first:
             sequence = sequence.transpose(0, 1)
         return sequence if given.is_batched else sequence.squeeze(0 if self.batch_first else 1)
+
+    def _output_in_form(self, output: Tensor, h_n: Tensor, given: Given) -> Any:
+        """The output of a call: all steps or, without ``return_sequences``, the last."""
+        if self.return_sequences:
+            return self._in_form(output, given)
+        last = self._last_step(output, h_n, given)
+        unsorted_indices = given.permutations[1]
+        if unsorted_indices is not None:
+            last = last.index_select(0, unsorted_indices)
+        return last if given.is_batched else last.squeeze(0)
+
+    def _last_step(self, output: Tensor, h_n: Tensor, given: Given) -> Tensor:
+        """The step that each direction ends with, ``(N, features)``. Mostly h_n has it already: then the output is not read at all."""
+        options = self._options_of_call()
+        if options.link == "residual" and options.num_layers > 1:
+            last = last_rows(output, given.batch_sizes, given.lengths, given.batch)
+            if not options.bidirectional:
+                return last.clone() if given.lengths is None and given.batch_sizes is None else last
+            first = output[: given.batch] if given.batch_sizes is not None else output[0]
+            forward, reverse = last.chunk(2, dim=-1)[0], first.chunk(2, dim=-1)[1]
+            return torch.cat([forward, reverse], dim=-1)
+        layers = options.layouts[0].split(h_n, given.batch)
+        used = layers if options.link == "skip" else layers[-1:]
+        # A copy in any case: a result shares no memory with another.
+        return torch.cat([direction for layer in used for direction in layer.unbind(0)], dim=-1)
 
     def _states_in_form(self, h_n: Tensor, c_n: Tensor, given: Given) -> tuple[State, State]:
         """The last states, as the kernels have them, in the form in which the module takes states."""
@@ -584,29 +671,34 @@ class StackedLSTM(nn.RNNBase):
             return None
         options = self._kept_options or self._stack_options()
         time_major = input.transpose(0, 1) if self.batch_first else input
-        result = ops.call(time_major, None, h_0, c_0, weights, None, options.native, 0.0, "cpu", self._frozen)
+        result = ops.call(time_major, None, h_0, c_0, weights, None, options.native, 0.0, "cpu", self._frozen, None, None)
         if result is None:
             return None
         ops.drop_packed_with(self, weights[0])
         output, h_n, c_n = result
         return output.transpose(0, 1) if self.batch_first else output, (h_n, c_n)
 
-    def _fast_call_of_tuples(self, input: Tensor, hx: Sequence[Any] | None) -> tuple[Tensor, tuple[State, State]] | None:
-        """:meth:`_fast_call` of a module whose states are tuples."""
+    def _fast_call_in_form(self, input: Tensor, hx: Sequence[Any] | None) -> tuple[Tensor, tuple[State, State]] | None:
+        """:meth:`_fast_call` of a module whose states are tuples, or whose output is the last step."""
         if not isinstance(input, Tensor) or input.dim() != 3:
             return None
         options = self._kept_options or self._stack_options()
         batch = input.size(0 if self.batch_first else 1)
-        hidden = None if hx is None else joined(hx, options, input, batch)
+        hidden = hx if hx is None or not self._by_layer else joined(hx, options, input, batch)
         if hx is not None and hidden is None:
             return None
         result = self._fast_call(input, hidden)
         if result is None:
             return None
         output, (h_n, c_n) = result
-        return output, split(h_n, c_n, options, hx, batch)
+        if not self.return_sequences:
+            time_major = output.transpose(0, 1) if self.batch_first else output
+            output = self._last_step(time_major, h_n, Given(time_major, None, (h_n, c_n), batch, False))
+        return output, split(h_n, c_n, options, hx, batch) if self._by_layer else (h_n, c_n)
 
-    def step(self, input: Tensor, hx: Sequence[Any] | None = None) -> tuple[Tensor, tuple[Any, Any]]:
+    def step(
+        self, input: Tensor, hx: Sequence[Any] | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Any, Any]]:
         """Run one time step and return the state for the next: for streaming, where a call of the module is too slow.
 
         ``output, hx = lstm.step(x[t], hx)`` over all t gives what ``lstm(x, hx)`` gives, up to rounding. It is the same
@@ -622,6 +714,8 @@ class StackedLSTM(nn.RNNBase):
         Args:
             input: ``(N, input_size)``, or ``(input_size,)`` unbatched; ``batch_first`` makes no difference.
             hx: ``(h, c)`` as for a call; zeros by default.
+            reset: bool ``(N,)``, without a dimension when unbatched: true puts zeros in the place of a sequence's ``hx``, as
+                ``resets`` of a call does at its first step.
 
         Returns:
             ``(output, (h, c))``: output ``(N, proj_size or hidden_size)`` by the sizes of the last layer, without N when
@@ -632,30 +726,31 @@ class StackedLSTM(nn.RNNBase):
             ValueError: for an input that is neither 1-D nor 2-D, and as a call.
         """
         if hx is not None and not self._step_way and not torch.compiler.is_compiling():
-            result = self._fast_step(input, hx)
+            result = self._fast_step(input, hx, reset)
             if result is not None:
                 output, h, c = result
                 return output, (h, c)
-        return self._full_step(input, hx)
+        return self._full_step(input, hx, reset)
 
-    def _full_step(self, input: Tensor, hx: Sequence[Any] | None) -> tuple[Tensor, tuple[State, State]]:
-        if hx is not None and self._step_way == _TUPLES and not torch.compiler.is_compiling() and isinstance(input, Tensor):
+    def _full_step(self, input: Tensor, hx: Sequence[Any] | None, reset: Tensor | None) -> tuple[Tensor, tuple[State, State]]:
+        if hx is not None and self._step_way == _FORMED and not torch.compiler.is_compiling() and isinstance(input, Tensor):
             options = self._kept_options or self._stack_options()
             batch = input.shape[:-1]
-            hidden = joined(hx, options, input, *batch)
-            result = None if hidden is None else self._fast_step(input, hidden)
+            hidden = joined(hx, options, input, *batch) if self._by_layer else hx
+            result = None if hidden is None else self._fast_step(input, hidden, reset)
             if result is not None:
                 output, h, c = result
-                return output, split(h, c, options, hx, *batch)
+                return output, split(h, c, options, hx, *batch) if self._by_layer else (h, c)
         if self.bidirectional:
             raise RuntimeError("step needs a stack of one direction: a bidirectional one begins with the last step as well")
         if input.dim() not in (1, 2):
             raise ValueError(f"step: Expected input to be 1D or 2D, got {input.dim()}D instead")
         time = 1 if self.batch_first and input.dim() == 2 else 0
-        output, state = self.forward(input.unsqueeze(time), hx)
-        return output.squeeze(time), state
+        sequences = {} if reset is None else {"resets": as_reset(reset, input).unsqueeze(time)}
+        output, state = self.forward(input.unsqueeze(time), hx, **sequences)
+        return output.squeeze(time) if self.return_sequences else output, state
 
-    def _fast_step(self, input: Tensor, hx: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _fast_step(self, input: Tensor, hx: Sequence[Any], reset: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
         """One step by ``csrc/torch/step.h``; ``None`` where that declines. This is the common case, so each look-up costs."""
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             return None
@@ -666,7 +761,7 @@ class StackedLSTM(nn.RNNBase):
         if _transform((input, h, c, *weights)):
             return None
         options = self._kept_options or self._stack_options()
-        return ops.step(input, h, c, weights, options.native, self._frozen)
+        return ops.step(input, h, c, weights, options.native, self._frozen, reset)
 
     def _zero_states(self, input: Tensor, batch: int) -> tuple[State, State]:
         """The states of a call that was given none: as the kernels take them, or for overridden checks as the caller would give them."""
@@ -710,13 +805,18 @@ class StackedLSTM(nn.RNNBase):
         h_0 = h_0 if isinstance(h_0, Tensor) else h_layout.join(h_0)
         c_0 = c_0 if isinstance(c_0, Tensor) else c_layout.join(c_0)
         tensors = (input, h_0, c_0, *weights)
-        name, reason = choose_backend(input.device, input.dtype, _transform(tensors))
+        lengths, resets = given.lengths, given.resets
+        parts_of_call = {"lengths": lengths is not None, "resets": resets is not None}
+        name, reason = choose_backend(input.device, input.dtype, _transform(tensors), options, **parts_of_call)
         bf16_kernels = self.bf16_weights and stores_bf16(name, input.dtype)
         if self.bf16_weights and not bf16_kernels:
             weights = round_to_bf16(weights)
         if name == "reference":
-            stack = (options.bias, options.num_layers, options.bidirectional, options.proj_size, dropout)
-            return ops.run_reference(input, batch_sizes, h_0, c_0, weights, seed, *stack, states=states, reason=reason)
+            if lengths is not None and not torch.compiler.is_compiling():
+                check_lengths(lengths, input.size(0))
+            stack = (options.bias, options.num_layers, options.bidirectional, options.proj_size, dropout, options.link)
+            inputs = (input, batch_sizes, h_0, c_0, weights, seed)
+            return ops.run_reference(*inputs, *stack, lengths=lengths, resets=resets, states=states, reason=reason)
         saving = choose_saving(_needs_grad(tensors), self.recompute)
         if saving == "none" and not torch.compiler.is_compiling():
             ops.drop_packed_with(self, weights[0])
@@ -734,6 +834,8 @@ class StackedLSTM(nn.RNNBase):
             bf16_weights=bf16_kernels,
             frozen=self._frozen,
             states=states,
+            lengths=lengths,
+            resets=resets,
         )
 
     def _options_of_call(self) -> StackOptions:
@@ -754,6 +856,7 @@ class StackedLSTM(nn.RNNBase):
             dropout=_each(float, used_entries(self.dropout, layers - 1)),
             recompute=self.recompute,
             bf16_weights=self.bf16_weights,
+            link=self.link,
         )
         if not self._unusual and not torch.compiler.is_compiling():
             self.__dict__["_kept_options"] = options
@@ -864,7 +967,7 @@ class StackedLSTM(nn.RNNBase):
         if training is None:
             training = _needs_grad(weights)
         return make_plan(
-            choice=choose_backend(device, dtype, _transform(weights)),
+            choice=choose_backend(device, dtype, _transform(weights), self._stack_options()),
             device=device,
             dtype=dtype,
             needs_grad=training,
@@ -876,7 +979,7 @@ class StackedLSTM(nn.RNNBase):
 
 
 # The options that may be tuples. A sequence that is assigned becomes a tuple: a list could change without an assignment.
-_MAY_BE_TUPLES = frozenset(("hidden_size", "proj_size", "dropout"))
+_MAY_BE_FORMED = frozenset(("hidden_size", "proj_size", "dropout"))
 
 
 class TorchStackedLSTM(StackedLSTM, nn.LSTM):
@@ -904,6 +1007,10 @@ def torch_class(stacked: StackedLSTM) -> type[nn.LSTM]:
 
 def obstacle_to_one_size(stacked: StackedLSTM) -> str:
     """Why a module cannot become an ``nn.LSTM``, which has one size and one rate for all layers; empty if it can."""
+    if stacked.link != "plain" and stacked.num_layers > 1:
+        return f"its link is {stacked.link!r}, and a torch.nn.LSTM has plain links"
+    if not stacked.return_sequences:
+        return "its return_sequences is False, and a torch.nn.LSTM returns all steps"
     for name in ("hidden_size", "proj_size", "dropout"):
         value = getattr(stacked, name)
         entries = used_entries(value, stacked.num_layers - (name == "dropout")) if isinstance(value, tuple) else ()
@@ -914,7 +1021,7 @@ def obstacle_to_one_size(stacked: StackedLSTM) -> str:
 
 def in_one_size(stacked: StackedLSTM) -> dict[str, Any]:
     """The options of a module without such an obstacle that are tuples, as an ``nn.LSTM`` has them."""
-    values = {name: getattr(stacked, name) for name in _MAY_BE_TUPLES}
+    values = {name: getattr(stacked, name) for name in _MAY_BE_FORMED}
     return {name: value[0] if value else 0.0 for name, value in values.items() if isinstance(value, tuple)}
 
 

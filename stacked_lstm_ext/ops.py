@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ._native import _C as _C
-from .layout import KERNEL_BACKENDS, for_each_layer, reserve_numel, state_layouts
+from .layout import KERNEL_BACKENDS, LINKS, for_each_layer, output_width, reserve_numel, state_layouts
 from .options import StackOptions
 from .reference import round_to_bf16, states_reference
 
@@ -51,26 +51,29 @@ backward = torch.ops.stacked_lstm_ext.backward.default
 forward_states = torch.ops.stacked_lstm_ext.forward_states.default
 backward_states = torch.ops.stacked_lstm_ext.backward_states.default
 
-# bias, num_layers, bidirectional, proj_size, dropout. The last two are numbers, or tuples with one for each layer, or boundary.
-_Options = tuple[bool, int, bool, "int | tuple[int, ...]", "float | tuple[float, ...]"]
+# bias, num_layers, bidirectional, proj_size, dropout, link. Sizes and rates are numbers, or tuples with one for each layer, or
+# boundary.
+_Options = tuple[bool, int, bool, "int | tuple[int, ...]", "float | tuple[float, ...]", str]
 
 
 def _arguments_of(options: _Options) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Options as the operators take them: by position, and by name what has a default."""
-    bias, num_layers, bidirectional, proj_size, dropout = options
-    by_layer: dict[str, Any] = {}
+    bias, num_layers, bidirectional, proj_size, dropout, link = options
+    later: dict[str, Any] = {}
     if isinstance(proj_size, tuple):
-        by_layer["proj_sizes"], proj_size = list(proj_size), 0
+        later["proj_sizes"], proj_size = list(proj_size), 0
     if isinstance(dropout, tuple):
-        by_layer["dropouts"], dropout = list(dropout), 0.0
-    return (bias, num_layers, bidirectional, proj_size, dropout), by_layer
+        later["dropouts"], dropout = list(dropout), 0.0
+    if link != "plain":
+        later["link"] = link
+    return (bias, num_layers, bidirectional, proj_size, dropout), later
 
 
 def _options_of(named: dict[str, Any]) -> _Options:
     """The inverse: from an operator's arguments by their names."""
     proj_size = tuple(named["proj_sizes"] or ()) or named["proj_size"]
     dropout = tuple(named["dropouts"] or ()) or named["dropout"]
-    return named["bias"], named["num_layers"], named["bidirectional"], proj_size, dropout
+    return named["bias"], named["num_layers"], named["bidirectional"], proj_size, dropout, named["link"]
 
 
 def _by_name(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
@@ -80,20 +83,23 @@ def _by_name(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) 
     return named | dict(zip((argument.name for argument in schema), arguments)) | keywords
 
 
-# input, batch_sizes, h_0, c_0, weights, seed: as the operators take them.
-_Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], Tensor | None]
+# input, batch_sizes, h_0, c_0, weights, seed, lengths, resets: as the operators take them.
+_Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], Tensor | None, Tensor | None, Tensor | None]
 
 
 def _inputs_of(named: dict[str, Any]) -> _Inputs:
-    return named["input"], named["batch_sizes"], named["h_0"], named["c_0"], named["weights"], named["seed"]
+    inputs = tuple(named[name] for name in ("input", "batch_sizes", "h_0", "c_0", "weights", "seed", "lengths", "resets"))
+    return inputs
 
 
 def _check_arguments(named: dict[str, Any]) -> None:
     """Refuse in the fakes, with the same messages, what ``csrc/torch/prepare.cpp`` would refuse: while tracing, not in the run."""
-    input, batch_sizes, h_0, c_0, weights, seed = _inputs_of(named)
+    input, batch_sizes, h_0, c_0, weights, seed, lengths, resets = _inputs_of(named)
     backend, bf16_weights = named["backend"], named["bf16_weights"]
     device = input.device
-    _, num_layers, _, proj_size, dropout = _options_of(named)
+    _, num_layers, _, proj_size, dropout, link = _options_of(named)
+    if link not in LINKS:
+        raise ValueError(f"link should be one of {', '.join(LINKS)}, got: {link}")
     if num_layers < 1:
         raise ValueError(f"num_layers should be greater than zero, got: {num_layers}")
     if num_layers > len(weights):  # a layer has more than one: before anything is made for each layer
@@ -108,11 +114,15 @@ def _check_arguments(named: dict[str, Any]) -> None:
         )
     if backend == "cpu" and device.type not in ("cpu", "meta"):
         raise ValueError(f"backend cpu needs tensors on the CPU, got: {device}")
-    for name, tensor in (("h_0", h_0), ("c_0", c_0), *(("every weight", weight) for weight in weights), ("seed", seed)):
+    for name, tensor in (("h_0", h_0), ("c_0", c_0), *(("every weight", weight) for weight in weights), ("seed", seed), ("resets", resets)):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} should be on the device of input, {device}, got: {tensor.device}")
-    if batch_sizes is not None and batch_sizes.device.type not in ("cpu", "meta" if device.type == "meta" else "cpu"):
-        raise ValueError(f"batch_sizes should be a one-dimensional int64 tensor on the CPU, got: {batch_sizes.device}")
+    for name, tensor in (("batch_sizes", batch_sizes), ("lengths", lengths)):
+        if tensor is not None and tensor.device.type not in ("cpu", "meta" if device.type == "meta" else "cpu"):
+            raise ValueError(f"{name} should be a one-dimensional int64 tensor on the CPU, got: {tensor.device}")
+    if batch_sizes is not None and (lengths is not None or resets is not None):
+        name = "resets" if lengths is None else "lengths"
+        raise ValueError(f"{name} should be left out where there are batch_sizes: a packed batch cannot have them")
 
 
 def _forward_fake(operator: Any, states: bool) -> Callable[..., tuple[Any, ...]]:
@@ -125,8 +135,8 @@ def _forward_fake(operator: Any, states: bool) -> Callable[..., tuple[Any, ...]]
     def fake(*arguments: Any, **keywords: Any) -> tuple[Any, ...]:
         named = _by_name(operator, arguments, keywords)
         _check_arguments(named)
-        input, batch_sizes, h_0, c_0, weights, _ = _inputs_of(named)
-        bias, num_layers, bidirectional, proj_size, _ = _options_of(named)
+        input, batch_sizes, h_0, c_0, weights, *_ = _inputs_of(named)
+        bias, num_layers, bidirectional, proj_size, _, link = _options_of(named)
         directions = 2 if bidirectional else 1
         shapes = [weight.shape for weight in weights]
         h_layout, c_layout = state_layouts(shapes, bias, directions, for_each_layer(proj_size, num_layers))
@@ -135,13 +145,15 @@ def _forward_fake(operator: Any, states: bool) -> Callable[..., tuple[Any, ...]]
         else:
             batch_size, rows, steps = h_layout.batch_of(h_0), input.size(0), batch_sizes.size(0)
         sizes = c_layout.widths, h_layout.widths, directions
-        numel = reserve_numel(rows, steps, batch_size, *sizes, input.dtype, named["saving"], named["backend"], states=states)
+        how = named["saving"], named["backend"]
+        numel = reserve_numel(rows, steps, batch_size, *sizes, input.dtype, *how, states=states, link=link)
 
         def sequence(width: int) -> Tensor:
-            return input.new_empty((*input.shape[:-1], directions * width))
+            return input.new_empty((*input.shape[:-1], width))
 
-        output = sequence(h_layout.widths[-1])
-        every_layer = ([sequence(width) for width in layout.widths] for layout in (h_layout, c_layout)) if states else ()
+        output = sequence(output_width(h_layout.widths, directions, link))
+        layouts = (h_layout, c_layout) if states else ()
+        every_layer = ([sequence(directions * width) for width in layout.widths] for layout in layouts)
         reserve = input.new_empty((numel,), dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
         return output, h_0.new_empty(h_0.shape), c_0.new_empty(c_0.shape), *every_layer, reserve
 
@@ -154,7 +166,7 @@ def _backward_fake(operator: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor,
     def fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         named = _by_name(operator, arguments, keywords)
         _check_arguments(named)
-        input, _, h_0, c_0, weights, _ = _inputs_of(named)
+        input, _, h_0, c_0, weights, *_ = _inputs_of(named)
         return (
             input.new_empty(input.shape if named["input_grad"] else (0,)),
             h_0.new_empty(h_0.shape),
@@ -193,10 +205,10 @@ def _gradients(
             "ran with saving='none' (the mode of inference: gradients were off, or nothing required them, when it was "
             "called or traced)"
         )
-    input, batch_sizes, h_0, c_0, seed, output, reserve, *weights = ctx.saved_tensors
+    input, batch_sizes, h_0, c_0, seed, output, reserve, lengths, resets, *weights = ctx.saved_tensors
     if all(grad is None for grad in _flat(grad_outputs)):
         return None, None, None, [None] * len(weights)
-    inputs = (input, batch_sizes, h_0, c_0, weights, seed)
+    inputs = (input, batch_sizes, h_0, c_0, weights, seed, lengths, resets)
     return _formula(grad_outputs, inputs, output, reserve, needs, ctx.options, ctx.saving, ctx.backend, ctx.bf16_weights)
 
 
@@ -215,7 +227,7 @@ def _formula(
 
     ``csrc/torch/eager.cpp`` does the plain case itself and calls this function for all others.
     """
-    input, batch_sizes, h_0, c_0, weights, seed = inputs
+    input, batch_sizes, h_0, c_0, weights, seed, lengths, resets = inputs
     reason = "" if torch.compiler.is_compiling() else _obstacle_to_kernel(grad_outputs)
     if reason:
         return _reference_gradients(grad_outputs, inputs, needs, options, bf16_weights, reason)
@@ -223,7 +235,7 @@ def _formula(
     needs_input, needs_h_0, needs_c_0, *needs_weights = needs
     any_weight = any(needs_weights)
     operator = backward if len(grad_outputs) == 3 else backward_states
-    arguments, by_layer = _arguments_of(options)
+    arguments, later = _arguments_of(options)
     grad_input, grad_h_0, grad_c_0, grad_weights = operator(
         *grad_outputs,
         input,
@@ -240,7 +252,9 @@ def _formula(
         any_weight,
         backend,
         bf16_weights,
-        **by_layer,
+        lengths,
+        resets,
+        **later,
     )
     if not any_weight:
         grad_weights = [None] * len(weights)
@@ -276,15 +290,15 @@ def _reference_gradients(
     the input, say, or one weight from another), gradients with respect to the tensors themselves would count its part
     twice.
     """
-    input, batch_sizes, h_0, c_0, weights, seed = inputs
+    input, batch_sizes, h_0, c_0, weights, seed, lengths, resets = inputs
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         tensors = [tensor.view_as(tensor) if needed else tensor for tensor, needed in zip((input, h_0, c_0, *weights), needs, strict=True)]
         input, h_0, c_0, *weights = tensors
         if bf16_weights:
             weights = round_to_bf16(weights)
-        inputs = (input, batch_sizes, h_0, c_0, weights, seed)
-        results = run_reference(*inputs, *options, states=len(grad_outputs) == 5, direction="backward", reason=reason)
+        how: dict[str, Any] = {"states": len(grad_outputs) == 5, "direction": "backward", "reason": reason}
+        results = run_reference(input, batch_sizes, h_0, c_0, weights, seed, *options, lengths=lengths, resets=resets, **how)
         flowing: list[tuple[Any, Tensor]] = [
             (result, grad) for result, grad in zip(_flat(results), _flat(grad_outputs), strict=True) if grad is not None
         ]
@@ -316,8 +330,8 @@ def _save(operator: Any) -> Callable[..., None]:
         ctx.bf16_weights = named["bf16_weights"]
         ctx.set_materialize_grads(False)
         if ctx.saving != "none":
-            input, batch_sizes, h_0, c_0, weights, seed = _inputs_of(named)
-            ctx.save_for_backward(input, batch_sizes, h_0, c_0, seed, result, reserve, *weights)
+            input, batch_sizes, h_0, c_0, weights, seed, lengths, resets = _inputs_of(named)
+            ctx.save_for_backward(input, batch_sizes, h_0, c_0, seed, result, reserve, lengths, resets, *weights)
 
     return setup_context
 
@@ -427,6 +441,8 @@ def run_kernel(
     bf16_weights: bool,
     frozen: bool = False,
     states: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """The operator ``forward`` without its reserve; by the fast path (``csrc/torch/eager.h``) if that accepts the call.
 
@@ -438,6 +454,8 @@ def run_kernel(
         bf16_weights: whether the kernels round the weights. If not, the caller has rounded them where the options ask for it.
         frozen: whether kept packed weights may be used without comparing them with the module's weights.
         states: whether to run ``forward_states`` instead, which has no fast path.
+        lengths: of the sequences of a padded batch; int64 ``(B,)`` on the CPU.
+        resets: where they are cut; bool ``(T, B)``.
 
     Returns:
         ``(output, h_n, c_n)``, with ``states`` ``(output, h_n, c_n, hidden, cell)``.
@@ -445,12 +463,14 @@ def run_kernel(
     if not states and not torch.compiler.is_compiling():
         if bf16_weights != options.bf16_weights:
             options = dataclasses.replace(options, bf16_weights=bf16_weights)
-        results = call(input, batch_sizes, h_0, c_0, weights, seed, options.native, dropout, backend, frozen)
+        results = call(input, batch_sizes, h_0, c_0, weights, seed, options.native, dropout, backend, frozen, lengths, resets)
         if results is not None:
             return results
-    arguments, by_layer = _arguments_of((options.bias, options.num_layers, options.bidirectional, options.proj_size, dropout))
+    stack = (options.bias, options.num_layers, options.bidirectional, options.proj_size, dropout, options.link)
+    arguments, later = _arguments_of(stack)
     operator = forward_states if states else forward
-    *found, _ = operator(input, batch_sizes, h_0, c_0, weights, seed, *arguments, saving, backend, bf16_weights, **by_layer)
+    inputs = (input, batch_sizes, h_0, c_0, weights, seed)
+    *found, _ = operator(*inputs, *arguments, saving, backend, bf16_weights, lengths, resets, **later)
     return tuple(found)
 
 
@@ -488,7 +508,10 @@ def run_reference(
     bidirectional: bool,
     proj_size: int | tuple[int, ...],
     dropout: float | tuple[float, ...],
+    link: str = "plain",
     *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     states: bool = False,
     direction: str = "forward",
     reason: str,
@@ -520,5 +543,6 @@ def run_reference(
     else:
         outside_autocast = nullcontext()
     with outside_autocast:
-        results = states_reference(input, batch_sizes, h_0, c_0, weights, seed, bias, num_layers, bidirectional, proj_size, dropout)
+        stack = (bias, num_layers, bidirectional, proj_size, dropout, link)
+        results = states_reference(input, batch_sizes, h_0, c_0, weights, seed, *stack, lengths=lengths, resets=resets)
     return results if states else results[:3]

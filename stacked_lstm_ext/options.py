@@ -14,9 +14,9 @@ from numbers import Number
 from typing import Any
 
 from ._native import _C
-from .layout import StateLayout, for_each_layer
+from .layout import LINKS, StateLayout, for_each_layer, output_width
 
-__all__ = ["StackOptions", "as_tuple", "check_dropouts", "check_widths", "count_layers", "used_entries"]
+__all__ = ["StackOptions", "as_tuple", "check_dropouts", "check_link", "check_widths", "count_layers", "used_entries"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class StackOptions:
             not train has a rate of 0 in effect.
         recompute: whether a training step keeps less and its backward pass computes more.
         bf16_weights: whether the products see the weights rounded to bfloat16.
+        link: what a layer reads of the layers below, and what the output is: one of ``LINKS``.
     """
 
     input_size: int
@@ -45,6 +46,7 @@ class StackOptions:
     dropout: float | tuple[float, ...] = 0.0
     recompute: bool = False
     bf16_weights: bool = False
+    link: str = "plain"
 
     @property
     def directions(self) -> int:
@@ -64,6 +66,11 @@ class StackOptions:
     def output_sizes(self) -> tuple[int, ...]:
         """Features of h in each layer: P, or H where there is no projection."""
         return tuple(proj or hidden for hidden, proj in zip(self.hidden_sizes, self.proj_sizes, strict=True))
+
+    @property
+    def output_width(self) -> int:
+        """Features of the stack's output."""
+        return output_width(self.output_sizes, self.directions, self.link)
 
     @property
     def dropouts(self) -> tuple[float, ...]:
@@ -157,6 +164,26 @@ def check_dropouts(dropout: tuple[Any, ...]) -> None:
         if isinstance(rate, bool) or not isinstance(rate, Number) or not 0 <= rate <= 1:  # type: ignore[operator]
             raise ValueError(
                 f"{entry} should be a number in range [0, 1] representing the probability of an element being zeroed, got: {rate}"
+            )
+
+
+def check_link(link: Any, hidden_size: Any, proj_size: Any, num_layers: int) -> None:
+    """Refuse a link that no stack can have.
+
+    Raises:
+        ValueError: for an unknown one; for residual links between layers whose h are not equally wide.
+    """
+    if link not in LINKS:
+        raise ValueError(f"link should be one of {', '.join(map(repr, LINKS))}, got: {link!r}")
+    if link != "residual":
+        return
+    sizes = zip(for_each_layer(hidden_size, num_layers), for_each_layer(proj_size, num_layers), strict=True)
+    outputs = [proj or hidden for hidden, proj in sizes]
+    for layer, output in enumerate(outputs):
+        if output != outputs[0]:
+            raise ValueError(
+                f"link='residual' needs layers whose h is equally wide: that of layer 0 has {outputs[0]} features, "
+                f"that of layer {layer} has {output}"
             )
 
 

@@ -5,11 +5,18 @@ kernel can: second derivatives, forward-mode differentiation, ``torch.func`` tra
 So it may use neither in-place operations nor control flow that depends on a tensor's contents (the one exception is
 ``batch_sizes``, which lives on the CPU). It is written to be read, not to be fast.
 
-    i = σ(a_i)   f = σ(a_f)   g = tanh(a_g)   o = σ(a_o)      a = W_ih x + b_ih + W_hh h + b_hh, gate order i, f, g, o
+    i = σ(a_i)   f = σ(a_f)   g = tanh(a_g)   o = σ(a_o)      a = W_ih u + b_ih + W_hh h + b_hh, gate order i, f, g, o
     c' = f·c + i·g            h' = W_hr (o·tanh(c'))          W_hr only in a layer with a projection
 
+Layer k reads u_k; x is the input of the stack, m_k the mask of the dropout behind layer k:
+
+    link        u_0   u_1       u_(k+1), k ≥ 1         output
+    plain       x     m_0·h_0   m_k·h_k                h_(L-1)
+    residual    x     m_0·h_0   m_k·h_k + u_k          h_(L-1) + u_(L-1)     if L ≥ 2
+    skip        x     [m_0·h_0, x]   [m_k·h_k, x]      [h_0, …, h_(L-1)]
+
 Sources: Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; the projection of Sak et al. 2014;
-dropout masks by Philox4x32-10 of Salmon et al. 2011.
+residual links of Wu et al. 2016 (GNMT); skip links of Graves 2013; dropout masks by Philox4x32-10 of Salmon et al. 2011.
 """
 
 from __future__ import annotations
@@ -37,6 +44,10 @@ def lstm_reference(
     bidirectional: bool,
     proj_size: int | tuple[int, ...],
     dropout: float | tuple[float, ...],
+    link: str = "plain",
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a stacked LSTM; the arguments are those of the operator ``stacked_lstm_ext::forward``.
 
@@ -57,17 +68,21 @@ def lstm_reference(
         bidirectional: whether D is 2.
         proj_size: P, or 0 for no projection; a tuple has one for each layer.
         dropout: the rate in effect between layers, 0 when evaluating; a tuple has one for each boundary, L-1.
+        link: what a layer reads of the layers below: ``"plain"``, ``"residual"`` or ``"skip"``.
+        lengths: ``None``, or, of a padded batch, how many steps each sequence has: int64 ``(B,)`` on the CPU, in any order.
+            What is behind a sequence's end is not read, and results are zero there.
+        resets: ``None``, or, of a padded batch, bool ``(T, B)``: true cuts a sequence between the steps t-1 and t, so that no
+            state crosses, in either direction; at t = 0 it puts zeros in the place of h_0 and c_0 of the forward direction.
 
     Returns:
-        ``(output, h_n, c_n)``: output ``(T, B, D·out)`` of the last layer, or ``(rows, D·out)`` when packed; ``h_n`` and
-        ``c_n`` shaped as ``h_0`` and ``c_0``.
+        ``(output, h_n, c_n)``: output ``(T, B, D·out)`` of the last layer (with skip links, of all layers, side by side), or
+        ``(rows, D·out)`` when packed; ``h_n`` and ``c_n`` shaped as ``h_0`` and ``c_0``.
 
     Raises:
         ValueError: if ``dropout`` is in effect and there is no ``seed``.
     """
-    output, h_n, c_n, _, _ = states_reference(
-        input, batch_sizes, h_0, c_0, weights, seed, bias, num_layers, bidirectional, proj_size, dropout
-    )
+    stack = (bias, num_layers, bidirectional, proj_size, dropout, link)
+    output, h_n, c_n, _, _ = states_reference(input, batch_sizes, h_0, c_0, weights, seed, *stack, lengths=lengths, resets=resets)
     return output, h_n, c_n
 
 
@@ -83,6 +98,10 @@ def states_reference(
     bidirectional: bool,
     proj_size: int | tuple[int, ...],
     dropout: float | tuple[float, ...],
+    link: str = "plain",
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """:func:`lstm_reference` with everything that the stack knows: the operator ``stacked_lstm_ext::forward_states``.
 
@@ -99,50 +118,97 @@ def states_reference(
         input, h_0, c_0 = input.float(), h_0.float(), c_0.float()
         weights = [weight.float() for weight in weights]
 
-    sizes = [input.size(1)] * input.size(0) if batch_sizes is None else batch_sizes.tolist()
-    batch = sizes[0]
     directions = 2 if bidirectional else 1
+    steps, batch = (input.size(0), input.size(1)) if batch_sizes is None else (batch_sizes.numel(), int(batch_sizes[0]))
     h_layout, c_layout = state_layouts([weight.shape for weight in weights], bias, directions, proj_sizes)
     named: list[list[dict[str, Tensor]]] = [[{} for _ in range(directions)] for _ in range(num_layers)]
     for weight, (layer, direction, kind) in zip(weights, weights_of_stack(bias, directions, proj_sizes), strict=True):
         named[layer][direction][kind] = weight
 
+    # Sequences sorted by length, the longest first. `sizes` says how many of them each step has.
+    order = None
+    if batch_sizes is not None:
+        sizes = batch_sizes.tolist()
+    elif lengths is None:
+        sizes = [batch] * steps
+    else:
+        order = lengths.sort(descending=True, stable=True).indices
+        sizes = [int((lengths > t).sum()) for t in range(steps)]
+    here = None if order is None else order.to(input.device)
+
+    def in_order(tensor: Tensor, dim: int = 1) -> Tensor:
+        return tensor if here is None else tensor.index_select(dim, here)
+
     # One row for each (step, sequence) that exists, so that padded and packed input are treated alike.
-    rows = input if batch_sizes is not None else input.flatten(0, 1)
+    if batch_sizes is not None:
+        rows = input
+    elif lengths is None:
+        rows = input.flatten(0, 1)
+    else:
+        rows = torch.cat([step[:size] for step, size in zip(in_order(input).unbind(0), sizes, strict=True)])
+    cuts = None if resets is None else in_order(resets).unbind(0)
+
+    def result(rows: Tensor) -> Tensor:
+        if batch_sizes is None and lengths is None:
+            rows = rows.unflatten(0, (steps, batch))
+        elif here is not None:
+            padded = [functional.pad(step, (0, 0, 0, batch - size)) for step, size in zip(rows.split(sizes), sizes, strict=True)]
+            rows = torch.stack(padded).index_select(1, here.argsort())
+        return rows.to(dtype)
+
+    def masked(rows: Tensor, layer: int) -> Tensor:
+        rate = dropouts[layer]
+        if rate == 0:
+            return rows
+        assert seed is not None
+        keep = dropout_mask(seed, layer, _element_rows(sizes, batch, rows.device), rows.size(-1), rate)
+        # A product, not a selection: NaN and Inf in a dropped element then show in the result, as in torch.
+        return rows * (keep.to(rows.dtype) * (1 / (1 - rate) if rate < 1 else 0.0))
+
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
     hidden: list[Tensor] = []
     cell: list[Tensor] = []
+    x = u = rows
     for layer, (h, c) in enumerate(zip(h_layout.split(h_0, batch), c_layout.split(c_0, batch), strict=True)):
-        rate = dropouts[layer - 1] if layer > 0 else 0.0
-        if rate > 0:
-            assert seed is not None
-            keep = dropout_mask(seed, layer - 1, _element_rows(sizes, batch, rows.device), rows.size(-1), rate)
-            # A product, not a selection: NaN and Inf in a dropped element then show in the result, as in torch.
-            rows = rows * (keep.to(rows.dtype) * (1 / (1 - rate) if rate < 1 else 0.0))
-        runs = [_run_direction(rows, sizes, h[d], c[d], named[layer][d], reverse=d == 1) for d in range(directions)]
+        if layer > 0:
+            below = masked(hidden[-1], layer - 1)
+            if link == "residual" and layer > 1:
+                below = below + u
+            u = torch.cat([below, x], dim=-1) if link == "skip" else below
+        h, c = in_order(h), in_order(c)
+        runs = [_run_direction(u, sizes, h[d], c[d], named[layer][d], cuts, reverse=d == 1) for d in range(directions)]
         all_h, all_c, last_h, last_c = zip(*runs, strict=True)
-        rows = torch.cat(all_h, dim=-1)
-        hidden.append(rows)
+        hidden.append(torch.cat(all_h, dim=-1))
         cell.append(torch.cat(all_c, dim=-1))
         h_n.append(torch.stack(last_h))
         c_n.append(torch.stack(last_c))
 
-    def result(rows: Tensor) -> Tensor:
-        return (rows if batch_sizes is not None else rows.unflatten(0, (len(sizes), batch))).to(dtype)
-
-    hidden[-1] = rows.clone()  # a result shares no memory with another
+    if link == "residual" and num_layers > 1:
+        output = hidden[-1] + u
+    else:
+        output = torch.cat(hidden, dim=-1) if link == "skip" else hidden[-1].clone()  # a result shares no memory with another
+    if here is not None:
+        h_n, c_n = ([state.index_select(1, here.argsort()) for state in layers] for layers in (h_n, c_n))
     last = h_layout.join(h_n).to(dtype), c_layout.join(c_n).to(dtype)
-    return result(rows), *last, [result(h) for h in hidden], [result(c) for c in cell]
+    return result(output), *last, [result(h) for h in hidden], [result(c) for c in cell]
 
 
 def _run_direction(
-    rows: Tensor, sizes: list[int], h_0: Tensor, c_0: Tensor, weights: Mapping[str, Tensor], *, reverse: bool
+    rows: Tensor,
+    sizes: list[int],
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Mapping[str, Tensor],
+    cuts: Sequence[Tensor] | None,
+    *,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One direction of one layer: ``rows`` (all steps) in; all h, all c, and the last h and c of every sequence, out.
 
     ``sizes`` (the sequences alive at each step) never grows with time. Forwards, sequences therefore leave at the end
-    of the batch; in reverse they join there, each from its own initial state.
+    of the batch; in reverse they join there, each from its own initial state. ``cuts[t]`` says which sequences are cut between
+    the steps t-1 and t.
     """
     w_hh, b_hh, w_hr = weights["weight_hh"], weights.get("bias_hh"), weights.get("weight_hr")
     inputs = functional.linear(rows, weights["weight_ih"], weights.get("bias_ih")).split(sizes)
@@ -154,13 +220,17 @@ def _run_direction(
     ended_h: list[Tensor] = []
     ended_c: list[Tensor] = []
     for t in reversed(steps) if reverse else steps:
-        if sizes[t] > alive:
-            h = torch.cat([h, h_0[alive : sizes[t]]])
-            c = torch.cat([c, c_0[alive : sizes[t]]])
-        elif sizes[t] < alive:
+        if sizes[t] < alive:
             ended_h.append(h[sizes[t] :])
             ended_c.append(c[sizes[t] :])
             h, c = h[: sizes[t]], c[: sizes[t]]
+        if cuts is not None and not (reverse and t + 1 == len(sizes)):
+            # A selection, not a product: not even NaN crosses a cut. A sequence that joins at this step has crossed nothing.
+            cut = cuts[t + 1 if reverse else t][: h.size(0)].unsqueeze(-1)
+            h, c = h.masked_fill(cut, 0.0), c.masked_fill(cut, 0.0)
+        if sizes[t] > alive:
+            h = torch.cat([h, h_0[alive : sizes[t]]])
+            c = torch.cat([c, c_0[alive : sizes[t]]])
         alive = sizes[t]
 
         i, f, g, o = (inputs[t] + functional.linear(h, w_hh, b_hh)).chunk(4, dim=-1)

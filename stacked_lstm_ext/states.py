@@ -57,6 +57,8 @@ class Given(NamedTuple):
     batch: int
     unusual: bool  # whether every check has to be called as a method
     is_batched: bool = True
+    lengths: Tensor | None = None  # int64 (N,) on the CPU
+    resets: Tensor | None = None  # bool (T, N)
     permutations: tuple[Tensor | None, Tensor | None] = (None, None)  # sorted_indices, unsorted_indices of a packed batch
 
 

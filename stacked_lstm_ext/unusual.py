@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layout import for_each_layer, weights_of_stack
-from .options import check_dropouts, check_widths, count_layers, used_entries
+from .layout import LINKS, for_each_layer, weights_of_stack
+from .options import check_dropouts, check_link, check_widths, count_layers, used_entries
 
 __all__ = ["CHECKS", "WATCHED", "WEIGHT_METHODS", "check_options", "is_unusual", "overrides", "weight_names"]
 
@@ -30,12 +30,12 @@ CHECKS = (
 # The methods with which nn.LSTM.forward updates self._flat_weights, the list that it then computes with.
 WEIGHT_METHODS = ("_init_flat_weights", "_update_flat_weights", "_weights_have_changed")
 
-_FLAGS = ("bias", "batch_first", "bidirectional", "training")
+_FLAGS = ("bias", "batch_first", "bidirectional", "return_sequences", "training")
 _WIDTHS = ("hidden_size", "proj_size")  # each an int, or a tuple with an entry for each layer
 _SIZES = ("input_size", "num_layers", *_WIDTHS)
 
 # The attributes of an instance that may make it unusual when they are set.
-WATCHED = frozenset((*CHECKS, *WEIGHT_METHODS, *_FLAGS, *_SIZES, "dropout", "forward", "recompute", "bf16_weights"))
+WATCHED = frozenset((*CHECKS, *WEIGHT_METHODS, *_FLAGS, *_SIZES, "dropout", "forward", "link", "recompute", "bf16_weights"))
 
 
 def overrides(cls: type, base: type, names: tuple[str, ...]) -> bool:
@@ -71,6 +71,8 @@ def is_unusual(module: nn.RNNBase) -> bool:
     if not all(_has_type(own.get(name, 1), (int,), layers) for name in _WIDTHS):
         return True
     if not _has_type(own.get("dropout", 0.0), (float, int), layers - 1):
+        return True
+    if own.get("link", "plain") not in LINKS:
         return True
     names = own.get("_flat_weights_names")
     if not names or "_all_weights" not in own or not own["_all_weights"]:
@@ -137,6 +139,7 @@ def check_options(module: nn.RNNBase) -> None:
     dropout = used_entries(dropout, layers - 1)
     count_layers(layers, hidden_size, proj_size, dropout)
     check_widths(hidden_size, proj_size, layers)
+    check_link(getattr(module, "link", "plain"), hidden_size, proj_size, layers)
     if isinstance(dropout, tuple):
         check_dropouts(dropout)
 

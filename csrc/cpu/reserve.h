@@ -28,15 +28,15 @@ inline constexpr int64_t kKeptGates = 3;
 // packed batch each step has.
 inline KeptRows kept_rows(const StackShape& shape, const Keeping& keeping) {
   if (!keeping.anything()) return {};
-  const int64_t rows = shape.rows(), checkpoints = (std::max<int64_t>(shape.steps, 1) - 1) / kCheckpointSteps;
+  const int64_t rows = shape.all_rows(), checkpoints = (std::max<int64_t>(shape.all_steps(), 1) - 1) / kCheckpointSteps;
   const bool all_c = keeping.saving != Saving::recompute || keeping.states;
   const int64_t gates = keeping.saving == Saving::none ? 0 : keeping.saving == Saving::full ? rows : rows / kKeptGates;
-  return {all_c ? rows : checkpoints * shape.batch, gates, true, keeping.keep_top};
+  return {all_c ? rows : checkpoints * shape.batch, gates, true, keeping.keep_top, keeping.saving != Saving::none};
 }
 
 inline int64_t reserve_elements(const StackShape& shape, const Keeping& keeping) {
   const ReserveSize size = reserve_size(shape, kept_rows(shape, keeping));
-  return size.cells() + size.h;
+  return size.cells() + size.h + size.inputs;
 }
 
 // A reserve on the CPU. Saving::full keeps all rows of a lane. Saving::recompute keeps, of the lane's steps s,

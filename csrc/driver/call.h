@@ -18,6 +18,7 @@
 namespace stacked_lstm {
 
 using OptionalTensor = std::optional<at::Tensor>;
+inline const OptionalTensor kNoTensor;
 
 inline ElementType element_type(at::ScalarType type) {
   return type == at::kDouble     ? ElementType::float64
@@ -38,14 +39,16 @@ struct Call {
   Saving saving;
   bool stores_bf16;  // the CPU kernels store packed weights as bfloat16
   const StackShape& shape;
-  bool states = false;  // every layer's h and c of all steps are results
+  bool states = false;    // every layer's h and c of all steps are results
+  OptionalTensor resets;  // bool (T, B), contiguous; true cuts a sequence: see stack/resets.h
 
   // Whether the reserve of a forward pass keeps h and c of all layers.
   bool keeps_states() const { return saving != Saving::none || states; }
 
   std::vector<int64_t> output_sizes() const {
-    const int64_t width = shape.directions * shape.layers.back().output();
-    return packed ? std::vector<int64_t>{shape.rows(), width} : std::vector<int64_t>{shape.steps, shape.batch, width};
+    const int64_t width = shape.output_width();
+    return packed ? std::vector<int64_t>{shape.rows(), width}
+                  : std::vector<int64_t>{shape.all_steps(), shape.batch, width};
   }
 };
 

@@ -123,25 +123,27 @@ class Products {
 // What a GPU's reserve keeps. `states`: every layer's h and c are results.
 inline KeptRows kept_rows(const StackShape& shape, Saving saving, bool states) {
   if (saving == Saving::none && !states) return {};
-  return {shape.rows(), saving == Saving::full ? shape.rows() : 0, /*h=*/true, /*top=*/false};
+  return {shape.all_rows(), saving == Saving::full ? shape.all_rows() : 0, /*h=*/true, /*top=*/false,
+          /*inputs=*/saving != Saving::none};
 }
 
-// Elements of the reserve, in Accumulator<T>. h is kept as T.
+// Elements of the reserve, in Accumulator<T>. h and inputs are kept as T.
 inline int64_t reserve_elements(const StackShape& shape, Saving saving, bool states, int64_t storage_bytes,
                                 int64_t accumulator_bytes) {
   const ReserveSize size = reserve_size(shape, kept_rows(shape, saving, states));
-  return size.cells() + (size.h * storage_bytes + accumulator_bytes - 1) / accumulator_bytes;
+  return size.cells() + ((size.h + size.inputs) * storage_bytes + accumulator_bytes - 1) / accumulator_bytes;
 }
 
 // A reserve for a forward pass. No kernel writes the padding of units, nor the half of an element behind an odd number of
-// 16-bit h. Zeros there make the bits of a reserve the same every time.
+// 16-bit h, nor the rows behind the end of a sequence. Zeros there make the bits of a reserve the same every time.
 template <typename T>
 Tensor make_reserve(const Call& call) {
   using A = Accumulator<T>;
   const StackShape& shape = call.shape;
   const ReserveSize size = reserve_size(shape, kept_rows(shape, call.saving, call.states));
   const auto padded = [](const LayerShape& layer) { return layer.hidden != layer.padded_hidden(); };
-  const bool gaps = size.h * static_cast<int64_t>(sizeof(T)) % static_cast<int64_t>(sizeof(A)) != 0 ||
+  const bool gaps = shape.has_lengths() ||
+                    (size.h + size.inputs) * static_cast<int64_t>(sizeof(T)) % static_cast<int64_t>(sizeof(A)) != 0 ||
                     std::any_of(shape.layers.begin(), shape.layers.end(), padded);
   const Tensor reserve = at::empty({reserve_elements(shape, call.saving, call.states, sizeof(T), sizeof(A))},
                                    call.input.options().dtype(scalar_type<A>()));

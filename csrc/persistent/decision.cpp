@@ -96,7 +96,10 @@ Product product_for(at::ScalarType type) {
 // Why the kernels cannot run this, if that is known without a plan, or "".
 std::string known_obstacle(const Question& q) {
   const auto number = [](int64_t n) { return std::to_string(n); };
-  if (std::string why = obstacle(Path::persistent, q.options, element_type(q.type)); !why.empty()) return why;
+  if (std::string why = obstacle(Path::persistent, q.options, element_type(q.type), {q.shape.has_lengths(), q.resets});
+      !why.empty()) {
+    return why;
+  }
   if (q.shape.batch == 0) return "the batch is empty";
   int64_t largest = std::max(q.shape.steps, q.shape.batch);
   for (const LayerShape& layer : q.shape.layers) largest = std::max({largest, layer.hidden, layer.input});
@@ -237,6 +240,8 @@ std::shared_ptr<const Decision> decide(const Question& q) {
                               static_cast<int64_t>(product_for(q.type)),
                               static_cast<int64_t>(q.saving),
                               q.states,
+                              q.resets,
+                              static_cast<int64_t>(q.shape.link),
                               q.options.drops(),
                               q.shape.directions,
                               q.shape.steps,

@@ -22,6 +22,7 @@ struct Question {
   at::ScalarType type;
   at::Device device;
   bool states = false;  // of the call
+  bool resets = false;  // likewise
 };
 
 // What would run the call. `auto`, `plan` and both the forward and the backward pass of a call use the same decision.

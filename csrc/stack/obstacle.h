@@ -15,8 +15,18 @@ enum class Path : uint8_t { cpu, diagonal, persistent };
 // The type of the tensors.
 enum class ElementType : uint8_t { float32, float64, bfloat16, float16 };
 
-// One sentence about a stack with these options, without the full stop; "" if the path can run it.
-inline std::string obstacle(Path path, const StackOptions& options, ElementType type) {
+// What a call may have beside its tensors and options.
+struct CallParts {
+  bool lengths = false, resets = false;
+};
+
+// One sentence about a call of a stack with these options, without the full stop; "" if the path can run it.
+inline std::string obstacle(Path path, const StackOptions& options, ElementType type, const CallParts& parts = {}) {
+  if (options.link != LinkKind::plain && options.num_layers > 1) {
+    return "it has no " + std::string(kLinkNames[static_cast<int>(options.link)]) + " links";
+  }
+  if (parts.lengths) return "it knows no lengths";
+  if (parts.resets) return "it knows no resets";
   if (path != Path::persistent) return "";
   if (type == ElementType::float64) return "it computes in float32, and these tensors are float64";
   for (int64_t k = 0; k < options.num_layers; ++k) {

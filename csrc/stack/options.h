@@ -44,6 +44,7 @@ struct StackOptions {
   PerLayer<double> dropout;     // [k]: between layers k and k + 1; in a call, the rates in effect
   bool recompute = false;       // a training step keeps less, and its backward pass computes more
   bool bf16_weights = false;    // products see the weights rounded to bfloat16
+  LinkKind link = LinkKind::plain;
 
   bool operator==(const StackOptions&) const = default;
 
@@ -58,6 +59,9 @@ struct StackOptions {
   }
 };
 
+// The names of the kinds of link, in their order.
+inline constexpr const char* kLinkNames[] = {"plain", "residual", "skip"};
+
 // Calls visit(name, pointer to member) for every field. The Python class and the value that a node of the autograd graph
 // keeps are made from this list, so a new field has to be added in no other place in C++.
 template <typename Visit>
@@ -71,16 +75,19 @@ constexpr void for_each_option(Visit&& visit) {
   visit("dropout", &StackOptions::dropout);
   visit("recompute", &StackOptions::recompute);
   visit("bf16_weights", &StackOptions::bf16_weights);
+  visit("link", &StackOptions::link);
 }
 
 // The layers of a stack, into a shape whose memory may be used again.
 inline void set_layers(const StackOptions& options, StackShape& shape) {
   shape.directions = options.directions();
+  shape.link = options.link;
   shape.layers.clear();
+  const int64_t skipped = options.link == LinkKind::skip ? options.input_size : 0;
   int64_t input = options.input_size;
   for (int64_t k = 0; k < options.num_layers; ++k) {
     shape.layers.push_back({input, options.hidden_size[k], options.proj_size[k]});
-    input = shape.directions * shape.layers.back().output();
+    input = shape.directions * shape.layers.back().output() + skipped;
   }
 }
 

@@ -51,6 +51,7 @@ PerLayer<T> option_from(const py::handle& value, const PerLayer<T>*) {
   if (py::isinstance<py::sequence>(value)) return PerLayer<T>(value.cast<std::vector<T>>());
   return value.cast<T>();
 }
+LinkKind option_from(const py::handle& value, const LinkKind*) { return link_named(value.cast<std::string>()); }
 template <typename T>
 py::object option_to(const T& option) {
   return py::cast(option);
@@ -60,6 +61,8 @@ py::object option_to(const PerLayer<T>& option) {
   if (option.each.empty()) return py::cast(option.every);
   return py::tuple(py::cast(option.each));
 }
+
+py::object option_to(LinkKind option) { return py::str(kLinkNames[static_cast<int>(option)]); }
 
 py::dict describe(const Schedule& schedule, int64_t directions) {
   py::list phases;
@@ -194,7 +197,7 @@ py::dict gpu_plan(const StackOptions& options, int64_t seq_len, int64_t batch_si
 // (output, h_n, c_n), or None if `step` (step.h) declines, or if an argument is not a tensor or is of a subclass, which
 // may override what torch's functions do.
 py::object step_once(const py::handle& input, const py::handle& h_0, const py::handle& c_0, const py::list& weights,
-                     const StackOptions& options, bool frozen) {
+                     const StackOptions& options, bool frozen, const py::handle& reset) {
   thread_local std::vector<Tensor> tensors;  // keeps its memory between calls, but no tensors
   const struct Emptied {
     ~Emptied() { tensors.clear(); }  // while this thread holds the GIL
@@ -207,7 +210,15 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
     if (!THPVariable_CheckExact(weight.ptr())) return py::none();
     tensors.push_back(THPVariable_Unpack(weight.ptr()));
   }
-  const StepArguments arguments{tensors[0], tensors[1], tensors[2], TensorList(tensors).slice(3), options, frozen};
+  const bool resets = !reset.is_none();
+  if (resets && !THPVariable_CheckExact(reset.ptr())) return py::none();
+  const StepArguments arguments{tensors[0],
+                                tensors[1],
+                                tensors[2],
+                                TensorList(tensors).slice(3),
+                                options,
+                                frozen,
+                                resets ? &THPVariable_Unpack(reset.ptr()) : nullptr};
   std::optional<StepResults> results;
   {
     const py::gil_scoped_release others_may_run;
@@ -227,7 +238,7 @@ py::object step_once(const py::handle& input, const py::handle& h_0, const py::h
 // in effect, or the rates of all boundaries.
 py::object call(const py::handle& input, const py::handle& batch_sizes, const py::handle& h_0, const py::handle& c_0,
                 const py::list& weights, const py::handle& seed, const StackOptions& options, const py::handle& dropout,
-                const std::string& backend, bool frozen) {
+                const std::string& backend, bool frozen, const py::handle& lengths, const py::handle& resets) {
   StackOptions in_effect = options;
   in_effect.dropout = option_from(dropout, &in_effect.dropout);
   std::vector<Tensor> tensors;
@@ -243,7 +254,7 @@ py::object call(const py::handle& input, const py::handle& batch_sizes, const py
     return tensor.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(tensor.ptr()));
   };
   if (!THPVariable_CheckExact(input.ptr()) || !ordinary(batch_sizes) || !ordinary(h_0) || !ordinary(c_0) ||
-      !ordinary(seed)) {
+      !ordinary(seed) || !ordinary(lengths) || !ordinary(resets)) {
     return py::none();
   }
   const EagerCall arguments{THPVariable_Unpack(input.ptr()),
@@ -254,7 +265,9 @@ py::object call(const py::handle& input, const py::handle& batch_sizes, const py
                             optional(seed),
                             in_effect,
                             backend,
-                            frozen};
+                            frozen,
+                            optional(lengths),
+                            optional(resets)};
   std::optional<EagerResults> results;
   {
     const py::gil_scoped_release others_may_run;
@@ -270,12 +283,13 @@ void set_python_formula(py::object formula) {
   set_formula([kept](const std::array<Tensor, 3>& flowing, const EagerSaved& saved, const std::vector<bool>& needs) {
     const py::gil_scoped_acquire gil;
     const StackOptions& o = saved.options;
-    const py::tuple found =
-        (*kept)(py::make_tuple(flowing[0], flowing[1], flowing[2]),
-                py::make_tuple(saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights, saved.seed),
-                saved.output, saved.reserve, needs,
-                py::make_tuple(o.bias, o.num_layers, o.bidirectional, option_to(o.proj_size), option_to(o.dropout)),
-                o.recompute ? "recompute" : "full", saved.backend, o.bf16_weights);
+    const py::tuple found = (*kept)(py::make_tuple(flowing[0], flowing[1], flowing[2]),
+                                    py::make_tuple(saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights,
+                                                   saved.seed, saved.lengths, saved.resets),
+                                    saved.output, saved.reserve, needs,
+                                    py::make_tuple(o.bias, o.num_layers, o.bidirectional, option_to(o.proj_size),
+                                                   option_to(o.dropout), option_to(o.link)),
+                                    o.recompute ? "recompute" : "full", saved.backend, o.bf16_weights);
     std::vector<Tensor> gradients;
     const auto add = [&](const py::handle& one) { gradients.push_back(one.is_none() ? Tensor() : one.cast<Tensor>()); };
     for (size_t n = 0; n < 3; ++n) add(found[n]);
@@ -469,12 +483,15 @@ PYBIND11_MODULE(_C, m) {
       py::arg("table"), py::arg("watchdog") = false);
   m.def("gpu_plan", &gpu_plan);
   // Why a path cannot run a stack with these options, or "".
-  m.def("obstacle", [](const std::string& path, const StackOptions& options, const std::string& dtype) {
-    TORCH_CHECK_VALUE(path == "cpu" || path == "diagonal" || path == "persistent",
-                      "path should be one of cpu, diagonal, persistent, got: ", path);
-    const Path named = path == "cpu" ? Path::cpu : path == "diagonal" ? Path::diagonal : Path::persistent;
-    return obstacle(named, options, element_type(dtype_named(dtype)));
-  });
+  m.def(
+      "obstacle",
+      [](const std::string& path, const StackOptions& options, const std::string& dtype, bool lengths, bool resets) {
+        TORCH_CHECK_VALUE(path == "cpu" || path == "diagonal" || path == "persistent",
+                          "path should be one of cpu, diagonal, persistent, got: ", path);
+        const Path named = path == "cpu" ? Path::cpu : path == "diagonal" ? Path::diagonal : Path::persistent;
+        return obstacle(named, options, element_type(dtype_named(dtype)), {lengths, resets});
+      },
+      py::arg("path"), py::arg("options"), py::arg("dtype"), py::arg("lengths") = false, py::arg("resets") = false);
   m.def("force_persistent_device", [](const py::object& device) {
     persistent::force_device(device.is_none() ? std::nullopt : std::optional(persistent::device_of(device)));
   });

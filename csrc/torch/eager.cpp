@@ -39,6 +39,7 @@ template <typename T>
 c10::IValue value_of(const PerLayer<T>& option) {
   return option.each.empty() ? c10::IValue(option.every) : c10::IValue(option.each);
 }
+c10::IValue value_of(LinkKind option) { return static_cast<int64_t>(option); }
 template <typename T>
 void take(const c10::IValue& value, T& option) {
   option = value.to<T>();
@@ -47,6 +48,8 @@ template <typename T>
 void take(const c10::IValue& value, PerLayer<T>& option) {
   option = value.isList() ? PerLayer<T>(value.to<std::vector<T>>()) : PerLayer<T>(value.to<T>());
 }
+
+void take(const c10::IValue& value, LinkKind& option) { option = static_cast<LinkKind>(value.toInt()); }
 
 // The options as a value that compiled autograd can use as a key: the fields in their order, then the backend.
 c10::IValue to_value(const StackOptions& options, const std::string& backend) {
@@ -81,10 +84,18 @@ struct StackedLSTMBackward : torch::autograd::Function<StackedLSTMBackward> {
                                at::TensorList weights, const EagerCall* call, const StackShape* shape) {
     const StackOptions& options = call->options;
     const Below below;
-    Results results = stacked_lstm::forward(
-        {input, call->batch_sizes, h_0, c_0, weights, call->seed, options, saving_of(options), call->backend}, shape);
-    variable_list saved{input,          defined_or_empty(call->batch_sizes), h_0, c_0, defined_or_empty(call->seed),
-                        results.output, std::move(results.reserve)};
+    Results results = stacked_lstm::forward({input, call->batch_sizes, h_0, c_0, weights, call->seed, options,
+                                             saving_of(options), call->backend, call->lengths, call->resets},
+                                            shape);
+    variable_list saved{input,
+                        defined_or_empty(call->batch_sizes),
+                        h_0,
+                        c_0,
+                        defined_or_empty(call->seed),
+                        results.output,
+                        std::move(results.reserve),
+                        defined_or_empty(call->lengths),
+                        defined_or_empty(call->resets)};
     saved.insert(saved.end(), weights.begin(), weights.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data[kOptions] = to_value(options, call->backend);
@@ -96,8 +107,9 @@ struct StackedLSTMBackward : torch::autograd::Function<StackedLSTMBackward> {
     const variable_list all = ctx->get_saved_variables();
     const auto [options, backend] = from_value(ctx->saved_data.at(kOptions));
     const EagerSaved saved{
-        all[0],           optional(all[1]), all[2], all[3],  variable_list(all.begin() + 7, all.end()),
-        optional(all[4]), all[5],           all[6], options, backend};
+        all[0],           optional(all[1]), all[2], all[3],  variable_list(all.begin() + 9, all.end()),
+        optional(all[4]), all[5],           all[6], options, backend,
+        optional(all[7]), optional(all[8])};
     variable_list gradients(3 + saved.weights.size() + 2);  // the last two are the call's and the shape's
     if (std::none_of(flowing.begin(), flowing.end(), [](const Tensor& g) { return g.defined(); })) return gradients;
     std::vector<bool> needs;
@@ -114,10 +126,10 @@ struct StackedLSTMBackward : torch::autograd::Function<StackedLSTMBackward> {
     const bool any_weight = std::find(needs.begin() + 3, needs.end(), true) != needs.end();
     const OptionalTensor grad_output = optional(flowing[0]), grad_h_n = optional(flowing[1]),
                          grad_c_n = optional(flowing[2]);
-    Gradients found = stacked_lstm::backward({saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights,
-                                              saved.seed, options, saving_of(options), backend},
-                                             {saved.output, saved.reserve}, {grad_output, grad_h_n, grad_c_n, {}, {}},
-                                             needs[0], any_weight);
+    Gradients found = stacked_lstm::backward(
+        {saved.input, saved.batch_sizes, saved.h_0, saved.c_0, saved.weights, saved.seed, options, saving_of(options),
+         backend, saved.lengths, saved.resets},
+        {saved.output, saved.reserve}, {grad_output, grad_h_n, grad_c_n, {}, {}}, needs[0], any_weight);
     if (needs[0]) gradients[0] = std::move(found.input);
     if (needs[1]) gradients[1] = std::move(found.h_0);
     if (needs[2]) gradients[2] = std::move(found.c_0);
@@ -147,12 +159,18 @@ std::optional<EagerResults> call_eagerly(const EagerCall& call) {
   if (!alike(input) || somebody_watches()) return {};
   if (call.h_0.has_value() != call.c_0.has_value()) return {};
   if ((call.h_0 && !alike(*call.h_0)) || (call.c_0 && !alike(*call.c_0))) return {};
+  if ((call.lengths && !is_plain(*call.lengths)) || (call.resets && !is_plain(*call.resets))) return {};
   if (!std::all_of(call.weights.begin(), call.weights.end(), alike)) return {};
   if (options.bf16_weights && (type != at::kFloat || call.backend != "cpu")) return {};
   if ((call.backend == "cpu" || !call.h_0) && !device.is_cpu()) return {};
+  if (call.backend == "cpu" &&
+      !obstacle(Path::cpu, options, element_type(type), {call.lengths.has_value(), call.resets.has_value()}).empty()) {
+    return {};
+  }
   StackShape shape;
   const auto given = [](const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; };
-  if (!prepare({input, given(call.batch_sizes), given(call.h_0), given(call.c_0), call.weights, options},
+  if (!prepare({input, given(call.batch_sizes), given(call.h_0), given(call.c_0), call.weights, options, false,
+                given(call.lengths), given(call.resets)},
                Misfit::declines, shape)) {
     return {};
   }
@@ -173,8 +191,9 @@ std::optional<EagerResults> call_eagerly(const EagerCall& call) {
   }
   const Below below;
   const Trust trust(call.frozen);
-  Results results = forward(
-      {input, call.batch_sizes, h_0, c_0, call.weights, call.seed, options, Saving::none, call.backend}, &shape);
+  Results results = forward({input, call.batch_sizes, h_0, c_0, call.weights, call.seed, options, Saving::none,
+                             call.backend, call.lengths, call.resets},
+                            &shape);
   return EagerResults{std::move(results.output), std::move(results.h_n), std::move(results.c_n)};
 }
 

@@ -27,6 +27,7 @@ struct EagerCall {
   const StackOptions& options;
   const std::string& backend;
   bool frozen;  // kept packed weights are used without comparing them; a backward pass ignores this
+  OptionalTensor lengths, resets;
 };
 
 struct EagerResults {
@@ -47,6 +48,7 @@ struct EagerSaved {
   at::Tensor output, reserve;
   const StackOptions& options;
   const std::string& backend;
+  OptionalTensor lengths, resets;
 };
 
 // The formula in Python, for a backward pass that no kernel can do: (gradients that flow in, what was saved, whether input,

@@ -21,6 +21,8 @@ struct OperatorArguments {
   const StackOptions& options;
   Saving saving;
   const std::string& backend;
+  const OptionalTensor& lengths = kNoTensor;
+  const OptionalTensor& resets = kNoTensor;
 };
 
 // Runs a forward pass. `checked`: the shape that prepare() has made of these arguments; null: they are checked here, and

@@ -29,6 +29,12 @@ const char* name_of(Saving saving) {
   return saving == Saving::none ? "none" : saving == Saving::full ? "full" : "recompute";
 }
 
+LinkKind link_named(const std::string& name) {
+  const auto* found = std::find(std::begin(kLinkNames), std::end(kLinkNames), name);
+  TORCH_CHECK_VALUE(found != std::end(kLinkNames), "link should be one of plain, residual, skip, got: ", name);
+  return static_cast<LinkKind>(found - std::begin(kLinkNames));
+}
+
 namespace {
 
 constexpr std::pair<const char*, Backend> kBackends[] = {{"cpu", Backend::cpu},
@@ -159,6 +165,16 @@ bool hidden_sizes_fit(const Arguments& a, StackOptions& options, const Fit& fit)
   return true;
 }
 
+// Residual links add what layers read and give.
+bool link_fits(const StackShape& shape, const Fit& fit) {
+  if (shape.link != LinkKind::residual || shape.same_output()) return true;
+  const int64_t first = shape.layers[0].output();
+  int64_t k = 1;
+  while (shape.layers[static_cast<size_t>(k)].output() == first) ++k;
+  return fit.value(false, "residual links need layers whose h is equally wide, and that of layer 0 has ", first,
+                   " features, that of layer ", k, " has ", shape.layers[static_cast<size_t>(k)].output());
+}
+
 bool weights_fit(const Arguments& a, const StackShape& shape, const Fit& fit) {
   const auto layer_of_lane = [&](int64_t lane) -> const LayerShape& { return shape.of_lane(lane); };
   return all_weights(shape.lanes(), a.options.bias, layer_of_lane, [&](int64_t lane, Weight name, int64_t place) {
@@ -200,6 +216,33 @@ bool packed_rows_fit(const Arguments& a, const Fit& fit, StackShape& shape) {
                    shape.rows(), ", got: ", a.input.size(0));
 }
 
+// The steps of a padded batch whose sequences have lengths.
+bool lengths_fit(const Tensor& lengths, const Fit& fit, StackShape& shape) {
+  if (!fit.value(lengths.device().is_cpu() && lengths.scalar_type() == at::kLong && lengths.dim() == 1,
+                 "lengths should be a one-dimensional int64 tensor on the CPU, got: ", lengths.dim(), " dimensions of ",
+                 lengths.scalar_type(), " on ", lengths.device()) ||
+      !fit.value(lengths.numel() == shape.batch, "lengths should have one entry for each of the ", shape.batch,
+                 " sequences, got: ", lengths.numel())) {
+    return false;
+  }
+  const Tensor contiguous = lengths.contiguous();
+  const int64_t* const length = contiguous.const_data_ptr<int64_t>();
+  int64_t longest = shape.batch > 0 ? 0 : shape.steps;
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    if (!fit.value(length[b] >= 1 && length[b] <= shape.steps, "lengths should be in [1, ", shape.steps,
+                   "], the steps of input, got: ", length[b], " for sequence ", b)) {
+      return false;
+    }
+    longest = std::max(longest, length[b]);
+  }
+  shape.padded_steps = shape.steps, shape.steps = longest;
+  shape.counts.assign(static_cast<size_t>(longest), 0);
+  for (int64_t b = 0; b < shape.batch; ++b) ++shape.counts[static_cast<size_t>(length[b]) - 1];
+  for (int64_t t = longest - 2; t >= 0; --t)
+    shape.counts[static_cast<size_t>(t)] += shape.counts[static_cast<size_t>(t) + 1];
+  return true;
+}
+
 }  // namespace
 
 bool prepare(const Arguments& a, Misfit misfit, StackShape& shape) {
@@ -237,21 +280,37 @@ bool prepare(const Arguments& a, Misfit misfit, StackShape& shape) {
   }
 
   set_layers(options, shape);
-  if (!weights_fit(a, shape, fit)) return false;
+  if (!link_fits(shape, fit) || !weights_fit(a, shape, fit)) return false;
   if (a.h_0 && (!fit.same(*a.h_0, input, "h_0") || !fit.same(*a.c_0, input, "c_0"))) return false;
-  shape.packed_rows.clear();
+  shape.packed_rows.clear(), shape.counts.clear(), shape.padded_steps = 0;
   if (a.batch_sizes) {
-    if (!a.h_0 || !packed_rows_fit(a, fit, shape)) return false;
+    if (!fit.value(!a.lengths && !a.resets, a.lengths ? "lengths" : "resets",
+                   " should be left out where there are batch_sizes: a packed batch cannot have them") ||
+        !a.h_0 || !packed_rows_fit(a, fit, shape)) {
+      return false;
+    }
   } else {
     shape.steps = a.one_step ? 1 : input.size(0);
     shape.batch = unbatched ? 1 : input.size(-2);
     if (!fit.value(shape.steps > 0, "input should have at least one step")) return false;
+    if (a.resets) {
+      const int64_t sizes[] = {shape.steps, shape.batch};
+      if (!fit.value(a.resets->device() == input.device(), "resets should be on the device of input, ", input.device(),
+                     ", got: ", a.resets->device()) ||
+          !fit.type(a.resets->scalar_type() == at::kBool,
+                    "resets should be of dtype bool, got: ", a.resets->scalar_type()) ||
+          !fit.shape(*a.resets, sizes, "resets")) {
+        return false;
+      }
+    }
+    if (a.lengths && !lengths_fit(*a.lengths, fit, shape)) return false;
   }
   // No buffer is larger than all rows of a whole reserve. So if this check passes, no arithmetic on sizes can overflow.
   int64_t widest = 0;
   for (const LayerShape& layer : shape.layers) widest = std::max(widest, layer.hidden);
-  const double elements = static_cast<double>(shape.steps) * static_cast<double>(std::max<int64_t>(shape.batch, 1)) *
-                          static_cast<double>(shape.lanes()) * 6 * static_cast<double>(widest + kUnitPadding);
+  const double elements = static_cast<double>(shape.all_steps()) *
+                          static_cast<double>(std::max<int64_t>(shape.batch, 1)) * static_cast<double>(shape.lanes()) *
+                          6 * static_cast<double>(widest + kUnitPadding);
   if (!fit.value(elements < 1e17, "the sizes are too large: ", shape.steps, " steps, batch ", shape.batch, ", ",
                  shape.lanes(), " layers and directions, hidden_size ", widest)) {
     return false;

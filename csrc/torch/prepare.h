@@ -9,12 +9,15 @@
 #include <string>
 
 #include "../driver/call.h"
+#include "../stack/options.h"
 #include "../stack/stack.h"
 
 namespace stacked_lstm {
 
 Saving saving_of(const std::string& name);
 const char* name_of(Saving saving);
+
+LinkKind link_named(const std::string& name);
 
 enum class Backend { cpu, diagonal, persistent, automatic };
 
@@ -43,6 +46,8 @@ struct Arguments {
   at::TensorList weights;       // in the order of stack/weights.h
   const StackOptions& options;  // if hidden_size or input_size is 0, the tensors say it
   bool one_step = false;
+  const at::Tensor* lengths = nullptr;  // int64 (B) on the CPU, in any order, of a padded batch; or null
+  const at::Tensor* resets = nullptr;   // bool (T, B), of a padded batch; or null
 };
 
 enum class Misfit { raises, declines };
@@ -50,7 +55,7 @@ enum class Misfit { raises, declines };
 // Checks that the arguments fit each other and the options, and makes the shape of the call, in memory that the caller may
 // use again. If they do not fit: with Misfit::raises, a ValueError or TypeError says what is wrong; with Misfit::declines,
 // the result is false, and the caller takes a path that raises. A call without h_0 and c_0 has zeros in their place; it
-// cannot have batch_sizes.
+// cannot have batch_sizes. The shape is that of the sorted batch, if the lengths are not sorted.
 bool prepare(const Arguments& arguments, Misfit misfit, StackShape& shape);
 
 // The sizes of h_0, or of c_0, for a shape: stack/state_layout.h.

@@ -8,10 +8,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
 #include "../cpu/step.h"
+#include "../stack/state_layout.h"
 #include "packed_cache.h"
 #include "plain.h"
 #include "prepare.h"
@@ -97,6 +99,43 @@ bool run(const StepArguments& a, const StackShape& shape, int64_t threads, cpu::
   return true;
 }
 
+std::optional<StepResults> run_step(const StepArguments& a, const StackShape& shape, int64_t threads,
+                                    cpu::Platform& platform) {
+  RECORD_FUNCTION("stacked_lstm_ext::step", {});  // for the profiler, as in eager.cpp
+  StepResults results;
+  results.shape = &shape;
+  bool done = false;
+  const auto type = a.input.scalar_type();
+  if (type == at::kFloat) {
+    done = run<float, float>(a, shape, threads, platform, results);
+  } else if (type == at::kDouble) {
+    done = run<double, double>(a, shape, threads, platform, results);
+  } else if (type == at::kBFloat16) {
+    done = run<at::BFloat16, float>(a, shape, threads, platform, results);
+  } else if (type == at::kHalf) {
+    done = run<at::Half, float>(a, shape, threads, platform, results);
+  }
+  if (!done) return {};
+  return results;
+}
+
+// A state without the part of the sequences that are to begin anew. Where none is, the state itself.
+Tensor after_reset(const Tensor& state, const Tensor& reset, const StackShape& shape, bool cell) {
+  const bool* const begins = reset.const_data_ptr<bool>();
+  if (std::none_of(begins, begins + shape.batch, [](bool b) { return b; })) return state;
+  Tensor fresh = state.clone();
+  char* const data = static_cast<char*>(fresh.mutable_data_ptr());
+  const StateLayout layout(shape);
+  for (int64_t lane = 0; lane < shape.lanes(); ++lane) {
+    const int64_t width = cell ? shape.of_lane(lane).hidden : shape.of_lane(lane).output();
+    const int64_t place = cell ? layout.c(lane) : layout.h(lane), bytes = fresh.element_size();
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      if (begins[b]) std::memset(data + (place + b * width) * bytes, 0, static_cast<size_t>(width * bytes));
+    }
+  }
+  return fresh;
+}
+
 }  // namespace
 
 std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Platform& platform) {
@@ -116,27 +155,20 @@ std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Pl
   if (!rows_stand || !a.h_0.is_contiguous() || !a.c_0.is_contiguous()) return {};
   if (a.options.bf16_weights && type != at::kFloat) return {};
   thread_local StackShape shape;  // keeps its memory
-  if (a.options.bidirectional ||
+  if (a.options.bidirectional || a.options.link != LinkKind::plain ||
       !prepare({a.input, nullptr, &a.h_0, &a.c_0, a.weights, a.options, true}, Misfit::declines, shape) ||
       shape.batch == 0) {
     return {};
   }
 
-  RECORD_FUNCTION("stacked_lstm_ext::step", {});  // for the profiler, as in eager.cpp
-  StepResults results;
-  results.shape = &shape;
-  bool done = false;
-  if (type == at::kFloat) {
-    done = run<float, float>(a, shape, threads, platform, results);
-  } else if (type == at::kDouble) {
-    done = run<double, double>(a, shape, threads, platform, results);
-  } else if (type == at::kBFloat16) {
-    done = run<at::BFloat16, float>(a, shape, threads, platform, results);
-  } else if (type == at::kHalf) {
-    done = run<at::Half, float>(a, shape, threads, platform, results);
+  if (!a.reset) return run_step(a, shape, threads, platform);
+  const Tensor& reset = *a.reset;
+  if (!is_plain(reset) || !reset.is_cpu() || reset.scalar_type() != at::kBool || !reset.is_contiguous() ||
+      reset.sizes() != a.input.sizes().slice(0, a.input.dim() - 1)) {
+    return {};
   }
-  if (!done) return {};
-  return results;
+  const Tensor h_0 = after_reset(a.h_0, reset, shape, false), c_0 = after_reset(a.c_0, reset, shape, true);
+  return run_step({a.input, h_0, c_0, a.weights, a.options, a.frozen}, shape, threads, platform);
 }
 
 }  // namespace stacked_lstm

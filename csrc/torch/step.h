@@ -22,6 +22,8 @@ struct StepArguments {
   at::TensorList weights;   // as the operators'
   const StackOptions& options;
   bool frozen;  // kept packed weights are used without comparing them with `weights`
+  const at::Tensor* reset =
+      nullptr;  // bool (B), or () without B: true puts zeros in the place of a sequence's states; or null
 };
 
 struct StepResults {

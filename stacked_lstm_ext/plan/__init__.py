@@ -77,13 +77,24 @@ def backend(name: str) -> Iterator[None]:
         _selection.name = previous
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, transform: str = "") -> tuple[str, str]:
+def choose_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    transform: str = "",
+    options: StackOptions | None = None,
+    *,
+    lengths: bool = False,
+    resets: bool = False,
+) -> tuple[str, str]:
     """Decide what runs a call; a forced backend is obeyed.
 
     Args:
         device: where the tensors are.
         dtype: their dtype, after autocast.
         transform: the transform of the call that no kernel can follow, in words; empty for an ordinary call.
+        options: of the stack.
+        lengths: whether the call has lengths.
+        resets: whether it has resets.
 
     Returns:
         ``(backend, reason)``, where backend is ``"cpu"``, ``"diagonal"``, ``"persistent"``, ``"reference"``, for tensors
@@ -96,7 +107,13 @@ def choose_backend(device: torch.device, dtype: torch.dtype, transform: str = ""
     forced = _selection.name
     if forced == "reference":
         return "reference", "forced by backend('reference')"
-    why_not = obstacle("diagonal" if forced == "auto" else forced, device=device, dtype=dtype, transform=transform)
+    path = forced
+    if forced == "auto":
+        path = "cpu" if device.type in ("cpu", "meta") else "diagonal"
+    # Of the persistent kernels, the operators ask the rest themselves, and the error is theirs.
+    # Neither can a compiler trace the question: the operators of a compiled program ask it when it runs.
+    stack = None if forced == "persistent" or torch.compiler.is_compiling() else options
+    why_not = obstacle(path, stack, device=device, dtype=dtype, transform=transform, lengths=lengths, resets=resets)
     if why_not:
         if forced != "auto":
             raise RuntimeError(f"backend '{forced}' is forced but cannot run this call: {why_not}")
@@ -117,6 +134,8 @@ def obstacle(
     dtype: torch.dtype = torch.float32,
     device: torch.device = _CPU,
     transform: str = "",
+    lengths: bool = False,
+    resets: bool = False,
 ) -> str:
     """Why a path cannot run a stack, in one sentence without the full stop; empty if it can.
 
@@ -130,6 +149,8 @@ def obstacle(
         dtype: of the tensors.
         device: where they are.
         transform: the transform of the call that no kernel can follow, in words; empty for an ordinary call.
+        lengths: whether the call has lengths.
+        resets: whether it has resets.
     """
     if path not in BACKENDS[1:]:
         raise ValueError(f"path should be one of {', '.join(map(repr, BACKENDS[1:]))}, got {path!r}")
@@ -145,7 +166,7 @@ def obstacle(
         why_not = f"it works on CPU tensors, and these are on {device}" if path == "cpu" else gpu_obstacle(device)
         if why_not:
             return why_not
-    return "" if options is None else _C.obstacle(path, options.native, str(dtype).removeprefix("torch."))
+    return "" if options is None else _C.obstacle(path, options.native, str(dtype).removeprefix("torch."), lengths, resets)
 
 
 # The rows of the table "What runs where": a name, options of a stack of two layers of 8 units, and a dtype.
@@ -364,7 +385,7 @@ def make_plan(
     else:
         saving = choose_saving(needs_grad, options.recompute)
         sizes = options.hidden_sizes, options.output_sizes, options.directions
-        numel = reserve_numel(seq_len * batch_size, seq_len, batch_size, *sizes, dtype, saving, kernel_backend(name))
+        numel = reserve_numel(seq_len * batch_size, seq_len, batch_size, *sizes, dtype, saving, kernel_backend(name), link=options.link)
         saved_bytes = numel * (8 if dtype == torch.float64 else 4)
         forward = backward = "shapes only"
     if name in ("cpu", "diagonal", "persistent"):

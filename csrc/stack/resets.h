@@ -1,0 +1,63 @@
+// csrc/stack/resets.h: where sequences are cut, so that what stands before a cut has no influence on what comes after it.
+//
+// resets[t][b] cuts sequence b between the steps t - 1 and t, in both directions: the state that would cross is zero.
+//
+//   forward lane   begins step t with h = c = 0; at t = 0 in place of h_0 and c_0
+//   reverse lane   begins step t - 1 with h = c = 0; at t = 0 there is nothing to cut
+//
+// So one array serves both directions: the cut before step t of a forward lane is at boundary t, that of a reverse lane at
+// boundary t + 1. A lane's output, and what is saved of a step, are those before the cut. Only what the next step reads is zero.
+// In a backward pass, no gradient of h or c crosses a cut.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "stack.h"
+
+namespace stacked_lstm {
+
+// The boundary that a lane crosses before its step at time t.
+inline int64_t boundary_before(const StackShape& shape, int64_t lane, int64_t t) {
+  return lane % shape.directions ? t + 1 : t;
+}
+
+// The cuts of a call as lists, for host code: most boundaries have none.
+class Cuts {
+ public:
+  Cuts() = default;
+  // `resets`: (steps, batch) bytes, 0 or 1; null if there are none.
+  Cuts(const uint8_t* resets, const StackShape& shape) {
+    if (!resets) return;
+    first_.assign(static_cast<size_t>(shape.steps) + 2, 0);
+    for (int64_t t = 0; t < shape.steps; ++t) {
+      const uint8_t* const row = resets + t * shape.batch;
+      for (int64_t b = 0; b < shape.active(t); ++b) {
+        if (row[b]) sequences_.push_back(b);
+      }
+      first_[static_cast<size_t>(t) + 1] = sequences_.size();
+    }
+    first_.back() = sequences_.size();  // boundary `steps`: a reverse lane begins there, and nothing is cut
+  }
+
+  bool empty() const { return sequences_.empty(); }
+  // The sequences that are cut at a boundary, in rising order.
+  struct List {
+    const int64_t *first = nullptr, *last = nullptr;
+    const int64_t* begin() const { return first; }
+    const int64_t* end() const { return last; }
+    bool empty() const { return first == last; }
+  };
+  List at(int64_t boundary) const {
+    if (empty()) return {};
+    const size_t n = static_cast<size_t>(boundary);
+    return {sequences_.data() + first_[n], sequences_.data() + first_[n + 1]};
+  }
+
+ private:
+  std::vector<int64_t> sequences_;
+  std::vector<size_t> first_;  // of each boundary's list: steps + 2
+};
+
+}  // namespace stacked_lstm
