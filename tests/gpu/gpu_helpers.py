@@ -23,7 +23,7 @@ BACKENDS = ["diagonal", "persistent"]
 ops = torch.ops.stacked_lstm_ext
 
 if DEVICE.type == "cpu":
-    from test_persistent import library
+    from persistent_host import library
 
     _C._use_persistent_kernels(library().host_persistent_kernels(False))
     _C.force_persistent_device("h100")

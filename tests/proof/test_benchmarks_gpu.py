@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import persistent_host
 import pytest
 import torch
 
@@ -1082,16 +1083,8 @@ def test_without_nvcc_the_programs_are_skipped_with_the_reason(result_file, monk
 @pytest.fixture
 def host_kernels():
     """The persistent kernels' plain implementation, in the place of those of a GPU."""
-    sys.path.insert(0, str(REPOSITORY / "tests"))
-    from test_persistent import library
-
-    from stacked_lstm_ext import _C
-
-    _C._use_persistent_kernels(library().host_persistent_kernels(False))
-    _C.force_persistent_device("h100")
-    yield
-    _C._use_persistent_kernels(0)
-    _C.force_persistent_device(None)
+    with persistent_host.host_kernels():
+        yield
 
 
 @pytest.mark.parametrize("exchange", check.EXCHANGES)
