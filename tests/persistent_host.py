@@ -1,4 +1,4 @@
-"""The persistent kernels' plain implementation, ``persistent_host.cpp``, in the place of those of a GPU."""
+"""The persistent kernels' plain implementation, ``persistent/persistent_host.cpp``, in the place of those of a GPU."""
 
 import contextlib
 import ctypes
@@ -11,7 +11,7 @@ from stacked_lstm_ext import _C
 
 @functools.cache
 def library():
-    source = emulator.ROOT / "tests/persistent_host.cpp"
+    source = emulator.ROOT / "tests/persistent/persistent_host.cpp"
     host = ctypes.CDLL(str(emulator.build("persistent_host", [], shared=True, host_sources=[source])))
     host.host_persistent_kernels.restype = host.host_persistent_input.restype = ctypes.c_void_p
     host.host_persistent_kernels.argtypes = [ctypes.c_bool]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 # A link to a file of the repository and, behind it, names in backticks that are said to stand there.
 NAMED = re.compile(r"\]\(([^)#\s]+)\)((?:,? `\w+`)+)")

@@ -11,7 +11,7 @@ from stacked_lstm_ext import StackedLSTM, backend, last_run
 from stacked_lstm_ext.options import StackOptions
 from stacked_lstm_ext.plan import BACKENDS, EXAMPLES, obstacle, what_runs_where
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PATHS = BACKENDS[1:]
 
 
