@@ -1,7 +1,7 @@
 """What the GPU's tests share: the device, and calls on it of what the other helpers make on the CPU.
 
 STACKED_LSTM_EXT_TEST_DEVICE=cpu runs all that needs no CUDA of its own on the CPU, by the same backends: a dry run of
-the tests themselves, where there is no GPU. (In place of the persistent kernels, ``persistent_host.cpp``.)
+the tests themselves, where there is no GPU. (In place of the persistent kernels, ``persistent_host.py``.)
 """
 
 import math

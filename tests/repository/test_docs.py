@@ -47,6 +47,33 @@ def test_every_name_stands_in_the_source_it_is_said_to(page):
             assert re.search(rf"\b{name}\b", text), f"{page.name} says that {name} is in {target}"
 
 
+def absent(text):
+    """Paths of the repository that a text names, wherever they stand, and that are not there; `*` is for any name."""
+    paths = re.findall(r"(?<![\w./-])(?:csrc|tests|docs|examples|stacked_lstm_ext)/[\w*/-]+(?:\.\w+)*", text)
+    return sorted({path for path in paths if not any(REPOSITORY.glob(path.rstrip("/")))})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_that_a_page_names_is_there(page):
+    assert absent(page.read_text()) == []
+
+
+MAKE_UP = ("proof", "repository")
+
+
+def test_every_file_that_a_source_names_is_there():
+    """Not in tests/proof and tests/repository, which make up sources. A path without a suffix may be the beginning of a name."""
+    sources = [path for place in ("csrc", "stacked_lstm_ext", "benchmarks", "tests") for path in (REPOSITORY / place).rglob("*")]
+    read = [path for path in sources if path.suffix in (".py", ".h", ".cpp", ".cuh", ".cu") and path.parent.name not in MAKE_UP]
+    found = {path.relative_to(REPOSITORY).as_posix(): [name for name in absent(path.read_text()) if "." in name] for path in read}
+    assert {place: names for place, names in found.items() if names} == {}
+
+
+def test_a_path_that_is_not_there_is_found():
+    text = "`tests/cpu/test_maths.py`, (csrc/stack/*.h). tests/test_maths.py, [a](../docs/api.md), `csrc/cpu/`, csrc/gpu/"
+    assert absent(text) == ["csrc/gpu/", "tests/test_maths.py"]
+
+
 def test_the_kernels_page_names_a_source_for_each_idea():
     """The check above would be empty if links and names were written in another way."""
     assert len(NAMED.findall((REPOSITORY / "docs" / "kernels.md").read_text())) >= 15

@@ -127,6 +127,15 @@ def test_no_two_sources_share_an_object():
     assert len(objects) == len(set(objects))
 
 
+def test_no_test_file_imports_another():
+    """Only the folders of files that pytest collects are on sys.path: in a run of one file, the other's is not."""
+    tests = list((ROOT / "tests").rglob("test_*.py"))
+    names = [path.stem for path in tests]
+    assert len(names) == len(set(names))
+    importing = re.compile(rf"^\s*(from|import) ({'|'.join(names)})\b", re.MULTILINE)
+    assert {path.name for path in tests if importing.search(path.read_text())} == set()
+
+
 def test_no_file_is_too_long_to_read():
     longest = max(sources(ROOT), key=lambda path: len(path.read_text().splitlines()))
     assert len(longest.read_text().splitlines()) <= 800, longest
