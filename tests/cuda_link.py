@@ -32,11 +32,11 @@ SOURCES = [
 ]
 BUILT = re.compile(r"/__pycache__/|\.(so|pyc)$")  # lies among the sources and is none
 
-# Tests that would prove the same things again: what they compile or run has nothing to do with torch's release. So is all of
-# tests/proof.
+# Tests that would prove the same things again, in tests/: what they compile or run has nothing to do with torch's release.
 LEFT_OUT = (
-    *("benchmarks", "bf16_weights", "determinism", "docs", "dropout", "examples", "kernels", "ladder", "maths"),
-    *("persistent_plan", "primitives", "property", "reference", "schedule", "stress", "threads"),
+    *("proof", "repository", "stack/test_dropout.py", "stack/test_schedule.py", "cuda/test_primitives.py"),
+    *(f"cpu/test_{name}.py" for name in ("bf16_weights", "determinism", "kernels", "maths", "stress", "threads")),
+    *("persistent/test_persistent_plan.py", "package/test_property.py", "package/test_reference.py"),
 )
 
 # As the Makefile has it.
@@ -232,7 +232,7 @@ def build_and_test(torch: str, python: str, tests: list[str]) -> None:
     step("build", [*make, "build"], environ)
     program = str(VENV / "bin" / "python")
     step("the library", [program, "-m", "tests.cuda_link", "--inspect"], environ)
-    chosen = tests or ["-m", "not slow", *(f"--ignore=tests/{name}" for name in ("proof", *(f"test_{n}.py" for n in LEFT_OUT)))]
+    chosen = tests or ["-m", "not slow", *(f"--ignore=tests/{path}" for path in LEFT_OUT)]
     step("tests", [program, "-m", "pytest", "-q", "-p", "no:cacheprovider", *PARALLEL, *chosen], environ)
 
 

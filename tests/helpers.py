@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from stacked_lstm_ext import _C, StackedLSTM
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -197,6 +198,21 @@ def tolerance(dtype: torch.dtype, layers: int, steps: int, inner: int = 1, batch
 
 def case_tolerance(case: Case, dtype: torch.dtype) -> float:
     return tolerance(dtype, case.layers, case.steps, case.input_size + case.hidden, case.batch)
+
+
+def rounded_tolerance(case: Case, dtype: torch.dtype, dropout=0.0) -> float:
+    """`case_tolerance` of the GPU schedules: what is rounded to 16 bits inside counts too.
+
+    Those are h, what dropout and a projection make of it, and the gradients of gates: four in a layer. Each is off by
+    half an eps at most, on average (a root of 3) less, and elements are about a third of the largest. A product of many
+    is off by the same share. Another layer, or step, adds less than half of what it gets: 2 for all of them. Errors are
+    independent, and the largest of some thousand is at 4 standard deviations.
+    """
+    tol = case_tolerance(case, dtype)
+    if dtype in SIXTEEN_BITS:
+        tol += 4 * math.sqrt(4 * 2) * torch.finfo(dtype).eps / 2 / math.sqrt(3) / 3
+    # A kept value is scaled by 1 / (1 - p), its error too.
+    return tol / (1 - dropout) ** (case.layers - 1)
 
 
 def where(name: str, index: tuple[int, ...], directions: int = 1) -> str:

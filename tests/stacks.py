@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from helpers import Case, double, dropout_mask, upstream_gradients
+from helpers import Case, double, dropout_mask, rounded_tolerance, upstream_gradients
 from helpers import tolerance as rounding
+from persistent_host import host_kernels
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from stacked_lstm_ext import _C, StackedLSTM, backend
+from stacked_lstm_ext import StackedLSTM, backend
+from stacked_lstm_ext.layout import StateLayout
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,20 @@ def make_input(stack: Stack, module: StackedLSTM, dtype=torch.float64, seed=1):
     else:
         h_0, c_0 = (draw(d * module.num_layers, stack.batch, widths(module)[0][n]) for n in (0, 1))
     return x, (h_0, c_0)
+
+
+def operator_arguments(stack: Stack, dtype, saving, backend) -> tuple[list, dict]:
+    """What the operators `forward` and `forward_states` take for this stack, without gradients and dropout."""
+    module = stack.module(dtype)
+    x, hx = make_input(stack, module, dtype)
+    layouts = [StateLayout(each_layer, module.bidirectional + 1) for each_layer in zip(*widths(module), strict=True)]
+    batch_sizes = None
+    if stack.lengths:
+        x, batch_sizes, *_ = pack_padded_sequence(x, torch.tensor(stack.lengths))
+    h_0, c_0 = (s if torch.is_tensor(s) else layout.join(s) for s, layout in zip(hx, layouts, strict=True))
+    options = [stack.bias, module.num_layers, stack.bidirectional, 0, 0.0, saving, backend]
+    tensors = [x.detach(), batch_sizes, h_0.detach(), c_0.detach(), [w.detach() for w in module.parameters()], None]
+    return [*tensors, *options], {"proj_sizes": list(module.proj_sizes)}
 
 
 def by_layer(state, module: StackedLSTM) -> tuple[Tensor, ...]:
@@ -203,15 +219,13 @@ def truth(module: StackedLSTM, x: Tensor, hx=None, lengths=None, *, states=False
 
 
 def tolerance(stack: Stack, module: StackedLSTM, kernel="cpu") -> float:
-    """As helpers.py has it, by the widest layer; where a GPU's driver rounds to 16 bits inside, as test_diagonal.py has it."""
+    """As helpers.py has it, by the widest layer; where a GPU's driver rounds to 16 bits inside, its `rounded_tolerance`."""
     dtype = next(module.parameters()).dtype
     layers, widest = module.num_layers, max(stack.input_size, *(max(pair) for pair in widths(module)))
     tol = rounding(dtype, layers, stack.steps, 2 * widest * len(directions(module)), stack.batch)
     if kernel in ("diagonal", "persistent"):
-        from test_diagonal import tolerance as rounded
-
         case = Case(layers, stack.batch, stack.steps, stack.input_size, widest)
-        tol = max(tol, rounded(case, dtype))
+        tol = max(tol, rounded_tolerance(case, dtype))
     rates = [rate for rate in each(module.dropout, layers - 1) if rate < 1]  # a kept value is scaled, its error too
     for rate in rates:
         tol /= 1 - rate
@@ -240,23 +254,10 @@ def _refusal(kernel: str, states: bool, dtype: torch.dtype) -> str:
 @contextlib.contextmanager
 def on(kernel: str, *, states=False, dtype=torch.float32):
     """Force a backend; the persistent one with the host's kernels. A backend that cannot do this yet is skipped."""
-    host = contextlib.nullcontext() if kernel != "persistent" else _host()
+    host = contextlib.nullcontext() if kernel != "persistent" else host_kernels()
     with host:
         why_not = _refusal(kernel, states, dtype)
         if why_not:
             pytest.skip(why_not)
         with backend(kernel):
             yield
-
-
-@contextlib.contextmanager
-def _host():
-    from test_persistent import library
-
-    _C._use_persistent_kernels(library().host_persistent_kernels(False))
-    _C.force_persistent_device("h100")
-    try:
-        yield
-    finally:
-        _C._use_persistent_kernels(0)
-        _C.force_persistent_device(None)

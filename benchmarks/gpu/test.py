@@ -32,8 +32,9 @@ RESULT = re.compile(rf"({TEST.pattern})\s(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPAS
 
 
 def test_files(tests: Path) -> list[Path]:
-    """Files with tests that are marked: all of tests/gpu, and those that name the marker."""
-    marked = [path for path in tests.glob("test_*.py") if "pytest.mark.gpu" in path.read_text()]
+    """Files with tests that are marked: all of tests/gpu, and those of other folders, but tests/proof, that name the marker."""
+    others = [path for path in tests.rglob("test_*.py") if path.relative_to(tests).parts[0] not in ("gpu", "proof")]
+    marked = [path for path in others if "pytest.mark.gpu" in path.read_text()]
     return sorted((tests / "gpu").glob("test_*.py")) + sorted(marked)
 
 

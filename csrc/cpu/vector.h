@@ -191,7 +191,7 @@ INLINE Vec<T> clamp(Vec<T> x, T bound) {  // a NaN stays a NaN: both comparisons
   return x < -bound ? broadcast(-bound) : x;
 }
 
-// The Math of csrc/stack/cell.h. tests/test_maths.py has the bounds of the errors against float64.
+// The Math of csrc/stack/cell.h. tests/cpu/test_maths.py has the bounds of the errors against float64.
 template <typename T>
 struct Math {
   static constexpr T kLog2E = T(1.44269504088896340736);

@@ -14,7 +14,7 @@
 // waits for all of the turn before. So two launches that may run at the same time are of the same turn. A launch waits
 // only for launches that were queued before it, so waits never go in a circle.
 //
-// There is no CUDA in this file: launch.cuh supplies the CUDA calls, and tests/turns.cpp supplies a simulated device.
+// There is no CUDA in this file: launch.cuh supplies the CUDA calls, and tests/cuda/turns.cpp supplies a simulated device.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 """What the GPU's tests share: the device, and calls on it of what the other helpers make on the CPU.
 
 STACKED_LSTM_EXT_TEST_DEVICE=cpu runs all that needs no CUDA of its own on the CPU, by the same backends: a dry run of
-the tests themselves, where there is no GPU. (In place of the persistent kernels, ``persistent_host.cpp``.)
+the tests themselves, where there is no GPU. (In place of the persistent kernels, ``persistent_host.py``.)
 """
 
 import math
@@ -23,7 +23,7 @@ BACKENDS = ["diagonal", "persistent"]
 ops = torch.ops.stacked_lstm_ext
 
 if DEVICE.type == "cpu":
-    from test_persistent import library
+    from persistent_host import library
 
     _C._use_persistent_kernels(library().host_persistent_kernels(False))
     _C.force_persistent_device("h100")

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import persistent_host
 import pytest
 import torch
 
@@ -1082,16 +1083,8 @@ def test_without_nvcc_the_programs_are_skipped_with_the_reason(result_file, monk
 @pytest.fixture
 def host_kernels():
     """The persistent kernels' plain implementation, in the place of those of a GPU."""
-    sys.path.insert(0, str(REPOSITORY / "tests"))
-    from test_persistent import library
-
-    from stacked_lstm_ext import _C
-
-    _C._use_persistent_kernels(library().host_persistent_kernels(False))
-    _C.force_persistent_device("h100")
-    yield
-    _C._use_persistent_kernels(0)
-    _C.force_persistent_device(None)
+    with persistent_host.host_kernels():
+        yield
 
 
 @pytest.mark.parametrize("exchange", check.EXCHANGES)
@@ -1307,7 +1300,8 @@ def test_the_sanitizer_s_program_runs_every_case_to_its_end():
 @pytest.mark.slow
 def test_tests_run_a_process_a_file_and_a_hanging_file_is_killed(result_file, monkeypatch, tmp_path):
     tests = tmp_path / "tests"
-    (tests / "gpu").mkdir(parents=True)
+    for folder in ("gpu", "cpu", "proof"):
+        (tests / folder).mkdir(parents=True)
     (tests / "gpu" / "test_crash.py").write_text(
         "import os, signal, pytest\npytestmark = pytest.mark.gpu\n"
         "def test_dies(): os.kill(os.getpid(), signal.SIGSEGV)\n"
@@ -1315,11 +1309,12 @@ def test_tests_run_a_process_a_file_and_a_hanging_file_is_killed(result_file, mo
     (tests / "gpu" / "test_hang.py").write_text(
         "import time, pytest\npytestmark = pytest.mark.gpu\ndef test_waits(): time.sleep(60)\n"
     )
-    (tests / "test_marked.py").write_text(
+    (tests / "cpu" / "test_marked.py").write_text(
         "import pytest\n@pytest.mark.gpu\ndef test_good(): pass\n@pytest.mark.gpu\ndef test_bad(): assert 1 == 2\n"
         "@pytest.mark.gpu\ndef test_not_here(): pytest.skip('no second GPU')\ndef test_of_the_cpu(): assert False\n"
     )
-    (tests / "test_other.py").write_text("raise RuntimeError('not to be touched')\n")
+    (tests / "cpu" / "test_other.py").write_text("raise RuntimeError('not to be touched')\n")
+    (tests / "proof" / "test_text.py").write_text("raise RuntimeError('not to be touched')  # pytest.mark.gpu\n")
     monkeypatch.setattr(test_part, "REPORTS", tmp_path / "reports")
     monkeypatch.setattr(test_part, "AT_ONCE", 3)
     monkeypatch.setattr(test_part, "STALL_S", 3.0)

@@ -59,6 +59,12 @@ def test_the_code_in_a_library_is_read_from_cuobjdump_and_compared_with_the_list
     assert cuda_link.expected_code("8.0;9.0a;12.0+PTX") == (["80", "90a", "120"], ["120"])
 
 
+def test_what_is_left_out_is_there():
+    """pytest says nothing of a path to ignore that does not exist."""
+    for path in cuda_link.LEFT_OUT:
+        assert (cuda_link.ROOT / "tests" / path).exists(), path
+
+
 def test_a_disk_that_is_too_full_is_said_before_anything_is_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_link, "VENV", tmp_path / "nothing")
     monkeypatch.setattr(cuda_link.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))

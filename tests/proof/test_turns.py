@@ -1,11 +1,11 @@
-"""csrc/cuda/turns.h: persistent launches of one process never leave each other half resident. tests/turns.cpp says how."""
+"""csrc/cuda/turns.h: persistent launches of one process never leave each other half resident. tests/cuda/turns.cpp says how."""
 
 import functools
 
 import emulator
 import pytest
 
-SOURCE = emulator.ROOT / "tests" / "turns.cpp"
+SOURCE = emulator.ROOT / "tests" / "cuda" / "turns.cpp"
 
 
 @functools.cache

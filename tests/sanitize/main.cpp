@@ -253,7 +253,7 @@ struct Problem {
   }
   // With units for bfloat16, inputs are rounded: what is off by the last bit of float32 may round to another number.
   bool rounds_inputs() const { return bf16_weights && cpu::kernels<float>().units; }
-  // What that explains, as a share of a tensor's largest element, as in tests/test_bf16_weights.py.
+  // What that explains, as a share of a tensor's largest element, as in tests/cpu/test_bf16_weights.py.
   double input_tolerance() const { return 2 * std::sqrt(2 * static_cast<double>(shape.depth())) / 256; }
 
   static void round(std::vector<T>& numbers) {

@@ -24,7 +24,7 @@ from benchmarks.timing import Calls, Limit, Round
 from benchmarks.verify import reference, tolerance, verify
 
 CPU = torch.device("cpu")
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 SHAPES = [
     Case(1, 1, 1, 1),

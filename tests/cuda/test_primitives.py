@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from emulator.tokens import tokenize
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 PRIMITIVES = CSRC / "cuda" / "primitives.cuh"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp"))

@@ -5,10 +5,9 @@ import itertools
 import pytest
 import torch
 from helpers import DTYPES
-from stacks import Stack, make_input
+from stacks import Stack, make_input, operator_arguments, widths
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.nn.utils.rnn import pack_padded_sequence
 
 from stacked_lstm_ext.layout import StateLayout, for_each_layer, reserve_numel, weights_of_stack
 from stacked_lstm_ext.options import StackOptions
@@ -109,27 +108,9 @@ STACKS = [
 ]
 
 
-def operator_arguments(stack: Stack, dtype, saving, backend) -> tuple[list, dict]:
-    module = stack.module(dtype)
-    x, hx = make_input(stack, module, dtype)
-    states = [StateLayout(widths, module.bidirectional + 1) for widths in _widths(module)]
-    batch_sizes = None
-    if stack.lengths:
-        x, batch_sizes, *_ = pack_padded_sequence(x, torch.tensor(stack.lengths))
-    h_0, c_0 = (s if torch.is_tensor(s) else layout.join(s) for s, layout in zip(hx, states, strict=True))
-    options = [stack.bias, module.num_layers, stack.bidirectional, 0, 0.0, saving, backend]
-    tensors = [x.detach(), batch_sizes, h_0.detach(), c_0.detach(), [w.detach() for w in module.parameters()], None]
-    return [*tensors, *options], {"proj_sizes": list(module.proj_sizes)}
-
-
-def _widths(module):
-    outputs = tuple(p or h for p, h in zip(module.proj_sizes, module.hidden_sizes, strict=True))
-    return outputs, module.hidden_sizes
-
-
 def promised(stack: Stack, dtype, saving, backend, states) -> int:
     module = stack.module(dtype)
-    outputs, hidden = _widths(module)
+    outputs, hidden = zip(*widths(module), strict=True)
     rows = sum(stack.lengths) if stack.lengths else stack.steps * stack.batch
     sizes = hidden, outputs, module.bidirectional + 1
     return reserve_numel(rows, stack.steps, stack.batch, *sizes, dtype, saving, backend, states=states)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -292,7 +293,7 @@ COMPARE = """
 
 
 def compare(threads=2, **environment):
-    script = textwrap.dedent(COMPARE).format(tests=os.path.dirname(__file__), threads=threads)
+    script = textwrap.dedent(COMPARE).format(tests=str(Path(__file__).parents[1]), threads=threads)
     command = [sys.executable, "-c", script]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
 

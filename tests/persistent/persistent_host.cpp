@@ -1,5 +1,5 @@
-// tests/persistent_host.cpp: what csrc/persistent/kernels.h asks of the persistent kernels, as plain loops, in a library for
-// Python. It proves the driver (csrc/persistent/driver.h), and says what the kernels have to compute.
+// tests/persistent/persistent_host.cpp: what csrc/persistent/kernels.h asks of the persistent kernels, as plain loops, in a
+// library for Python. It proves the driver (csrc/persistent/driver.h), and says what the kernels have to compute.
 //
 // Lane after lane, step after step: a lane that waits for a later one is refused. Everything else that the contract asks of a
 // driver is checked too, and refused with a sentence; launches are counted, the cuts of all are kept.
@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "../csrc/persistent/kernels.h"
+#include "../../csrc/persistent/kernels.h"
 
 using namespace stacked_lstm;
 using namespace stacked_lstm::persistent;

@@ -20,7 +20,7 @@ from benchmarks.results import MODES
 from benchmarks.verify import reference, tolerance
 
 CPU = torch.device("cpu")
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 TINY = Case(2, 3, 5, 8, group="ladder")
 
 

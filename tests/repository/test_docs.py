@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 # A link to a file of the repository and, behind it, names in backticks that are said to stand there.
 NAMED = re.compile(r"\]\(([^)#\s]+)\)((?:,? `\w+`)+)")
@@ -45,6 +45,33 @@ def test_every_name_stands_in_the_source_it_is_said_to(page):
         text = source.read_text()
         for name in re.findall(r"\w+", names):
             assert re.search(rf"\b{name}\b", text), f"{page.name} says that {name} is in {target}"
+
+
+def absent(text):
+    """Paths of the repository that a text names, wherever they stand, and that are not there; `*` is for any name."""
+    paths = re.findall(r"(?<![\w./-])(?:csrc|tests|docs|examples|stacked_lstm_ext)/[\w*/-]+(?:\.\w+)*", text)
+    return sorted({path for path in paths if not any(REPOSITORY.glob(path.rstrip("/")))})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_that_a_page_names_is_there(page):
+    assert absent(page.read_text()) == []
+
+
+MAKE_UP = ("proof", "repository")
+
+
+def test_every_file_that_a_source_names_is_there():
+    """Not in tests/proof and tests/repository, which make up sources. A path without a suffix may be the beginning of a name."""
+    sources = [path for place in ("csrc", "stacked_lstm_ext", "benchmarks", "tests") for path in (REPOSITORY / place).rglob("*")]
+    read = [path for path in sources if path.suffix in (".py", ".h", ".cpp", ".cuh", ".cu") and path.parent.name not in MAKE_UP]
+    found = {path.relative_to(REPOSITORY).as_posix(): [name for name in absent(path.read_text()) if "." in name] for path in read}
+    assert {place: names for place, names in found.items() if names} == {}
+
+
+def test_a_path_that_is_not_there_is_found():
+    text = "`tests/cpu/test_maths.py`, (csrc/stack/*.h). tests/test_maths.py, [a](../docs/api.md), `csrc/cpu/`, csrc/gpu/"
+    assert absent(text) == ["csrc/gpu/", "tests/test_maths.py"]
 
 
 def test_the_kernels_page_names_a_source_for_each_idea():

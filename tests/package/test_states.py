@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from helpers import DTYPES, assert_matches, assert_same_bits
-from stacks import Stack, directions, make_input, on, results, tolerance, truth, widths
+from stacks import Stack, directions, make_input, on, operator_arguments, results, tolerance, truth, widths
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -366,8 +366,6 @@ class OfStates(nn.Module):
 
 @pytest.mark.parametrize("kernel", ["cpu", "diagonal"])
 def test_vmap_of_the_operators_runs_them_one_by_one(kernel):
-    from test_layout import operator_arguments
-
     arguments, keywords = operator_arguments(Stack((5, 3), (2, 0)), torch.float64, "full", kernel)
     with on(kernel, states=True, dtype=torch.float64):
         x, *rest = arguments
@@ -395,8 +393,6 @@ def test_vmap_of_the_operators_runs_them_one_by_one(kernel):
 @pytest.mark.parametrize("saving", ["full", "recompute", "none"])
 @pytest.mark.parametrize("stack", [Stack((5, 3), (2, 0), bidirectional=True), Stack(4, layers=2, lengths=(5, 2, 1))], ids=str)
 def test_opcheck(stack, saving):
-    from test_layout import operator_arguments
-
     arguments, keywords = operator_arguments(stack, torch.float64, saving, "cpu")
     for index in (0, 2, 3):
         arguments[index].requires_grad_(saving != "none")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 MAY_INCLUDE = {  # besides its own folder; a folder names only folders above it in this table, so there is no circle
     "stack": (),
@@ -125,6 +125,15 @@ def test_no_two_sources_share_an_object():
     """Objects are named by folder and stem, whatever the suffix."""
     objects = [path.with_suffix("") for path in sources(ROOT) if path.suffix in (".cpp", ".cu")]
     assert len(objects) == len(set(objects))
+
+
+def test_no_test_file_imports_another():
+    """Only the folders of files that pytest collects are on sys.path: in a run of one file, the other's is not."""
+    tests = list((ROOT / "tests").rglob("test_*.py"))
+    names = [path.stem for path in tests]
+    assert len(names) == len(set(names))
+    importing = re.compile(rf"^\s*(from|import) ({'|'.join(names)})\b", re.MULTILINE)
+    assert {path.name for path in tests if importing.search(path.read_text())} == set()
 
 
 def test_no_file_is_too_long_to_read():

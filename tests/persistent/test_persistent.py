@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import emulator
 import pytest
 import torch
+from awkward import AWKWARD, LAYOUTS, TARGETS, strided
 from helpers import (
     OPTION_GRID,
     Case,
@@ -35,7 +36,7 @@ from helpers import (
     upstream_gradients,
     with_saving,
 )
-from test_kernels import AWKWARD, LAYOUTS, TARGETS, strided
+from persistent_host import host_kernels
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from stacked_lstm_ext import _C, StackedLSTM, backend, last_run
@@ -49,28 +50,12 @@ UNPROJECTED = [options for options in OPTION_GRID if not options.get("proj")]
 SMALL = {"like": "h100", "sms": 4, "gpcs": 1, "sms_gpc": 4, "max_cluster": 4}  # room for a layer or two
 
 
-@functools.cache
-def library():
-    source = emulator.ROOT / "tests/persistent_host.cpp"
-    host = ctypes.CDLL(str(emulator.build("persistent_host", [], shared=True, host_sources=[source])))
-    host.host_persistent_kernels.restype = host.host_persistent_input.restype = ctypes.c_void_p
-    host.host_persistent_kernels.argtypes = [ctypes.c_bool]
-    host.host_persistent_launches.restype = ctypes.c_int64
-    for name in ("capacity", "refuse_from", "watchdog_at"):
-        getattr(host, f"host_persistent_{name}").argtypes = [ctypes.c_int64]
-    return host
-
-
 @pytest.fixture(autouse=True)
 def host():
     """The host's kernels, planned for as if on an H100; and one thread, since everything here is small."""
     torch.set_num_threads(1)
-    found = library()
-    _C._use_persistent_kernels(found.host_persistent_kernels(False))
-    _C.force_persistent_device("h100")
-    yield found
-    _C._use_persistent_kernels(0)
-    _C.force_persistent_device(None)
+    with host_kernels() as found:
+        yield found
 
 
 @contextlib.contextmanager
@@ -109,7 +94,7 @@ def persistent_arguments(case, dtype=torch.float32, saving="full", **kwargs):
 
 
 def tolerance(case: Case, kind: str, dropout=0.0) -> float:
-    """As test_diagonal's, of whose rounded numbers there are as many here. TF32 rounds x and the weights beside."""
+    """As `rounded_tolerance`, of whose rounded numbers there are as many here. TF32 rounds x and the weights beside."""
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
     tol = case_tolerance(case, dtype)
     rounding = 2.0**-10 if kind == "tf32" else torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0

@@ -8,14 +8,15 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import math
 
 import emulator
 import pytest
 import torch
+from awkward import AWKWARD, LAYOUTS, TARGETS, strided
 from helpers import (
     DTYPES,
     OPTION_GRID,
+    SIXTEEN_BITS,
     Case,
     assert_matches,
     assert_same_bits,
@@ -28,12 +29,12 @@ from helpers import (
     operator_truth,
     option_name,
     results,
+    rounded_tolerance,
     run_operators,
     truth,
     upstream_gradients,
     with_saving,
 )
-from test_kernels import AWKWARD, LAYOUTS, TARGETS, strided
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from stacked_lstm_ext import _C, StackedLSTM, backend
@@ -41,7 +42,6 @@ from stacked_lstm_ext.options import StackOptions
 
 ops = torch.ops.stacked_lstm_ext
 SAVING = ["full", "recompute"]
-SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -93,28 +93,13 @@ def diagonal_arguments(case, dtype=torch.float64, saving="full", **kwargs):
     return forward_arguments(case, dtype, saving, backend="diagonal", **kwargs)
 
 
-def tolerance(case: Case, dtype: torch.dtype, dropout=0.0) -> float:
-    """As in helpers.py, but what is rounded to 16 bits inside counts too.
-
-    Those are h, what dropout and a projection make of it, and the gradients of gates: four in a layer. Each is off by
-    half an eps at most, on average (a root of 3) less, and elements are about a third of the largest. A product of many
-    is off by the same share. Another layer, or step, adds less than half of what it gets: 2 for all of them. Errors are
-    independent, and the largest of some thousand is at 4 standard deviations.
-    """
-    tol = case_tolerance(case, dtype)
-    if dtype in SIXTEEN_BITS:
-        tol += 4 * math.sqrt(4 * 2) * torch.finfo(dtype).eps / 2 / math.sqrt(3) / 3
-    # A kept value is scaled by 1 / (1 - p), its error too.
-    return tol / (1 - dropout) ** (case.layers - 1)
-
-
 def check(case: Case, dtype: torch.dtype, saving: str, dropout=0.0, expected=None) -> dict:
     seed = 0x123456789ABCDEF if dropout else None
     arguments = diagonal_arguments(case, dtype, saving, dropout=dropout, seed=seed)
     actual = run_operators(arguments)
     assert {t.dtype for t in actual.values()} == {dtype}
     expected = operator_truth(case, arguments) if expected is None else expected
-    assert_matches(actual, expected, tolerance(case, dtype, dropout), case.directions)
+    assert_matches(actual, expected, rounded_tolerance(case, dtype, dropout), case.directions)
     assert _C.last_run()["backend"] == "diagonal"
     return actual
 
@@ -449,7 +434,7 @@ def test_every_saving_mode_gives_the_same_results(options, dtype, kernels):
     inference = run_operators(with_saving(arguments, "none"))
     assert_same_bits({n: full[n] for n in inference}, inference)
     assert_same_bits({n: recompute[n] for n in inference}, inference)
-    assert_matches(recompute, full, tolerance(case, dtype, 0.3), case.directions)
+    assert_matches(recompute, full, rounded_tolerance(case, dtype, 0.3), case.directions)
 
 
 OPTIONS = [{}, {"bidirectional": True, "proj": 3}, {"lengths": (4, 2, 1)}]
@@ -736,7 +721,7 @@ def test_runs_and_gradients_of_states_match_a_plain_loop_with_chunks_of_any_leng
     expected = states_truth(wide, arguments)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
-    tol = tolerance(wide.case, dtype, max(wide.dropout))
+    tol = rounded_tolerance(wide.case, dtype, max(wide.dropout))
     for steps in (None, 1, 3, wide.lengths[0]):
         with chunks_of(steps):
             actual = run_states(arguments, keywords)

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 TINY = ["--layers", "2", "--hidden", "16", "--batch", "4", "--seq-len", "8", "--steps", "12", "--sample", "40"]
 
 

@@ -1,5 +1,5 @@
-// tests/turns.cpp: csrc/cuda/turns.h on a device that is played: who waits for whom; and that launches never get stuck, even
-// on a device that places the blocks of all launches one at a time, anywhere.
+// tests/cuda/turns.cpp: csrc/cuda/turns.h on a device that is played: who waits for whom; and that launches never get stuck,
+// even on a device that places the blocks of all launches one at a time, anywhere.
 //
 //   turns table | calls | threads | device [programs]
 #include <algorithm>
@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/cuda/turns.h"
+#include "../../csrc/cuda/turns.h"
 
 using namespace stacked_lstm::cuda;
 

@@ -5,14 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_persistent import host  # noqa: F401  (a fixture: the persistent kernels on the host)
+from persistent_host import host_kernels
 
 from stacked_lstm_ext import StackedLSTM, backend, last_run
 from stacked_lstm_ext.options import StackOptions
 from stacked_lstm_ext.plan import BACKENDS, EXAMPLES, obstacle, what_runs_where
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PATHS = BACKENDS[1:]
+
+
+@pytest.fixture(autouse=True)
+def _persistent_kernels_on_the_host():
+    with host_kernels():
+        yield
 
 
 @pytest.mark.parametrize(("name", "options", "dtype"), EXAMPLES, ids=[name.strip("`") for name, _, _ in EXAMPLES])
