@@ -10,6 +10,7 @@ backend(name):`` forces it. ``python -m stacked_lstm_ext`` prints what was built
 
 from __future__ import annotations
 
+from . import init
 from .convert import LSTMReport, ReportedLSTM, convert_lstm, lstm_report, revert_lstm
 from .flops import register_flop_formulas
 from .module import StackedLSTM
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "backend",
     "convert_lstm",
+    "init",
     "last_run",
     "lstm_report",
     "revert_lstm",

@@ -406,6 +406,7 @@ def test_the_public_names_are_these():
         "__version__",
         "backend",
         "convert_lstm",
+        "init",
         "last_run",
         "lstm_report",
         "revert_lstm",
