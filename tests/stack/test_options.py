@@ -20,6 +20,7 @@ CHANGED = {
     "dropout": 0.25,
     "recompute": True,
     "bf16_weights": True,
+    "link": "residual",
 }
 DEFAULT = StackOptions(3, 4)
 
