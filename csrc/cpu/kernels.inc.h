@@ -347,7 +347,7 @@ void step_backward(const StepBackward<T>& s) {
         d = {first_elements<T>(d.i, left), first_elements<T>(d.f, left), first_elements<T>(d.g, left),
              first_elements<T>(d.o, left)};
       }
-      if (s.projected) store(s.projected + row * s.ldm + unit, y.o * Math<T>::tanh(c_next));
+      if (s.projected) store(s.projected + row * s.ldm + unit, Cell::template output<Math<T>>(y, c_next));
       store(s.dc + at, dc);
       T* out = s.dgates + row * s.lddg + unit;
       store(out, d.i), store(out + s.padded_hidden, d.f), store(out + 2 * s.padded_hidden, d.g),

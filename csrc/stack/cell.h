@@ -8,12 +8,14 @@
 // Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000 and the projection of
 // Sak, Senior & Beaufays 2014.
 //
-// A cell is a policy: a struct of functions that kernels take as a template argument. Another cell (with peepholes, say) is
-// another struct with the same functions. Each function does one unit:
+// A cell is a policy: a struct of functions, which a kernel calls `Cell`. This is a template argument of the kernel, or an
+// alias if all instances have the same cell. Another cell (with peepholes, say) is another struct with the same functions.
+// Each function does one unit:
 //
 //   forward     from the sums a and c: the activations, c' and h
 //   activate    from a, c and c': the activations, as forward had them
 //   state       from the activations and c: c', as forward had it
+//   output      from the activations and c': h, as forward had it
 //   backward    from the activations, c, c', dh and dc': the gradients of a, and dc
 //   slopes, backward    the same in two parts, for a kernel that knows dh late and everything else early
 //
@@ -58,12 +60,17 @@ struct LstmCell {
     return y.f * c + y.i * y.g;
   }
 
+  template <typename Math, typename T>
+  STACKED_LSTM_HOST_DEVICE static T output(const Gates<T>& y, const T& c_next) {
+    return y.o * Math::tanh(c_next);
+  }
+
   // Takes c to c', in place. Returns h, and leaves the activations in y.
   template <typename Math, typename T>
   STACKED_LSTM_HOST_DEVICE static T forward(const Gates<T>& a, T& c, Gates<T>& y) {
     y = activate_gates<Math>(a);
     c = state(y, c);
-    return y.o * Math::tanh(c);
+    return output<Math>(y, c);
   }
 
   // `c` and `c_next` are the cell state before and after the step, `dh` the whole gradient of h (from the loss, the layer
