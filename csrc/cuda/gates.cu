@@ -15,10 +15,10 @@
 namespace stacked_lstm::gates {
 
 // The arguments are passed by value, so there is no copy to the device that the host must wait for or keep alive.
-template <typename Cell, int kCapacity>
+template <typename CellArguments, int kCapacity>
 struct Step {
   CellSizes sizes;
-  Cell cell[kCapacity];
+  CellArguments cell[kCapacity];
 };
 
 // The most cells of a launch, in two sizes. Most stacks fit the small size, whose arguments are some kilobytes smaller.
@@ -32,24 +32,24 @@ __device__ __forceinline__ int64_t unit_of_thread() {
   return (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) * V;
 }
 
-template <typename T, int V, int kCapacity>
+template <typename T, typename Cell, int V, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     gates_forward(const __grid_constant__ Step<ForwardCell<T>, kCapacity> step) {
   const ForwardCell<T>& cell = step.cell[blockIdx.z];
   const int64_t row = row_of_thread(), unit = unit_of_thread<V>();
   if (row >= cell.rows) return;
   if (unit >= step.sizes.width) return;
-  forward_units<V>(step.sizes, cell, row, unit);
+  forward_units<V, T, Cell>(step.sizes, cell, row, unit);
 }
 
-template <typename T, int V, int kCapacity>
+template <typename T, typename Cell, int V, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     gates_backward(const __grid_constant__ Step<BackwardCell<T>, kCapacity> step) {
   const BackwardCell<T>& cell = step.cell[blockIdx.z];
   const int64_t row = row_of_thread(), unit = unit_of_thread<V>();
   if (row >= cell.rows) return;
   if (unit >= step.sizes.width) return;
-  backward_units<V>(step.sizes, cell, row, unit);
+  backward_units<V, T, Cell>(step.sizes, cell, row, unit);
 }
 
 template <typename T, int V, int kCapacity>
@@ -84,9 +84,9 @@ __global__ void __launch_bounds__(kThreads) write_numbers(const __grid_constant_
 namespace {
 
 // `Kernel` names the kernel: Kernel::template at<V, kCapacity>().
-template <typename Kernel, int V, int kCapacity, typename Cell>
-cuda::Status launch_cells(const CellSizes& sizes, const Cell* cells, int64_t count, void* stream) {
-  Step<Cell, kCapacity> step;
+template <typename Kernel, int V, int kCapacity, typename CellArguments>
+cuda::Status launch_cells(const CellSizes& sizes, const CellArguments* cells, int64_t count, void* stream) {
+  Step<CellArguments, kCapacity> step;
   step.sizes = sizes;
   int64_t rows = 0;
   for (int64_t n = 0; n < count; ++n) {
@@ -113,8 +113,8 @@ cuda::Status launch_cells(const CellSizes& sizes, const Cell* cells, int64_t cou
   return cuda::launch(config, Kernel::template at<V, kCapacity>(), step);
 }
 
-template <typename Kernel, int V, typename Cell>
-std::string run_packs(const CellSizes& sizes, const Cell* cells, int64_t count, void* stream) {
+template <typename Kernel, int V, typename CellArguments>
+std::string run_packs(const CellSizes& sizes, const CellArguments* cells, int64_t count, void* stream) {
   for (int64_t first = 0; first < count; first += kManyCells) {
     const int64_t some = std::min<int64_t>(count - first, kManyCells);
     const cuda::Status status = some <= kFewCells
@@ -125,24 +125,24 @@ std::string run_packs(const CellSizes& sizes, const Cell* cells, int64_t count, 
   return "";
 }
 
-template <typename Kernel, typename T, template <typename> class Cell>
-std::string run(const CellSizes& sizes, const Cell<T>* cells, int64_t count, void* stream) {
+template <typename Kernel, typename T, template <typename> class CellArguments>
+std::string run(const CellSizes& sizes, const CellArguments<T>* cells, int64_t count, void* stream) {
   return packs_fit<kPack<T>>(sizes, cells, count) ? run_packs<Kernel, kPack<T>>(sizes, cells, count, stream)
                                                   : run_packs<Kernel, 1>(sizes, cells, count, stream);
 }
 
-template <typename T>
+template <typename T, typename Cell>
 struct Forward {
   template <int V, int kCapacity>
   static constexpr auto at() {
-    return &gates_forward<T, V, kCapacity>;
+    return &gates_forward<T, Cell, V, kCapacity>;
   }
 };
-template <typename T>
+template <typename T, typename Cell>
 struct Backward {
   template <int V, int kCapacity>
   static constexpr auto at() {
-    return &gates_backward<T, V, kCapacity>;
+    return &gates_backward<T, Cell, V, kCapacity>;
   }
 };
 template <typename T>
@@ -176,17 +176,17 @@ std::string run_numbers(const int64_t* values, int64_t count, int64_t* target, v
   return "";
 }
 
-template <typename T>
+template <typename T, typename Cell>
 GateKernels<T> kernels() {
-  return {run<Forward<T>, T, ForwardCell>, run<Backward<T>, T, BackwardCell>, run<Collect<T>, T, CollectCell>,
-          run<Copy<T>, T, CopyCell>};
+  return {run<Forward<T, Cell>, T, ForwardCell>, run<Backward<T, Cell>, T, BackwardCell>,
+          run<Collect<T>, T, CollectCell>, run<Copy<T>, T, CopyCell>};
 }
 
 }  // namespace
 
 const GateTable& cuda_gate_kernels() {
-  static const GateTable table = {kernels<float>(), kernels<double>(), kernels<bfloat16>(), kernels<float16>(),
-                                  run_numbers};
+  static const GateTable table = {kernels<float, LstmCell>(), kernels<double, LstmCell>(),
+                                  kernels<bfloat16, LstmCell>(), kernels<float16, LstmCell>(), run_numbers};
   return table;
 }
 

@@ -10,8 +10,8 @@
 // gates.cu on a GPU, gates_host.cpp on the CPU. V > 1 needs whole packs: widths and strides that V divides, and
 // pointers aligned to V elements.
 //
-// T is the type that tensors hold, A = Accumulator<T> the type of the arithmetic. Rows b = 0 … rows-1 of a cell are
-// consecutive.
+// T is the type that tensors hold, A = Accumulator<T> the type of the arithmetic. Cell is
+// the policy that has the equations (cell.h). Rows b = 0 … rows-1 of a cell are consecutive.
 #pragma once
 
 #include <cstdint>
@@ -140,8 +140,8 @@ inline constexpr int kPack = 16 / sizeof(Accumulator<T>);
 // ---- The four kernels, V units of one row at a time -----------------------------------------------------------------
 
 // W_ih·x + W_hh·h + b of a ForwardCell or a BackwardCell.
-template <typename Cell, int V, typename A>
-STACKED_LSTM_HOST_DEVICE void preactivations(const Cell& cell, int64_t hidden, int64_t row, int64_t unit,
+template <typename CellArguments, int V, typename A>
+STACKED_LSTM_HOST_DEVICE void preactivations(const CellArguments& cell, int64_t hidden, int64_t row, int64_t unit,
                                              A (&a)[4][V]) {
   STACKED_LSTM_UNROLL
   for (int gate = 0; gate < 4; ++gate) {
@@ -157,7 +157,7 @@ STACKED_LSTM_HOST_DEVICE void preactivations(const Cell& cell, int64_t hidden, i
   }
 }
 
-template <int V, typename T>
+template <int V, typename T, typename Cell = LstmCell>
 STACKED_LSTM_HOST_DEVICE void forward_units(const CellSizes& sizes, const ForwardCell<T>& cell, int64_t row,
                                             int64_t unit) {
   using A = Accumulator<T>;
@@ -171,7 +171,7 @@ STACKED_LSTM_HOST_DEVICE void forward_units(const CellSizes& sizes, const Forwar
   STACKED_LSTM_UNROLL
   for (int n = 0; n < V; ++n) {
     Gates<A> y;
-    h[n] = LstmCell::forward<Maths>(Gates<A>{a[0][n], a[1][n], a[2][n], a[3][n]}, c.element[n], y);
+    h[n] = Cell::template forward<Maths>(Gates<A>{a[0][n], a[1][n], a[2][n], a[3][n]}, c.element[n], y);
     gates[0].element[n] = y.i;
     gates[1].element[n] = y.f;
     gates[2].element[n] = y.g;
@@ -225,7 +225,7 @@ STACKED_LSTM_HOST_DEVICE void collect(const CellSizes& sizes, const Incoming<T>&
   }
 }
 
-template <int V, typename T>
+template <int V, typename T, typename Cell = LstmCell>
 STACKED_LSTM_HOST_DEVICE void backward_units(const CellSizes& sizes, const BackwardCell<T>& cell, int64_t row,
                                              int64_t unit) {
   using A = Accumulator<T>;
@@ -267,13 +267,13 @@ STACKED_LSTM_HOST_DEVICE void backward_units(const CellSizes& sizes, const Backw
   STACKED_LSTM_UNROLL
   for (int n = 0; n < V; ++n) {
     Gates<A> gates{y[0][n], y[1][n], y[2][n], y[3][n]};
-    if (!cell.gates) gates = LstmCell::activate<Maths>(gates, c_before[n], c.element[n]);
-    const Gates<A> d = LstmCell::backward<Maths>(gates, c_before[n], c.element[n], dh[n], dc.element[n]);
+    if (!cell.gates) gates = Cell::template activate<Maths>(gates, c_before[n], c.element[n]);
+    const Gates<A> d = Cell::template backward<Maths>(gates, c_before[n], c.element[n], dh[n], dc.element[n]);
     grad[0][n] = d.i;
     grad[1][n] = d.f;
     grad[2][n] = d.g;
     grad[3][n] = d.o;
-    h[n] = cell.cell_h ? gates.o * Maths::tanh(c.element[n]) : A(0);
+    h[n] = cell.cell_h ? Cell::template output<Maths>(gates, c.element[n]) : A(0);
   }
 
   store(cell.grad_c + row * hidden + unit, dc);
@@ -347,8 +347,8 @@ bool packs_fit(const CopyCell<T>& c) {
 }
 
 // Whether a step may be computed V units at a time.
-template <int V, typename Cell>
-bool packs_fit(const CellSizes& sizes, const Cell* cells, int64_t count) {
+template <int V, typename CellArguments>
+bool packs_fit(const CellSizes& sizes, const CellArguments* cells, int64_t count) {
   bool fit = packs_fit<V>(sizes);
   for (int64_t n = 0; fit && n < count; ++n) {
     fit = packs_fit<V>(cells[n]);

@@ -67,7 +67,7 @@ class BackwardCells {
   float c_[kCells], dc_[kCells];
   bool was_active_, active_;
   // Of this step, known before dh is.
-  LstmCell::Slopes<float> slope_[kCells];
+  Cell::Slopes<float> slope_[kCells];
   float incoming_[kCells];
   Packed grad_[kCells];  // dgates(s)
 
@@ -145,9 +145,9 @@ class BackwardCells {
       if (!lane.gates) {
         add_bias(y, lane.bias_ih, unit);
         add_bias(y, lane.bias_hh, unit);
-        y = LstmCell::activate<MathsOf<T>>(y, c_before_[n], c_[n]);
+        y = Cell::activate<MathsOf<T>>(y, c_before_[n], c_[n]);
       }
-      slope_[n] = LstmCell::slopes<MathsOf<T>>(y, c_before_[n], c_[n]);
+      slope_[n] = Cell::slopes<MathsOf<T>>(y, c_before_[n], c_[n]);
       if (lane.grad_above) {
         if (block_.lane.mask.seed) mask(block_.time(s), unit, grad_above_[n]);
         incoming_[n] = grad_above_[n];
@@ -165,7 +165,7 @@ class BackwardCells {
     for (int n = 0; n < kCells; ++n) {
       if (!cells_.has(n)) continue;
       // If the sequence has no such step, or there is no such unit, all slopes are zero, and so are these gradients.
-      const Gates<float> d = LstmCell::backward(slope_[n], incoming_[n] + sums[n], dc_[n]);
+      const Gates<float> d = Cell::backward(slope_[n], incoming_[n] + sums[n], dc_[n]);
       const float all[4] = {d.i, d.f, d.g, d.o};
       const int unit = cells_.unit_of(n) - block_.first_unit;
 #pragma unroll

@@ -16,6 +16,10 @@ namespace stacked_lstm::cuda::persistent {
 
 using namespace stacked_lstm::persistent;
 
+// The cell of all instances. It is not a template argument: the list of instances is made for the registers that this
+// cell needs (instances.h), so another cell needs another list.
+using Cell = LstmCell;
+
 inline Outcome outcome_of(const Status& status) {
   constexpr int kCooperativeLaunchTooLarge = 720;  // of cudaError_t
   if (status.ok()) return {};

@@ -424,7 +424,7 @@ struct Cells {
       const auto of = [&](int m, int first) { return Two{{d[n][m][first], d[n][m][first + 1]}}; };
       const Gates<Two> sums = {of(0, 0), of(0, 2), of(1, 0), of(1, 2)};
       Two next = {{c[n][0], c[n][1]}};
-      const Two out = LstmCell::forward<Maths>(sums, next, gates[n]);
+      const Two out = Cell::forward<Maths>(sums, next, gates[n]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const bool steps = n * kTileColumns + warp.column + j < active;

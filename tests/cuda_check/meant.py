@@ -29,8 +29,8 @@ def gates(kernel: str, registers: int, loads: tuple[int, int], stores: tuple[int
         if "LDG 64" in most:
             most["LDG 64"] = 1
         may_call = divides and element == "double"  # the slow path of a division of float64
-        yield Meant(rf"{kernel}<{element}, {units}, \d+>", least, most, registers, may_call=may_call)
-        yield Meant(rf"{kernel}<{element}, 1, \d+>", {}, {"LDG 128": 0, "STG 128": 0}, registers, may_call=may_call)
+        yield Meant(rf"{kernel}<{element}, (LstmCell, )?{units}, \d+>", least, most, registers, may_call=may_call)
+        yield Meant(rf"{kernel}<{element}, (LstmCell, )?1, \d+>", {}, {"LDG 128": 0, "STG 128": 0}, registers, may_call=may_call)
 
 
 # Architectures with thread-block clusters; on the others such a kernel is a trap.

@@ -285,6 +285,60 @@ void check_derivative() {
   }
 }
 
+// ---- Another cell ---------------------------------------------------------------------------------------------------
+
+// A cell that is no LSTM. Each of its results shows where each argument went.
+struct SumCell {
+  template <typename Math, typename T>
+  static Gates<T> activate(const Gates<T>& a, const T& c, const T& c_next) {
+    return {a.i + c, a.f + c_next, a.g, a.o};
+  }
+  template <typename Math, typename T>
+  static T output(const Gates<T>& y, const T& c_next) {
+    return y.o - c_next;
+  }
+  template <typename Math, typename T>
+  static T forward(const Gates<T>& a, T& c, Gates<T>& y) {
+    y = {a.i + 1, a.f + 2, a.g + 3, a.o + 4};
+    c = c + a.f;
+    return output<Math>(y, c);
+  }
+  template <typename Math, typename T>
+  static Gates<T> backward(const Gates<T>& y, const T& c, const T& c_next, const T& dh, T& dc) {
+    dc = dc + c;
+    return {y.i + dh, y.f + c_next, y.g, y.o};
+  }
+};
+
+// The kernels take every equation from the cell that they are instantiated for.
+void check_other_cell() {
+  const gates::CellSizes sizes{1, 1, 1, 4};
+  const std::array<float, 4> sums{10, 20, 30, 40}, zeros{};
+  std::array<float, 4> gates{};
+  float c = 100, h = 0;
+  gates::ForwardCell<float> forward{};
+  forward.input_part = sums.data(), forward.recurrent_part = zeros.data();
+  forward.c = &c, forward.h = &h, forward.saved_gates = gates.data(), forward.rows = 1;
+  gates::forward_units<1, float, SumCell>(sizes, forward, 0, 0);
+  expect(c == 120 && h == 44 - 120 && gates == std::array<float, 4>{11, 22, 33, 44}, "another cell's forward");
+
+  const float c_next = 200, c_0 = 300, grad_output = 5;
+  for (const bool saved : {true, false}) {
+    float grad_c = 7, cell_h = 0;
+    std::array<float, 4> grad{}, all_grad{};
+    gates::BackwardCell<float> backward{};
+    backward.incoming.grad_output = &grad_output;
+    backward.gates = saved ? sums.data() : nullptr;
+    backward.input_part = sums.data(), backward.recurrent_part = zeros.data();
+    backward.c = &c_next, backward.c_0 = &c_0, backward.grad_c = &grad_c, backward.cell_h = &cell_h;
+    backward.grad_gates = grad.data(), backward.all_grad_gates = all_grad.data(), backward.rows = 1;
+    gates::backward_units<1, float, SumCell>(sizes, backward, 0, 0);
+    const std::array<float, 4> wanted =
+        saved ? std::array<float, 4>{15, 220, 30, 40} : std::array<float, 4>{315, 420, 30, 40};
+    expect(grad == wanted && all_grad == wanted && grad_c == 307 && cell_h == 40 - 200, "another cell's backward");
+  }
+}
+
 // ---- Dropout, a second time -----------------------------------------------------------------------------------------
 
 // Philox4x32-10 as in Salmon et al. 2011, table 2 and section 3.
@@ -1281,6 +1335,7 @@ int main(int count, char** words) {
     }
   }
   check_derivative();
+  check_other_cell();
   check_philox();
   for (const Part& part : kParts) {
     if (!wanted(part.name)) continue;
