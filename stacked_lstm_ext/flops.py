@@ -46,8 +46,10 @@ def _backward_flops(
     weight_grad: bool,
     backend: str,
     bf16_weights: bool = False,
+    lengths: Shape | None = None,
+    resets: Shape | None = None,
+    *,
     proj_sizes: Sequence[int] | None = None,
-    *rest: Any,
     **kwargs: Any,
 ) -> int:
     """From the argument ``input`` on, which comes after the incoming gradients."""

@@ -9,6 +9,7 @@ void BackwardWave<T>::LaneRun::run() {
   if (position_ >= w_.set_count_) w_.wait_everybody(position_ - w_.set_count_, &Progress::done, 1);
   pack();
   start();
+  if (!w_.call_.cuts.empty()) std::fill_n(scratch_.zeros, w_.widest_, T(0));
   for (int64_t chunk = 0; chunk < w_.chunks(); ++chunk) {  // counted from the end of the sequence
     w_.wait_for_input(position_, place_, chunk);
     const Range steps = w_.steps_of(w_.chunks() - 1 - chunk);
@@ -188,6 +189,10 @@ void BackwardWave<T>::LaneRun::recurrent_gradient(int64_t s) {
         .from_last = (s & 1) != 0,
     });
   }
+  for (const int64_t b : own_cuts_before(s + 1)) {  // no gradient crosses a cut
+    T* dh = scratch_.dh + (b - sequences_.first) * ld_;
+    std::fill(dh + columns_.first, dh + padded_end_, T(0));
+  }
   for (int64_t b = n; b < later; ++b) {
     Base::copy_columns(scratch_.dh + b * ld_, w_.call_.grad_h_0 + at + b * out_, columns_);
     const int64_t c = c_at_ + (sequences_.first + b) * hidden_;
@@ -267,12 +272,18 @@ void BackwardWave<T>::LaneRun::step(int64_t s, const Range& steps) {
         .ldm = ldm_,
     });
   });
+  for (const int64_t b : own_cuts_before(s)) {
+    T* dc = buffers_.dc + b * padded_;
+    std::fill(dc + units_.first, dc + units_.last, T(0));
+  }
   publish(progress_.steps, hand_overs_before(s - 1));
 }
 
 template <typename T>
 void BackwardWave<T>::LaneRun::input_gradient(const Range& steps) {
   const Rows to = w_.input_gradient(layer_index_, direction_);
+  const StackShape& shape = w_.shape_;
+  const bool skips = shape.link == LinkKind::skip && layer_index_ > 0;
   if (!to.data) return;
   const Range panels = w_.own_panels(position_, place_, layer_.input, kWidth);
   const Range columns = w_.columns_of(panels, kWidth, layer_.input);
@@ -293,10 +304,55 @@ void BackwardWave<T>::LaneRun::input_gradient(const Range& steps) {
         .c = scratch_.dy,
         .ldc = ld_,
     });
+    if (shape.link == LinkKind::plain && !shape.has_lengths()) {
+      for (int64_t r = 0; r < rows; ++r) {
+        Base::copy_columns(scratch_.dy + r * ld_, to.data + (first + r) * to.stride, columns);
+      }
+      return;
+    }
+    int64_t t = times_of(steps).first;
     for (int64_t r = 0; r < rows; ++r) {
-      Base::copy_columns(scratch_.dy + r * ld_, to.data + (first + r) * to.stride, columns);
+      while (first + r >= shape.first_row(t + 1)) ++t;
+      const int64_t b = first + r - shape.first_row(t);
+      T* const row = scratch_.dy + r * ld_;
+      if (layer_index_ > 0) {
+        const int64_t below = columns_from_below(shape, layer_index_);
+        const Range part{std::min(columns.first, below), std::min(columns.last, below)};
+        if (adds_input(shape, layer_index_) && direction_ == 0) add_gradient_past(row, t, b, part);
+        Base::copy_columns(row, to.data + (first + r) * to.stride, part);
+        if (skips) add_to_x(row, t, b, {std::max(columns.first, below), std::max(columns.last, below)});
+      } else if (shape.link == LinkKind::skip && shape.depth() > 1) {
+        add_to_x(row, t, b, columns);
+      } else {
+        Base::copy_columns(row, to.data + (shape.caller_row(t) + b) * to.stride, columns);
+      }
     }
   });
+}
+
+template <typename T>
+void BackwardWave<T>::LaneRun::add_gradient_past(T* row, int64_t t, int64_t b, const Range& columns) const {
+  const auto add = [&](const T* given) {
+    for (int64_t j = columns.first; j < columns.last; ++j) row[j] += given[j];
+  };
+  if (layer_index_ + 1 == w_.shape_.depth()) {
+    if (w_.call_.grad_output.data) add(w_.call_.grad_output.row(w_.shape_, t, b));
+    return;
+  }
+  for (int64_t d = 0; d < w_.shape_.directions; ++d) {
+    const Rows above = w_.input_gradient(layer_index_ + 1, d);
+    add(above.data + (w_.shape_.first_row(t) + b) * above.stride);
+  }
+}
+
+template <typename T>
+void BackwardWave<T>::LaneRun::add_to_x(const T* row, int64_t t, int64_t b, const Range& columns) const {
+  const Rows x = w_.input_gradient(0, direction_);
+  if (!x.data || columns.size() <= 0) return;
+  const int64_t before = layer_.input - w_.shape_.layers[0].input;  // columns of the layer below
+  T* const to = x.data + (w_.shape_.caller_row(t) + b) * x.stride - before;
+  if (layer_index_ + 1 == w_.shape_.depth()) return Base::copy_columns(row, to, columns);
+  for (int64_t j = columns.first; j < columns.last; ++j) to[j] += row[j];
 }
 
 template <typename T>

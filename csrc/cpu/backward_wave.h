@@ -112,6 +112,7 @@ class BackwardWave : Wave<T> {
     T* dh;           // of a step
     T *gates, *c;    // of a stretch, [row][4·padded_hidden] and [row][padded_hidden]; only with recomputation
     void* operands;  // of any product
+    T* zeros;        // a state that was cut; only where sequences are cut
   };
   struct Rows {
     T* data;
@@ -160,7 +161,8 @@ class BackwardWave : Wave<T> {
           {memory_->take<T>(copied_rows_ * ld), memory_->take<T>(this->chunk_rows_ * ld),
            memory_->take<T>(call_.gradients.empty() ? 0 : kGradientScratch<T>), memory_->take<T>(shape_.batch * ld),
            memory_->take<T>(cells * 4), memory_->take<T>(cells),
-           this->take_operands(memory_, product_rows_, std::max(4 * this->widest_hidden_, widest_), storage_)});
+           this->take_operands(memory_, product_rows_, std::max(4 * this->widest_hidden_, widest_), storage_),
+           memory_->take<T>(call_.cuts.empty() ? 0 : widest_)});
     }
   }
 
@@ -197,14 +199,25 @@ class BackwardWave : Wave<T> {
   }
 
   // h of a layer, as forward left it.
-  const T* output_of(int64_t layer) const {
-    return layer + 1 == shape_.depth() && !call_.keeping.keep_top ? call_.output : reserve_.h(layer);
+  LayerRows<const T> output_of(int64_t layer) const {
+    const bool top = layer + 1 == shape_.depth();
+    if (!call_.keeping.keep_top && (shape_.link == LinkKind::skip || (top && !adds_input(shape_, layer)))) {
+      return {call_.output + output_column(shape_, layer), shape_.output_width(), true};
+    }
+    return {reserve_.h(layer), shape_.directions * shape_.layers[static_cast<size_t>(layer)].output()};
+  }
+  // What a layer read of the layer below.
+  LayerRows<const T> below(int64_t layer) const {
+    if (layer == 0) return {};
+    if (!adds_input(shape_, layer - 1)) return output_of(layer - 1);
+    return {reserve_.input(layer), shape_.layers[static_cast<size_t>(layer)].input};
   }
   // The caller's gradients of a layer's h or c of all steps; data is null if there are none.
   static Input<T> gradients_of(const std::vector<Input<T>>& layers, int64_t layer) {
     return layers.empty() ? Input<T>{} : layers[static_cast<size_t>(layer)];
   }
-  // Where one direction of a layer writes the gradient of its input.
+  // Where one direction of a layer writes the gradient of its input; of a layer above the lowest, of what it read of the layer
+  // below.
   Rows input_gradient(int64_t layer, int64_t direction) const {
     if (layer == 0) return {call_.grad_input[direction], shape_.layers[0].input};
     return {passing_[(layer - 1) % shape_.directions][direction], widest_below_};
@@ -292,12 +305,29 @@ class BackwardWave : Wave<T> {
     }
     // Calls f(row, rows, c) for the rows of step s; c is their state before the step. Sequences that start at step s
     // have it from c_0.
+    // Where a sequence is cut before step s, c is zero.
     template <typename F>
     void with_c_before(int64_t s, F&& f) const {
       const int64_t n = rows_at(s), before = std::min(rows_at(s - 1), n);
-      if (before > 0) f(0, before, c_after(s - 1));
-      if (before < n) f(before, n - before, buffers_.c_0 + (sequences_.first + before) * padded_);
+      const auto rows_from = [&](int64_t row, int64_t last, const T* c) {
+        for (const int64_t b : cuts_before(s).within(sequences_.first + row, sequences_.first + last)) {
+          const int64_t cut = b - sequences_.first;
+          if (row < cut) f(row, cut - row, c);
+          f(cut, 1, static_cast<const T*>(scratch_.zeros));
+          c += (cut + 1 - row) * padded_, row = cut + 1;
+        }
+        if (row < last) f(row, last - row, c);
+      };
+      if (before > 0) rows_from(0, before, c_after(s - 1));
+      if (before < n) rows_from(before, n, buffers_.c_0 + (sequences_.first + before) * padded_);
     }
+
+    // The sequences that are cut before step s.
+    Cuts::List cuts_before(int64_t s) const {
+      const int64_t all = w_.shape_.steps;
+      return s < 0 || s >= all ? Cuts::List{} : w_.call_.cuts.at(boundary_before(w_.shape_, index_, time(s)));
+    }
+    Cuts::List own_cuts_before(int64_t s) const { return cuts_before(s).within(sequences_.first, sequences_.last); }
 
     // Recomputes the stretch whose last step is s.
     void recompute(int64_t s);
@@ -306,20 +336,21 @@ class BackwardWave : Wave<T> {
     void recompute_sums(const Range& steps);
 
     int64_t copy_x(const Range& steps, T* out, int64_t ldo) const {
-      return w_.copy_input(w_.call_.input, w_.call_.links, layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr,
-                           layer_.input, index_, sequences_, steps, out, ldo);
+      return w_.copy_input(w_.call_.input, w_.call_.links, w_.below(layer_index_), index_, sequences_, steps, out, ldo);
     }
-    // Copies, for each row of `steps`, h of the step before; h_0 where the sequence starts.
+    // Copies, for each row of `steps`, h of the step before; h_0 where the sequence starts, zeros where it is cut.
     int64_t copy_h_before(const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
       const StackShape& shape = w_.shape_;
-      const T* h = w_.output_of(layer_index_) + direction_ * out_;
-      const int64_t ldh = shape.directions * out_, back = direction_ ? 1 : -1;
+      const LayerRows<const T> h = w_.output_of(layer_index_);
+      const int64_t back = direction_ ? 1 : -1;
       return w_.copy_rows(
           index_, sequences, steps, out_,
           [&](int64_t t, int64_t b) {
             const int64_t before = t + back;
+            if (w_.call_.cuts.at(boundary_before(shape, index_, t)).has(b))
+              return static_cast<const T*>(scratch_.zeros);
             const bool first = before < 0 || before >= shape.steps || b >= shape.active(before);
-            return first ? w_.call_.h_0 + h_at_ + b * out_ : h + (shape.first_row(before) + b) * ldh;
+            return first ? w_.call_.h_0 + h_at_ + b * out_ : h.row(shape, before, b) + direction_ * out_;
           },
           out, ldo);
     }
@@ -340,8 +371,12 @@ class BackwardWave : Wave<T> {
     // Goes back past step 0: what remains is the gradient of the initial state.
     void step_out() { recurrent_gradient(-1); }
 
-    // dG·W_ih of a chunk, own columns.
+    // dG·W_ih of a chunk, own columns, and what links add to it (stack/link.h).
     void input_gradient(const Range& steps);
+    // Adds up, in a chunk's row of v(k), what flows past the layer above, or past the top layer's h.
+    void add_gradient_past(T* row, int64_t t, int64_t b, const Range& columns) const;
+    // With skip links: adds a row's columns of x to the gradient of x. The top layer, which comes first, stores them.
+    void add_to_x(const T* row, int64_t t, int64_t b, const Range& columns) const;
 
     // ---- The ring, and the weight gradients of a gradient block: this worker's share of the gate rows.
 

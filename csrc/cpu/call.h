@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../stack/link.h"
+#include "../stack/resets.h"
 #include "../stack/stack.h"
 #include "reserve.h"
 
@@ -28,8 +29,11 @@ struct LaneGradients {
   T* weight_hr;
 };
 
+// Lengths. A padded batch whose sequences have lengths runs as a packed one: shape.packed_rows says where its rows are in
+// everything that the kernels keep. The caller's tensors are padded all the same (shape.caller_row).
+
 // The rows of the caller's input, or of the gradient of the output. Row (t, b) starts at
-// data + t·step_stride + b·row_stride or, if packed, at data + (first_row(t) + b)·row_stride.
+// data + t·step_stride + b·row_stride or, if the caller's tensors are packed, at data + (first_row(t) + b)·row_stride.
 template <typename T>
 struct Input {
   const T* data = nullptr;
@@ -37,7 +41,8 @@ struct Input {
   int64_t row_stride = 0;
 
   const T* row(const StackShape& shape, int64_t t, int64_t b) const {
-    return shape.packed() ? data + (shape.first_row(t) + b) * row_stride : data + t * step_stride + b * row_stride;
+    return shape.packed() && !shape.has_lengths() ? data + (shape.first_row(t) + b) * row_stride
+                                                  : data + t * step_stride + b * row_stride;
   }
 };
 
@@ -49,8 +54,9 @@ struct ForwardCall {
   const T* h_0;                         // states: see stack/state_layout.h
   const T* c_0;
   Links links;
+  Cuts cuts;
   Keeping keeping;
-  T* output;  // (rows, D·output)
+  T* output;  // (rows of the caller, columns of the output)
   T* h_n;
   T* c_n;
   T* reserve;
@@ -68,15 +74,17 @@ struct BackwardCall {
   const T* h_0;
   const T* c_0;
   Links links;
+  Cuts cuts;
   Keeping keeping;
   const T* output;
   const T* reserve;
   // Gradients of each layer's h before its link, D·output columns, and of its c, D·hidden columns; data is null where there
-  // is none. The top layer's h is the output. An empty list: none at all.
+  // is none. What reaches h through the output is part of it. An empty list: none at all.
   std::vector<Input<T>> grad_h, grad_c;
-  const T* grad_h_n;  // states, or null
+  Input<T> grad_output;  // with residual links, of the output: what flows past the top layer's h
+  const T* grad_h_n;     // states, or null
   const T* grad_c_n;
-  T* grad_input[2];  // (rows, input) of each direction, or null; the gradient is their sum
+  T* grad_input[2];  // (rows of the caller, input) of each direction, or null; the gradient is their sum
   T* grad_h_0;
   T* grad_c_0;
   std::vector<LaneGradients<T>> gradients;  // one per lane, or empty

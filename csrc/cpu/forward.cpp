@@ -60,7 +60,9 @@ class ForwardWave : Wave<T> {
         packed_ ? packed_->lanes() : lay_out<T>(shape_, storage_, [&](int64_t n) { return memory_->take<char>(n); });
     buffers_.clear();
     for (int64_t lane = 0; lane < this->lane_count_; ++lane) buffers_.push_back(take_buffers(lane));
-    if (!call_.keeping.anything() && shape_.depth() > 1) {
+    const bool passes_h = !call_.keeping.anything() && shape_.link != LinkKind::skip;
+    const bool passes_sums = call_.keeping.saving == Saving::none && shape_.link == LinkKind::residual;
+    if ((passes_h || passes_sums) && shape_.depth() > 1) {
       const int64_t elements = shape_.rows() * shape_.directions * this->widest_output_;
       for (int64_t n = 0; n < std::min<int64_t>(shape_.depth() - 1, 2); ++n) passing_[n] = memory_->take<T>(elements);
     }
@@ -106,15 +108,32 @@ class ForwardWave : Wave<T> {
     return buffers;
   }
 
-  // h of a layer, all directions: the caller's output, the reserve, or a buffer that the layer two above uses again.
-  T* output_of(int64_t layer) const {
-    if (layer + 1 == shape_.depth()) return call_.output;
-    return call_.keeping.anything() ? reserve_.h(layer) : passing_[layer % 2];
+  // The rows of a buffer that the layer two above uses again. The layers that share it have one stride there: see Hazards.
+  LayerRows<T> passing(int64_t layer) const { return {passing_[layer % 2], shape_.directions * this->widest_output_}; }
+  LayerRows<T> of_output(int64_t layer) const {
+    return {call_.output + output_column(shape_, layer), shape_.output_width(), true};
   }
-  // Elements from row to row. The layers that share a buffer have one stride there: see Hazards.
-  int64_t output_stride(int64_t layer) const {
-    const bool passing = layer + 1 < shape_.depth() && !call_.keeping.anything();
-    return shape_.directions * (passing ? this->widest_output_ : shape_.layers[layer].output());
+  // Where a layer's h goes, all directions: to the caller's output, the reserve, or the layer above; null if only the link
+  // behind the layer reads it.
+  LayerRows<T> output_of(int64_t layer) const {
+    const bool top = layer + 1 == shape_.depth();
+    if (shape_.link == LinkKind::skip || (top && !adds_input(shape_, layer))) return of_output(layer);
+    if (call_.keeping.anything()) return {reserve_.h(layer), shape_.directions * shape_.layers[layer].output()};
+    return adds_input(shape_, layer) ? LayerRows<T>{} : passing(layer);
+  }
+  // Where the sum of a layer's h and its input goes, if the link behind the layer adds them: to the caller's output, or to the
+  // layer above, and with gradients to the reserve.
+  LayerRows<T> sum_of(int64_t layer) const {
+    if (!adds_input(shape_, layer)) return {};
+    if (layer + 1 == shape_.depth()) return of_output(layer);
+    if (call_.keeping.saving == Saving::none) return passing(layer);
+    return {reserve_.input(layer + 1), shape_.layers[layer + 1].input};
+  }
+  // What a layer reads of the layer below.
+  LayerRows<const T> below(int64_t layer) const {
+    if (layer == 0) return {};
+    const LayerRows<T> rows = adds_input(shape_, layer - 1) ? sum_of(layer - 1) : output_of(layer - 1);
+    return {rows.data, rows.stride, rows.callers};
   }
 
   // Whether the packed weights are those of the sources as they are now. Every worker reads a share of the sources, and
@@ -161,7 +180,6 @@ class ForwardWave : Wave<T> {
     const Range sequences = this->sequences(place);
     const int64_t count = sequences.size(), first = sequences.first;
     const int64_t hidden = layer.hidden, padded = layer.padded_hidden(), out = layer.output();
-    const int64_t ldy = output_stride(layer_index);
     const Range unit_blocks = this->own_unit_blocks(position, place, padded);
     const Range units{std::min(unit_blocks.first * kernels_.vector_elements, hidden),
                       std::min(unit_blocks.last * kernels_.vector_elements, hidden)};
@@ -176,7 +194,18 @@ class ForwardWave : Wave<T> {
 
     T* h[2] = {buffers.h[0] + first * buffers.ldh, buffers.h[1] + first * buffers.ldh};
     T* c = buffers.c + first * padded;
-    T* y = output_of(layer_index) + direction * out;
+    const LayerRows<T> output = output_of(layer_index), sum = sum_of(layer_index);
+    const int64_t offset = direction * out;  // the lane's first column in a row of all directions
+    // What is stored after a step's hand-over, so that no worker of this lane waits for it.
+    const bool stores_late = output.data && (projects || slices > 1);
+    // Puts zeros in the place of what the step at time t reads of the sequences that are cut before it.
+    const auto cut = [&](int64_t t, T* h_before) {
+      for (const int64_t b : call_.cuts.at(boundary_before(shape_, index, t)).within(first, first + count)) {
+        T *row = h_before + (b - first) * buffers.ldh, *cell = c + (b - first) * padded;
+        std::fill(row + columns.first, row + columns.last, T(0));
+        std::fill(cell + units.first, cell + units.last, T(0));
+      }
+    };
     const StateLayout states(shape_);
     const int64_t h_at = states.h(index) + first * out, c_at = states.c(index) + first * hidden;
     const T *h_0 = call_.h_0 + h_at, *c_0 = call_.c_0 + c_at;
@@ -184,6 +213,7 @@ class ForwardWave : Wave<T> {
     if (place.batch_slice == 0) {
       reserve_.clear_rest(index, unit_blocks.first * kernels_.vector_elements,
                           unit_blocks.last * kernels_.vector_elements);
+      if (place.slice == 0 && direction == 0) reserve_.clear_padding(layer_index);
     }
 
     // Copies h_0 of sequences [from, to), which start with the step that reads buffer h[parity].
@@ -195,15 +225,15 @@ class ForwardWave : Wave<T> {
       Base::copy_columns(c_0 + b * hidden, c + b * padded, units);
     }
     start(0, this->rows_at(index, sequences, 0), 0);
+    if (shape_.steps > 0) cut(shape_.time(index, 0), h[0]);
     publish(steps_done, 1);
 
     for (int64_t chunk = 0; chunk < this->chunks(); ++chunk) {
       const Range steps = this->steps_of(chunk);
       this->wait_for_input(position, place, chunk);
       const int64_t lda = layer.input + kRowPadding;
-      const int64_t rows = this->copy_input(
-          call_.input, call_.links, layer_index ? output_of(layer_index - 1) : nullptr,
-          layer_index ? output_stride(layer_index - 1) : 0, index, sequences, steps, scratch.copied, lda);
+      const int64_t rows =
+          this->copy_input(call_.input, call_.links, below(layer_index), index, sequences, steps, scratch.copied, lda);
       kernels_.product({
           .panels = {weights.weight_ih, storage_},
           .width = kWidth,
@@ -220,9 +250,9 @@ class ForwardWave : Wave<T> {
           .c = scratch.projected,
           .ldc = 4 * padded,
       });
-      const T* projected = scratch.projected;
+      const T *projected = scratch.projected, *copied = scratch.copied;
       for (int64_t s = steps.first; s < steps.last; ++s) {
-        const int64_t t = shape_.time(index, s), n = this->local_rows(sequences, t), row = shape_.first_row(t) + first;
+        const int64_t t = shape_.time(index, s), n = this->local_rows(sequences, t);
         T *from = h[s & 1], *to = h[(s + 1) & 1];
         T *saved_c = reserve_.c(index, s), *saved_gates = reserve_.gates(index, s);
         this->wait_slices(position, place.batch_slice, &Progress::steps, s * hand_overs + 1);
@@ -247,14 +277,13 @@ class ForwardWave : Wave<T> {
             .c = c,
             .h_next = to,
             .ldh_next = buffers.ldh,
-            .y = y + row * ldy,
-            .ldy = ldy,
+            .y = output.data && !stores_late ? output.row(shape_, t, first) + offset : nullptr,
+            .ldy = output.stride,
             .saved_c = saved_c ? saved_c + first * padded : nullptr,
             .saved_gates = saved_gates ? saved_gates + first * padded * 4 : nullptr,
             .from_last = (s & 1) != 0,
         };
         if (projects) step.h_next = buffers.hidden + first * buffers.ldm, step.ldh_next = buffers.ldm;
-        if (projects || slices > 1) step.y = nullptr;  // written after the hand-over: no worker waits for y in a chunk
         kernels_.step_forward(step);
         if (projects) {
           publish(steps_done, s * hand_overs + 2);
@@ -283,10 +312,28 @@ class ForwardWave : Wave<T> {
           Base::copy_columns(c + b * padded, c_n + b * hidden, units);
         }
         start(n, next, (s + 1) & 1);
+        const auto store = [&] {
+          for (int64_t b = 0; stores_late && b < n; ++b) {
+            Base::copy_columns(to + b * buffers.ldh, output.row(shape_, t, first + b) + offset, columns);
+          }
+          if (!sum.data) return;
+          const bool top = layer_index + 1 == shape_.depth();
+          const Link link = top ? Link{} : call_.links[layer_index];
+          for (int64_t b = 0; b < n; ++b) {
+            T* const row = sum.row(shape_, t, first + b);
+            const T* const input = copied + b * lda + offset;
+            Base::copy_columns(to + b * buffers.ldh, row + offset, columns);
+            link.forward(row, offset + columns.first, offset + columns.last, layer.input, t * shape_.batch + first + b);
+            for (int64_t j = columns.first; j < columns.last; ++j) row[offset + j] += input[j];
+          }
+        };
+        // The next step reads zeros where it is cut from this one. What this one has left is stored before that.
+        const bool cuts =
+            s + 1 < shape_.steps && !call_.cuts.at(boundary_before(shape_, index, shape_.time(index, s + 1))).empty();
+        if (cuts) store(), cut(shape_.time(index, s + 1), to);
         publish(steps_done, (s + 1) * hand_overs + 1);
-        if (projects || slices > 1) {
-          for (int64_t b = 0; b < n; ++b) Base::copy_columns(to + b * buffers.ldh, y + (row + b) * ldy, columns);
-        }
+        if (!cuts) store();
+        copied += n * lda;
       }
       publish(this->own(position, place).chunks, chunk + 1);
     }

@@ -78,11 +78,22 @@ class CpuReserve {
   }
   // h of all directions of a layer, [row][D·output].
   T* h(int64_t layer) const { return data_ + layout_.size().cells() + layout_.h(layer); }
+  // A layer's input, where that is kept (keeps_input), likewise.
+  T* input(int64_t layer) const { return data_ + layout_.size().cells() + layout_.input(layer); }
 
-  // No step writes some rows of a lane's reserve: rows of gates, fewer than a step has, and rows of c of sequences that have
-  // ended or not started. Clears units first … last-1 of them, so that equal calls have equal reserves.
+  // No step writes some rows of a lane's reserve: rows of gates, fewer than a step has; rows of c of sequences that have
+  // ended or not started; with lengths, as many rows as there is padding. Clears units first … last-1 of them, so that equal
+  // calls have equal reserves.
   void clear_rest(int64_t lane, int64_t first, int64_t last) const {
     const int64_t units = padded(lane);
+    if (shape_.has_lengths()) {
+      const int64_t used =
+          !checkpoints_ ? shape_.rows() : (std::max<int64_t>(shape_.steps, 1) - 1) / kCheckpointSteps * shape_.batch;
+      for (int64_t n = used; n < layout_.kept().c; ++n) {
+        T* row = data_ + layout_.c(lane) + n * units;
+        std::fill(row + first, row + last, T(0));
+      }
+    }
     if (checkpoints_ && layout_.kept().c > 0) {
       for (int64_t s = kCheckpointSteps - 1; s + 1 < shape_.steps; s += kCheckpointSteps) {
         for (int64_t b = shape_.active(shape_.time(lane, s)); b < shape_.batch; ++b) {
@@ -91,7 +102,7 @@ class CpuReserve {
         }
       }
     }
-    if (!some_gates_) return;
+    if (!some_gates_ && !shape_.has_lengths()) return;
     const int64_t kept = layout_.kept().gates;
     int64_t used = 0;
     for (int64_t s = shape_.steps - 1; s >= 0 && gates(lane, s); --s) used += shape_.active(shape_.time(lane, s));
@@ -99,6 +110,18 @@ class CpuReserve {
       T* row = data_ + layout_.gates(lane) + (lane % shape_.directions ? kept - 1 - n : n) * 4 * units;
       std::fill(row + first * 4, row + last * 4, T(0));
     }
+  }
+
+  // The same for h, and the input, of a layer: the rows that stand for padding.
+  void clear_padding(int64_t layer) const {
+    const int64_t padding = shape_.all_rows() - shape_.rows();
+    const auto clear = [&](T* rows, int64_t width) {
+      std::fill_n(rows + shape_.rows() * width, padding * width, T(0));
+    };
+    const LayerShape& sizes = shape_.layers[static_cast<size_t>(layer)];
+    if (padding == 0) return;
+    if (keeps_h(shape_, layout_.kept(), layer)) clear(h(layer), shape_.directions * sizes.output());
+    if (keeps_input(shape_, layout_.kept(), layer)) clear(input(layer), sizes.input);
   }
 
  private:

@@ -44,6 +44,18 @@ Storage storage_of(const Call& call) {
   return call.bf16_weights ? Storage::bf16 : Storage::same;
 }
 
+// Rows of all directions of a layer: its h, or its input.
+template <typename T>
+struct LayerRows {
+  T* data = nullptr;     // null: there are none
+  int64_t stride = 0;    // elements from row to row
+  bool callers = false;  // whether they are in the caller's tensor (StackShape::caller_row)
+
+  T* row(const StackShape& shape, int64_t t, int64_t b) const {
+    return data + ((callers ? shape.caller_row(t) : shape.first_row(t)) + b) * stride;
+  }
+};
+
 // The state that all workers of a call share, and the arithmetic of what each worker owns.
 template <typename T>
 class Wave {
@@ -197,20 +209,26 @@ class Wave {
     }
     return row;
   }
+  // Whether what a layer reads of the layer below has to pass the mask of their link first. (Where links add the input of the
+  // layer below, that layer has done it.)
+  bool masks_input(const Links& links, int64_t layer) const {
+    return layer > 0 && !adds_input(shape_, layer - 1) && links[layer - 1].changes_h();
+  }
   // Copies the input of a lane's layer: for layer 0 the caller's input, else what the link makes of `below`, h of the layer
-  // below in rows of `below_stride`.
-  int64_t copy_input(const Input<T>& input, const Links& links, const T* below, int64_t below_stride, int64_t lane,
+  // below; if links add inputs, `below` is the sum.
+  int64_t copy_input(const Input<T>& input, const Links& links, const LayerRows<const T>& below, int64_t lane,
                      const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
-    const int64_t layer = lane / shape_.directions, width = shape_.layers[layer].input;
-    if (layer == 0) {
-      return copy_rows(
-          lane, sequences, steps, width, [&](int64_t t, int64_t b) { return input.row(shape_, t, b); }, out, ldo);
-    }
+    const int64_t layer = lane / shape_.directions;
+    const auto of_caller = [&](int64_t t, int64_t b) { return input.row(shape_, t, b); };
+    if (layer == 0) return copy_rows(lane, sequences, steps, shape_.layers[0].input, of_caller, out, ldo);
+    const int64_t width = columns_from_below(shape_, layer);
     const int64_t rows = copy_rows(
-        lane, sequences, steps, width,
-        [&](int64_t t, int64_t b) { return below + (shape_.first_row(t) + b) * below_stride; }, out, ldo);
+        lane, sequences, steps, width, [&](int64_t t, int64_t b) { return below.row(shape_, t, b); }, out, ldo);
+    if (shape_.link == LinkKind::skip) {
+      copy_rows(lane, sequences, steps, shape_.layers[0].input, of_caller, out + width, ldo);
+    }
+    if (!masks_input(links, layer)) return rows;
     const Link link = links[layer - 1];
-    if (!link.changes_h()) return rows;
     for (int64_t s = steps.first; s < steps.last; ++s) {
       const int64_t t = shape_.time(lane, s), n = local_rows(sequences, t);
       for (int64_t b = 0; b < n; ++b, out += ldo) link.forward(out, width, t * shape_.batch + sequences.first + b);

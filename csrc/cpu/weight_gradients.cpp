@@ -82,15 +82,16 @@ void BackwardWave<T>::LaneRun::input_weight_gradient(const LaneGradients<T>& g, 
   const Input<T>& x = w_.call_.input;
   const int64_t row = shape.first_row(times_of(gradient_block_).first), width = layer_.input;
   // If x is a matrix, it is read in place.
-  const bool matrix = x.row_stride >= width && (shape.packed() || x.step_stride == shape.batch * x.row_stride);
+  const bool matrix =
+      x.row_stride >= width && !shape.has_lengths() && (shape.packed() || x.step_stride == shape.batch * x.row_stride);
+  const LayerRows<const T> below = w_.below(layer_index_);
   if (layer_index_ == 0 && matrix) {
     add_product(g.weight_ih, width, units, gradient_block, x.data + row * x.row_stride, x.row_stride);
-  } else if (layer_index_ > 0 && !w_.call_.links[layer_index_ - 1].changes_h()) {
-    add_product(g.weight_ih, width, units, gradient_block, w_.output_of(layer_index_ - 1) + row * width, width);
+  } else if (layer_index_ > 0 && shape.link != LinkKind::skip && !w_.masks_input(w_.call_.links, layer_index_)) {
+    add_product(g.weight_ih, width, units, gradient_block, below.data + row * below.stride, below.stride);
   } else {
     copy_gradient_block(width, [&](const Range& step, T* to, int64_t ldo) {
-      return w_.copy_input(w_.call_.input, w_.call_.links, layer_index_ ? w_.output_of(layer_index_ - 1) : nullptr,
-                           layer_.input, index_, everyone(), step, to, ldo);
+      return w_.copy_input(w_.call_.input, w_.call_.links, below, index_, everyone(), step, to, ldo);
     });
     add_product(g.weight_ih, width, units, gradient_block, scratch_.copied, width + kRowPadding);
   }
@@ -100,10 +101,13 @@ template <typename T>
 void BackwardWave<T>::LaneRun::recurrent_weight_gradient(const LaneGradients<T>& g, const Range& units,
                                                          const GradientBlockRows& gradient_block) {
   const StackShape& shape = w_.shape_;
-  if (!shape.packed() && gradient_block_.first > 0) {
-    const int64_t ldh = shape.directions * out_, before = times_of(gradient_block_).first + (direction_ ? 1 : -1);
-    const T* h = w_.output_of(layer_index_) + direction_ * out_ + shape.first_row(before) * ldh;
-    add_product(g.weight_hh, out_, units, gradient_block, h, ldh);
+  const Range times = times_of(gradient_block_);
+  // Where a sequence is cut, h of the step before does not count.
+  const bool cut = w_.call_.cuts.any(times.first + direction_, times.last + direction_);
+  if (!shape.packed() && gradient_block_.first > 0 && !cut) {
+    const LayerRows<const T> h = w_.output_of(layer_index_);
+    const T* const first = h.row(shape, times.first + (direction_ ? 1 : -1), 0) + direction_ * out_;
+    add_product(g.weight_hh, out_, units, gradient_block, first, h.stride);
   } else {
     copy_gradient_block(
         out_, [&](const Range& step, T* to, int64_t ldo) { return copy_h_before(everyone(), step, to, ldo); });

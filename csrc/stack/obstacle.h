@@ -22,6 +22,7 @@ struct CallParts {
 
 // One sentence about a call of a stack with these options, without the full stop; "" if the path can run it.
 inline std::string obstacle(Path path, const StackOptions& options, ElementType type, const CallParts& parts = {}) {
+  if (path == Path::cpu) return "";
   if (options.link != LinkKind::plain && options.num_layers > 1) {
     return "it has no " + std::string(kLinkNames[static_cast<int>(options.link)]) + " links";
   }

@@ -42,14 +42,22 @@ struct Dropout {
   // Multiplies the `width` elements of row (t, b), i.e. row number t·B + b, by their mask.
   template <typename T>
   STACKED_LSTM_HOST_DEVICE void apply(T* row, int64_t width, int64_t row_number, int64_t layer) const {
+    apply(row, 0, width, width, row_number, layer);
+  }
+  // The same for the elements first … last-1 of the row alone.
+  template <typename T>
+  STACKED_LSTM_HOST_DEVICE void apply(T* row, int64_t first, int64_t last, int64_t width, int64_t row_number,
+                                      int64_t layer) const {
     const uint64_t quads = static_cast<uint64_t>((width + 3) / 4), limit = threshold();
+    const uint64_t begin = static_cast<uint64_t>(first), end = static_cast<uint64_t>(last);
     const T kept = static_cast<T>(scale());
-    for (uint64_t quad = 0; quad < quads; ++quad) {
+    for (uint64_t quad = begin / 4; quad < (end + 3) / 4; ++quad) {
       const uint64_t e = static_cast<uint64_t>(row_number) * quads + quad;
       const Philox random =
           philox4x32_10(static_cast<uint32_t>(e), static_cast<uint32_t>(e >> 32), static_cast<uint32_t>(layer), 0,
                         static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-      for (uint64_t word = 0; word < 4 && quad * 4 + word < static_cast<uint64_t>(width); ++word) {
+      for (uint64_t word = 0; word < 4 && quad * 4 + word < end; ++word) {
+        if (quad * 4 + word < begin) continue;
         T& element = row[quad * 4 + word];
         // A dropped element is multiplied by 0, not set to 0, so that a NaN in it stays a NaN.
         element *= random.word[word] >= limit ? kept : T(0);

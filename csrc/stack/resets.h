@@ -10,6 +10,7 @@
 // In a backward pass, no gradient of h or c crosses a cut.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -48,11 +49,21 @@ class Cuts {
     const int64_t* begin() const { return first; }
     const int64_t* end() const { return last; }
     bool empty() const { return first == last; }
+    bool has(int64_t sequence) const { return std::binary_search(first, last, sequence); }
+    // Those of the sequences from … to-1.
+    List within(int64_t from, int64_t to) const {
+      const int64_t* const begins = std::lower_bound(first, last, from);
+      return {begins, std::lower_bound(begins, last, to)};
+    }
   };
   List at(int64_t boundary) const {
     if (empty()) return {};
     const size_t n = static_cast<size_t>(boundary);
     return {sequences_.data() + first_[n], sequences_.data() + first_[n + 1]};
+  }
+  // Whether any sequence is cut at one of the boundaries first … last-1.
+  bool any(int64_t first, int64_t last) const {
+    return !empty() && first_[static_cast<size_t>(first)] < first_[static_cast<size_t>(last)];
   }
 
  private:

@@ -14,6 +14,7 @@
 #include "../cpu/workspace.h"
 #include "../stack/weights.h"
 #include "last_run.h"
+#include "lengths.h"
 #include "packed_cache.h"
 #include "prepare.h"
 
@@ -59,6 +60,21 @@ cpu::Workers workers_for(const StackShape& shape) {
   TORCH_CHECK(!why, "the forced schedule cannot run ", shape.depth(), " layers, batch ", shape.batch, ", on ", threads,
               " threads: ", why);
   return {threads, &*forced_schedule};
+}
+
+// The shape as the kernels have it: see "Lengths" in cpu/call.h.
+StackShape packed_inside(const StackShape& shape) {
+  StackShape inside = shape;
+  if (!shape.has_lengths()) return inside;
+  inside.packed_rows.assign(1, 0);
+  for (const int64_t count : shape.counts) inside.packed_rows.push_back(inside.packed_rows.back() + count);
+  inside.counts.clear();
+  return inside;
+}
+
+Cuts cuts_of(const Call& call) {
+  if (!call.resets) return {};
+  return {reinterpret_cast<const uint8_t*>(call.resets->const_data_ptr<bool>()), call.shape};
 }
 
 // A struct of pointers for every lane, from a pointer for every place in the list of weights. Where a layer has no such
@@ -126,20 +142,37 @@ Tensor empty_reserve(int64_t elements, const at::TensorOptions& options) {
   return at::from_blob(memory->data, {elements}, [memory](void*) { cpu::give_back(memory); }, options);
 }
 
+// Copies to the reserve what it keeps of h, though the caller's output has it: that will be rounded. See stack/reserve.h.
+void keep_output(const StackShape& shape, const Keeping& keeping, const Tensor& output, const Tensor& reserve) {
+  const KeptRows kept = kept_rows(shape, keeping);
+  const ReserveLayout layout(shape, kept);
+  const Tensor all = output.view({shape.all_rows(), shape.output_width()});
+  const Tensor rows = shape.has_lengths() ? all.index_select(0, existing_rows(shape)) : all;
+  for (int64_t k = 0; k < shape.depth(); ++k) {
+    const bool top = k + 1 == shape.depth();
+    if (shape.link != LinkKind::skip && (!top || adds_input(shape, k))) continue;
+    const int64_t width = columns_from_below(shape, k + 1), first = layout.size().cells() + layout.h(k);
+    reserve.narrow(0, first, shape.rows() * width)
+        .view({shape.rows(), width})
+        .copy_(rows.narrow(1, output_column(shape, k), width));
+  }
+}
+
 template <typename T>
 Results run_forward(const Call& call) {
   const auto type = arithmetic_type(call.input);
   const auto floats = call.input.options().dtype(type);
   const bool keep_top = type != call.input.scalar_type();
   const StackShape& shape = call.shape;
-  const Tensor output = empty(call.output_sizes(), floats);
+  Tensor output = empty(call.output_sizes(), floats);
   const Tensor h_n = empty(call.h_0.sizes(), floats), c_n = empty(call.c_0.sizes(), floats);
   const Keeping keeping{call.saving, keep_top, call.states};
   const Tensor reserve = empty_reserve(reserve_elements(shape, keeping), floats);
 
   Operands<T> operands(type);
   ForwardCall<T> kernel;
-  kernel.shape = shape;
+  kernel.shape = packed_inside(shape);
+  kernel.cuts = cuts_of(call);
   kernel.input = operands.rows(call.input, call.packed);
   const cpu::Storage storage = call.stores_bf16 ? cpu::Storage::bf16 : cpu::Storage::same;
   const bool may_keep = call.saving == Saving::none;  // training changes the weights at every step
@@ -155,7 +188,7 @@ Results run_forward(const Call& call) {
   kernel.reserve = reserve.mutable_data_ptr<T>();
   kernel.bf16_weights = call.stores_bf16;
   kernel.bf16_activations = call.input.scalar_type() == at::kBFloat16;
-  const cpu::Workers workers = workers_for(shape);
+  const cpu::Workers workers = workers_for(kernel.shape);
   TorchPlatform platform;
   std::optional<Schedule> done;
   if (packed && packed->ready()) {
@@ -173,11 +206,23 @@ Results run_forward(const Call& call) {
     if (packed) keep_packed(call.weights, shape, packed);
   }
   remember(*done, call, false);
-  if (keep_top && keeping.anything()) {  // the last part of the reserve; see stack/reserve.h
-    reserve.narrow(0, reserve.numel() - output.numel(), output.numel()).copy_(output.flatten());
-  }
+  if (keep_top && keeping.anything()) keep_output(kernel.shape, keeping, output, reserve);
+  clear_padding(output, shape);
   const auto out = call.input.scalar_type();
   return {output.to(out), h_n.to(out), c_n.to(out), reserve};
+}
+
+// The gradient of each layer's h before its link: the caller's, and what comes through the output.
+std::vector<OptionalTensor> h_gradients(const StackShape& shape, const IncomingGradients& incoming) {
+  std::vector<OptionalTensor> gradients = incoming.h;
+  if (!incoming.output) return gradients;
+  gradients.resize(static_cast<size_t>(shape.depth()));
+  for (int64_t k = shape.link == LinkKind::skip ? 0 : shape.depth() - 1; k < shape.depth(); ++k) {
+    OptionalTensor& h = gradients[static_cast<size_t>(k)];
+    const Tensor part = incoming.output->narrow(-1, output_column(shape, k), columns_from_below(shape, k + 1));
+    h = h ? h->add(part) : part;
+  }
+  return gradients;
 }
 
 template <typename T>
@@ -188,7 +233,8 @@ Gradients run_backward(const Call& call, const Kept& kept, const IncomingGradien
   const StackShape& shape = call.shape;
   Operands<T> operands(type);
   BackwardCall<T> kernel;
-  kernel.shape = shape;
+  kernel.shape = packed_inside(shape);
+  kernel.cuts = cuts_of(call);
   kernel.input = operands.rows(call.input, call.packed);
   kernel.weights = operands.weights(call);
   kernel.h_0 = operands.take(call.h_0);
@@ -204,11 +250,10 @@ Gradients run_backward(const Call& call, const Kept& kept, const IncomingGradien
     }
     return rows;
   };
-  kernel.grad_h = rows_of_layers(incoming.h);
+  kernel.grad_h = rows_of_layers(h_gradients(shape, incoming));
   kernel.grad_c = rows_of_layers(incoming.c);
-  if (incoming.output) {
-    kernel.grad_h.resize(static_cast<size_t>(shape.depth()));
-    kernel.grad_h.back() = operands.rows(*incoming.output, call.packed);
+  if (incoming.output && shape.link == LinkKind::residual) {
+    kernel.grad_output = operands.rows(*incoming.output, call.packed);
   }
   kernel.grad_h_n = operands.take(incoming.h_n);
   kernel.grad_c_n = operands.take(incoming.c_n);
@@ -232,10 +277,14 @@ Gradients run_backward(const Call& call, const Kept& kept, const IncomingGradien
   kernel.bf16_weights = call.stores_bf16;
   kernel.bf16_activations = call.input.scalar_type() == at::kBFloat16;
   TorchPlatform platform;
-  remember(cpu::backward(kernel, workers_for(shape), platform), call, true);
+  remember(cpu::backward(kernel, workers_for(kernel.shape), platform), call, true);
   const auto out = call.input.scalar_type();
   if (!input_grad) grad_input[0] = empty({0}, floats);
-  if (input_grad && shape.directions == 2) grad_input[0].add_(grad_input[1]);
+  if (input_grad && shape.has_lengths()) clear_padding(grad_input[0], shape);
+  if (input_grad && shape.directions == 2) {
+    if (shape.has_lengths()) clear_padding(grad_input[1], shape);
+    grad_input[0].add_(grad_input[1]);
+  }
   for (Tensor& g : grad_weights) g = g.to(out);
   return {grad_input[0].to(out), grad_h_0.to(out), grad_c_0.to(out), std::move(grad_weights)};
 }

@@ -56,6 +56,14 @@ Tensor LengthOrder::states(const Tensor& state, const Tensor& index, bool cell) 
   return at::cat(parts);
 }
 
+Tensor existing_rows(const StackShape& shape) {
+  std::vector<int64_t> rows;
+  for (int64_t t = 0; t < shape.steps; ++t) {
+    for (int64_t b = 0; b < shape.active(t); ++b) rows.push_back(t * shape.batch + b);
+  }
+  return at::from_blob(rows.data(), {static_cast<int64_t>(rows.size())}, at::kLong).clone();
+}
+
 void clear_padding(Tensor& sequences, const StackShape& shape) {
   if (!shape.has_lengths() || sequences.numel() == 0) return;
   if (!sequences.is_cpu()) {

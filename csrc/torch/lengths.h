@@ -38,6 +38,9 @@ class LengthOrder {
   at::Tensor order_, inverse_;  // on the device of the input; undefined if sorted
 };
 
+// The numbers of the rows of a batch that exist, in their order: int64, on the CPU.
+at::Tensor existing_rows(const StackShape& shape);
+
 // The rows of a batch that lie behind their sequence's end, set to zero. `sequences`: (T, B, ...), contiguous, sorted.
 void clear_padding(at::Tensor& sequences, const StackShape& shape);
 
