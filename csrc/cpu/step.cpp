@@ -4,7 +4,8 @@
 // each layer it does the following:
 //   1. compute b + W_hh·h. This needs no result of this step: it is done while other workers finish the layer below;
 //   2. wait for all slices of the layer below, add W_ih·x and run the cell;
-//   3. with a projection: hand o·tanh(c) over, wait for all slices, and compute W_hr times it.
+//   3. with a projection: hand o·tanh(c) over, wait for all slices, and compute W_hr times it;
+//   4. with residual or skip links: make its share of what the layer above reads.
 //
 // Before the first layer, each worker takes the fingerprint of its share of the sources (fingerprint.h). No worker
 // waits for the sum of these fingerprints; it is compared when the step is done. So packed weights that are out of date
@@ -17,6 +18,7 @@
 #include <algorithm>
 #include <new>
 
+#include "../stack/link.h"
 #include "../stack/state_layout.h"
 #include "wave.h"
 
@@ -36,6 +38,7 @@ class StackStep {
         workers_(workers),
         team_(workers, platform.at_the_same_time()) {
     int64_t units = 0, columns = 0, widest = 0;
+    links_ = shape_.link != LinkKind::plain;
     for (const LayerShape& layer : shape_.layers) {
       units = std::max(units, layer.padded_hidden());
       columns = std::max(columns,
@@ -43,11 +46,12 @@ class StackStep {
       widest = std::max({widest, layer.input, layer.output(), layer.hidden});
     }
     const int64_t layers = shape_.depth();
-    ldh_ = columns, ldc_ = units;
+    ldh_ = columns, ldc_ = units, ldu_ = round_up(widest, kUnitPadding);
     memory_->lay_out([&] {
       h_ = memory_->template take<T>(layers * shape_.batch * ldh_);
       c_ = memory_->template take<T>(layers * shape_.batch * ldc_);
       gates_ = memory_->template take<T>(layers * shape_.batch * 4 * ldc_);
+      inputs_ = links_ ? memory_->template take<T>(layers * shape_.batch * ldu_) : nullptr;
       hidden_ = shape_.projects() ? memory_->template take<T>(layers * shape_.batch * ldc_) : nullptr;
       operand_bytes_ = operand_bytes(kernels_, call.weights.storage(), shape_.batch, widest);
       operands_ = memory_->template take<char>(workers_ * operand_bytes_);
@@ -131,8 +135,12 @@ class StackStep {
         .width = kWidth,
         .first_unit_block = unit_blocks.first,
         .last_unit_block = unit_blocks.last,
-        .h = index == 0 ? call_.input : h_ + (index - 1) * batch * ldh_,
-        .ldh = index == 0 ? call_.input_stride : ldh_,
+        .h = index == 0 ? call_.input
+             : links_   ? input_of(index)
+                        : h_ + (index - 1) * batch * ldh_,
+        .ldh = index == 0 ? call_.input_stride
+               : links_   ? ldu_
+                          : ldh_,
         .rows = batch,
         .unroll_rows = batch,
         .inner = layer.input,
@@ -174,15 +182,39 @@ class StackStep {
       columns = {std::min(panels.first * kWidth * elements, out), std::min(panels.last * kWidth * elements, out)};
       for (int64_t b = 0; b < batch; ++b) copy(h + b * ldh_, h_n + b * out, columns);
     }
+    if (links_) make_input(index + 1, h_n, columns, share_of(shape_.layers[0].input, rank, size));
     hand_over(rank, (index + 1) * kHandOvers);
     for (int64_t b = 0; b < batch; ++b) copy(c + b * padded, c_n + b * hidden, units);
-    if (index + 1 == shape_.depth()) {
-      for (int64_t b = 0; b < batch; ++b) copy(h_n + b * out, call_.output + b * out, columns);
+    const bool top = index + 1 == shape_.depth();
+    if (!top && shape_.link != LinkKind::skip) return;
+    const int64_t stride = shape_.output_width();
+    for (int64_t b = 0; b < batch; ++b) {
+      T* const row = call_.output + output_column(shape_, index) + b * stride;
+      copy(h_n + b * out, row, columns);
+      if (adds_input(shape_, index)) add(input_of(index) + b * ldu_, row, columns);
+    }
+  }
+
+  // Where links make the input of a layer above the lowest: rows of ldu_.
+  T* input_of(int64_t layer) const { return inputs_ + layer * shape_.batch * ldu_; }
+
+  // Makes a worker's columns of what a layer reads: of the h of the layer below, and of x. See stack/link.h.
+  void make_input(int64_t layer, const T* below, const Range& columns, const Range& columns_of_x) const {
+    if (layer == shape_.depth()) return;
+    const int64_t width = columns_from_below(shape_, layer);
+    for (int64_t b = 0; b < shape_.batch; ++b) {
+      T* const row = input_of(layer) + b * ldu_;
+      copy(below + b * width, row, columns);
+      if (adds_input(shape_, layer - 1)) add(input_of(layer - 1) + b * ldu_, row, columns);
+      if (shape_.link == LinkKind::skip) copy(call_.input + b * call_.input_stride, row + width, columns_of_x);
     }
   }
 
   static void copy(const T* from, T* to, const Range& columns) {
     std::copy(from + columns.first, from + columns.last, to + columns.first);
+  }
+  static void add(const T* from, T* to, const Range& columns) {
+    for (int64_t n = columns.first; n < columns.last; ++n) to[n] += from[n];
   }
 
   const StepCall<T>& call_;
@@ -192,8 +224,10 @@ class StackStep {
   const int64_t workers_;
   Team team_;
   Workspace::Lease memory_;
-  int64_t ldh_, ldc_;
+  bool links_;  // whether links do more than to pass h on
+  int64_t ldh_, ldc_, ldu_;
   T *h_, *c_, *gates_;  // of each layer, [sequence][…], whole vectors
+  T* inputs_;           // what the layers read; with links
   T* hidden_;           // o·tanh(c); with a projection
   int64_t operand_bytes_;
   char* operands_;  // of each worker's products

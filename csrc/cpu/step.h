@@ -20,7 +20,7 @@ struct StepCall {
   int64_t input_stride;
   const T* h_0;  // states: see stack/state_layout.h
   const T* c_0;
-  T* output;  // (B, output)
+  T* output;  // (B, columns of the output)
   T* h_n;
   T* c_n;
   bool bf16_activations = false;  // as in a ForwardCall

@@ -60,7 +60,7 @@ bool run(const StepArguments& a, const StackShape& shape, int64_t threads, cpu::
   int64_t source_bytes = 0;
   for (const cpu::Bytes& source : packed->sources()) source_bytes += a.frozen ? 0 : source.count;
   const int64_t workers = cpu::step_workers(shape, threads, sizeof(A), storage, source_bytes);
-  std::array<int64_t, 2> sizes{shape.batch, shape.layers.back().output()};
+  std::array<int64_t, 2> sizes{shape.batch, shape.output_width()};
   const auto type = a.input.scalar_type();
   const at::IntArrayRef output_sizes = a.input.dim() == 2 ? at::IntArrayRef(sizes) : at::IntArrayRef(sizes).slice(1);
   results.output = at::detail::empty_cpu(output_sizes, type);
@@ -155,7 +155,7 @@ std::optional<StepResults> step(const StepArguments& a, int64_t threads, cpu::Pl
   if (!rows_stand || !a.h_0.is_contiguous() || !a.c_0.is_contiguous()) return {};
   if (a.options.bf16_weights && type != at::kFloat) return {};
   thread_local StackShape shape;  // keeps its memory
-  if (a.options.bidirectional || a.options.link != LinkKind::plain ||
+  if (a.options.bidirectional ||
       !prepare({a.input, nullptr, &a.h_0, &a.c_0, a.weights, a.options, true}, Misfit::declines, shape) ||
       shape.batch == 0) {
     return {};

@@ -60,6 +60,9 @@ struct Case {
   Saving saving;
   int64_t narrower = 0;  // by so many units a layer is narrower than the one below; then only even layers project
   bool states = false;   // all h and c are results and have gradients
+  LinkKind link = LinkKind::plain;
+  bool resets = false;
+  int64_t padding = 0;  // steps behind the longest sequence, of a padded batch; `packed` then stands for its lengths
 
   int64_t hidden_of(int64_t k) const { return std::max<int64_t>(hidden - k * narrower, 1); }
   int64_t projection_of(int64_t k) const { return narrower != 0 && k % 2 ? 0 : projection; }
@@ -87,6 +90,15 @@ const Case kCases[] = {
     {"widths, some projections, both directions, lengths, states", 3, 5, 20, 4, 90, 11, true, true, true,
      Saving::recompute, 35, true},
     {"states, some projections", 4, 3, 19, 5, 21, 7, false, false, true, Saving::full, 4, true},
+    {"residual links", 4, 3, 9, 5, 40, 0, false, false, true, Saving::full, 0, false, LinkKind::residual},
+    {"residual links, both directions, projections, states, resets", 3, 4, 19, 5, 21, 7, true, true, true,
+     Saving::recompute, 0, true, LinkKind::residual, true},
+    {"skip links, widths", 4, 3, 9, 5, 60, 0, false, false, true, Saving::recompute, 10, false, LinkKind::skip},
+    {"skip links, both directions, padding, resets", 3, 5, 12, 3, 24, 0, true, true, false, Saving::full, 0, false,
+     LinkKind::skip, true, 3},
+    {"resets, no lengths", 3, 3, 21, 5, 70, 11, false, false, false, Saving::recompute, 0, false, LinkKind::plain,
+     true},
+    {"padding", 3, 6, 20, 5, 20, 0, true, true, true, Saving::recompute, 0, true, LinkKind::plain, false, 2},
 };
 
 // Everything a call reads and writes.
@@ -94,6 +106,7 @@ template <typename T>
 struct Problem {
   StackShape shape;
   Links links;
+  std::vector<uint8_t> resets;  // of the steps that exist
   Keeping keeping;
   bool bf16_weights = false;
   std::vector<std::vector<T>> grad_h, grad_c;  // of each layer; empty without states
@@ -111,8 +124,10 @@ struct Problem {
       links.seed = 12345;
     }
     shape.steps = c.steps, shape.batch = c.batch, shape.directions = c.bidirectional ? 2 : 1;
+    shape.link = c.link, shape.padded_steps = c.padding > 0 ? c.steps + c.padding : 0;
     for (int64_t k = 0; k < c.layers; ++k) {
-      const int64_t below = k ? shape.directions * shape.layers.back().output() : c.input;
+      int64_t below = k ? shape.directions * shape.layers.back().output() : c.input;
+      if (k > 0 && c.link == LinkKind::skip) below += c.input;
       shape.layers.push_back({below, c.hidden_of(k), c.projection_of(k)});
     }
     if (c.packed) shape.packed_rows.push_back(0);
@@ -126,11 +141,12 @@ struct Problem {
       v.resize(static_cast<size_t>(n));
       for (T& x : v) x = static_cast<T>(scale * uniform(random));
     };
-    fill(input, shape.rows() * c.input);
+    for (int64_t n = 0; c.resets && n < shape.steps * shape.batch; ++n) resets.push_back(random() % 4 == 0);
+    fill(input, shape.all_rows() * c.input);
     const StateLayout states(shape);
     fill(h_0, states.h(shape.lanes())), fill(grad_h_n, states.h(shape.lanes()));
     fill(c_0, states.c(shape.lanes())), fill(grad_c_n, states.c(shape.lanes()));
-    fill(grad_output, shape.rows() * shape.directions * shape.layers.back().output());
+    fill(grad_output, shape.all_rows() * shape.output_width());
     for (int64_t lane = 0; lane < shape.lanes(); ++lane) {
       const LayerShape& layer = shape.of_lane(lane);
       const int64_t rows = 4 * layer.hidden;
@@ -139,17 +155,17 @@ struct Problem {
       }
     }
     for (int64_t k = 0; c.states && k < c.layers; ++k) {
-      fill(grad_h.emplace_back(), shape.rows() * shape.directions * shape.layers[static_cast<size_t>(k)].output());
-      fill(grad_c.emplace_back(), shape.rows() * shape.directions * shape.layers[static_cast<size_t>(k)].hidden);
+      fill(grad_h.emplace_back(), shape.all_rows() * shape.directions * shape.layers[static_cast<size_t>(k)].output());
+      fill(grad_c.emplace_back(), shape.all_rows() * shape.directions * shape.layers[static_cast<size_t>(k)].hidden);
     }
   }
 
   void run(const cpu::Workers& workers, Pool pool) {
     const T nan = std::numeric_limits<T>::quiet_NaN();
-    output.assign(grad_output.size(), nan), h_n.assign(h_0.size(), nan), c_n.assign(c_0.size(), nan);
+    output = unwritten(shape.output_width()), h_n.assign(h_0.size(), nan), c_n.assign(c_0.size(), nan);
     reserve.assign(static_cast<size_t>(reserve_elements(shape, keeping)), nan);
     grad_h_0.assign(h_0.size(), nan), grad_c_0.assign(c_0.size(), nan);
-    for (int64_t d = 0; d < shape.directions; ++d) grad_input[d].assign(input.size(), nan);
+    for (int64_t d = 0; d < shape.directions; ++d) grad_input[d] = unwritten(shape.layers[0].input);
     gradients.clear();
     for (const std::vector<T>& w : weights) gradients.emplace_back(w.size(), nan);
 
@@ -163,7 +179,8 @@ struct Problem {
       lane_gradients.push_back({gradients[n].data(), gradients[n + 1].data(), gradients[n + 2].data(),
                                 gradients[n + 3].data(), gradients[n + 4].data()});
     }
-    cpu::forward(ForwardCall<T>{shape, x, lane_weights, h_0.data(), c_0.data(), links, keeping, output.data(),
+    const Cuts cuts(resets.empty() ? nullptr : resets.data(), shape);
+    cpu::forward(ForwardCall<T>{shape, x, lane_weights, h_0.data(), c_0.data(), links, cuts, keeping, output.data(),
                                 h_n.data(), c_n.data(), reserve.data(), bf16_weights},
                  workers, platform);
     std::vector<cpu::Bytes> sources;
@@ -172,7 +189,7 @@ struct Problem {
     }
     cpu::PackedStack<T> packed(shape, bf16_weights ? cpu::Storage::bf16 : cpu::Storage::same, sources);
     for (std::vector<T>& again : inferred) {
-      again.assign(output.size(), nan);
+      again = unwritten(shape.output_width());
       std::vector<T> h(h_n.size()), c(c_n.size());
       cpu::forward(ForwardCall<T>{shape,
                                   x,
@@ -180,6 +197,7 @@ struct Problem {
                                   h_0.data(),
                                   c_0.data(),
                                   links,
+                                  cuts,
                                   {},
                                   again.data(),
                                   h.data(),
@@ -188,7 +206,7 @@ struct Problem {
                                   bf16_weights},
                    workers, platform, &packed);
     }
-    if (shape.directions == 1 && !shape.packed() && links.rates == PerLayer<double>()) {
+    if (shape.directions == 1 && !shape.packed() && cuts.empty() && links.rates == PerLayer<double>()) {
       stepped.assign(output.size(), nan);
       take_steps(packed, pool == Pool::one_thread ? 1 : workers.threads, platform);
     }
@@ -200,18 +218,26 @@ struct Problem {
       grad_of_h[k] = rows_of(grad_h[k], shape.directions * shape.layers[k].output());
       grad_of_c.push_back(rows_of(grad_c[k], shape.directions * shape.layers[k].hidden));
     }
-    grad_of_h.back() = rows_of(grad_output, shape.directions * shape.layers.back().output());
+    const int64_t columns = shape.output_width();
+    for (int64_t k = 0; k < shape.depth(); ++k) {  // where there are no states: what flows in through the output
+      if (!grad_h.empty() && shape.link != LinkKind::plain) continue;
+      if (shape.link != LinkKind::skip && k + 1 < shape.depth()) continue;
+      grad_of_h[static_cast<size_t>(k)] = {grad_output.data() + output_column(shape, k), shape.batch * columns,
+                                           columns};
+    }
     cpu::backward(BackwardCall<T>{shape,
                                   x,
                                   lane_weights,
                                   h_0.data(),
                                   c_0.data(),
                                   links,
+                                  cuts,
                                   keeping,
                                   output.data(),
                                   reserve.data(),
                                   grad_of_h,
                                   grad_of_c,
+                                  rows_of(grad_output, columns),
                                   grad_h_n.data(),
                                   grad_c_n.data(),
                                   {grad_input[0].data(), shape.directions == 2 ? grad_input[1].data() : nullptr},
@@ -222,10 +248,21 @@ struct Problem {
                   workers, platform);
   }
 
+  // Rows of the caller: NaN, but for zeros in the padding, which no kernel writes.
+  std::vector<T> unwritten(int64_t width) const {
+    std::vector<T> rows(static_cast<size_t>(shape.all_rows() * width),
+                        shape.has_lengths() ? T(0) : std::numeric_limits<T>::quiet_NaN());
+    for (int64_t t = 0; shape.has_lengths() && t < shape.steps; ++t) {
+      std::fill_n(rows.begin() + shape.caller_row(t) * width, shape.active(t) * width,
+                  std::numeric_limits<T>::quiet_NaN());
+    }
+    return rows;
+  }
+
   void take_steps(const cpu::PackedStack<T>& packed, int64_t workers, PlainPlatform& platform) {
     StackShape one = shape;
     one.steps = 1;
-    const int64_t row = shape.batch * shape.layers[0].input, out = shape.batch * shape.layers.back().output();
+    const int64_t row = shape.batch * shape.layers[0].input, out = shape.batch * shape.output_width();
     std::vector<T> h = h_0, c = c_0, next_h(h.size()), next_c(c.size());
     for (int64_t t = 0; t < shape.steps; ++t) {
       cpu::step(cpu::StepCall<T>{one, packed, input.data() + t * row, shape.layers[0].input, h.data(), c.data(),
