@@ -5,6 +5,7 @@
 
 #include "../cpu/reserve.h"
 #include "../driver/driver.h"
+#include "lengths.h"
 #include "prepare.h"
 
 namespace stacked_lstm {
@@ -16,21 +17,22 @@ namespace {
 std::vector<int64_t> sizes_of(const Call& call, int64_t width) {
   const StackShape& shape = call.shape;
   return call.packed ? std::vector<int64_t>{shape.rows(), width}
-                     : std::vector<int64_t>{shape.steps, shape.batch, width};
+                     : std::vector<int64_t>{shape.all_steps(), shape.batch, width};
 }
 
 }  // namespace
 
 States states_of(const Call& call, const Results& results, bool on_cpu) {
   const StackShape& shape = call.shape;
-  const int64_t rows = shape.rows(), directions = shape.directions;
+  const int64_t rows = shape.all_rows(), directions = shape.directions;
   const auto type = call.input.scalar_type();
   const bool wide = arithmetic_type(call.input) == type;
   const KeptRows kept =
       on_cpu ? kept_rows(shape, {call.saving, !wide, true}) : driver::kept_rows(shape, call.saving, true);
   const ReserveLayout layout(shape, kept);
   const Tensor& reserve = results.reserve;
-  // On a GPU, h is kept in the tensors' dtype; the CPU kernels keep what they have computed.
+  // On a GPU, h is kept in the tensors' dtype, and the reserve is zero in the padding. The CPU kernels keep what they have
+  // computed.
   const auto h_type = on_cpu ? reserve.scalar_type() : type;
   States states;
   for (int64_t k = 0; k < shape.depth(); ++k) {
@@ -53,6 +55,7 @@ States states_of(const Call& call, const Results& results, bool on_cpu) {
           .narrow(1, d * layer.hidden, layer.hidden)
           .copy_(c.narrow(1, 0, layer.hidden));
     }
+    if (on_cpu) clear_padding(states.h.back(), shape), clear_padding(states.c.back(), shape);
   }
   return states;
 }
