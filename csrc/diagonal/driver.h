@@ -96,7 +96,8 @@ class DiagonalDriver {
         lanes_(call.shape.lanes()),
         batch_(call.shape.batch),
         rows_(call.shape.rows()),
-        places_(call.shape, call.options.bias) {
+        places_(call.shape, call.options.bias),
+        resets_(resets_of(call)) {
     counts_.schedule = plan_;
     // No other chunk has more rows, since an earlier step never has fewer sequences than a later one.
     chunk_rows_ = shape_.first_row(std::min(plan_.chunk_steps, shape_.steps));
@@ -157,6 +158,8 @@ class DiagonalDriver {
     return {row, shape_.first_row(std::max(one, other) + 1) - row};
   }
 
+  gates::RowCuts cuts(int64_t lane, int64_t t) const { return cuts_before(shape_, resets_, lane, t); }
+
   gates::Element element(const RunShape& run, int64_t lane, int64_t t) const {
     return {t * batch_, run.column_of(lane), layer_of(lane), mask(layer_of(lane))};
   }
@@ -214,6 +217,7 @@ class DiagonalDriver {
   int64_t chunk_rows_;
   Tensor input_;  // (rows, I)
   const WeightPlaces places_;
+  const uint8_t* const resets_;     // null: none
   std::vector<gates::Mask> masks_;  // of the link from each layer
   std::vector<RunShape> run_shapes_;
 };

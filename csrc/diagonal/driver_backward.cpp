@@ -191,7 +191,7 @@ class Backward : DiagonalDriver<T> {
         const int64_t lane = run.first + n;
         copies_of_previous(shape_, lane, h_of(Base::layer_of(lane)) + run.column_of(lane),
                            const_data<T>(h_0_) + run.h_0 + n * batch_ * run.output,
-                           data<T>(run.previous) + n * rows_ * run.output, adds(run, run.output));
+                           data<T>(run.previous) + n * rows_ * run.output, adds(run, run.output), Base::resets_);
       }
       flush(0, run, run.output);
     }
@@ -364,6 +364,7 @@ class Backward : DiagonalDriver<T> {
                             ((directions_ == 2 ? 0 : n) * rows_ + row) * run.gates_stride() +
                             lane % directions_ * 4 * hidden;
       cell.rows = rows;
+      cell.cuts = Base::cuts(lane, t);
       cells_.push_back(cell);
     }
     const int64_t first = some.first - run.first;

@@ -17,6 +17,7 @@
 
 #include "../cuda/gates.h"
 #include "../stack/reserve.h"
+#include "../stack/resets.h"
 #include "call.h"
 
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)
@@ -215,18 +216,33 @@ inline int64_t continued_rows(const StackShape& shape, int64_t lane, int64_t t) 
   return t + 1 < shape.steps ? shape.active(t + 1) : 0;
 }
 
-// Calls add(cell) for each copy that is needed to make h(t-1) of every row of a lane. `h`: where the lane's direction
+// The resets of a call, or null.
+inline const uint8_t* resets_of(const Call& call) {
+  return call.resets ? static_cast<const uint8_t*>(call.resets->const_data_ptr()) : nullptr;
+}
+
+// The rows that are cut before a lane's step at time t.
+inline gates::RowCuts cuts_before(const StackShape& shape, const uint8_t* resets, int64_t lane, int64_t t) {
+  const int64_t boundary = boundary_before(shape, lane, t);
+  if (!resets || boundary >= shape.steps) return {};
+  return {resets + boundary * shape.batch, shape.active(boundary)};
+}
+
+// Calls add(cell) for each copy that is needed to make h(t-1) of every row of a lane, zero where a sequence is cut before t. `h`: where the lane's direction
 // begins in its layer's output; `h_0`, `target`: (B, output) and (rows, output) of the lane.
 template <typename T, typename Add>
-void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const T* h_0, T* target, Add&& add) {
+void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const T* h_0, T* target, Add&& add,
+                        const uint8_t* resets = nullptr) {
   const int64_t output = shape.of_lane(lane).output(), stride = shape.directions * output;
   const bool reverse = lane % shape.directions != 0;
   const auto copy = [&](int64_t t, int64_t steps) {  // consecutive steps; if they are several, all rows continue
     const int64_t row = shape.first_row(t), rows = steps > 1 ? steps * shape.batch : shape.active(t);
     const int64_t continued = continued_rows(shape, lane, t), before = reverse ? t + 1 : t - 1;
     const T* const source = continued > 0 ? h + shape.first_row(before) * stride : nullptr;
+    gates::RowCuts cuts = cuts_before(shape, resets, lane, t);
+    if (steps > 1) cuts.rows = rows;
     add(gates::CopyCell<T>{
-        source, stride, h_0, target + row * output, output, rows, steps > 1 ? rows : continued, false, {}});
+        source, stride, h_0, target + row * output, output, rows, steps > 1 ? rows : continued, false, {}, cuts});
   };
   // Steps all of whose rows continue: of a forward lane from the second step on, of a reverse lane from the first step on.
   const int64_t together = shape.packed() ? 0 : complete_steps(shape) - 1, first = reverse ? 0 : 1;

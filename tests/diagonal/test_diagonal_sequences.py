@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulated_gates import gate_library
 from helpers import DTYPES, assert_matches, assert_same_bits
-from stack_calls import Call, arguments_of, run_call, truth_of, upstream_of
+from stack_calls import Call, arguments_of, ops, run_call, truth_of, upstream_of
 
 from stacked_lstm_ext import _C
 
@@ -58,6 +58,16 @@ def check(call: Call, dtype: torch.dtype, saving: str, chunks=(None, 1, 3)) -> N
         assert _C.last_run()["backend"] == "diagonal"
         del actual["reserve"]
         assert_matches(actual, expected, call.tolerance(dtype), call.directions)
+
+
+def same_bits_with_the_cuda_kernels(call: Call, dtype: torch.dtype, saving: str, emulated) -> None:
+    arguments, keywords = arguments_of(call, dtype, saving)
+    with chunks_of(3):
+        actual = run_call(call, arguments, keywords)
+        assert emulated.emulated_gate_calls() > 0
+        _C._use_gate_kernels(0)
+        assert_same_bits(actual, run_call(call, arguments, keywords))
+    _C._use_gate_kernels(gate_library().emulated_gate_kernels())
 
 
 @pytest.mark.parametrize("saving", SAVING)
@@ -120,10 +130,84 @@ def test_without_states_the_results_have_the_same_bits(call, saving):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_the_cuda_kernels_give_the_same_bits(call, dtype, saving, emulated):
-    arguments, keywords = arguments_of(call, dtype, saving)
-    with chunks_of(3):
-        actual = run_call(call, arguments, keywords)
-        assert emulated.emulated_gate_calls() > 0
-        _C._use_gate_kernels(0)
-        assert_same_bits(actual, run_call(call, arguments, keywords))
-    _C._use_gate_kernels(gate_library().emulated_gate_kernels())
+    same_bits_with_the_cuda_kernels(call, dtype, saving, emulated)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Resets
+# --------------------------------------------------------------------------------------------------------------------
+
+
+CUT = [
+    Call(batch=5, steps=7, resets="some"),
+    Call(batch=5, steps=7, resets="some", bidirectional=True, dropout=(0.3, 0.2)),
+    Call(**WIDE, batch=3, steps=7, resets="some"),
+    Call(**WIDE, batch=3, steps=5, resets="some", bidirectional=True, bias=False),
+    RAGGED.but(resets="some", dropout=(0.3, 0.2)),
+    RAGGED.but(**WIDE, resets="some", bidirectional=True),
+    Call(batch=3, resets="first", bidirectional=True),
+    Call(batch=3, resets="all", bidirectional=True),
+    Call((3,), **ONE, batch=1, steps=1, resets="all", bidirectional=True),
+    Call((65,), **ONE, batch=17, steps=3, input_size=3, resets="some"),
+    Call((16, 16), (0, 0), dropout=(0.3,), batch=4, steps=9, input_size=8, resets="some"),  # whole packs
+]
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("call", CUT, ids=str)
+def test_resets_match_the_reference(call, dtype, saving):
+    check(call, dtype, saving)
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("call", [CUT[0], CUT[2], CUT[5]], ids=str)
+def test_resets_that_cut_nothing_change_no_bit(call, saving):
+    """Nor do those in the padding, or at the end of a sequence."""
+    call = call.but(resets="never")
+    arguments, keywords = arguments_of(call, torch.float32, saving)
+    behind = {"resets": ~call.exists()} if call.lengths else {}
+    cut = run_call(call, arguments, keywords | behind)
+    del keywords["resets"]
+    assert_same_bits(cut, run_call(call, arguments, keywords))
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidir"])
+def test_nan_of_a_state_does_not_cross_a_cut(bidirectional, saving):
+    """At t = 0 the forward direction does not see h_0 and c_0. The reverse direction begins with its own."""
+    call = Call((5, 5), (0, 3), batch=3, dropout=(0.3,), resets="first", bidirectional=bidirectional)
+    arguments, keywords = arguments_of(call, torch.float32, saving)
+    expected = run_call(call, arguments, keywords)
+    lane, elements = 0, 0
+    for state, widths in ((2, call.out), (3, call.hidden)):
+        arguments[state], elements = arguments[state].clone(), 0
+        for width in widths:
+            for lane in range(call.directions):
+                if lane == 0:
+                    arguments[state].view(-1)[elements : elements + call.batch * width] = torch.nan
+                elements += call.batch * width
+    assert arguments[2].isnan().any()
+    assert_same_bits(run_call(call, arguments, keywords), expected)
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("call", CUT, ids=str)
+def test_the_cuda_kernels_cut_to_the_same_bits(call, dtype, saving, emulated):
+    same_bits_with_the_cuda_kernels(call, dtype, saving, emulated)
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("call", [CUT[0], CUT[1]], ids=str)
+def test_resets_take_no_launch_and_no_product(call, saving):
+    counted = ("launches", "products")
+    counts = []
+    for one in (call, call.but(resets="")):
+        arguments, keywords = arguments_of(one, torch.float32, saving)
+        for states in (True, False):
+            run_call(one, arguments, keywords, states=states)
+            counts.append([_C.last_run()[name] for name in counted])
+            ops.forward(*arguments, **keywords)
+            counts.append([_C.last_run()[name] for name in counted])
+    assert counts[:4] == counts[4:]
