@@ -15,9 +15,13 @@
 // graph can hold them. The few buffers are allocated before the first stage. The same code runs on the CPU, with
 // gates_host.cpp in place of the CUDA kernels.
 //
-// Hazard: lanes of a packed batch have different numbers of rows at one diagonal, and a product takes as many rows as
-// the largest lane has. The surplus rows of the other lanes are stale or were never written. Nothing reads the results
-// of these rows.
+// Hazard: where sequences are of different lengths, lanes have different numbers of rows at one diagonal, and a product takes as
+// many rows as the largest lane has. The surplus rows of the other lanes are stale or were never written. Nothing reads the
+// results of these rows.
+//
+// A padded batch with lengths has B rows at each step, of which the first active(t) exist. Cells have only these. Input
+// products take all rows, and what comes of padding is never read. Products for weight gradients sum over all rows. So
+// gate gradients are zero in the padding, and so is what they are multiplied by.
 #pragma once
 
 #include <ATen/ops/stack.h>
@@ -92,11 +96,12 @@ class DiagonalDriver {
         lanes_(call.shape.lanes()),
         batch_(call.shape.batch),
         rows_(call.shape.rows()),
-        places_(call.shape, call.options.bias) {
+        places_(call.shape, call.options.bias),
+        resets_(resets_of(call)) {
     counts_.schedule = plan_;
     // No other chunk has more rows, since an earlier step never has fewer sequences than a later one.
     chunk_rows_ = shape_.first_row(std::min(plan_.chunk_steps, shape_.steps));
-    input_ = call.input.reshape({rows_, call.input.size(-1)}).contiguous();
+    input_ = input_rows(call);
     for (int64_t k = 0; k < depth_; ++k) masks_.push_back(mask_of(call, k));
     for (const LayerRun& run : runs_of(shape_)) {
       const LayerShape& layer = shape_.layers[static_cast<size_t>(run.first_layer)];
@@ -152,6 +157,8 @@ class DiagonalDriver {
     const int64_t row = shape_.first_row(std::min(one, other));
     return {row, shape_.first_row(std::max(one, other) + 1) - row};
   }
+
+  gates::RowCuts cuts(int64_t lane, int64_t t) const { return cuts_before(shape_, resets_, lane, t); }
 
   gates::Element element(const RunShape& run, int64_t lane, int64_t t) const {
     return {t * batch_, run.column_of(lane), layer_of(lane), mask(layer_of(lane))};
@@ -210,6 +217,7 @@ class DiagonalDriver {
   int64_t chunk_rows_;
   Tensor input_;  // (rows, I)
   const WeightPlaces places_;
+  const uint8_t* const resets_;     // null: none
   std::vector<gates::Mask> masks_;  // of the link from each layer
   std::vector<RunShape> run_shapes_;
 };

@@ -19,6 +19,7 @@ class Backward : DiagonalDriver<T> {
   using Base::chunk_rows_;
   using Base::depth_;
   using Base::directions_;
+  using Base::input_;
   using Base::kernels_;
   using Base::places_;
   using Base::plan_;
@@ -68,6 +69,13 @@ class Backward : DiagonalDriver<T> {
       };
       each_run(lanes, [&](Run& run, const Lanes& part) { project(run, part, stage); });
       if (recompute_) each_run(lanes, [&](Run& run, const Lanes& part) { recompute_gates(run, part, stage); });
+      if (directions_ == 2 && shape_.has_lengths()) {
+        // All layers share the gate gradients' buffer. The run above may have written where this run has padding.
+        each_run(lanes, [&](Run& run, const Lanes& part) {
+          const bool begins = Base::layer_of(part.first) + 1 == run.layers.last_layer;
+          if (run.over && begins && plan_.chunk_of(stage, part.first) + 1 == plan_.chunks()) run.all_grad_gates.zero_();
+        });
+      }
       for (int64_t s = plan_.length_of_stage(stage) - 1; s >= 0; --s) {
         each_run(plan_.lanes(stage, s), [&](Run& run, const Lanes& part) { step(run, part, stage, s); });
       }
@@ -123,7 +131,7 @@ class Backward : DiagonalDriver<T> {
     const auto hands_up = [](const RunShape& run) { return run.below_top > 0 ? run.output_stride() : 0; };
     if (directions_ == 2) {
       const int64_t widest = Base::largest([](const RunShape& run) { return run.gates_stride(); });
-      all_grad_gates = at::empty({rows_ * widest}, storage_);
+      all_grad_gates = make_rows(shape_, {rows_ * widest}, storage_);
       if (depth_ > 1) above = at::empty({rows_ * Base::largest(hands_up)}, accumulator_);
     }
     for (Run& run : runs_) {
@@ -136,15 +144,15 @@ class Backward : DiagonalDriver<T> {
         run.all_grad_gates = Base::beginning(all_grad_gates, {1, rows_, run.gates_stride()});
         if (run.below_top > 0) run.above = Base::beginning(above, {1, rows_, run.output_stride()});
       } else {
-        run.all_grad_gates = at::empty({run.lanes, rows_, 4 * run.hidden}, storage_);
+        run.all_grad_gates = make_rows(shape_, {run.lanes, rows_, 4 * run.hidden}, storage_);
         if (run.below_top > 0) run.above = at::empty({run.below_top, chunk_rows_, run.output}, accumulator_);
         if (run.lanes > 1) run.upper_weights = Base::stacked(run, Weight::ih, 1);
       }
       if (run.projection > 0) {
         run.grad_h = at::empty({run.lanes, batch_, run.projection}, storage_);
-        run.all_grad_h = at::empty({run.lanes, rows_, run.projection}, storage_);
+        run.all_grad_h = make_rows(shape_, {run.lanes, rows_, run.projection}, storage_);
         run.grad_cell_h = at::empty({run.lanes, batch_, run.hidden}, accumulator_);
-        run.cell_h = at::empty({run.lanes, rows_, run.hidden}, storage_);
+        run.cell_h = make_rows(shape_, {run.lanes, rows_, run.hidden}, storage_);
         run.projection_product = LaneProduct(run.grad_cell_h, run.grad_h, Base::stacked(run, Weight::hr));
       }
       if (recompute_) {
@@ -161,8 +169,8 @@ class Backward : DiagonalDriver<T> {
   // h of a layer, all rows: (rows, D·output).
   const T* h_of(int64_t layer) const { return layer + 1 == depth_ ? const_data<T>(top_) : parts_.h(layer); }
 
-  // Makes what the products over all steps read: h(t-1) of every lane, and the inputs of layers 1 and up, masked by
-  // dropout.
+  // Makes what the products over all steps read: h(t-1) of every lane, the inputs of layers 1 and up, masked by dropout, and
+  // x without what is in its padding.
   void prepare_inputs() {
     if (!weight_grad_ && !recompute_) return;
     std::vector<gates::CopyCell<T>> copies;
@@ -178,14 +186,23 @@ class Backward : DiagonalDriver<T> {
       };
     };
     for (Run& run : runs_) {
-      run.previous = at::empty({run.lanes, rows_, run.output}, storage_);
+      run.previous = make_rows(shape_, {run.lanes, rows_, run.output}, storage_);
       for (int64_t n = 0; n < run.lanes; ++n) {
         const int64_t lane = run.first + n;
         copies_of_previous(shape_, lane, h_of(Base::layer_of(lane)) + run.column_of(lane),
                            const_data<T>(h_0_) + run.h_0 + n * batch_ * run.output,
-                           data<T>(run.previous) + n * rows_ * run.output, adds(run, run.output));
+                           data<T>(run.previous) + n * rows_ * run.output, adds(run, run.output), Base::resets_);
       }
       flush(0, run, run.output);
+    }
+
+    if (shape_.has_lengths() && weight_grad_) {
+      const int64_t width = input_.size(-1);
+      const Tensor with_padding = std::exchange(input_, at::empty({rows_, width}, storage_));
+      const Tensor none = at::zeros({batch_, width}, storage_);
+      copies_without_padding(shape_, width, const_data<T>(with_padding), const_data<T>(none), data<T>(input_),
+                             adds(runs_[0], width));
+      flush(0, runs_[0], width);
     }
 
     int64_t elements = 0;
@@ -218,7 +235,7 @@ class Backward : DiagonalDriver<T> {
 
   // The input of a layer, all rows: (rows, input).
   Tensor input_of(int64_t layer) const {
-    if (layer == 0) return Base::input_;
+    if (layer == 0) return input_;
     if (Base::mask(layer - 1).seed) return masked_[static_cast<size_t>(layer - 1)];
     return parts_.h_rows(layer - 1);
   }
@@ -347,6 +364,7 @@ class Backward : DiagonalDriver<T> {
                             ((directions_ == 2 ? 0 : n) * rows_ + row) * run.gates_stride() +
                             lane % directions_ * 4 * hidden;
       cell.rows = rows;
+      cell.cuts = Base::cuts(lane, t);
       cells_.push_back(cell);
     }
     const int64_t first = some.first - run.first;
@@ -379,8 +397,10 @@ class Backward : DiagonalDriver<T> {
     result_.input = at::empty(call_.input.sizes(), storage_);
     const Tensor& first = Base::weight(0, Weight::ih);
     const Tensor weights = directions_ == 2 ? at::cat({first, Base::weight(1, Weight::ih)}) : first;
-    Base::multiply_and_round(single(result_.input.view({rows_, call_.input.size(-1)})),
-                             runs_[0].all_grad_gates.narrow(0, 0, 1), single(weights));
+    const Tensor rows = result_.input.view({-1, call_.input.size(-1)});
+    Base::multiply_and_round(single(rows.narrow(0, 0, rows_)), runs_[0].all_grad_gates.narrow(0, 0, 1),
+                             single(weights));
+    if (rows.size(0) > rows_) rows.narrow(0, rows_, rows.size(0) - rows_).zero_();  // behind the longest sequence
   }
 
   const Tensor reserve_;

@@ -74,7 +74,7 @@ class Forward : DiagonalDriver<T> {
   };
 
   void allocate() {
-    output_all_ = at::empty(call_.output_sizes(), storage_);
+    output_all_ = make_rows(shape_, call_.output_sizes(), storage_);
     reserve_ = make_reserve<T>(call_);
     parts_ = GpuReserve<T>(reserve_, call_);
     h_ = at::empty(call_.h_0.sizes(), storage_).copy_(call_.h_0);
@@ -185,6 +185,7 @@ class Forward : DiagonalDriver<T> {
       if (A* const saved = parts_.gates(lane)) cell.saved_gates = saved + 4 * row * run.padded;
       cell.rows = rows;
       cell.element = Base::element(run, lane, t);
+      cell.cuts = Base::cuts(lane, t);
 
       T* const h = data<T>(run.h) + n * batch_ * run.output;
       T* const output = output_row(run, lane, row);

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 
 #include "../cuda/gates.h"
 #include "../stack/reserve.h"
+#include "../stack/resets.h"
 #include "call.h"
 
 #if defined(STACKED_LSTM_EXT_CUDA_VERSION)
@@ -187,30 +189,78 @@ class GpuReserve {
   ReserveLayout layout_;
 };
 
+// The input, all rows: (rows, I), contiguous. With lengths, without the steps behind the longest sequence; the other padding
+// is in it.
+inline Tensor input_rows(const Call& call) {
+  const Tensor steps = call.shape.has_lengths() ? call.input.narrow(0, 0, call.shape.steps) : call.input;
+  return steps.reshape({call.shape.rows(), call.input.size(-1)}).contiguous();
+}
+
+// A tensor that kernels fill row by row. They write no padding. With lengths, the tensor is zero there: a result has to be, and a
+// product over all rows must not meet NaN.
+inline Tensor make_rows(const StackShape& shape, at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return shape.has_lengths() ? at::zeros(sizes, options) : at::empty(sizes, options);
+}
+
+// Of how many steps, from the first on, every row exists.
+inline int64_t complete_steps(const StackShape& shape) {
+  if (!shape.ragged()) return shape.steps;
+  int64_t steps = 0;
+  while (steps < shape.steps && shape.active(steps) == shape.batch) ++steps;
+  return steps;
+}
+
 // How many rows of step t of a lane were also in the lane's step before. The other rows' sequences begin at t.
 inline int64_t continued_rows(const StackShape& shape, int64_t lane, int64_t t) {
   if (lane % shape.directions == 0) return t > 0 ? shape.active(t) : 0;
   return t + 1 < shape.steps ? shape.active(t + 1) : 0;
 }
 
-// Calls add(cell) for each copy that is needed to make h(t-1) of every row of a lane. `h`: where the lane's direction
+// The resets of a call, or null.
+inline const uint8_t* resets_of(const Call& call) {
+  return call.resets ? static_cast<const uint8_t*>(call.resets->const_data_ptr()) : nullptr;
+}
+
+// The rows that are cut before a lane's step at time t.
+inline gates::RowCuts cuts_before(const StackShape& shape, const uint8_t* resets, int64_t lane, int64_t t) {
+  const int64_t boundary = boundary_before(shape, lane, t);
+  if (!resets || boundary >= shape.steps) return {};
+  return {resets + boundary * shape.batch, shape.active(boundary)};
+}
+
+// Calls add(cell) for each copy that is needed to make h(t-1) of every row of a lane, zero where a sequence is cut before t. `h`: where the lane's direction
 // begins in its layer's output; `h_0`, `target`: (B, output) and (rows, output) of the lane.
 template <typename T, typename Add>
-void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const T* h_0, T* target, Add&& add) {
+void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const T* h_0, T* target, Add&& add,
+                        const uint8_t* resets = nullptr) {
   const int64_t output = shape.of_lane(lane).output(), stride = shape.directions * output;
   const bool reverse = lane % shape.directions != 0;
   const auto copy = [&](int64_t t, int64_t steps) {  // consecutive steps; if they are several, all rows continue
-    const int64_t row = shape.first_row(t), rows = shape.first_row(t + steps) - row;
+    const int64_t row = shape.first_row(t), rows = steps > 1 ? steps * shape.batch : shape.active(t);
     const int64_t continued = continued_rows(shape, lane, t), before = reverse ? t + 1 : t - 1;
     const T* const source = continued > 0 ? h + shape.first_row(before) * stride : nullptr;
+    gates::RowCuts cuts = cuts_before(shape, resets, lane, t);
+    if (steps > 1) cuts.rows = rows;
     add(gates::CopyCell<T>{
-        source, stride, h_0, target + row * output, output, rows, steps > 1 ? rows : continued, false, {}});
+        source, stride, h_0, target + row * output, output, rows, steps > 1 ? rows : continued, false, {}, cuts});
   };
-  if (shape.packed()) {
-    for (int64_t t = 0; t < shape.steps; ++t) copy(t, 1);
-  } else {
-    copy(reverse ? shape.steps - 1 : 0, 1);
-    if (shape.steps > 1) copy(reverse ? 0 : 1, shape.steps - 1);
+  // Steps all of whose rows continue: of a forward lane from the second step on, of a reverse lane from the first step on.
+  const int64_t together = shape.packed() ? 0 : complete_steps(shape) - 1, first = reverse ? 0 : 1;
+  if (together > 0) copy(first, together);
+  for (int64_t t = 0; t < shape.steps; ++t) {
+    if (t < first || t >= first + together) copy(t, 1);
+  }
+}
+
+// Calls add(cell) for each copy that is needed to make x without what is in its padding. `width`: of a row; `none`: (B, width)
+// zeros.
+template <typename T, typename Add>
+void copies_without_padding(const StackShape& shape, int64_t width, const T* x, const T* none, T* target, Add&& add) {
+  const int64_t complete = complete_steps(shape);
+  for (int64_t t = 0; t < shape.steps; t += t < complete ? complete : 1) {
+    const int64_t at = t * shape.batch * width, rows = t < complete ? complete * shape.batch : shape.batch;
+    const int64_t exist = t < complete ? rows : shape.active(t);
+    add(gates::CopyCell<T>{x + at, width, none, target + at, width, rows, exist, false, {}});
   }
 }
 

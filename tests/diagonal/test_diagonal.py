@@ -5,14 +5,13 @@ but rounded wherever the schedule rounds (``rounded_truth``).
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 
-import emulator
 import pytest
 import torch
 from awkward import AWKWARD, LAYOUTS, TARGETS, strided
+from emulated_gates import gate_library
 from helpers import (
     DTYPES,
     OPTION_GRID,
@@ -45,39 +44,8 @@ SAVING = ["full", "recompute"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Kernels, chunks, tolerances
+# Chunks, tolerances
 # --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Everything here is small: a second thread would cost more than it does."""
-    torch.set_num_threads(1)
-
-
-@functools.cache
-def gate_library():
-    sources = [emulator.ROOT / "csrc/cuda/gates.cu"]
-    path = emulator.build("gates_library", sources, shared=True, host_sources=[emulator.HERE / "gates_library.cpp"])
-    library = ctypes.CDLL(str(path))
-    library.emulated_gate_kernels.restype = ctypes.c_void_p
-    library.emulated_gate_calls.restype = ctypes.c_int64
-    return library
-
-
-@pytest.fixture
-def emulated():
-    """The real CUDA kernels, on the emulator, take the place of the host's."""
-    library = gate_library()
-    _C._use_gate_kernels(library.emulated_gate_kernels())
-    library.emulated_gate_calls()
-    yield library
-    _C._use_gate_kernels(0)
-
-
-@pytest.fixture(params=["host", "emulated"])
-def kernels(request):
-    return request.getfixturevalue("emulated") if request.param == "emulated" else None
 
 
 @contextlib.contextmanager
@@ -328,8 +296,7 @@ def test_both_backends_agree_in_float64(options, lengths, saving, dropout):
     """To rounding, which means: with the same dropout masks."""
     case = Case(3, 6, 7, 4, 9, lengths=lengths, **options)
     cpu, diagonal = (
-        run_operators(forward_arguments(case, saving=saving, dropout=dropout, seed=-7, backend=name))
-        for name in ("cpu", "diagonal")
+        run_operators(forward_arguments(case, saving=saving, dropout=dropout, seed=-7, backend=name)) for name in ("cpu", "diagonal")
     )
     assert_matches(diagonal, cpu, 1e-12, case.directions)
 
@@ -490,9 +457,7 @@ def test_gradients_that_are_not_asked_for_are_not_made(options, saving):
     upstream = upstream_gradients({"output": output, "h_n": h_n, "c_n": c_n}, torch.float32)
     for input_grad in (True, False):
         for weight_grad in (True, False):
-            x, h_0, c_0, weights = ops.backward(
-                *backward_arguments(upstream, arguments, output, reserve, input_grad, weight_grad)
-            )
+            x, h_0, c_0, weights = ops.backward(*backward_arguments(upstream, arguments, output, reserve, input_grad, weight_grad))
             assert torch.equal(h_0, everything["grad of h_0"]) and torch.equal(c_0, everything["grad of c_0"])
             assert torch.equal(x, everything["grad of input"]) if input_grad else x.shape == (0,)
             assert len(weights) == (len(arguments[4]) if weight_grad else 0)

@@ -556,6 +556,7 @@ enum : unsigned {
   kCellH = 64,
   kMask = 128,
   kGradCell = 256,
+  kCuts = 512,
 };
 
 struct Setup {
@@ -569,6 +570,7 @@ struct Setup {
   int misaligned = -1;       // number of a buffer that begins one element later, if the kernel has it
   unsigned absent = 0;
   Share carried = Share::some, continued = Share::some;
+  Share cut = Share::all;  // of the rows, which can be cut; a third of them is
   double rate = 0.3;
   int64_t seed = 0x0123456789ABCDEF;
   Real largest = 2;  // of the inputs
@@ -586,6 +588,7 @@ struct Setup {
     if (absent) words += ", absent " + std::to_string(absent);
     words += ", carried " + std::to_string(static_cast<int>(carried));
     words += ", continued " + std::to_string(static_cast<int>(continued)) + ", rate " + text(rate);
+    words += ", cut " + std::to_string(static_cast<int>(cut));
     if (largest != 2) words += ", inputs up to " + text(largest);
     if (special >= 0) words += ", " + text(special_value) + " in buffer " + std::to_string(special);
     return words;
@@ -613,6 +616,15 @@ class Maker {
   Buffer<T> make(bool wanted, Plane plane, Role role) {
     return make<T>(wanted, plane, role, -setup.largest, setup.largest);
   }
+
+  // Which rows are cut. Those behind the last that can be are marked, too.
+  std::vector<uint8_t> cuts() {
+    if (!setup.has(kCuts)) return {};
+    std::vector<uint8_t> cut(static_cast<size_t>(rows()), 1);
+    for (int64_t row = 0; row < cuts_rows(); ++row) cut[static_cast<size_t>(row)] = random_.bits() % 3 == 0;
+    return cut;
+  }
+  int64_t cuts_rows() const { return share_of(setup.cut, rows()); }
 
   int64_t rows() const { return setup.rows[static_cast<size_t>(cell)]; }
   // `count` vectors of the width in a row of its own, or in one of a wider tensor.
@@ -664,6 +676,17 @@ Bounded<A> masked(const Setup& setup, const gates::Element& element, int64_t row
   return x * (keeps ? Bounded<A>::rounded(scale, 0) : Bounded<A>{0, 0});
 }
 
+// The rows that are cut.
+struct CutsTest {
+  explicit CutsTest(Maker& m) : marks(m.cuts()), rows(m.cuts_rows()) {}
+
+  gates::RowCuts given() const { return {marks.empty() ? nullptr : marks.data(), rows}; }
+  bool cut(int64_t row) const { return !marks.empty() && row < rows && marks[static_cast<size_t>(row)] == 1; }
+
+  const std::vector<uint8_t> marks;
+  const int64_t rows;
+};
+
 // What is found at one place, by the name of the tensor.
 using Complain = std::function<void(const char* tensor, int64_t row, int64_t unit, Real got, Real wanted)>;
 
@@ -706,8 +729,9 @@ struct ForwardTest {
         above(m.make<T>(m.setup.has(kAbove), m.in_output(), Role::output)),
         saved_c(m.make<A>(m.setup.has(kSavedC), m.in_reserve(), Role::output)),
         saved_gates(m.make<A>(m.setup.has(kSavedGates), m.in_reserve(4), Role::output)),
+        cuts(m),
         cell{input_part.get(), recurrent_part.get(), bias.get(),        c.get(),  h.get(), output.get(),
-             above.get(),      saved_c.get(),        saved_gates.get(), m.rows(), element} {}
+             above.get(),      saved_c.get(),        saved_gates.get(), m.rows(), element, cuts.given()} {}
 
   template <typename Visit>
   void each_buffer(const Visit& visit) {
@@ -720,11 +744,12 @@ struct ForwardTest {
     std::array<Bounded<A>, 4> a;
     for (int64_t gate = 0; gate < 4; ++gate) {
       Bounded<A>& sum = a[static_cast<size_t>(gate)];
-      sum = exact(input_part, 4 * row + gate, unit) + exact(recurrent_part, 4 * row + gate, unit);
+      sum = exact(input_part, 4 * row + gate, unit);
+      if (!cuts.cut(row)) sum = sum + exact(recurrent_part, 4 * row + gate, unit);
       if (bias) sum = sum + exact(bias, gate, unit);
     }
     const CellState<A> y = gates_of(a);
-    const Bounded<A> c_next = y.f * exact(c, row, unit) + y.i * y.g;
+    const Bounded<A> c_next = y.f * (cuts.cut(row) ? Bounded<A>{} : exact(c, row, unit)) + y.i * y.g;
     compare(c, row, unit, c_next, "c", complain);
     compare(h, row, unit, y.o * hyperbolic_tangent(c_next), "h", complain);
     if (output) compare_bits(output, row, unit, h.at(row, unit), "output", complain);
@@ -748,6 +773,7 @@ struct ForwardTest {
   Buffer<A> input_part, recurrent_part, bias, c;
   Buffer<T> h, output, above;
   Buffer<A> saved_c, saved_gates;
+  CutsTest cuts;
   Cell cell;
 };
 
@@ -817,10 +843,11 @@ struct BackwardTest {
         all_grad_gates(
             m.make<T>(true, {m.rows(), 4 * m.setup.width, gates_stride(m.setup), m.setup.first_row}, Role::output)),
         cell_h(m.make<T>(m.setup.has(kCellH), m.dense(), Role::output)),
+        cuts(m),
         cell{in.incoming(),   gates.get(),  input_part.get(), recurrent_part.get(),
              bias.get(),      c.get(),      c_before.get(),   c_0.get(),
              grad_cell.get(), grad_c.get(), grad_gates.get(), all_grad_gates.get(),
-             cell_h.get(),    m.rows(),     continued} {}
+             cell_h.get(),    m.rows(),     continued,        cuts.given()} {}
 
   static int64_t gates_stride(const Setup& setup) { return setup.directions * 4 * setup.width + setup.pad; }
   static Plane in_gradients(const Maker& m) {
@@ -844,21 +871,23 @@ struct BackwardTest {
     for (int64_t gate = 0; gate < 4; ++gate) {
       Bounded<A>& sum = a[static_cast<size_t>(gate)];
       sum = exact(gates ? gates : input_part, 4 * row + gate, unit);
-      if (!gates) sum = sum + exact(recurrent_part, 4 * row + gate, unit);
+      if (!gates && !cuts.cut(row)) sum = sum + exact(recurrent_part, 4 * row + gate, unit);
       if (!gates && bias) sum = sum + exact(bias, gate, unit);
     }
     const CellState<A> y = gates ? CellState<A>{a[0], a[1], a[2], a[3]} : gates_of(a);
-    const Bounded<A> before = row < continued ? exact(c_before, row, unit) : Bounded<A>{real(c_0.at(row, unit)), 0};
+    Bounded<A> before = row < continued ? exact(c_before, row, unit) : Bounded<A>{real(c_0.at(row, unit)), 0};
+    if (cuts.cut(row)) before = {};
     const Bounded<A> dh = in.sum(row, unit), after = exact(c, row, unit);
     Bounded<A> dc = exact(grad_c, row, unit);
     if (grad_cell) dc = dc + Bounded<A>{real(grad_cell.at(row, unit)), 0};
     const CellGradient<A> d = gradient_of(y, before, after, dh, dc);
-    compare(grad_c, row, unit, d.c, "grad_c", complain);
+    compare(grad_c, row, unit, cuts.cut(row) ? Bounded<A>{} : d.c, "grad_c", complain);
     static constexpr const char* kNames[] = {"grad of i", "grad of f", "grad of g", "grad of o"};
     for (int64_t gate = 0; gate < 4; ++gate) {
-      const T mine = grad_gates.at(4 * row + gate, unit);
-      compare(grad_gates, 4 * row + gate, unit, d.a[static_cast<size_t>(gate)], kNames[gate], complain);
-      compare_bits(all_grad_gates, row, gate * in.setup.width + unit, mine, "all_grad_gates", complain);
+      const T mine = all_grad_gates.at(row, gate * in.setup.width + unit);
+      compare(all_grad_gates, row, gate * in.setup.width + unit, d.a[static_cast<size_t>(gate)], kNames[gate],
+              complain);
+      compare_bits(grad_gates, 4 * row + gate, unit, cuts.cut(row) ? T{} : mine, "grad_gates", complain);
     }
     if (cell_h) compare(cell_h, row, unit, y.o * hyperbolic_tangent(after), "cell_h", complain);
   }
@@ -869,6 +898,7 @@ struct BackwardTest {
   Buffer<T> c_0, grad_cell;
   Buffer<A> grad_c;
   Buffer<T> grad_gates, all_grad_gates, cell_h;
+  CutsTest cuts;
   Cell cell;
 };
 
@@ -914,8 +944,9 @@ struct CopyTest {
         source(m.make<T>(carried > 0, Maker::head(m.in_output(), carried), Role::input)),
         initial(m.make<T>(carried < m.rows(), m.dense(), Role::input)),
         target(m.make<T>(true, m.in_reserve(), Role::output)),
+        cuts(m),
         cell{source.get(), m.in_output().stride, initial.get(), target.get(), m.in_reserve().stride, m.rows(),
-             carried,      setup.has(kMask),     element} {}
+             carried,      setup.has(kMask),     element,       cuts.given()} {}
 
   template <typename Visit>
   void each_buffer(const Visit& visit) {
@@ -923,7 +954,7 @@ struct CopyTest {
   }
 
   void check(int64_t row, int64_t unit, const Complain& complain) const {
-    const T from = row < carried ? source.at(row, unit) : initial.at(row, unit);
+    const T from = cuts.cut(row) ? T{} : row < carried ? source.at(row, unit) : initial.at(row, unit);
     if (setup.has(kMask)) {
       compare(target, row, unit, masked(setup, element, row, unit, Bounded<A>{real(from), 0}), "target", complain);
     } else {
@@ -935,6 +966,7 @@ struct CopyTest {
   gates::Element element;
   int64_t carried;
   Buffer<T> source, initial, target;
+  CutsTest cuts;
   Cell cell;
 };
 
@@ -983,6 +1015,10 @@ void run(const Setup& setup) {
   for (int64_t n = 0; n < cells; ++n) {
     const std::string of = " of cell " + std::to_string(n);
     tests[static_cast<size_t>(n)]->each_buffer([&](const char* name, const auto& buffer) { buffer.lend(name + of); });
+    if constexpr (requires { tests[0]->cuts; }) {
+      const CutsTest& cuts = tests[static_cast<size_t>(n)]->cuts;
+      emulator::lend("cuts" + of, cuts.given().cut, static_cast<int64_t>(cuts.marks.size()), emulator::Access::read);
+    }
   }
   emulator::lend("seed", setup.has(kMask) ? &setup.seed : nullptr, 1, emulator::Access::read);
   const std::string error = (table().of<T>().*Test<T>::kernel)(sizes, given.data(), cells, nullptr);
@@ -1054,6 +1090,7 @@ void options_part() {
       Setup setup;
       // kGradCell goes by the number of the others: there it is with each two of them, in every combination, and not there.
       setup.width = width, setup.absent = absent | (std::popcount(absent) % 2 ? unsigned{kGradCell} : 0u);
+      setup.absent |= std::popcount(absent / 2) % 2 ? unsigned{kCuts} : 0u;
       setup.rows = {4, 3};
       if (absent < 32 || (absent & kMask && absent < 160)) run<ForwardTest, T>(setup);
       for (const Share carried : {Share::none, Share::some, Share::all}) {
@@ -1062,13 +1099,14 @@ void options_part() {
         if (absent == 0 || absent == kMask) run<CopyTest, T>(setup);
         if (absent & kSavedC) continue;  // no pointer of these kernels
         setup.continued = static_cast<Share>((static_cast<unsigned>(carried) + absent / 64) % 3);
+        setup.cut = static_cast<Share>((static_cast<unsigned>(carried) + absent / 16) % 3);
         run<BackwardTest, T>(setup);
       }
     }
     for (const Share carried : {Share::none, Share::some, Share::all}) {
       for (const Share continued : {Share::none, Share::some, Share::all}) {
         Setup setup;
-        setup.width = width, setup.carried = carried, setup.continued = continued;
+        setup.width = width, setup.carried = carried, setup.continued = setup.cut = continued;
         setup.rows = {4, 1, 0, 3};
         run_all<T>(setup);
       }
@@ -1186,7 +1224,7 @@ void huge_part() {
   for (const int64_t width : {1, 3, 4}) {
     Setup setup;
     setup.width = width, setup.first_row = int64_t{1} << 31, setup.rows = {setup.first_row + 3};
-    setup.absent = kOutput | kAbove | kMask;
+    setup.absent = kOutput | kAbove | kMask | kCuts;
     setup.carried = setup.continued = Share::all;
     const int64_t packs = width == 4 && sizeof(T) <= 4 ? 1 : width == 4 ? 2 : width;
     const int64_t rows_a_block = 128 / static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(packs)));
