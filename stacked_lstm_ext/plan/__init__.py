@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -169,19 +169,38 @@ def obstacle(
     return "" if options is None else _C.obstacle(path, options.native, str(dtype).removeprefix("torch."), lengths, resets)
 
 
-# The rows of the table "What runs where": a name, options of a stack of two layers of 8 units, and a dtype.
-EXAMPLES: tuple[tuple[str, dict[str, Any], torch.dtype], ...] = (
-    ("a plain stack", {}, torch.float32),
-    ("`hidden_size` a layer", {"hidden_size": (8, 4)}, torch.float32),
-    ("`proj_size`, for all layers or some", {"proj_size": (0, 4)}, torch.float32),
-    ("`dropout`, for all boundaries or each", {"dropout": (0.5,)}, torch.float32),
-    ("`bidirectional`", {"bidirectional": True}, torch.float32),
-    ("`recompute`", {"recompute": True}, torch.float32),
-    ("`bf16_weights`", {"bf16_weights": True}, torch.float32),
-    ("bfloat16", {}, torch.bfloat16),
-    ("float16", {}, torch.float16),
-    ("float64", {}, torch.float64),
-    ("`states()`", {}, torch.float32),
+class Example(NamedTuple):
+    """A row of the table "What runs where": a stack of two layers of 8 units, and a call of it.
+
+    Attributes:
+        name: in Markdown.
+        options: of the stack.
+        dtype: of the tensors.
+        parts: what the call has beside its input: ``lengths``, ``resets``.
+    """
+
+    name: str
+    options: Mapping[str, Any] = {}
+    dtype: torch.dtype = torch.float32
+    parts: tuple[str, ...] = ()
+
+
+EXAMPLES = (
+    Example("a plain stack"),
+    Example("`hidden_size` a layer", {"hidden_size": (8, 4)}),
+    Example("`proj_size`, for all layers or some", {"proj_size": (0, 4)}),
+    Example("`dropout`, for all boundaries or each", {"dropout": (0.5,)}),
+    Example("`bidirectional`", {"bidirectional": True}),
+    Example('`link="residual"`', {"link": "residual"}),
+    Example('`link="skip"`', {"link": "skip"}),
+    Example("`recompute`", {"recompute": True}),
+    Example("`bf16_weights`", {"bf16_weights": True}),
+    Example("bfloat16", dtype=torch.bfloat16),
+    Example("float16", dtype=torch.float16),
+    Example("float64", dtype=torch.float64),
+    Example("`states()`"),
+    Example("`lengths`", parts=("lengths",)),
+    Example("`resets`", parts=("resets",)),
 )
 
 
@@ -189,10 +208,11 @@ def what_runs_where() -> str:
     """The table of docs/api.md: which path runs which options, as :func:`obstacle` says."""
     paths = BACKENDS[1:]
     lines = ["| " + " | ".join(("", *paths)) + " |", "| --- " * (len(paths) + 1) + "|"]
-    for name, options, dtype in EXAMPLES:
-        stack = StackOptions(**{"input_size": 8, "hidden_size": 8, "num_layers": 2, **options})
-        cells = [_cell(obstacle(path, stack, dtype=dtype)) for path in paths]
-        lines.append("| " + " | ".join((name, *cells)) + " |")
+    for example in EXAMPLES:
+        stack = StackOptions(**{"input_size": 8, "hidden_size": 8, "num_layers": 2, **example.options})
+        parts = dict.fromkeys(example.parts, True)
+        cells = [_cell(obstacle(path, stack, dtype=example.dtype, **parts)) for path in paths]
+        lines.append("| " + " | ".join((example.name, *cells)) + " |")
     return "\n".join(lines) + "\n"
 
 

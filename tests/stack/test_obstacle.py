@@ -21,16 +21,18 @@ def _persistent_kernels_on_the_host():
         yield
 
 
-@pytest.mark.parametrize(("name", "options", "dtype"), EXAMPLES, ids=[name.strip("`") for name, _, _ in EXAMPLES])
-def test_a_path_runs_what_it_says_and_refuses_the_rest_in_the_same_words(name, options, dtype):
+@pytest.mark.parametrize(("name", "options", "dtype", "parts"), EXAMPLES, ids=[example.name.strip("`") for example in EXAMPLES])
+def test_a_path_runs_what_it_says_and_refuses_the_rest_in_the_same_words(name, options, dtype, parts):
     sizes = {"input_size": 8, "hidden_size": 8, "num_layers": 2, **options}
     torch.manual_seed(0)
     module = StackedLSTM(**sizes, dtype=dtype)
     x = torch.randn(3, 2, 8, dtype=dtype)
+    values = {"lengths": torch.tensor([2, 3]), "resets": torch.tensor([[False, True], [True, False], [False, False]])}
+    given = {part: values[part] for part in parts}
 
     def run():
         torch.manual_seed(1)  # of the masks
-        return module.states(x) if "states" in name else module(x)
+        return module.states(x) if "states" in name else module(x, **given)
 
     def leaves(result):
         return [result] if isinstance(result, torch.Tensor) else [leaf for part in result for leaf in leaves(part)]
@@ -38,7 +40,7 @@ def test_a_path_runs_what_it_says_and_refuses_the_rest_in_the_same_words(name, o
     with backend("reference"):
         expected = leaves(run())
     for path in PATHS:
-        why_not = obstacle(path, StackOptions(**sizes), dtype=dtype)
+        why_not = obstacle(path, StackOptions(**sizes), dtype=dtype, **dict.fromkeys(parts, True))
         if why_not:
             with backend(path), pytest.raises(ValueError, match=re.escape(why_not)):
                 run()
