@@ -22,7 +22,7 @@ struct CallParts {
 
 // One sentence about a call of a stack with these options, without the full stop; "" if the path can run it.
 inline std::string obstacle(Path path, const StackOptions& options, ElementType type, const CallParts& parts = {}) {
-  if (options.link != LinkKind::plain && options.num_layers > 1) {
+  if (options.link != LinkKind::plain && options.num_layers > 1 && path != Path::diagonal) {
     return "it has no " + std::string(kLinkNames[static_cast<int>(options.link)]) + " links";
   }
   if (parts.lengths && path != Path::diagonal) return "it knows no lengths";

@@ -2,6 +2,9 @@
 #include "states.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
 
 #include "../cpu/reserve.h"
 #include "../driver/driver.h"
@@ -34,6 +37,9 @@ States states_of(const Call& call, const Results& results, bool on_cpu) {
   // On a GPU, h is kept in the tensors' dtype, and the reserve is zero in the padding. The CPU kernels keep what they have
   // computed.
   const auto h_type = on_cpu ? reserve.scalar_type() : type;
+  const bool skip = shape.link == LinkKind::skip;
+  const bool residual = shape.link == LinkKind::residual && shape.depth() > 1;
+  int64_t column = 0;  // with skip links, of a layer's h in the output
   States states;
   for (int64_t k = 0; k < shape.depth(); ++k) {
     const LayerShape& layer = shape.layers[static_cast<size_t>(k)];
@@ -41,7 +47,10 @@ States states_of(const Call& call, const Results& results, bool on_cpu) {
     states.h.push_back(at::empty(sizes_of(call, width), call.input.options()));
     states.c.push_back(at::empty(sizes_of(call, directions * layer.hidden), call.input.options()));
     if (rows == 0) continue;
-    if (k + 1 == shape.depth()) {
+    if (skip) {
+      states.h.back().copy_(results.output.narrow(-1, column, width));
+      column += width;
+    } else if (k + 1 == shape.depth() && !residual) {
       states.h.back().copy_(results.output);
     } else {
       const Tensor all = reserve.narrow(0, layout.size().cells(), reserve.numel() - layout.size().cells()).view(h_type);
@@ -75,6 +84,22 @@ void take_state_gradients(const Call& call, IncomingGradients& incoming) {
   };
   check(incoming.h, "grad_hidden", false);
   check(incoming.c, "grad_cell", true);
+  if (shape.link == LinkKind::residual && shape.depth() > 1) return;
+  if (shape.link == LinkKind::skip && shape.depth() > 1) {
+    if (std::none_of(incoming.h.begin(), incoming.h.end(), [](const OptionalTensor& h) { return h.has_value(); }))
+      return;
+    Tensor all = incoming.output ? incoming.output->clone() : at::zeros(call.output_sizes(), call.input.options());
+    int64_t column = 0;
+    for (int64_t k = 0; k < shape.depth(); ++k) {
+      const int64_t width = shape.directions * shape.layers[static_cast<size_t>(k)].output();
+      OptionalTensor& h = incoming.h[static_cast<size_t>(k)];
+      if (h) all.narrow(-1, column, width).add_(*h);
+      h.reset();
+      column += width;
+    }
+    incoming.output = all;
+    return;
+  }
   OptionalTensor& top = incoming.h.back();
   if (top) incoming.output = incoming.output ? incoming.output->add(*top) : *top;
   top.reset();
