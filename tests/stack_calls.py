@@ -3,6 +3,7 @@
 What is in the padding of a batch with lengths is NaN everywhere: in the input and in the gradients of the results.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,10 +53,13 @@ class Call:
         return torch.arange(self.steps)[:, None] < ends
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """As helpers.py has it for one width. A layer's input is as wide as its h, and with skip links as x, too."""
+        """As helpers.py has it for one width. A layer's input is as wide as its h, and with skip links as x, too. With residual
+        links it is the sum of what all layers below hand up, and the independent errors of all of them add up: √L.
+        """
         inner = self.directions * max(self.hidden) + self.input_size
         case = Case(self.layers, self.batch, self.steps, inner, max(self.hidden))
-        return rounded_tolerance(case, dtype, max(self.dropout, default=0.0))
+        tol = rounded_tolerance(case, dtype, max(self.dropout, default=0.0))
+        return tol * math.sqrt(self.layers) if self.link == "residual" else tol
 
     def native(self) -> _C.StackOptions:
         return _C.StackOptions(

@@ -40,6 +40,8 @@ struct CellSizes {
   int64_t output_stride;  // of a row of a layer's output: D·(P or H)
   int64_t saved_stride;   // of a row of c in the reserve; a row of gates has four times as much
   int64_t gates_stride;   // of a row of gate gradients, of all steps: D·4H; a row of gradients of c has a quarter
+  int64_t h_stride =
+      0;  // of a row of what keeps a layer's h: output_stride, or with skip links the row of all layers' h
 };
 
 // The place of a cell's rows in dropout's numbering of elements.

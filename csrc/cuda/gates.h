@@ -5,6 +5,9 @@
 //   collect    the sum dh alone, where a projection stands between h and the gates
 //   copy       rows, masked by dropout or taken from an initial state where a sequence begins
 //
+// Links (stack/link.h). Where the kernels store h, they also make what the layer above reads: h, masked by dropout, and with
+// residual links plus what the layer itself has read. `collect` is the way back.
+//
 // A step is a list of cells (lane, t) that are computed side by side: all layers and directions of one diagonal. The
 // functions at the end compute V neighbouring units of one row of one cell; a kernel is the loop over them:
 // gates.cu on a GPU, gates_host.cpp on the CPU. V > 1 needs whole packs: widths and strides that V divides, and
@@ -40,25 +43,33 @@ struct ForwardCell {
   const A* bias;            // (4H), or null
   A* c;                     // (rows, H): c(t-1) in, c(t) out
   T* h;                     // (rows, H)
-  T* output;                // rows of output_stride: h once more, in the layer's output; or null
-  T* above;                 // rows of output_stride: h as the layer above reads it, masked; or null
+  T* output;                // rows of h_stride: h once more, in the layer's output; or null
+  T* above;                 // rows of output_stride: what the layer above reads; or null
   A* saved_c;               // rows of saved_stride, or null
   A* saved_gates;           // rows of 4·saved_stride: the activations; or null
   int64_t rows;
   Element element;
   RowCuts cuts = {};
+  // With residual links, rows of output_stride. Both may be one place: a thread reads an element before it writes it.
+  const T* below = nullptr;  // what the layer has read, as a term of `above`; or null
+  T* sum = nullptr;          // `above` once more, the `below` of the layer above; or null
 };
 
 // What flows into the output of a cell. Null pointers count as zeros.
 template <typename T>
 struct Incoming {
   using A = Accumulator<T>;
-  const T* grad_output;  // rows of output_stride, from the loss
+  const T* grad_output;  // rows of h_stride, from the loss
   const A* above;        // rows of output_stride, from the layer above, before dropout's mask
   const A* recurrent;    // (carried, width): W_hhᵀ·dgates of the step after, for the rows that are in it, too
   const T* grad_last;    // (B, width): dL/dh_n, for the rows from `carried` on, whose last step this is
   int64_t carried;
   Element element;
+  // With residual links, a second term of `above`: the layer above has added what it read to what it handed up, so the
+  // gradient of the latter is part of that of the former. Rows of output_stride.
+  const T* passed_output = nullptr;  // if the layer above is the top layer: dL/doutput; or null
+  const A* passed = nullptr;         // else: `sum` of the layer above; or null
+  A* sum = nullptr;                  // both terms, for the layer below; may be the place of `passed`; or null
 };
 
 template <typename T>
@@ -101,7 +112,9 @@ struct CopyCell {
   int64_t carried;
   bool masked;  // by dropout
   Element element;
-  RowCuts cuts = {};  // these rows become zero
+  RowCuts cuts = {};         // these rows become zero
+  const T* below = nullptr;  // rows of target_stride, as in ForwardCell: added, behind the mask; or null
+  T* sum = nullptr;          // rows of target_stride: once more; or null
 };
 
 // The kernels of one device. Each runs all cells, in one launch if they fit. It returns what went wrong, or "".
@@ -171,6 +184,12 @@ STACKED_LSTM_HOST_DEVICE void preactivations(const CellArguments& cell, int64_t 
   }
 }
 
+template <int V, typename T, typename A>
+STACKED_LSTM_HOST_DEVICE void add(A (&x)[V], const Pack<T, V>& pack) {
+  STACKED_LSTM_UNROLL
+  for (int n = 0; n < V; ++n) x[n] += widen(pack.element[n]);
+}
+
 template <int V, typename T, typename Cell = LstmCell>
 STACKED_LSTM_HOST_DEVICE void forward_units(const CellSizes& sizes, const ForwardCell<T>& cell, int64_t row,
                                             int64_t unit) {
@@ -197,12 +216,16 @@ STACKED_LSTM_HOST_DEVICE void forward_units(const CellSizes& sizes, const Forwar
   store(cell.c + row * hidden + unit, c);
   const Pack<T, V> narrow_h = narrow_all<T>(h);
   store(cell.h + row * hidden + unit, narrow_h);
-  if (cell.output) store(cell.output + row * sizes.output_stride + unit, narrow_h);
+  if (cell.output) store(cell.output + row * sizes.h_stride + unit, narrow_h);
   if (cell.above) {
     STACKED_LSTM_UNROLL
     for (int n = 0; n < V; ++n) h[n] = widen(narrow_h.element[n]);  // the layer above reads what the output holds
     if (cell.element.mask.seed) apply_mask(h, sizes, cell.element, row, unit);
-    store(cell.above + row * sizes.output_stride + unit, narrow_all<T>(h));
+    const int64_t at = row * sizes.output_stride + unit;
+    if (cell.below) add(h, load<V>(cell.below + at));
+    const Pack<T, V> above = narrow_all<T>(h);
+    store(cell.above + at, above);
+    if (cell.sum) store(cell.sum + at, above);
   }
   if (cell.saved_c) store(cell.saved_c + row * sizes.saved_stride + unit, c);
   if (cell.saved_gates) {
@@ -223,10 +246,19 @@ STACKED_LSTM_HOST_DEVICE void collect(const CellSizes& sizes, const Incoming<T>&
     const Pack<A, V> above = load<V>(incoming.above + row * sizes.output_stride + unit);
     STACKED_LSTM_UNROLL
     for (int n = 0; n < V; ++n) dh[n] = above.element[n];
+    const int64_t at = row * sizes.output_stride + unit;
+    if (incoming.passed_output) add(dh, load<V>(incoming.passed_output + at));
+    if (incoming.passed) add(dh, load<V>(incoming.passed + at));
+    if (incoming.sum) {
+      Pack<A, V> sum;
+      STACKED_LSTM_UNROLL
+      for (int n = 0; n < V; ++n) sum.element[n] = dh[n];
+      store(incoming.sum + at, sum);
+    }
     if (incoming.element.mask.seed) apply_mask(dh, sizes, incoming.element, row, unit);
   }
   if (incoming.grad_output) {
-    const Pack<T, V> grad = load<V>(incoming.grad_output + row * sizes.output_stride + unit);
+    const Pack<T, V> grad = load<V>(incoming.grad_output + row * sizes.h_stride + unit);
     STACKED_LSTM_UNROLL
     for (int n = 0; n < V; ++n) dh[n] += widen(grad.element[n]);
   }
@@ -324,14 +356,17 @@ STACKED_LSTM_HOST_DEVICE void copy_units(const CellSizes& sizes, const CopyCell<
   Pack<T, V> pack = row < cell.carried ? load<V>(cell.source + row * cell.source_stride + unit)
                                        : load<V>(cell.initial + row * sizes.width + unit);
   if (cell.cuts.at(row)) pack = {};
-  if (cell.masked) {
+  const int64_t at = row * cell.target_stride + unit;
+  if (cell.masked || cell.below) {
     Accumulator<T> x[V];
     STACKED_LSTM_UNROLL
     for (int n = 0; n < V; ++n) x[n] = widen(pack.element[n]);
-    apply_mask(x, sizes, cell.element, row, unit);
+    if (cell.masked) apply_mask(x, sizes, cell.element, row, unit);
+    if (cell.below) add(x, load<V>(cell.below + at));
     pack = narrow_all<T>(x);
   }
-  store(cell.target + row * cell.target_stride + unit, pack);
+  store(cell.target + at, pack);
+  if (cell.sum) store(cell.sum + at, pack);
 }
 
 // ---- May packs be used? ---------------------------------------------------------------------------------------------
@@ -344,16 +379,19 @@ bool aligned(const Pointer*... pointers) {
 
 template <int V>
 bool packs_fit(const CellSizes& s) {
-  return s.width % V == 0 && s.output_stride % V == 0 && s.saved_stride % V == 0 && s.gates_stride % V == 0;
+  return s.width % V == 0 && s.output_stride % V == 0 && s.saved_stride % V == 0 && s.gates_stride % V == 0 &&
+         s.h_stride % V == 0;
 }
 template <int V, typename T>
 bool packs_fit(const ForwardCell<T>& c) {
-  return aligned<V>(c.input_part, c.recurrent_part, c.bias, c.c, c.h, c.output, c.above, c.saved_c, c.saved_gates) &&
+  return aligned<V>(c.input_part, c.recurrent_part, c.bias, c.c, c.h, c.output, c.above, c.saved_c, c.saved_gates,
+                    c.below, c.sum) &&
          c.element.column % V == 0;
 }
 template <int V, typename T>
 bool packs_fit(const Incoming<T>& c) {
-  return aligned<V>(c.grad_output, c.above, c.recurrent, c.grad_last) && c.element.column % V == 0;
+  return aligned<V>(c.grad_output, c.above, c.recurrent, c.grad_last, c.passed_output, c.passed, c.sum) &&
+         c.element.column % V == 0;
 }
 template <int V, typename T>
 bool packs_fit(const BackwardCell<T>& c) {
@@ -366,8 +404,8 @@ bool packs_fit(const CollectCell<T>& c) {
 }
 template <int V, typename T>
 bool packs_fit(const CopyCell<T>& c) {
-  return aligned<V>(c.source, c.initial, c.target) && c.source_stride % V == 0 && c.target_stride % V == 0 &&
-         c.element.column % V == 0;
+  return aligned<V>(c.source, c.initial, c.target, c.below, c.sum) && c.source_stride % V == 0 &&
+         c.target_stride % V == 0 && c.element.column % V == 0;
 }
 
 // Whether a step may be computed V units at a time.

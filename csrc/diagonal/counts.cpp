@@ -27,6 +27,9 @@ DiagonalCounts predict(const StackShape& shape, const StackOptions& options, Sav
   const Diagonals schedule = plan(shape, accumulator_bytes);
   const bool two = shape.directions == 2;
   const auto launches = [](int64_t cells) { return (cells + driver::kCopiesALaunch - 1) / driver::kCopiesALaunch; };
+  // With skip links, what layers from 1 on do with their input takes a second product.
+  const bool skip = shape.link == LinkKind::skip && shape.depth() > 1;
+  const bool residual = shape.link == LinkKind::residual && shape.depth() > 1;
   DiagonalCounts counts{schedule};
   if (shape.batch == 0) return counts;
   for (const LayerRun& run : runs_of(shape)) {
@@ -36,18 +39,20 @@ DiagonalCounts predict(const StackShape& shape, const StackOptions& options, Sav
       const Diagonals::Lanes some = schedule.in_run(schedule.lanes(stage), run);
       if (some.count == 0) continue;
       const int64_t chunk = schedule.chunk_of(stage, some.first);
+      const int64_t twice = skip ? some.count - (some.first == 0 ? shape.directions : 0) : 0;
       counts.launches += (1 + projected) * schedule.length_of(stage, some);
       counts.products += (1 + projected) * schedule.length_of(stage, some);
       if (!backward) {
         if (two || some.first == 0) {
-          counts.products += chunk % schedule.input_chunks == 0 ? shape.directions : 0;
+          counts.products += chunk % schedule.input_chunks == 0 ? shape.directions + (two ? twice : 0) : 0;
         } else if (some.first == first_lane) {
           ++counts.products;
         }
         if (!two && some.first + some.count > first_lane + 1) ++counts.products;
+        if (!two) counts.products += twice;
         continue;
       }
-      if (saving == Saving::recompute) counts.products += 2 * some.count;
+      if (saving == Saving::recompute) counts.products += 2 * some.count + twice;
       if (two) {
         if (some.first / 2 + 1 < shape.depth() && chunk + 1 == schedule.chunks()) ++counts.products;
         if (chunk + 1 == schedule.chunks()) --counts.products;  // a layer's last step has no recurrent product
@@ -68,13 +73,16 @@ DiagonalCounts predict(const StackShape& shape, const StackOptions& options, Sav
       counts.launches += launches(lanes * (shape.steps > 1 ? 2 : 1));
       int64_t masked = 0;  // layers whose h is masked for the layer above
       for (int64_t k = run.first_layer; k < run.last_layer && k + 1 < shape.depth(); ++k) {
-        masked += options.dropout[k] > 0 ? 1 : 0;
+        masked += options.dropout[k] > 0 && !(residual && k > 0) ? 1 : 0;
       }
       counts.launches += launches(masked);
     }
-    if (weight_grad) counts.products += (2 + projected) * lanes;
+    if (weight_grad) {
+      counts.products += (2 + projected) * lanes;
+      if (skip) counts.products += lanes - (first_lane == 0 ? shape.directions : 0);
+    }
   }
-  if (backward && input_grad) ++counts.products;
+  if (backward && input_grad) counts.products += skip ? shape.depth() : 1;
   return counts;
 }
 

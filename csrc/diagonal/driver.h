@@ -97,12 +97,19 @@ class DiagonalDriver {
         batch_(call.shape.batch),
         rows_(call.shape.rows()),
         places_(call.shape, call.options.bias),
-        resets_(resets_of(call)) {
+        resets_(resets_of(call)),
+        residual_(call.shape.link == LinkKind::residual && call.shape.depth() > 1),
+        skip_(call.shape.link == LinkKind::skip && call.shape.depth() > 1) {
     counts_.schedule = plan_;
     // No other chunk has more rows, since an earlier step never has fewer sequences than a later one.
     chunk_rows_ = shape_.first_row(std::min(plan_.chunk_steps, shape_.steps));
     input_ = input_rows(call);
-    for (int64_t k = 0; k < depth_; ++k) masks_.push_back(mask_of(call, k));
+    int64_t column = 0;
+    for (int64_t k = 0; k < depth_; ++k) {
+      masks_.push_back(mask_of(call, k));
+      columns_.push_back(skip_ ? column : 0);
+      column += directions_ * shape_.layers[static_cast<size_t>(k)].output();
+    }
     for (const LayerRun& run : runs_of(shape_)) {
       const LayerShape& layer = shape_.layers[static_cast<size_t>(run.first_layer)];
       run_shapes_.push_back({run, directions_, run.first_layer * directions_, run.layers() * directions_,
@@ -112,6 +119,31 @@ class DiagonalDriver {
   }
 
   const Tensor& weight(int64_t lane, Weight name) const { return call_.weights[places_.at(lane, name)]; }
+
+  // The columns of a lane's W_ih that multiply what the layer below hands up (of layer 0: x), and, with skip links, those
+  // that multiply x.
+  Tensor weight_below(int64_t lane) const {
+    const Tensor& all = weight(lane, Weight::ih);
+    return reads_x_too(layer_of(lane)) ? all.narrow(1, 0, all.size(1) - input_.size(1)) : all;
+  }
+  Tensor weight_x(int64_t lane) const {
+    const Tensor& all = weight(lane, Weight::ih);
+    return all.narrow(1, all.size(1) - input_.size(1), input_.size(1));
+  }
+  // Whether a layer reads x beside what the layer below hands up.
+  bool reads_x_too(int64_t layer) const { return skip_ && layer > 0; }
+  // With residual links, the inputs of layers from 2 on are kept: stack/reserve.h.
+  bool input_is_kept(int64_t layer) const { return residual_ && layer >= 2; }
+
+  // Where a layer's h begins in a row of the output, and how long a row is that keeps it.
+  int64_t column_of_layer(int64_t layer) const { return columns_[static_cast<size_t>(layer)]; }
+  int64_t h_stride(const RunShape& run) const { return skip_ ? shape_.output_width() : run.output_stride(); }
+
+  // W_ih of a run's lanes but the first, as weight_below() has it: (lanes - 1, 4H, P or H).
+  Tensor stacked_below(const RunShape& run) const {
+    const Tensor all = stacked(run, Weight::ih, 1);
+    return skip_ ? all.narrow(2, 0, run.output) : all;
+  }
 
   // One kind of weight of a run's lanes, without the first `skipped` of them: (lanes, …).
   Tensor stacked(const RunShape& run, Weight name, int64_t skipped = 0) const {
@@ -165,6 +197,9 @@ class DiagonalDriver {
   }
 
   void multiply(const Tensor& result, const Tensor& a, const Tensor& b) { products_.multiply(result, a, b); }
+  void multiply_and_add(const Tensor& result, const Tensor& a, const Tensor& b) {
+    products_.multiply_and_add(result, a, b);
+  }
   void multiply_and_round(const Tensor& result, const Tensor& a, const Tensor& b, bool wide = true) {
     products_.multiply_and_round(result, a, b, wide);
   }
@@ -173,7 +208,7 @@ class DiagonalDriver {
   void launch(std::string (*kernel)(const gates::CellSizes&, const Cell*, int64_t, void*), const RunShape& run,
               int64_t width, const std::vector<Cell>& cells) {
     ++counts_.launches;
-    const gates::CellSizes sizes{width, run.output_stride(), run.padded, run.gates_stride()};
+    const gates::CellSizes sizes{width, run.output_stride(), run.padded, run.gates_stride(), h_stride(run)};
     const std::string error = kernel(sizes, cells.data(), static_cast<int64_t>(cells.size()), stream_);
     TORCH_CHECK(error.empty(), "stacked_lstm_ext: a kernel could not be launched on ", call_.input.device(), ": ",
                 error);
@@ -217,7 +252,9 @@ class DiagonalDriver {
   int64_t chunk_rows_;
   Tensor input_;  // (rows, I)
   const WeightPlaces places_;
-  const uint8_t* const resets_;     // null: none
+  const uint8_t* const resets_;  // null: none
+  const bool residual_, skip_;   // with these links between at least two layers
+  std::vector<int64_t> columns_;
   std::vector<gates::Mask> masks_;  // of the link from each layer
   std::vector<RunShape> run_shapes_;
 };

@@ -4,6 +4,9 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <type_traits>
+
 #include "../stack/state_layout.h"
 #include "driver.h"
 
@@ -23,9 +26,11 @@ class Backward : DiagonalDriver<T> {
   using Base::kernels_;
   using Base::places_;
   using Base::plan_;
+  using Base::residual_;
   using Base::rows_;
   using Base::run_shapes_;
   using Base::shape_;
+  using Base::skip_;
   using Base::storage_;
   using typename Base::A;
   using typename Base::LaneProduct;
@@ -52,7 +57,14 @@ class Backward : DiagonalDriver<T> {
       return all;
     };
     grad_outputs_ = of_layers(incoming.h);
-    grad_outputs_.back() = contiguous(incoming.output);
+    grad_output_ = contiguous(incoming.output);
+    if (skip_) {
+      std::fill(grad_outputs_.begin(), grad_outputs_.end(), grad_output_);
+    } else if (Tensor& top = grad_outputs_.back(); residual_ && top.defined() && grad_output_.defined()) {
+      top = top.add(grad_output_);
+    } else if (!top.defined()) {
+      top = grad_output_;
+    }
     grad_cells_ = of_layers(incoming.c);
   }
 
@@ -79,15 +91,15 @@ class Backward : DiagonalDriver<T> {
       for (int64_t s = plan_.length_of_stage(stage) - 1; s >= 0; --s) {
         each_run(plan_.lanes(stage, s), [&](Run& run, const Lanes& part) { step(run, part, stage, s); });
       }
-      if (!weight_grad_) continue;
       each_run(lanes, [&](Run& run, const Lanes& part) {
         for (int64_t lane = part.first; lane < part.first + part.count; ++lane) {
-          if (plan_.chunk_of(stage, lane) == 0) finish(run, lane);
+          if (plan_.chunk_of(stage, lane) > 0) continue;
+          if (weight_grad_) finish(run, lane);
+          if (input_grad_ && lane % directions_ == 0) finish_input(run, lane);
         }
       });
     }
     for (Run& run : runs_) run.recurrent_product.run(*this, 0, run.lanes, batch_);
-    if (input_grad_) finish_input();
     result_.h_0 = recurrent_.to(scalar_type<T>());
     result_.c_0 = grad_c_.to(scalar_type<T>());
     return std::move(result_);
@@ -146,7 +158,7 @@ class Backward : DiagonalDriver<T> {
       } else {
         run.all_grad_gates = make_rows(shape_, {run.lanes, rows_, 4 * run.hidden}, storage_);
         if (run.below_top > 0) run.above = at::empty({run.below_top, chunk_rows_, run.output}, accumulator_);
-        if (run.lanes > 1) run.upper_weights = Base::stacked(run, Weight::ih, 1);
+        if (run.lanes > 1) run.upper_weights = Base::stacked_below(run);
       }
       if (run.projection > 0) {
         run.grad_h = at::empty({run.lanes, batch_, run.projection}, storage_);
@@ -163,11 +175,16 @@ class Backward : DiagonalDriver<T> {
     if (weight_grad_) {
       for (const Tensor& w : call_.weights) result_.weights.push_back(at::empty(w.sizes(), storage_));
     }
-    if (!input_grad_) result_.input = at::empty({0}, storage_);
+    result_.input = at::empty(input_grad_ ? call_.input.sizes() : at::IntArrayRef{0}, storage_);
+    if (input_grad_ && skip_ && !std::is_same_v<T, A>) grad_x_ = at::empty({rows_, input_.size(1)}, accumulator_);
+    if (residual_ && depth_ > 2) sums_ = at::empty({rows_, runs_[0].output_stride()}, accumulator_);
   }
 
-  // h of a layer, all rows: (rows, D·output).
-  const T* h_of(int64_t layer) const { return layer + 1 == depth_ ? const_data<T>(top_) : parts_.h(layer); }
+  // h of a layer, all rows: (rows, D·output), rows h_stride apart.
+  const T* h_of(int64_t layer) const {
+    const bool in_output = skip_ || (layer + 1 == depth_ && !residual_);
+    return in_output ? const_data<T>(top_) + Base::column_of_layer(layer) : parts_.h(layer);
+  }
 
   // Makes what the products over all steps read: h(t-1) of every lane, the inputs of layers 1 and up, masked by dropout, and
   // x without what is in its padding.
@@ -191,7 +208,8 @@ class Backward : DiagonalDriver<T> {
         const int64_t lane = run.first + n;
         copies_of_previous(shape_, lane, h_of(Base::layer_of(lane)) + run.column_of(lane),
                            const_data<T>(h_0_) + run.h_0 + n * batch_ * run.output,
-                           data<T>(run.previous) + n * rows_ * run.output, adds(run, run.output), Base::resets_);
+                           data<T>(run.previous) + n * rows_ * run.output, adds(run, run.output), Base::resets_,
+                           Base::h_stride(run));
       }
       flush(0, run, run.output);
     }
@@ -206,8 +224,9 @@ class Backward : DiagonalDriver<T> {
     }
 
     int64_t elements = 0;
+    const auto makes_masked = [&](int64_t layer) { return Base::mask(layer).seed && !Base::input_is_kept(layer + 1); };
     for (int64_t layer = 0; layer + 1 < depth_; ++layer) {
-      if (Base::mask(layer).seed) elements += rows_ * directions_ * shape_.layers[static_cast<size_t>(layer)].output();
+      if (makes_masked(layer)) elements += rows_ * directions_ * shape_.layers[static_cast<size_t>(layer)].output();
     }
     if (elements == 0) return;
     const Tensor masked = at::empty({elements}, storage_);
@@ -215,12 +234,13 @@ class Backward : DiagonalDriver<T> {
     int64_t first = 0;
     for (const Run& run : runs_) {
       for (int64_t layer = run.layers.first_layer; layer < run.layers.first_layer + run.below_top; ++layer) {
-        if (!Base::mask(layer).seed) continue;
+        if (!makes_masked(layer)) continue;
         const int64_t width = run.output_stride();
         Tensor& mine = masked_[static_cast<size_t>(layer)];
         mine = masked.narrow(0, first, rows_ * width).view({rows_, width});
         first += rows_ * width;
-        copies_of_masked(shape_, layer, Base::mask(layer), h_of(layer), data<T>(mine), adds(run, width));
+        copies_of_masked(shape_, layer, Base::mask(layer), h_of(layer), data<T>(mine), adds(run, width),
+                         Base::h_stride(run));
       }
       flush(0, run, run.output_stride());
     }
@@ -233,11 +253,16 @@ class Backward : DiagonalDriver<T> {
     return t > 0 ? shape_.active(t) : 0;
   }
 
-  // The input of a layer, all rows: (rows, input).
+  // The input of a layer, all rows: (rows, input). With skip links, without x.
   Tensor input_of(int64_t layer) const {
     if (layer == 0) return input_;
+    if (Base::input_is_kept(layer)) return parts_.input_rows(layer);
     if (Base::mask(layer - 1).seed) return masked_[static_cast<size_t>(layer - 1)];
-    return parts_.h_rows(layer - 1);
+    if (!skip_) return parts_.h_rows(layer - 1);
+    const int64_t width = directions_ * shape_.layers[static_cast<size_t>(layer - 1)].output();
+    return top_.view({-1, shape_.output_width()})
+        .narrow(0, 0, rows_)
+        .narrow(1, Base::column_of_layer(layer - 1), width);
   }
 
   // The gate gradients of a lane, of all steps: (rows, 4H), rows D·4H apart.
@@ -252,8 +277,7 @@ class Backward : DiagonalDriver<T> {
     if (directions_ == 2) {
       const int64_t layer = Base::layer_of(some.first);
       if (layer + 1 == depth_ || plan_.chunk_of(stage, some.first) + 1 < plan_.chunks()) return;
-      const Tensor weights =
-          at::cat({Base::weight(some.first + 2, Weight::ih), Base::weight(some.first + 3, Weight::ih)});
+      const Tensor weights = at::cat({Base::weight_below(some.first + 2), Base::weight_below(some.first + 3)});
       const Run& upper = run.has_layer(layer + 1) ? run : *run.over;
       Base::multiply(run.above, upper.all_grad_gates, single(weights));
       return;
@@ -282,7 +306,7 @@ class Backward : DiagonalDriver<T> {
     // The last layer of the run.
     if (lane < end && run.over) {
       project_one(run, lane, Base::chunk_rows(lane, plan_.chunk_of(stage, lane)), run.over->all_grad_gates.select(0, 0),
-                  Base::weight(lane + 1, Weight::ih));
+                  Base::weight_below(lane + 1));
     }
   }
 
@@ -297,9 +321,13 @@ class Backward : DiagonalDriver<T> {
     for (int64_t lane = some.first; lane < some.first + some.count; ++lane) {
       const int64_t n = lane - run.first;
       const auto rows = Base::chunk_rows(lane, plan_.chunk_of(stage, lane));
-      Base::multiply(run.input_part.narrow(0, n, 1).narrow(1, 0, rows.count),
-                     single(input_of(Base::layer_of(lane)).narrow(0, rows.first, rows.count)),
-                     single(Base::weight(lane, Weight::ih).t()));
+      const Tensor input_part = run.input_part.narrow(0, n, 1).narrow(1, 0, rows.count);
+      Base::multiply(input_part, single(input_of(Base::layer_of(lane)).narrow(0, rows.first, rows.count)),
+                     single(Base::weight_below(lane).t()));
+      if (Base::reads_x_too(Base::layer_of(lane))) {
+        Base::multiply_and_add(input_part, single(input_.narrow(0, rows.first, rows.count)),
+                               single(Base::weight_x(lane).t()));
+      }
       Base::multiply(run.recurrent_part.narrow(0, n, 1).narrow(1, 0, rows.count),
                      run.previous.narrow(0, n, 1).narrow(1, rows.first, rows.count),
                      single(Base::weight(lane, Weight::hh).t()));
@@ -319,7 +347,14 @@ class Backward : DiagonalDriver<T> {
 
       gates::Incoming<T> incoming{};
       if (const Tensor& grad = grad_outputs_[static_cast<size_t>(layer)]; grad.defined()) {
-        incoming.grad_output = const_data<T>(grad) + row * output_stride + run.column_of(lane);
+        incoming.grad_output =
+            const_data<T>(grad) + row * Base::h_stride(run) + Base::column_of_layer(layer) + run.column_of(lane);
+      }
+      if (residual_ && layer + 1 < depth_) {
+        const int64_t at = row * output_stride + run.column_of(lane);
+        if (layer + 2 < depth_) incoming.passed = const_data<A>(sums_) + at;
+        if (layer + 2 == depth_ && grad_output_.defined()) incoming.passed_output = const_data<T>(grad_output_) + at;
+        if (layer > 0) incoming.sum = data<A>(sums_) + at;
       }
       if (layer + 1 < depth_) {
         incoming.above = directions_ == 2 ? const_data<A>(run.above) + row * output_stride + run.column_of(lane)
@@ -381,7 +416,13 @@ class Backward : DiagonalDriver<T> {
     const auto grad = [&](Weight name) -> Tensor& { return result_.weights[places_.at(lane, name)]; };
     const int64_t n = lane - run.first;
     const Tensor gates = grad_gates_of(run, lane), gates_t = single(gates.t());
-    Base::multiply_and_round(single(grad(Weight::ih)), gates_t, single(input_of(Base::layer_of(lane))));
+    const int64_t layer = Base::layer_of(lane);
+    const auto grad_ih = [&](int64_t first, const Tensor& input) {
+      Base::multiply_and_round(single(grad(Weight::ih).narrow(1, first, input.size(1))), gates_t, single(input));
+    };
+    const Tensor input = input_of(layer);
+    grad_ih(0, input);
+    if (Base::reads_x_too(layer)) grad_ih(input.size(1), input_);
     Base::multiply_and_round(single(grad(Weight::hh)), gates_t, run.previous.narrow(0, n, 1));
     if (call_.options.bias) {
       at::sum_out(grad(Weight::bias_ih), gates, at::IntArrayRef{0});
@@ -393,14 +434,28 @@ class Backward : DiagonalDriver<T> {
     }
   }
 
-  void finish_input() {
-    result_.input = at::empty(call_.input.sizes(), storage_);
-    const Tensor& first = Base::weight(0, Weight::ih);
-    const Tensor weights = directions_ == 2 ? at::cat({first, Base::weight(1, Weight::ih)}) : first;
-    const Tensor rows = result_.input.view({-1, call_.input.size(-1)});
-    Base::multiply_and_round(single(rows.narrow(0, 0, rows_)), runs_[0].all_grad_gates.narrow(0, 0, 1),
-                             single(weights));
-    if (rows.size(0) > rows_) rows.narrow(0, rows_, rows.size(0) - rows_).zero_();  // behind the longest sequence
+  // The gradient of x: one product over all rows, of layer 0 or, with skip links, of each layer. `lane`: the first of a layer
+  // that has taken its last step.
+  void finish_input(const Run& run, int64_t lane) {
+    const int64_t layer = Base::layer_of(lane);
+    if (layer > 0 && !skip_) return;
+    const auto weight = [&](int64_t n) { return Base::weight_x(n); };
+    const Tensor weights = directions_ == 2 ? at::cat({weight(lane), weight(lane + 1)}) : weight(lane);
+    const Tensor gates = run.all_grad_gates.narrow(0, directions_ == 2 ? 0 : lane - run.first, 1);
+    const Tensor all = result_.input.view({-1, call_.input.size(-1)}), rows = all.narrow(0, 0, rows_);
+    if (!skip_) {
+      Base::multiply_and_round(single(rows), gates, single(weights));
+    } else {
+      const Tensor sum = grad_x_.defined() ? grad_x_ : rows;
+      if (layer + 1 == depth_) {
+        Base::multiply(single(sum), gates, single(weights));
+      } else {
+        Base::multiply_and_add(single(sum), gates, single(weights));
+      }
+      if (layer == 0 && grad_x_.defined()) Tensor(rows).copy_(sum);
+    }
+    // Behind the longest sequence.
+    if (layer == 0 && all.size(0) > rows_) all.narrow(0, rows_, all.size(0) - rows_).zero_();
   }
 
   const Tensor reserve_;
@@ -408,10 +463,15 @@ class Backward : DiagonalDriver<T> {
   const Tensor top_, grad_h_n_, h_0_, c_0_;
   const IncomingGradients& incoming_;
   const bool input_grad_, weight_grad_, recompute_;
+  Tensor grad_output_;                // of the output; undefined: none
   std::vector<Tensor> grad_outputs_;  // of each layer's h from the loss, (rows, D·output); undefined: none
   std::vector<Tensor> grad_cells_;    // likewise of c, (rows, D·H)
   Gradients result_;
-  Tensor grad_c_, recurrent_;   // of all lanes, as the states of the call
+  Tensor grad_c_, recurrent_;  // of all lanes, as the states of the call
+  // With residual links: the gradient of what the layers above the one at hand have read, (rows, D·output). A row is that of
+  // the lowest layer that has taken its step.
+  Tensor sums_;
+  Tensor grad_x_;               // with skip links, 16 bits: the sum over the layers, (rows, I)
   std::vector<Tensor> masked_;  // of each layer whose link has dropout: what the layer above has read, (rows, D·output)
   std::vector<Run> runs_;
   std::vector<gates::BackwardCell<T>> cells_;

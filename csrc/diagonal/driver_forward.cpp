@@ -17,11 +17,14 @@ class Forward : DiagonalDriver<T> {
   using Base::chunk_rows_;
   using Base::depth_;
   using Base::directions_;
+  using Base::input_;
   using Base::kernels_;
   using Base::plan_;
+  using Base::residual_;
   using Base::rows_;
   using Base::run_shapes_;
   using Base::shape_;
+  using Base::skip_;
   using Base::storage_;
   using typename Base::A;
   using typename Base::LaneProduct;
@@ -68,8 +71,8 @@ class Forward : DiagonalDriver<T> {
     int64_t first_input_row[2] = {0, 0};  // the row of the call that is its first one
     // What the layer above reads: (layers below the top, rows of a chunk, P or H). Two directions: see handed_up().
     Tensor above;
-    A* recurrent = nullptr;    // (lanes, B, 4H)
-    A* upper_input = nullptr;  // (layers - 1, rows of a chunk, 4H): W_ih·h of the layer below it
+    A* recurrent = nullptr;  // (lanes, B, 4H)
+    Tensor upper_input;      // (layers - 1, rows of a chunk, 4H): W_ih·u of all layers but the first
     LaneProduct recurrent_product, projection_product, input_product;
   };
 
@@ -112,9 +115,8 @@ class Forward : DiagonalDriver<T> {
       run.first_input = at::empty({1, run.below ? chunk_rows_ : input_rows, 4 * run.hidden}, accumulator_);
       if (run.below_top > 0) run.above = at::empty({run.below_top, chunk_rows_, run.output}, storage_);
       if (run.lanes > 1) {
-        const Tensor input = at::empty({run.lanes - 1, chunk_rows_, 4 * run.hidden}, accumulator_);
-        run.upper_input = data<A>(input);
-        run.input_product = LaneProduct(input, run.above, Base::stacked(run, Weight::ih, 1).transpose(1, 2));
+        run.upper_input = at::empty({run.lanes - 1, chunk_rows_, 4 * run.hidden}, accumulator_);
+        run.input_product = LaneProduct(run.upper_input, run.above, Base::stacked_below(run).transpose(1, 2));
       }
     }
   }
@@ -132,7 +134,7 @@ class Forward : DiagonalDriver<T> {
       // The whole input of these lanes exists already: one product computes several chunks.
       if (chunk % plan_.input_chunks == 0) {
         const int64_t layer = Base::layer_of(some.first);
-        const Tensor source = layer == 0 ? Base::input_ : handed_up(layer - 1);
+        const Tensor source = layer == 0 ? input_ : handed_up(layer - 1);
         for (int64_t lane = some.first; lane < some.first + directions_; ++lane) {
           const auto rows = Base::chunk_rows(lane, chunk, plan_.input_chunks);
           project_first(run, lane, source.narrow(0, rows.first, rows.count), rows.first);
@@ -150,13 +152,25 @@ class Forward : DiagonalDriver<T> {
       rows = std::max(rows, Base::chunk_rows(lane, plan_.chunk_of(stage, lane)).count);
     }
     run.input_product.run(*this, first - 1 - run.first, last - first, rows);
+    if (!skip_) return;
+    for (int64_t lane = first; lane < last; ++lane) {
+      const auto mine = Base::chunk_rows(lane, plan_.chunk_of(stage, lane));
+      add_x(run.upper_input.select(0, lane - 1 - run.first), lane, mine.first, mine.count);
+    }
+  }
+
+  // With skip links, adds W_ih·x to the input projection of a lane.
+  void add_x(const Tensor& projection, int64_t lane, int64_t first_row, int64_t rows) {
+    Base::multiply_and_add(single(projection.narrow(0, 0, rows)), single(input_.narrow(0, first_row, rows)),
+                           single(Base::weight_x(lane).t()));
   }
 
   // The product of one lane, whose rows `source` begin with row `first_row` of the call.
   void project_first(Run& run, int64_t lane, const Tensor& source, int64_t first_row) {
     const int64_t direction = lane % directions_;
-    Base::multiply(single(run.first_input.select(0, direction).narrow(0, 0, source.size(0))), single(source),
-                   single(Base::weight(lane, Weight::ih).t()));
+    const Tensor projection = run.first_input.select(0, direction).narrow(0, 0, source.size(0));
+    Base::multiply(single(projection), single(source), single(Base::weight_below(lane).t()));
+    if (Base::reads_x_too(Base::layer_of(lane))) add_x(projection, lane, first_row, source.size(0));
     run.first_input_row[direction] = first_row;
   }
 
@@ -177,7 +191,7 @@ class Forward : DiagonalDriver<T> {
           directions_ == 2 || n == 0
               ? data<A>(run.first_input) +
                     (direction * run.first_input.size(1) + row - run.first_input_row[direction]) * 4 * hidden
-              : run.upper_input + ((n - 1) * chunk_rows_ + row - chunk_row) * 4 * hidden;
+              : data<A>(run.upper_input) + ((n - 1) * chunk_rows_ + row - chunk_row) * 4 * hidden;
       cell.recurrent_part = run.recurrent + n * batch_ * 4 * hidden;
       cell.bias = run.bias.defined() ? data<A>(run.bias) + n * 4 * hidden : nullptr;
       cell.c = data<A>(run.c) + n * batch_ * hidden;
@@ -190,19 +204,26 @@ class Forward : DiagonalDriver<T> {
       T* const h = data<T>(run.h) + n * batch_ * run.output;
       T* const output = output_row(run, lane, row);
       T* const above = above_row(run, lane, row, chunk_row);
+      const T* const below = residual_ && Base::layer_of(lane) > 0 ? input_row(run, lane, 0, row) : nullptr;
+      T* const sum = residual_ && Base::layer_of(lane) + 1 < depth_ ? input_row(run, lane, 1, row) : nullptr;
       if (run.projection > 0) {
         cell.h = data<T>(run.cell_h) + n * batch_ * hidden;
         const T* const source = data<T>(run.projected) + n * batch_ * run.output;
-        const auto copy = [&](T* target, int64_t stride, bool masked) {
-          copies_.push_back({source, run.output, nullptr, target, stride, rows, rows, masked, cell.element});
+        const auto copy = [&](T* target, int64_t stride) {
+          copies_.push_back({source, run.output, nullptr, target, stride, rows, rows, false, cell.element});
         };
-        copy(h, run.output, false);
-        if (output) copy(output, output_stride, false);
-        if (above) copy(above, output_stride, cell.element.mask.seed != nullptr);
+        copy(h, run.output);
+        if (output) copy(output, Base::h_stride(run));
+        if (above) {
+          copy(above, output_stride);
+          copies_.back().masked = cell.element.mask.seed != nullptr;
+          copies_.back().below = below, copies_.back().sum = sum;
+        }
       } else {
         cell.h = h;
         cell.output = output;
         cell.above = above;
+        cell.below = below, cell.sum = sum;
       }
       cells_.push_back(cell);
     }
@@ -217,15 +238,26 @@ class Forward : DiagonalDriver<T> {
 
   // Where h of a row is stored for the caller or for backward; null if neither needs it.
   T* output_row(const Run& run, int64_t lane, int64_t row) const {
-    const int64_t layer = Base::layer_of(lane), at = row * run.output_stride() + run.column_of(lane);
-    if (layer + 1 == depth_) return data<T>(output_all_) + at;
+    const int64_t layer = Base::layer_of(lane);
+    const int64_t at = row * Base::h_stride(run) + Base::column_of_layer(layer) + run.column_of(lane);
+    if (skip_ || (layer + 1 == depth_ && !residual_)) return data<T>(output_all_) + at;
     T* const h = parts_.h(layer);
     return h ? h + at : nullptr;
   }
-  // Where h of a row is stored for the layer above: with one direction a chunk, with two directions all steps.
+  // With residual links: a row of what a layer reads, or the layer `up` above it. A reserve keeps it from layer 2 on, for
+  // backward. The others are in the output: the sum of what all layers so far have handed up, which becomes the output.
+  T* input_row(const Run& run, int64_t lane, int64_t up, int64_t row) const {
+    const int64_t layer = Base::layer_of(lane) + up, at = row * run.output_stride() + run.column_of(lane);
+    const bool kept = Base::input_is_kept(layer) && call_.saving != Saving::none;
+    return (kept ? parts_.input(layer) : data<T>(output_all_)) + at;
+  }
+  // Where what the layer above reads of a row is stored: with one direction a chunk, with two directions all steps. With
+  // residual links, the top layer hands the output up.
   T* above_row(const Run& run, int64_t lane, int64_t row, int64_t chunk_row) const {
     const int64_t layer = Base::layer_of(lane);
-    if (layer + 1 == depth_) return nullptr;
+    if (layer + 1 == depth_) {
+      return residual_ ? data<T>(output_all_) + row * run.output_stride() + run.column_of(lane) : nullptr;
+    }
     if (directions_ == 1) {
       return data<T>(run.above) + ((lane - run.first) * chunk_rows_ + row - chunk_row) * run.output;
     }

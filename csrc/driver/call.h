@@ -65,7 +65,8 @@ struct Kept {  // from a forward pass, for its backward pass
 struct IncomingGradients {
   OptionalTensor output, h_n, c_n;
   // Of each layer's h, before its link, and c, of all steps: (T, B, D·output) and (T, B, D·hidden), or packed. Empty: none.
-  // The top layer's h has none here: it is part of `output`.
+  // Where h is in the output, it has none here, but is part of `output`: the top layer's, with residual links no layer's, with
+  // skip links every layer's.
   std::vector<OptionalTensor> h, c;
 };
 

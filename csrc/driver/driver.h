@@ -4,6 +4,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -103,6 +104,19 @@ class Products {
     }
   }
 
+  // result += a · b, likewise.
+  void multiply_and_add(const Tensor& result, const Tensor& a, const Tensor& b) const {
+    Tensor out = result;
+    if (std::is_same_v<T, A>) {
+      ++count_;
+      at::baddbmm_out(out, out, a, b);
+    } else {
+      const Tensor product = at::empty(result.sizes(), result.options());
+      multiply(product, a, b);
+      out.add_(product);
+    }
+  }
+
   // The same, rounded to T at the end. `wide`: the sums are rounded after the product, not by it. A product that rounds
   // may split its sums over many rows and round the parts (torch's allow_bf16_reduced_precision_reduction).
   void multiply_and_round(const Tensor& result, const Tensor& a, const Tensor& b, bool wide = true) const {
@@ -168,21 +182,27 @@ class GpuReserve {
   A* c(int64_t lane) const { return layout_.kept().c > 0 ? cells() + layout_.c(lane) : nullptr; }
   // The gates of a lane, rows of 4·padded_hidden.
   A* gates(int64_t lane) const { return layout_.kept().gates > 0 ? cells() + layout_.gates(lane) : nullptr; }
-  // h of a layer, which is not the top layer: rows of D·output.
-  T* h(int64_t layer) const {
-    return layout_.kept().h ? reinterpret_cast<T*>(cells() + layout_.size().cells()) + layout_.h(layer) : nullptr;
-  }
-  // The same as a tensor: (rows, D·output).
+  // h of a layer, where the reserve keeps it and not the output (keeps_h() in stack/reserve.h): rows of D·output.
+  T* h(int64_t layer) const { return layout_.kept().h ? first_h() + layout_.h(layer) : nullptr; }
+  // The input of a layer, where the reserve keeps it (keeps_input()): rows of D·output.
+  T* input(int64_t layer) const { return first_h() + layout_.input(layer); }
+  // The same as tensors: (rows, D·output).
   Tensor h_rows(int64_t layer) const {
-    const int64_t width = shape_->directions * shape_->layers[static_cast<size_t>(layer)].output();
-    return reserve_.narrow(0, layout_.size().cells(), reserve_.numel() - layout_.size().cells())
-        .view(scalar_type<T>())
-        .narrow(0, layout_.h(layer), shape_->rows() * width)
-        .view({shape_->rows(), width});
+    return rows_at(layout_.h(layer), shape_->directions * shape_->layers[static_cast<size_t>(layer)].output());
+  }
+  Tensor input_rows(int64_t layer) const {
+    return rows_at(layout_.input(layer), shape_->layers[static_cast<size_t>(layer)].input);
   }
 
  private:
   A* cells() const { return data<A>(reserve_); }
+  T* first_h() const { return reinterpret_cast<T*>(cells() + layout_.size().cells()); }
+  Tensor rows_at(int64_t first, int64_t width) const {
+    return reserve_.narrow(0, layout_.size().cells(), reserve_.numel() - layout_.size().cells())
+        .view(scalar_type<T>())
+        .narrow(0, first, shape_->rows() * width)
+        .view({shape_->rows(), width});
+  }
 
   Tensor reserve_;
   const StackShape* shape_ = nullptr;
@@ -232,8 +252,8 @@ inline gates::RowCuts cuts_before(const StackShape& shape, const uint8_t* resets
 // begins in its layer's output; `h_0`, `target`: (B, output) and (rows, output) of the lane.
 template <typename T, typename Add>
 void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const T* h_0, T* target, Add&& add,
-                        const uint8_t* resets = nullptr) {
-  const int64_t output = shape.of_lane(lane).output(), stride = shape.directions * output;
+                        const uint8_t* resets = nullptr, int64_t h_stride = 0) {
+  const int64_t output = shape.of_lane(lane).output(), stride = h_stride ? h_stride : shape.directions * output;
   const bool reverse = lane % shape.directions != 0;
   const auto copy = [&](int64_t t, int64_t steps) {  // consecutive steps; if they are several, all rows continue
     const int64_t row = shape.first_row(t), rows = steps > 1 ? steps * shape.batch : shape.active(t);
@@ -265,16 +285,17 @@ void copies_without_padding(const StackShape& shape, int64_t width, const T* x, 
 }
 
 // Calls add(cell) for each copy that is needed to make the input that the layer above `layer` has read: the output `h`
-// of `layer` (rows, D·output), masked by dropout.
+// of `layer` (rows, D·output), masked by dropout. `h_stride`: of a row of h, if it is not D·output.
 template <typename T, typename Add>
-void copies_of_masked(const StackShape& shape, int64_t layer, const gates::Mask& mask, const T* h, T* target,
-                      Add&& add) {
+void copies_of_masked(const StackShape& shape, int64_t layer, const gates::Mask& mask, const T* h, T* target, Add&& add,
+                      int64_t h_stride = 0) {
   const int64_t stride = shape.directions * shape.layers[static_cast<size_t>(layer)].output();
+  const int64_t source_stride = h_stride ? h_stride : stride;
   const int64_t runs = shape.packed() ? shape.steps : 1;
   for (int64_t t = 0; t < runs; ++t) {
     const int64_t row = shape.first_row(t), rows = shape.packed() ? shape.active(t) : shape.rows();
-    add(gates::CopyCell<T>{h + row * stride,
-                           stride,
+    add(gates::CopyCell<T>{h + row * source_stride,
+                           source_stride,
                            nullptr,
                            target + row * stride,
                            stride,

@@ -22,13 +22,12 @@ struct CallParts {
 
 // One sentence about a call of a stack with these options, without the full stop; "" if the path can run it.
 inline std::string obstacle(Path path, const StackOptions& options, ElementType type, const CallParts& parts = {}) {
-  if (path == Path::cpu) return "";
+  if (path != Path::persistent) return "";
   if (options.link != LinkKind::plain && options.num_layers > 1) {
     return "it has no " + std::string(kLinkNames[static_cast<int>(options.link)]) + " links";
   }
-  if (parts.lengths && path != Path::diagonal) return "it knows no lengths";
-  if (parts.resets && path != Path::diagonal) return "it knows no resets";
-  if (path != Path::persistent) return "";
+  if (parts.lengths) return "it knows no lengths";
+  if (parts.resets) return "it knows no resets";
   if (type == ElementType::float64) return "it computes in float32, and these tensors are float64";
   for (int64_t k = 0; k < options.num_layers; ++k) {
     if (options.proj_size[k] == 0) continue;

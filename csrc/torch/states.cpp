@@ -2,6 +2,9 @@
 #include "states.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
 
 #include "../cpu/reserve.h"
 #include "../driver/driver.h"
@@ -84,7 +87,19 @@ void take_state_gradients(const Call& call, IncomingGradients& incoming) {
   };
   check(incoming.h, "grad_hidden", false);
   check(incoming.c, "grad_cell", true);
-  if (shape.link != LinkKind::plain && shape.depth() > 1) return;
+  if (shape.link == LinkKind::residual && shape.depth() > 1) return;  // the output is not h of the top layer
+  if (shape.link == LinkKind::skip && shape.depth() > 1) {            // it is h of every layer
+    const auto given = [](const OptionalTensor& h) { return h.has_value(); };
+    if (std::none_of(incoming.h.begin(), incoming.h.end(), given)) return;
+    Tensor all = incoming.output ? incoming.output->clone() : at::zeros(call.output_sizes(), call.input.options());
+    for (int64_t k = 0; k < shape.depth(); ++k) {
+      OptionalTensor& h = incoming.h[static_cast<size_t>(k)];
+      if (h) all.narrow(-1, output_column(shape, k), columns_from_below(shape, k + 1)).add_(*h);
+      h.reset();
+    }
+    incoming.output = all;
+    return;
+  }
   OptionalTensor& top = incoming.h.back();
   if (top) incoming.output = incoming.output ? incoming.output->add(*top) : *top;
   top.reset();

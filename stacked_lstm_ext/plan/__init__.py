@@ -210,8 +210,8 @@ def what_runs_where() -> str:
     lines = ["| " + " | ".join(("", *paths)) + " |", "| --- " * (len(paths) + 1) + "|"]
     for example in EXAMPLES:
         stack = StackOptions(**{"input_size": 8, "hidden_size": 8, "num_layers": 2, **example.options})
-        parts = dict.fromkeys(example.parts, True)
-        cells = [_cell(obstacle(path, stack, dtype=example.dtype, **parts)) for path in paths]
+        lengths, resets = ("lengths" in example.parts, "resets" in example.parts)
+        cells = [_cell(obstacle(path, stack, dtype=example.dtype, lengths=lengths, resets=resets)) for path in paths]
         lines.append("| " + " | ".join((example.name, *cells)) + " |")
     return "\n".join(lines) + "\n"
 

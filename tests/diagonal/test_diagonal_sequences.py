@@ -48,10 +48,10 @@ CALLS = [
 ]
 
 
-def check(call: Call, dtype: torch.dtype, saving: str, chunks=(None, 1, 3)) -> None:
+def check(call: Call, dtype: torch.dtype, saving: str) -> None:
     arguments, keywords = arguments_of(call, dtype, saving)
     expected = truth_of(call, arguments, keywords)
-    for steps in chunks:
+    for steps in (None, 1, 3) if dtype == torch.float64 else (3,):
         with chunks_of(steps):
             actual = run_call(call, arguments, keywords)
         assert {t.dtype for n, t in actual.items() if n != "reserve"} == {dtype}

@@ -557,6 +557,9 @@ enum : unsigned {
   kMask = 128,
   kGradCell = 256,
   kCuts = 512,
+  kBelow = 1024,  // backward: passed
+  kSum = 2048,
+  kPassedOutput = 4096,
 };
 
 struct Setup {
@@ -571,6 +574,8 @@ struct Setup {
   unsigned absent = 0;
   Share carried = Share::some, continued = Share::some;
   Share cut = Share::all;  // of the rows, which can be cut; a third of them is
+  bool in_place = false;   // residual links: the sum is stored in the place of what it is made of
+  int64_t h_more = 16;     // a row that keeps h is so much longer than one of the layer's output
   double rate = 0.3;
   int64_t seed = 0x0123456789ABCDEF;
   Real largest = 2;  // of the inputs
@@ -588,7 +593,8 @@ struct Setup {
     if (absent) words += ", absent " + std::to_string(absent);
     words += ", carried " + std::to_string(static_cast<int>(carried));
     words += ", continued " + std::to_string(static_cast<int>(continued)) + ", rate " + text(rate);
-    words += ", cut " + std::to_string(static_cast<int>(cut));
+    words += ", cut " + std::to_string(static_cast<int>(cut)) + (in_place ? ", in place" : "");
+    if (h_more != 16) words += ", rows of h + " + std::to_string(h_more);
     if (largest != 2) words += ", inputs up to " + text(largest);
     if (special >= 0) words += ", " + text(special_value) + " in buffer " + std::to_string(special);
     return words;
@@ -630,6 +636,7 @@ class Maker {
   // `count` vectors of the width in a row of its own, or in one of a wider tensor.
   Plane dense(int64_t count = 1) const { return {rows() * count, setup.width, setup.width, setup.first_row * count}; }
   Plane in_output() const { return {rows(), setup.width, setup.directions * setup.width + setup.pad, setup.first_row}; }
+  Plane in_h() const { return {rows(), setup.width, in_output().stride + setup.h_more, setup.first_row}; }
   Plane in_reserve(int64_t count = 1) const {
     return {rows() * count, setup.width, setup.width + setup.pad, setup.first_row * count};
   }
@@ -710,6 +717,40 @@ void compare_bits(const Buffer<T>& buffer, int64_t row, int64_t unit, T wanted, 
 
 // ---- The four kernels' cells ----------------------------------------------------------------------------------------
 
+// Residual links: what is added to a row, and the sum once more.
+template <typename T>
+struct SumsTest {
+  using A = Accumulator<T>;
+
+  SumsTest(Maker& m, bool wanted, const Plane& plane)
+      : in_place(m.setup.in_place),
+        below(m.make<T>(wanted && m.setup.has(kBelow), plane, in_place ? Role::in_place : Role::input)),
+        sum(m.make<T>(wanted && !in_place && m.setup.has(kSum), plane, Role::output)) {}
+
+  template <typename Visit>
+  void each_buffer(const Visit& visit) {
+    visit("below", below), visit("sum", sum);
+  }
+  T* sum_given() const { return in_place ? below.get() : sum.get(); }
+
+  // `target` has to hold x and what is added to it: the bits of `same` if nothing is.
+  void check(const Buffer<T>& target, int64_t row, int64_t unit, Bounded<A> x, const T* same, const char* name,
+             const Complain& complain) const {
+    if (below) {
+      compare(target, row, unit, x + exact(below, row, unit), name, complain);
+    } else if (same) {
+      compare_bits(target, row, unit, *same, name, complain);
+    } else {
+      compare(target, row, unit, x, name, complain);
+    }
+    const Buffer<T>& again = in_place ? below : sum;
+    if (again) compare_bits(again, row, unit, target.at(row, unit), "sum", complain);
+  }
+
+  const bool in_place;
+  Buffer<T> below, sum;
+};
+
 template <typename T>
 struct ForwardTest {
   using A = Accumulator<T>;
@@ -725,19 +766,21 @@ struct ForwardTest {
         bias(m.make<A>(m.setup.has(kBias), {4, m.setup.width, m.setup.width}, Role::input)),
         c(m.make<A>(true, m.dense(), Role::in_place)),
         h(m.make<T>(true, m.dense(), Role::output)),
-        output(m.make<T>(m.setup.has(kOutput), m.in_output(), Role::output)),
+        output(m.make<T>(m.setup.has(kOutput), m.in_h(), Role::output)),
         above(m.make<T>(m.setup.has(kAbove), m.in_output(), Role::output)),
         saved_c(m.make<A>(m.setup.has(kSavedC), m.in_reserve(), Role::output)),
         saved_gates(m.make<A>(m.setup.has(kSavedGates), m.in_reserve(4), Role::output)),
+        sums(m, m.setup.has(kAbove), m.in_output()),
         cuts(m),
-        cell{input_part.get(), recurrent_part.get(), bias.get(),        c.get(),  h.get(), output.get(),
-             above.get(),      saved_c.get(),        saved_gates.get(), m.rows(), element, cuts.given()} {}
+        cell{input_part.get(), recurrent_part.get(), bias.get(),       c.get(),           h.get(),
+             output.get(),     above.get(),          saved_c.get(),    saved_gates.get(), m.rows(),
+             element,          cuts.given(),         sums.below.get(), sums.sum_given()} {}
 
   template <typename Visit>
   void each_buffer(const Visit& visit) {
     visit("input_part", input_part), visit("recurrent_part", recurrent_part), visit("bias", bias), visit("c", c);
     visit("h", h), visit("output", output), visit("above", above), visit("saved_c", saved_c);
-    visit("saved_gates", saved_gates);
+    visit("saved_gates", saved_gates), sums.each_buffer(visit);
   }
 
   void check(int64_t row, int64_t unit, const Complain& complain) const {
@@ -753,11 +796,11 @@ struct ForwardTest {
     compare(c, row, unit, c_next, "c", complain);
     compare(h, row, unit, y.o * hyperbolic_tangent(c_next), "h", complain);
     if (output) compare_bits(output, row, unit, h.at(row, unit), "output", complain);
-    if (above && setup.has(kMask)) {
-      const Bounded<A> seen{real(h.at(row, unit)), 0};
-      compare(above, row, unit, masked(setup, element, row, unit, seen), "above", complain);
-    } else if (above) {
-      compare_bits(above, row, unit, h.at(row, unit), "above", complain);
+    if (above) {
+      const T own = h.at(row, unit);
+      Bounded<A> seen{real(own), 0};
+      if (setup.has(kMask)) seen = masked(setup, element, row, unit, seen);
+      sums.check(above, row, unit, seen, setup.has(kMask) ? nullptr : &own, "above", complain);
     }
     if (saved_c) compare_bits(saved_c, row, unit, c.at(row, unit), "saved_c", complain);
     if (saved_gates) {
@@ -773,6 +816,7 @@ struct ForwardTest {
   Buffer<A> input_part, recurrent_part, bias, c;
   Buffer<T> h, output, above;
   Buffer<A> saved_c, saved_gates;
+  SumsTest<T> sums;
   CutsTest cuts;
   Cell cell;
 };
@@ -785,25 +829,45 @@ struct IncomingTest {
       : setup(m.setup),
         element(m.element()),
         carried(share_of(m.setup.carried, m.rows())),
-        grad_output(m.make<T>(m.setup.has(kOutput), m.in_output(), Role::input)),
+        grad_output(m.make<T>(m.setup.has(kOutput), m.in_h(), Role::input)),
         above(m.make<A>(m.setup.has(kAbove), m.in_output(), Role::input)),
         recurrent(m.make<A>(carried > 0, Maker::head(m.dense(), carried), Role::input)),
-        grad_last(m.make<T>(m.setup.has(kGradLast), m.dense(), Role::input)) {}
+        grad_last(m.make<T>(m.setup.has(kGradLast), m.dense(), Role::input)),
+        passed_output(m.make<T>(m.setup.has(kAbove) && m.setup.has(kPassedOutput), m.in_output(), Role::input)),
+        passed(m.make<A>(m.setup.has(kAbove) && m.setup.has(kBelow), m.in_output(),
+                         m.setup.in_place ? Role::in_place : Role::input)),
+        passed_on(
+            m.make<A>(m.setup.has(kAbove) && !m.setup.in_place && m.setup.has(kSum), m.in_output(), Role::output)) {}
 
   template <typename Visit>
   void each_buffer(const Visit& visit) {
     visit("grad_output", grad_output), visit("incoming above", above), visit("recurrent", recurrent);
-    visit("grad_last", grad_last);
+    visit("grad_last", grad_last), visit("passed_output", passed_output), visit("passed", passed);
+    visit("passed on", passed_on);
   }
 
   gates::Incoming<T> incoming() const {
-    return {grad_output.get(), above.get(), recurrent.get(), grad_last.get(), carried, element};
+    return {grad_output.get(),   above.get(),  recurrent.get(),
+            grad_last.get(),     carried,      element,
+            passed_output.get(), passed.get(), setup.in_place ? passed.get() : passed_on.get()};
+  }
+
+  // The gradient of what the layer hands up.
+  Bounded<A> from_above(int64_t row, int64_t unit) const {
+    Bounded<A> sum = exact(above, row, unit);
+    if (passed_output) sum = sum + Bounded<A>{real(passed_output.at(row, unit)), 0};
+    if (passed) sum = sum + exact(passed, row, unit);
+    return sum;
+  }
+  void check_passed_on(int64_t row, int64_t unit, const Complain& complain) const {
+    const Buffer<A>& place = setup.in_place ? passed : passed_on;
+    if (place) compare(place, row, unit, from_above(row, unit), "passed on", complain);
   }
 
   Bounded<A> sum(int64_t row, int64_t unit) const {
     Bounded<A> dh;
     if (above) {
-      dh = exact(above, row, unit);
+      dh = from_above(row, unit);
       if (setup.has(kMask)) dh = masked(setup, element, row, unit, dh);
     }
     if (grad_output) dh = dh + exact(grad_output, row, unit);
@@ -817,7 +881,8 @@ struct IncomingTest {
   int64_t carried;
   Buffer<T> grad_output;
   Buffer<A> above, recurrent;
-  Buffer<T> grad_last;
+  Buffer<T> grad_last, passed_output;
+  Buffer<A> passed, passed_on;
 };
 
 template <typename T>
@@ -877,6 +942,7 @@ struct BackwardTest {
     const CellState<A> y = gates ? CellState<A>{a[0], a[1], a[2], a[3]} : gates_of(a);
     Bounded<A> before = row < continued ? exact(c_before, row, unit) : Bounded<A>{real(c_0.at(row, unit)), 0};
     if (cuts.cut(row)) before = {};
+    in.check_passed_on(row, unit, complain);
     const Bounded<A> dh = in.sum(row, unit), after = exact(c, row, unit);
     Bounded<A> dc = exact(grad_c, row, unit);
     if (grad_cell) dc = dc + Bounded<A>{real(grad_cell.at(row, unit)), 0};
@@ -921,6 +987,7 @@ struct CollectTest {
   }
 
   void check(int64_t row, int64_t unit, const Complain& complain) const {
+    in.check_passed_on(row, unit, complain);
     compare(grad, row, unit, in.sum(row, unit), "grad", complain);
     compare_bits(all_grad, row, unit, grad.at(row, unit), "all_grad", complain);
   }
@@ -944,28 +1011,29 @@ struct CopyTest {
         source(m.make<T>(carried > 0, Maker::head(m.in_output(), carried), Role::input)),
         initial(m.make<T>(carried < m.rows(), m.dense(), Role::input)),
         target(m.make<T>(true, m.in_reserve(), Role::output)),
+        sums(m, true, m.in_reserve()),
         cuts(m),
         cell{source.get(), m.in_output().stride, initial.get(), target.get(), m.in_reserve().stride, m.rows(),
-             carried,      setup.has(kMask),     element,       cuts.given()} {}
+             carried,      setup.has(kMask),     element,       cuts.given(), sums.below.get(),      sums.sum_given()} {
+  }
 
   template <typename Visit>
   void each_buffer(const Visit& visit) {
-    visit("source", source), visit("initial", initial), visit("target", target);
+    visit("source", source), visit("initial", initial), visit("target", target), sums.each_buffer(visit);
   }
 
   void check(int64_t row, int64_t unit, const Complain& complain) const {
     const T from = cuts.cut(row) ? T{} : row < carried ? source.at(row, unit) : initial.at(row, unit);
-    if (setup.has(kMask)) {
-      compare(target, row, unit, masked(setup, element, row, unit, Bounded<A>{real(from), 0}), "target", complain);
-    } else {
-      compare_bits(target, row, unit, from, "target", complain);
-    }
+    Bounded<A> x{real(from), 0};
+    if (setup.has(kMask)) x = masked(setup, element, row, unit, x);
+    sums.check(target, row, unit, x, setup.has(kMask) ? nullptr : &from, "target", complain);
   }
 
   const Setup& setup;
   gates::Element element;
   int64_t carried;
   Buffer<T> source, initial, target;
+  SumsTest<T> sums;
   CutsTest cuts;
   Cell cell;
 };
@@ -997,6 +1065,7 @@ void run(const Setup& setup) {
   // Whole packs wherever they are possible.
   constexpr int64_t pack = 16 / sizeof(Accumulator<T>);
   bool packed = setup.width % pack == 0 && setup.pad % pack == 0 && setup.column_shift % pack == 0;
+  packed = packed && setup.h_more % pack == 0;
   if constexpr (requires { Test<T>::packs_fit(setup, pack); }) packed = packed && Test<T>::packs_fit(setup, pack);
   for (int64_t n = 0; n < cells; ++n) {
     Maker maker(setup, n, values);
@@ -1011,6 +1080,7 @@ void run(const Setup& setup) {
   sizes.output_stride = setup.directions * setup.width + setup.pad;
   sizes.saved_stride = setup.width + setup.pad;
   sizes.gates_stride = setup.directions * 4 * setup.width + setup.pad;
+  sizes.h_stride = sizes.output_stride + setup.h_more;
   emulator::device_memory().clear();
   for (int64_t n = 0; n < cells; ++n) {
     const std::string of = " of cell " + std::to_string(n);
@@ -1091,6 +1161,8 @@ void options_part() {
       // kGradCell goes by the number of the others: there it is with each two of them, in every combination, and not there.
       setup.width = width, setup.absent = absent | (std::popcount(absent) % 2 ? unsigned{kGradCell} : 0u);
       setup.absent |= std::popcount(absent / 2) % 2 ? unsigned{kCuts} : 0u;
+      setup.absent |= static_cast<unsigned>(values.bits() >> 32) & (kBelow | kSum | kPassedOutput);
+      setup.in_place = values.bits() % 3 == 0;
       setup.rows = {4, 3};
       if (absent < 32 || (absent & kMask && absent < 160)) run<ForwardTest, T>(setup);
       for (const Share carried : {Share::none, Share::some, Share::all}) {
@@ -1120,7 +1192,12 @@ void alignment_part() {
   for (const int64_t width : {4, 20}) {
     const int64_t rows =
         width == 4 ? 33 : 5;  // of packs one block, of single units two: the number of threads tells them apart
-    for (int misaligned = -1; misaligned < 16; ++misaligned) {
+    for (const int64_t more : {1, 2, 3, 4}) {
+      Setup setup;
+      setup.width = width, setup.rows = {rows, 2}, setup.h_more = more;
+      run_all<T>(setup);
+    }
+    for (int misaligned = -1; misaligned < 20; ++misaligned) {
       Setup setup;
       setup.width = width, setup.rows = {rows, 2}, setup.misaligned = misaligned;
       run_all<T>(setup);
@@ -1175,7 +1252,7 @@ void specials_part() {
   }
   const Real infinity = std::numeric_limits<Real>::infinity(), nan = std::numeric_limits<Real>::quiet_NaN();
   for (const Real value : {nan, infinity, -infinity}) {
-    for (int buffer = 0; buffer < 13; ++buffer) {
+    for (int buffer = 0; buffer < 19; ++buffer) {
       for (const double rate : {0.3, 1.0}) {
         Setup setup;
         setup.rows = {3, 2}, setup.special = buffer, setup.special_value = value, setup.rate = rate;
@@ -1224,7 +1301,7 @@ void huge_part() {
   for (const int64_t width : {1, 3, 4}) {
     Setup setup;
     setup.width = width, setup.first_row = int64_t{1} << 31, setup.rows = {setup.first_row + 3};
-    setup.absent = kOutput | kAbove | kMask | kCuts;
+    setup.absent = kOutput | kAbove | kMask | kCuts | kBelow | kSum;
     setup.carried = setup.continued = Share::all;
     const int64_t packs = width == 4 && sizeof(T) <= 4 ? 1 : width == 4 ? 2 : width;
     const int64_t rows_a_block = 128 / static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(packs)));
