@@ -14,11 +14,12 @@ from . import ARCHS, WIDTHS, Meant
 BITS = {"float": 32, "double": 64, "bfloat16": 16, "float16": 16}
 
 
-def gates(kernel: str, registers: int, loads: tuple[int, int], stores: tuple[int, int], divides: bool) -> Iterator[Meant]:
+def gates(kernel: str, registers: int, loads: tuple[int, int], stores: tuple[int, int], divides: bool, marks: int) -> Iterator[Meant]:
     """Rows for all instances of one kernel of csrc/cuda/gates.h.
 
     ``loads`` and ``stores``: how many packs of the accumulator's type, and of the storage type. An instance of one unit a
-    thread has no wide access; the others have no narrow one, except that dropout's seed is a word of 64 bits.
+    thread has no wide access; the others have no narrow one, except that dropout's seed is a word of 64 bits, and the mark of a row
+    that may be cut (``marks``: how many are read) a byte.
     """
     for element, bits in BITS.items():
         units = 2 if element == "double" else 4
@@ -28,6 +29,7 @@ def gates(kernel: str, registers: int, loads: tuple[int, int], stores: tuple[int
         most = {f"{kind} {width}": 0 for kind in ("LDG", "STG") for width in WIDTHS if width < units * bits}
         if "LDG 64" in most:
             most["LDG 64"] = 1
+        most["LDG 8"] = marks
         may_call = divides and element == "double"  # the slow path of a division of float64
         yield Meant(rf"{kernel}<{element}, (LstmCell, )?{units}, \d+>", least, most, registers, may_call=may_call)
         yield Meant(rf"{kernel}<{element}, (LstmCell, )?1, \d+>", {}, {"LDG 128": 0, "STG 128": 0}, registers, may_call=may_call)
@@ -136,10 +138,10 @@ def persistent_rows() -> Iterator[Meant]:
 MEANT = [
     *persistent_rows(),
     # 64 registers leave room for 1024 threads on a multiprocessor, to hide the way to memory.
-    *gates("gates_forward", 64, loads=(13, 0), stores=(5, 3), divides=True),
-    *gates("gates_backward", 64, loads=(21, 3), stores=(1, 8), divides=True),
-    *gates("collect", 32, loads=(2, 2), stores=(0, 2), divides=False),
-    *gates("copy_rows", 32, loads=(0, 1), stores=(0, 1), divides=False),
+    *gates("gates_forward", 64, loads=(13, 1), stores=(5, 4), divides=True, marks=1),
+    *gates("gates_backward", 64, loads=(22, 4), stores=(2, 8), divides=True, marks=1),
+    *gates("collect", 32, loads=(3, 3), stores=(1, 2), divides=False, marks=0),
+    *gates("copy_rows", 32, loads=(0, 2), stores=(0, 2), divides=False, marks=1),
     Meant("write_numbers", {"STG 64": 1}, {"LDG 64": 0}, registers=40),
     # benchmarks/primitives.cu: each measures the instruction that it is named after.
     *(Meant(rf"matrix_products<{chains}>", {r"HMMA\.16816\.F32\.BF16": 4 * chains}) for chains in (1, 4)),

@@ -82,6 +82,18 @@ EQUIVALENT: list[Equivalent] = [
         reason="h is computed, and stored nowhere",
         near="h[n] =",
     ),
+    *(
+        Equivalent(
+            file="csrc/cuda/gates.h",
+            function="copy_units",
+            kind="guard",
+            change="always true",
+            code=code,
+            reason="a number that is widened and narrowed again, with nothing in between, is the same",
+            near="if (cell.masked || cell.below)",
+        )
+        for code in ("cell.masked", "cell.below")
+    ),
     Equivalent(
         file="csrc/cuda/gates.cu",
         function="launch_cells",

@@ -1186,6 +1186,24 @@ void options_part() {
   }
 }
 
+// What residual links add, and where they store it, with and without a mask.
+template <typename T>
+void links_part() {
+  for (const int64_t width : {17, 20}) {
+    for (const unsigned links : {0u, 1u, 2u, 3u, 4u, 5u, 6u, 7u}) {
+      for (const unsigned absent : {0u, unsigned{kMask}}) {
+        for (const bool in_place : {false, true}) {
+          Setup setup;
+          setup.width = width, setup.rows = {3, 2}, setup.absent = absent, setup.in_place = in_place;
+          setup.absent |= (links & 1 ? unsigned{kBelow} : 0u) | (links & 2 ? unsigned{kSum} : 0u) |
+                          (links & 4 ? unsigned{kPassedOutput} : 0u);
+          run_all<T>(setup);
+        }
+      }
+    }
+  }
+}
+
 // Pointers, strides and columns that are not on 16 bytes: one unit at a time, and right.
 template <typename T>
 void alignment_part() {
@@ -1408,8 +1426,8 @@ struct Part {
 };
 
 #define PART(name) {#name, name##_part<float>, name##_part<double>, name##_part<bfloat16>, name##_part<float16>}
-const Part kParts[] = {PART(once),    PART(number),   PART(sizes), PART(options), PART(alignment), PART(cells),
-                       PART(dropout), PART(specials), PART(huge),  PART(refusal), PART(numbers)};
+const Part kParts[] = {PART(once),  PART(number),  PART(sizes),    PART(options), PART(links),   PART(alignment),
+                       PART(cells), PART(dropout), PART(specials), PART(huge),    PART(refusal), PART(numbers)};
 #undef PART
 
 bool wanted(const char* part) {

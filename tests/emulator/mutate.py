@@ -67,7 +67,7 @@ PERSISTENT_BACKWARD_CASES = ["refusals", "two_steps", "l2_one", "alone", "dropou
 PERSISTENT_BACKWARD_CASES += ["deep", "sixteen", "l2_seventeen", "inside_one", "states_one"]
 PERSISTENT_BACKWARD_LARGE = ["packed", "reverse", "l2_float", "ninety_six", "ragged", "l2_ragged", "l2_batch"]  # in one order
 PERSISTENT_BACKWARD = [f"tests/emulator/persistent_backward{part}" for part in ("_16.cu", "_32.cu", ".cpp")]
-GATE_PARTS = ("options", "sizes", "alignment", "dropout", "cells", "specials", "huge", "refusal", "numbers")
+GATE_PARTS = ("options", "links", "sizes", "alignment", "dropout", "cells", "specials", "huge", "refusal", "numbers")
 TARGETS = [
     Target(
         name="samples",
