@@ -594,7 +594,7 @@ class StackedLSTM(nn.RNNBase):
             input = input.unsqueeze(batch_dim)
         batch = input.size(batch_dim)
         if lengths is not None:
-            lengths = as_lengths(lengths, batch)
+            lengths = as_lengths(lengths, batch, input.device)
         if resets is not None:
             resets = as_resets(resets, input, batch_first=self.batch_first, is_batched=is_batched)
         if hx is None:
