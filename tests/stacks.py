@@ -1,6 +1,6 @@
 """Stacks whose layers differ: cases, a run with every result and gradient by name, and the float64 truth about them.
 
-The truth is ``torch.nn.LSTM`` of one layer, one direction and one step at a time, in float64, so that h and c of every step are
+The truth is what ``torch.nn.LSTM`` computes with, one layer, one direction and one step at a time, in float64, so that h and c of every step are
 seen. Dropout masks are those of helpers.py.
 """
 
@@ -13,8 +13,7 @@ import torch
 from helpers import Case, double, dropout_mask, rounded_tolerance, upstream_gradients
 from helpers import tolerance as rounding
 from persistent_host import host_kernels
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from stacked_lstm_ext import StackedLSTM, backend
@@ -121,17 +120,23 @@ def make_input(stack: Stack, module: StackedLSTM, dtype=torch.float64, seed=1):
 
 
 def operator_arguments(stack: Stack, dtype, saving, backend) -> tuple[list, dict]:
-    """What the operators `forward` and `forward_states` take for this stack, without gradients and dropout."""
+    """What the operators `forward` and `forward_states` take for this stack, without gradients and dropout: arguments, keywords."""
     module = stack.module(dtype)
     x, hx = make_input(stack, module, dtype)
     layouts = [StateLayout(each_layer, module.bidirectional + 1) for each_layer in zip(*widths(module), strict=True)]
     batch_sizes = None
-    if stack.lengths:
+    if stack.lengths and not stack.padded:
         x, batch_sizes, *_ = pack_padded_sequence(x, torch.tensor(stack.lengths))
     h_0, c_0 = (s if torch.is_tensor(s) else layout.join(s) for s, layout in zip(hx, layouts, strict=True))
     options = [stack.bias, module.num_layers, stack.bidirectional, 0, 0.0, saving, backend]
     tensors = [x.detach(), batch_sizes, h_0.detach(), c_0.detach(), [w.detach() for w in module.parameters()], None]
-    return [*tensors, *options], {"proj_sizes": list(module.proj_sizes)}
+    keywords: dict = {"proj_sizes": list(module.proj_sizes), "link": stack.link}
+    sequences = stack.sequences()
+    if stack.padded and stack.lengths:
+        keywords["lengths"] = torch.tensor(stack.lengths)
+    if sequences["resets"] is not None:
+        keywords["resets"] = sequences["resets"]
+    return [*tensors, *options], keywords
 
 
 def by_layer(state, module: StackedLSTM) -> tuple[Tensor, ...]:
@@ -193,20 +198,19 @@ def results(
 
 
 def _lane(weights: dict, rows: Tensor, alive: Tensor, cut: Tensor, h: Tensor, c: Tensor, reverse: bool):
-    """One direction of one layer, by an nn.LSTM that takes one step at a time: all h, all c (zero where no sequence is), the last.
+    """One direction of one layer, by what an nn.LSTM computes with, one step at a time: all h, all c (zero where no sequence is), the last.
 
     ``cut[t]`` says of each sequence whether no state may cross from step t-1 to step t, or back.
     """
-    hidden = weights["weight_hh_l0"].size(0) // 4
-    proj = weights["weight_hr_l0"].size(0) if "weight_hr_l0" in weights else 0
-    lstm = nn.LSTM(rows.size(-1), hidden, bias="bias_ih_l0" in weights, proj_size=proj, dtype=torch.float64)
+    flat, has_biases = list(weights.values()), "bias_ih_l0" in weights
     all_h, all_c = {}, {}
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
         if not reverse:
             h, c = h.masked_fill(cut[t] & alive[t], 0), c.masked_fill(cut[t] & alive[t], 0)
         elif t + 1 < len(rows):  # a sequence that ends here comes from its initial state, which nothing cuts
             h, c = h.masked_fill(cut[t + 1] & alive[t + 1], 0), c.masked_fill(cut[t + 1] & alive[t + 1], 0)
-        _, (new_h, new_c) = functional_call(lstm, weights, (rows[t][None], (h[None], c[None])))
+        # What nn.LSTM calls: layers, dropout, training, bidirectional, batch_first.
+        _, new_h, new_c = torch.lstm(rows[t][None], (h[None], c[None]), flat, has_biases, 1, 0.0, False, False, False)
         h, c = torch.where(alive[t], new_h[0], h), torch.where(alive[t], new_c[0], c)
         all_h[t], all_c[t] = h * alive[t], c * alive[t]
     return *(torch.stack([every[t] for t in range(len(rows))]) for every in (all_h, all_c)), h, c
