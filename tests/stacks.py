@@ -1,7 +1,8 @@
 """Stacks whose layers differ: cases, a run with every result and gradient by name, and the float64 truth about them.
 
-The truth is what ``torch.nn.LSTM`` computes with, one layer, one direction and one step at a time, in float64, so that h and c of every step are
-seen. Dropout masks are those of helpers.py.
+The truth is what ``torch.nn.LSTM`` computes with, one layer, one direction and one step at a time, in float64, so that h and c
+of every step are seen. Dropout masks are those of helpers.py. Lengths, resets and links are what the loop over steps and layers
+makes of them.
 """
 
 import contextlib
