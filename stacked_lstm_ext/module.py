@@ -94,6 +94,19 @@ class StackedLSTM(nn.RNNBase):
             the same rounded weights, but nothing is gained. The error of a rounding is at most 2^-8 of the weight
             (docs/api.md says what that does to results). Where the processor multiplies bfloat16 itself, the input of
             every layer is rounded, too. A bfloat16 module gains as much without the option.
+        link: what a layer reads of the layers below it, and what the output is. u_k is the input of layer k, x that of the stack,
+            m_k the dropout mask behind layer k, L the number of layers. A stack of one layer has no links.
+
+            ================  ==============================================  ===========================================
+            ``"plain"``       u_(k+1) = m_k·h_k                               output h_(L-1), as ``nn.LSTM``
+            ``"residual"``    u_1 = m_0·h_0, then u_(k+1) = m_k·h_k + u_k     output h_(L-1) + u_(L-1); Wu et al. 2016 (GNMT)
+            ``"skip"``        u_(k+1) = [m_k·h_k, x], side by side            output [h_0, …, h_(L-1)]; Graves 2013
+            ================  ==============================================  ===========================================
+
+            ``h_n`` is each cell's own h in any case. Residual links need layers whose h is equally wide. With skip links,
+            ``weight_ih_l{k}`` of the layers above the first is ``(4·H_k, D·out_(k-1) + input_size)``.
+        return_sequences: whether the output has all steps. If not, it is the last step alone, ``(N, features)``: each sequence's
+            own last step and, for the reverse direction, the one that it ends with (time 0).
 
     Inputs:
         * **input**: ``(T, N, input_size)``, ``(N, T, input_size)`` if ``batch_first``, ``(T, input_size)`` unbatched,
@@ -103,21 +116,37 @@ class StackedLSTM(nn.RNNBase):
           else 1. If ``hidden_size`` or ``proj_size`` was given as a sequence, also one of equal entries, each of the two is
           a tuple or list with a tensor for each layer: ``(D, N, out_k)`` for h, where out_k is the layer's projection size
           or, without a projection, its hidden size, and ``(D, N, H_k)`` for c.
+        * **lengths** (keyword): how many steps each sequence of a padded batch has: N integers in [1, T], in any order, as a
+          tensor ``(N,)`` of any integer dtype or a sequence. What is in the padding is never read: it may be NaN. Outputs are
+          zero there, and so is the gradient of the input; the gradient that comes in there counts for nothing. ``h_n`` and
+          ``c_n`` are those of each sequence's own last step, where the reverse direction begins. Nothing is packed. The data is
+          copied only if the batch is not sorted by length, the longest first. Dropout masks are those of a packed batch. The
+          kernels need lengths on the CPU: a tensor on a GPU costs one synchronisation a call. Not with a ``PackedSequence`` and
+          not unbatched.
+        * **resets** (keyword): where sequences are cut, as reinforcement learning needs it at the start of an episode: a bool
+          tensor ``(T, N)``, ``(N, T)`` if ``batch_first``, ``(T,)`` unbatched, on the device of the input. True at step t puts
+          zeros in the place of the states h and c that would cross between the steps t-1 and t, in both directions, and no
+          gradient crosses. At t = 0 that are h_0 and c_0 of the forward direction. A cut behind a sequence's end counts for
+          nothing. Not with a ``PackedSequence``.
 
     Outputs:
         ``(output, (h_n, c_n))``: output ``(T, N, D·(proj_size or hidden_size))``, by the sizes of the last layer, in the form
-        of the input; ``h_n`` and ``c_n`` shaped as ``h_0`` and ``c_0`` (tuples where those are tuples or lists).
+        of the input; ``h_n`` and ``c_n`` shaped as ``h_0`` and ``c_0`` (tuples where those are tuples or lists). With skip links,
+        the output has the features of all layers: ``(T, N, D·Σ out_k)``. Without ``return_sequences`` it has no T: ``(N, ...)``,
+        ``(...)`` unbatched; for a ``PackedSequence`` it is a tensor as well, in the caller's order of sequences.
 
     Attributes:
         hidden_sizes: the hidden size of each layer, a tuple in any case.
         proj_sizes: the projection size of each layer, 0 for none; likewise.
 
     Raises:
-        ValueError: for sizes out of range or sequences whose lengths do not agree, an input that is neither 2-D nor 3-D, or
-            one whose dtype is not the weights'.
+        ValueError: for sizes out of range or sequences whose lengths do not agree, an unknown ``link``, residual links between
+            layers whose h are not equally wide, an input that is neither 2-D nor 3-D, or one whose dtype is not the
+            weights', ``lengths`` that are out of range or too few or too many, ``resets`` of another shape or on another
+            device, and either of them where it should be left out.
         TypeError: for constructor arguments of the wrong type (``bidirectional`` is checked at a call, as in
-            ``nn.LSTM``), an ``hx`` that is neither a tuple nor a list, or states that are tuples where tensors are expected
-            or the other way round.
+            ``nn.LSTM``), an ``hx`` that is neither a tuple nor a list, states that are tuples where tensors are expected
+            or the other way round, ``lengths`` that are no integers, or ``resets`` that are no tensor of dtype bool.
         RuntimeError: for options that were changed to values that the weights were not made for, for sizes that do not
             fit, an empty sequence, tensors on several devices, and for a forced backend (:func:`.backend`) that cannot
             run the call (ValueError if that backend is ``"persistent"``).
@@ -131,6 +160,11 @@ class StackedLSTM(nn.RNNBase):
         >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
         >>> [tuple(h.shape) for h in h_n]
         [(1, 3, 64), (1, 3, 32), (1, 3, 16)]
+
+        >>> lstm = StackedLSTM(10, 20, num_layers=4, link="residual", return_sequences=False)
+        >>> output, _ = lstm(torch.randn(5, 3, 10), lengths=[5, 2, 4])
+        >>> output.shape
+        torch.Size([3, 20])
     """
 
     # int, int and float, or tuples of them. Any: who gave numbers may go on to compute with numbers, also before a type checker.
@@ -301,7 +335,8 @@ class StackedLSTM(nn.RNNBase):
         """A new ``torch.nn.LSTM`` that shares the very same ``Parameter`` objects; the inverse of :meth:`from_torch`.
 
         Raises:
-            TypeError: if the layers have sizes or rates that differ, which an ``nn.LSTM`` cannot have.
+            TypeError: if the module is one that an ``nn.LSTM`` cannot be: layers with sizes or rates that differ, links between
+                layers that are not plain, or no ``return_sequences``.
         """
         obstacle = obstacle_to_one_size(self)
         if obstacle:
@@ -539,11 +574,12 @@ class StackedLSTM(nn.RNNBase):
             input: as for a call.
             hx: as for a call.
             lengths: as for a call; ``hidden`` and ``cell`` are zero behind a sequence's end, too.
-            resets: as for a call.
+            resets: as for a call. ``hidden`` and ``cell`` are what each step has computed: only what the next step reads is zero.
 
         Returns:
             :class:`StackStates`: ``(output, hidden, cell, h_n, c_n)``. ``hidden`` and ``cell`` are tuples with one sequence for
-            each layer, h before dropout and c, in the form of the input: ``(T, N, D·out_k)`` and ``(T, N, D·H_k)``;
+            each layer, h before dropout and without a residual, and c, in the form of the input: ``(T, N, D·out_k)`` and
+            ``(T, N, D·H_k)``, also without ``return_sequences``;
             ``(N, T, ...)`` if ``batch_first``, without N when unbatched, a ``PackedSequence`` for a ``PackedSequence``. They
             have the dtype of the output.
 
@@ -594,7 +630,7 @@ class StackedLSTM(nn.RNNBase):
             input = input.unsqueeze(batch_dim)
         batch = input.size(batch_dim)
         if lengths is not None:
-            lengths = as_lengths(lengths, batch)
+            lengths = as_lengths(lengths, batch, input.device)
         if resets is not None:
             resets = as_resets(resets, input, batch_first=self.batch_first, is_batched=is_batched)
         if hx is None:
@@ -709,7 +745,7 @@ class StackedLSTM(nn.RNNBase):
         take a fast path. It reads the packed weights that the first two steps leave behind, divides the units of a wide
         stack among torch's threads, and allocates nothing but its results. It also reads the weights themselves to see
         whether they have changed, unless :meth:`freeze` has promised that they do not. The fast path needs contiguous
-        states and no dropout in effect; any other step runs as an ordinary call of one step.
+        states, plain links and no dropout in effect; any other step runs as an ordinary call of one step.
 
         Args:
             input: ``(N, input_size)``, or ``(input_size,)`` unbatched; ``batch_first`` makes no difference.
@@ -718,12 +754,15 @@ class StackedLSTM(nn.RNNBase):
                 ``resets`` of a call does at its first step.
 
         Returns:
-            ``(output, (h, c))``: output ``(N, proj_size or hidden_size)`` by the sizes of the last layer, without N when
-            unbatched, and the state for the next step, in the form of ``hx``. They share no memory.
+            ``(output, (h, c))``: output ``(N, proj_size or hidden_size)`` by the sizes of the last layer (with skip links, the h
+            of all layers), without N when unbatched, and the state for the next step, in the form of ``hx``. They share no
+            memory.
 
         Raises:
             RuntimeError: for a bidirectional stack, whose second direction begins with the last step; and as a call.
-            ValueError: for an input that is neither 1-D nor 2-D, and as a call.
+            ValueError: for an input that is neither 1-D nor 2-D, a ``reset`` of another shape or on another device, and as a
+                call.
+            TypeError: for a ``reset`` that is no tensor of dtype bool, and as a call.
         """
         if hx is not None and not self._step_way and not torch.compiler.is_compiling():
             result = self._fast_step(input, hx, reset)

@@ -11,14 +11,22 @@ from torch import Tensor
 __all__ = ["as_lengths", "as_reset", "as_resets", "check_lengths", "last_rows"]
 
 
-def as_lengths(lengths: Tensor | Sequence[int], batch: int) -> Tensor:
-    """Lengths as the kernels take them: int64 ``(N,)`` on the CPU.
+def as_lengths(lengths: Tensor | Sequence[int], batch: int, device: torch.device) -> Tensor:
+    """Lengths as the kernels take them: int64 ``(N,)`` on the CPU. Of an input without data, they may have none, either.
+
+    Args:
+        device: of the input.
 
     Raises:
         TypeError: if they are no integers.
-        ValueError: if there is not one for each sequence.
+        ValueError: if there is not one for each sequence, or if they have no data and the input has.
     """
     if not isinstance(lengths, Tensor):
+        if isinstance(lengths, (str, bytes)) or not hasattr(lengths, "__len__"):
+            raise TypeError(f"lengths should be a tensor or a sequence of integers, got: {type(lengths).__name__}")
+        for sequence, length in enumerate(lengths):
+            if not hasattr(length, "__index__"):
+                raise TypeError(f"lengths should be integers, got: {length!r} for sequence {sequence}")
         lengths = torch.as_tensor(lengths if len(lengths) else torch.zeros(0, dtype=torch.int64))
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths should be integers, got: {lengths.dtype}")
@@ -26,7 +34,9 @@ def as_lengths(lengths: Tensor | Sequence[int], batch: int) -> Tensor:
         raise ValueError(f"lengths should have one dimension, got: {lengths.dim()}")
     if lengths.size(0) != batch:
         raise ValueError(f"lengths should have one entry for each of the {batch} sequences, got: {lengths.size(0)}")
-    return lengths.to("cpu", torch.int64)
+    if lengths.is_meta and device.type != "meta":
+        raise ValueError(f"lengths should have data, as input has on {device}, got: a tensor on meta")
+    return lengths.to("meta" if lengths.is_meta else "cpu", torch.int64)
 
 
 def check_lengths(lengths: Tensor, steps: int) -> None:

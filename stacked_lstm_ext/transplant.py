@@ -25,8 +25,10 @@ _OWN_CONTAINERS = (
     "_all_weights",
 )
 
+# Options of a StackedLSTM that decide what it computes. They go along if the new module is a StackedLSTM, too.
+_OWN_MEANING = ("link", "return_sequences")
 # Attributes of a StackedLSTM that an nn.LSTM does not have.
-_OWN_OPTIONS = ("recompute", "bf16_weights", "_frozen", "_kept_options", "_call_way", "_step_way", "__module__")
+_OWN_OPTIONS = (*_OWN_MEANING, "recompute", "bf16_weights", "_frozen", "_kept_options", "_call_way", "_step_way", "__module__")
 
 # Names that every class body has, and names that cannot change how the module computes.
 _HARMLESS_ATTRIBUTES = frozenset(
@@ -57,7 +59,7 @@ _HARMLESS_ATTRIBUTES = frozenset(
 
 # Names that decide how a module is called or copied. If a subclass defines one, no other class can take over its behaviour.
 _NOT_CARRIED = frozenset(
-    {"forward", "__call__", "_call_impl", "_wrapped_call_impl", "__reduce__", "__reduce_ex__", "recompute", "bf16_weights"}
+    {"forward", "__call__", "_call_impl", "_wrapped_call_impl", "__reduce__", "__reduce_ex__", "recompute", "bf16_weights", *_OWN_MEANING}
 )
 
 # The attribute in which a class made by both() keeps the class that it was made for.
@@ -188,7 +190,8 @@ def transplant(source: nn.RNNBase, target: type[Target], *, options: dict[str, A
         elif isinstance(value, types.MethodType) and value.__self__ is source:
             state[key] = types.MethodType(value.__func__, module)  # a method that was set on the instance
     for name in _OWN_OPTIONS:
-        state.pop(name, None)
+        if name not in _OWN_MEANING or not hasattr(target, name):
+            state.pop(name, None)
     state.update(options)
     module.__dict__.update(state)
     parametrizations = source._modules.get("parametrizations")

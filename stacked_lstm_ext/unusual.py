@@ -77,28 +77,46 @@ def is_unusual(module: nn.RNNBase) -> bool:
     names = own.get("_flat_weights_names")
     if not names or "_all_weights" not in own or not own["_all_weights"]:
         return False  # the constructor is still running
-    return any(size < 0 for size in for_each_layer(module.proj_size, layers)) or names != weight_names(module) or bool(_misfit(module))
+    if any(size < 0 for size in for_each_layer(module.proj_size, layers)) or names != weight_names(module) or _misfit(module):
+        return True
+    try:
+        check_link(own.get("link", "plain"), module.hidden_size, module.proj_size, layers)
+    except ValueError:
+        return True
+    return False
 
 
 def _misfit(module: nn.RNNBase, *, computed: bool = False) -> str:
-    """Which size the recurrent weights do not fit, in words; empty if they fit.
+    """Which option the weights do not fit, in words; empty if they fit. (How wide the stack's own input is, each call checks.)
 
     Args:
         computed: whether to look at weights that are no parameters, too: a parametrization computes them when it is asked.
     """
-    layers = module.num_layers
+    layers, link = module.num_layers, getattr(module, "link", "plain")
+    directions, beside = 2 if module.bidirectional else 1, module.input_size if link == "skip" else 0
+
+    def shape_of(name: str) -> tuple[int, ...] | None:
+        weight = getattr(module, name) if computed else vars(module)["_parameters"].get(name)
+        if weight is None:
+            return None
+        return tuple(weight.shape) if weight.dim() == 2 else (-1, -1)
+
+    below = 0  # columns that a layer's weight_ih should have
     sizes = zip(for_each_layer(module.hidden_size, layers), for_each_layer(module.proj_size, layers), strict=True)
     for layer, (hidden, proj) in enumerate(sizes):
         name = f"weight_hh_l{layer}"
-        weight = getattr(module, name) if computed else vars(module)["_parameters"].get(name)
-        if weight is None:
-            continue
-        rows, columns = weight.shape if weight.dim() == 2 else (-1, -1)
+        rows, columns = shape_of(name) or (4 * hidden, proj or hidden)
         if rows != 4 * hidden:
             return f"{_entry(module, 'hidden_size', layer)} asks for a {name} of {4 * hidden} rows, got: {rows}"
         if columns != (proj or hidden):
             option = _entry(module, "proj_size" if proj else "hidden_size", layer)
             return f"{option} asks for a {name} of as many columns, got: {columns}"
+        name = f"weight_ih_l{layer}"
+        shape = shape_of(name)
+        if layer > 0 and shape is not None and shape[1] != below:
+            options = [f"link={link!r}", f"bidirectional={module.bidirectional}", *([f"input_size={beside}"] if beside else [])]
+            return f"{', '.join(options)} ask for a {name} of {below} columns, got: {shape[1]}"
+        below = directions * (proj or hidden) + beside
     return ""
 
 

@@ -1,7 +1,8 @@
 """Stacks whose layers differ: cases, a run with every result and gradient by name, and the float64 truth about them.
 
-The truth is ``torch.nn.LSTM`` of one layer, one direction and one step at a time, in float64, so that h and c of every step are
-seen. Dropout masks are those of helpers.py.
+The truth is what ``torch.nn.LSTM`` computes with, one layer, one direction and one step at a time, in float64, so that h and c
+of every step are seen. Dropout masks are those of helpers.py. Lengths, resets and links are what the loop over steps and layers
+makes of them.
 """
 
 import contextlib
@@ -13,8 +14,7 @@ import torch
 from helpers import Case, double, dropout_mask, rounded_tolerance, upstream_gradients
 from helpers import tolerance as rounding
 from persistent_host import host_kernels
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from stacked_lstm_ext import StackedLSTM, backend
@@ -23,7 +23,8 @@ from stacked_lstm_ext.layout import StateLayout
 
 @dataclass(frozen=True)
 class Stack:
-    """One stack and one batch; ``lengths`` makes the input a PackedSequence, which need not be sorted."""
+    """One stack and one batch; ``lengths`` makes the input a PackedSequence, which need not be sorted; if ``padded``, they are the
+    argument of that name of a call. ``resets``: the share of steps that are cut."""
 
     hidden: int | tuple[int, ...]
     proj: int | tuple[int, ...] = 0
@@ -37,6 +38,9 @@ class Stack:
     lengths: tuple[int, ...] | None = None
     dropout: float | tuple[float, ...] = 0.0
     initial_state: bool = True
+    link: str = "plain"
+    padded: bool = False
+    resets: float = 0.0
 
     def but(self, **changes) -> "Stack":
         return replace(self, **changes)
@@ -44,6 +48,7 @@ class Stack:
     def module(self, dtype=torch.float64, seed=0, **options) -> StackedLSTM:
         torch.manual_seed(seed)
         layers = {} if self.layers is None else {"num_layers": self.layers}
+        options = {"link": self.link, **options} if self.link != "plain" else options
         return StackedLSTM(
             self.input_size,
             self.hidden,
@@ -57,6 +62,12 @@ class Stack:
             **options,
         )
 
+    def sequences(self) -> dict:
+        """Where the sequences end and where they are cut, as ``results`` and ``truth`` take it."""
+        generator = torch.Generator().manual_seed(5)
+        resets = torch.rand(self.steps, self.batch, generator=generator) < self.resets if self.resets else None
+        return {"lengths": self.lengths, "resets": resets}
+
     def __str__(self) -> str:
         name = f"H{_entries(self.hidden)}-B{self.batch}-T{self.steps}-I{self.input_size}"
         name += f"-L{self.layers}" if self.layers else ""
@@ -65,7 +76,9 @@ class Stack:
         name += "" if self.bias else "-nobias"
         name += "-bidir" if self.bidirectional else ""
         name += "-first" if self.batch_first else ""
-        name += "-packed" if self.lengths else ""
+        name += ("-lengths" if self.padded else "-packed") if self.lengths else ""
+        name += f"-resets{self.resets}" if self.resets else ""
+        name += f"-{self.link}" if self.link != "plain" else ""
         return name + ("" if self.initial_state else "-nostate")
 
 
@@ -108,17 +121,23 @@ def make_input(stack: Stack, module: StackedLSTM, dtype=torch.float64, seed=1):
 
 
 def operator_arguments(stack: Stack, dtype, saving, backend) -> tuple[list, dict]:
-    """What the operators `forward` and `forward_states` take for this stack, without gradients and dropout."""
+    """What the operators `forward` and `forward_states` take for this stack, without gradients and dropout: arguments, keywords."""
     module = stack.module(dtype)
     x, hx = make_input(stack, module, dtype)
     layouts = [StateLayout(each_layer, module.bidirectional + 1) for each_layer in zip(*widths(module), strict=True)]
     batch_sizes = None
-    if stack.lengths:
+    if stack.lengths and not stack.padded:
         x, batch_sizes, *_ = pack_padded_sequence(x, torch.tensor(stack.lengths))
     h_0, c_0 = (s if torch.is_tensor(s) else layout.join(s) for s, layout in zip(hx, layouts, strict=True))
     options = [stack.bias, module.num_layers, stack.bidirectional, 0, 0.0, saving, backend]
     tensors = [x.detach(), batch_sizes, h_0.detach(), c_0.detach(), [w.detach() for w in module.parameters()], None]
-    return [*tensors, *options], {"proj_sizes": list(module.proj_sizes)}
+    keywords: dict = {"proj_sizes": list(module.proj_sizes), "link": stack.link}
+    sequences = stack.sequences()
+    if stack.padded and stack.lengths:
+        keywords["lengths"] = torch.tensor(stack.lengths)
+    if sequences["resets"] is not None:
+        keywords["resets"] = sequences["resets"]
+    return [*tensors, *options], keywords
 
 
 def by_layer(state, module: StackedLSTM) -> tuple[Tensor, ...]:
@@ -151,16 +170,23 @@ def _leaves(module, x, hx) -> dict:
     return leaves | dict(module.named_parameters())
 
 
-def results(module: StackedLSTM, x: Tensor, hx=None, lengths=None, *, states=False, seed=2, gradients=True) -> dict:
+def results(
+    module: StackedLSTM, x: Tensor, hx=None, lengths=None, *, resets=None, padded=False, states=False, seed=2, gradients=True
+) -> dict:
     """A call, or ``states``, of time-major input: everything that comes out, padded with zeros, and every gradient."""
     fed = x.transpose(0, 1) if module.batch_first else x
-    if lengths is not None:
+    sequences = {}
+    if lengths is not None and padded:
+        sequences["lengths"] = torch.tensor(lengths)
+    elif lengths is not None:
         fed = pack_padded_sequence(fed, torch.tensor(lengths), module.batch_first, enforce_sorted=False)
+    if resets is not None:
+        sequences["resets"] = resets.transpose(0, 1) if module.batch_first else resets
     torch.manual_seed(seed)
     if states:
-        output, hidden, cell, h_n, c_n = module.states(fed, hx)
+        output, hidden, cell, h_n, c_n = module.states(fed, hx, **sequences)
     else:
-        (output, (h_n, c_n)), hidden, cell = module(fed, hx), (), ()
+        (output, (h_n, c_n)), hidden, cell = module(fed, hx, **sequences), (), ()
 
     def time_major(sequence):
         if isinstance(sequence, PackedSequence):
@@ -172,20 +198,26 @@ def results(module: StackedLSTM, x: Tensor, hx=None, lengths=None, *, states=Fal
     return _with_gradients(named, _leaves(module, x, hx), x.dtype) if gradients else {n: v.detach() for n, v in named.items()}
 
 
-def _lane(weights: dict, rows: Tensor, alive: Tensor, h: Tensor, c: Tensor, reverse: bool):
-    """One direction of one layer, by an nn.LSTM that takes one step at a time: all h, all c (zero where no sequence is), the last."""
-    hidden = weights["weight_hh_l0"].size(0) // 4
-    proj = weights["weight_hr_l0"].size(0) if "weight_hr_l0" in weights else 0
-    lstm = nn.LSTM(rows.size(-1), hidden, bias="bias_ih_l0" in weights, proj_size=proj, dtype=torch.float64)
+def _lane(weights: dict, rows: Tensor, alive: Tensor, cut: Tensor, h: Tensor, c: Tensor, reverse: bool):
+    """One direction of one layer, by what an nn.LSTM computes with, one step at a time: all h, all c (zero where no sequence is), the last.
+
+    ``cut[t]`` says of each sequence whether no state may cross from step t-1 to step t, or back.
+    """
+    flat, has_biases = list(weights.values()), "bias_ih_l0" in weights
     all_h, all_c = {}, {}
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
-        _, (new_h, new_c) = functional_call(lstm, weights, (rows[t][None], (h[None], c[None])))
+        if not reverse:
+            h, c = h.masked_fill(cut[t] & alive[t], 0), c.masked_fill(cut[t] & alive[t], 0)
+        elif t + 1 < len(rows):  # a sequence that ends here comes from its initial state, which nothing cuts
+            h, c = h.masked_fill(cut[t + 1] & alive[t + 1], 0), c.masked_fill(cut[t + 1] & alive[t + 1], 0)
+        # What nn.LSTM calls: layers, dropout, training, bidirectional, batch_first.
+        _, new_h, new_c = torch.lstm(rows[t][None], (h[None], c[None]), flat, has_biases, 1, 0.0, False, False, False)
         h, c = torch.where(alive[t], new_h[0], h), torch.where(alive[t], new_c[0], c)
         all_h[t], all_c[t] = h * alive[t], c * alive[t]
     return *(torch.stack([every[t] for t in range(len(rows))]) for every in (all_h, all_c)), h, c
 
 
-def truth(module: StackedLSTM, x: Tensor, hx=None, lengths=None, *, states=False, seed=2) -> dict:
+def truth(module: StackedLSTM, x: Tensor, hx=None, lengths=None, *, resets=None, states=False, seed=2) -> dict:
     """What ``results`` should be."""
     steps, batch, layers = x.size(0), x.size(1), module.num_layers
     x, hx = double(x), None if hx is None else tuple(double(state) for state in hx)
@@ -196,25 +228,33 @@ def truth(module: StackedLSTM, x: Tensor, hx=None, lengths=None, *, states=False
     mask_seed = int(torch.randint(0, 2**63 - 1, (1,))) if any(rates) else 0
     ends = torch.tensor(lengths or [steps] * batch)
     alive = (torch.arange(steps)[:, None] < ends)[..., None]
+    cut = torch.zeros_like(alive) if resets is None else resets[..., None]
+    places = (-ends).argsort(stable=True).argsort()  # of each sequence in the batch sorted by length, which masks are drawn for
     zeros = [[x.new_zeros(len(directions(module)), batch, pair[n]) for pair in widths(module)] for n in (0, 1)]
     h_0, c_0 = zeros if hx is None else (by_layer(state, module) for state in hx)
 
     rows, hidden, cell, h_n, c_n = x, [], [], [], []
     for k in range(layers):
-        if k > 0 and rates[k - 1] > 0:
-            rows = rows * dropout_mask(mask_seed, k - 1, steps, batch, rows.size(-1), rates[k - 1])
+        if k > 0:
+            below, read = hidden[-1], rows
+            if rates[k - 1] > 0:
+                below = below * dropout_mask(mask_seed, k - 1, steps, batch, below.size(-1), rates[k - 1])[:, places]
+            rows = below + read if module.link == "residual" and k > 1 else below
+            rows = torch.cat([below, x], -1) if module.link == "skip" else rows
         lanes = []
         for d, suffix in enumerate(directions(module)):
             kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
             own = {f"{kind}_l0": weights[name] for kind in kinds if (name := f"{kind}_l{k}{suffix}") in weights}
-            lanes.append(_lane(own, rows, alive, h_0[k][d], c_0[k][d], d == 1))
+            lanes.append(_lane(own, rows, alive, cut, h_0[k][d], c_0[k][d], d == 1))
         all_h, all_c, h, c = zip(*lanes, strict=True)
-        rows = torch.cat(all_h, -1)
-        hidden.append(rows)
+        hidden.append(torch.cat(all_h, -1))
         cell.append(torch.cat(all_c, -1))
         h_n.append(torch.stack(h))
         c_n.append(torch.stack(c))
-    named = _named(rows, hidden if states else (), cell if states else (), tuple(h_n), tuple(c_n), module)
+    output = hidden[-1]
+    if layers > 1 and module.link != "plain":
+        output = output + rows if module.link == "residual" else torch.cat(hidden, -1)
+    named = _named(output, hidden if states else (), cell if states else (), tuple(h_n), tuple(c_n), module)
     return _with_gradients(named, leaves, next(module.parameters()).dtype)
 
 
@@ -222,6 +262,7 @@ def tolerance(stack: Stack, module: StackedLSTM, kernel="cpu") -> float:
     """As helpers.py has it, by the widest layer; where a GPU's driver rounds to 16 bits inside, its `rounded_tolerance`."""
     dtype = next(module.parameters()).dtype
     layers, widest = module.num_layers, max(stack.input_size, *(max(pair) for pair in widths(module)))
+    widest += stack.input_size if stack.link == "skip" else 0
     tol = rounding(dtype, layers, stack.steps, 2 * widest * len(directions(module)), stack.batch)
     if kernel in ("diagonal", "persistent"):
         case = Case(layers, stack.batch, stack.steps, stack.input_size, widest)

@@ -13,15 +13,17 @@ ops = torch.ops.stacked_lstm_ext
 FORWARD = (
     "stacked_lstm_ext::forward(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, "
     "Tensor? seed, bool bias, int num_layers, bool bidirectional, int proj_size, float dropout, str saving, "
-    "str backend, bool bf16_weights=False, *, int[]? proj_sizes=None, float[]? dropouts=None) "
+    "str backend, bool bf16_weights=False, Tensor? lengths=None, Tensor? resets=None, *, int[]? proj_sizes=None, "
+    'float[]? dropouts=None, str link="plain") '
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)"
 )
 BACKWARD = (
     "stacked_lstm_ext::backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
     "Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, Tensor? seed, Tensor output, Tensor reserve, "
     "bool bias, int num_layers, bool bidirectional, int proj_size, float dropout, str saving, "
-    "bool input_grad, bool weight_grad, str backend, bool bf16_weights=False, *, int[]? proj_sizes=None, "
-    "float[]? dropouts=None) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"
+    "bool input_grad, bool weight_grad, str backend, bool bf16_weights=False, Tensor? lengths=None, Tensor? resets=None, "
+    '*, int[]? proj_sizes=None, float[]? dropouts=None, str link="plain") '
+    "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"
 )
 
 

@@ -42,8 +42,8 @@ def fast_calls(module, monkeypatch):
     """A list that grows by the answer of every attempt at the path of its own: true where it was taken."""
     taken, attempt = [], module._fast_step
 
-    def spy(input, hx):
-        result = attempt(input, hx)
+    def spy(input, hx, reset):
+        result = attempt(input, hx, reset)
         taken.append(result is not None)
         return result
 

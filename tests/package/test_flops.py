@@ -66,6 +66,24 @@ def test_a_packed_batch_counts_its_rows():
     assert backward == 2 * forward - 2 * 12 * 32 * 5 - 2 * (2 * 3 * 32 * 8)
 
 
+def test_lengths_and_resets_count_all_rows():
+    """How many rows exist stands in the data, of which a count of shapes knows nothing."""
+    module, x = StackedLSTM(5, 8, 2), torch.randn(7, 3, 5)
+    expected = flops(module, x)
+    for sequences in ({"lengths": [7, 4, 1]}, {"resets": torch.rand(7, 3) < 0.5}, {"lengths": [7, 7, 7], "resets": torch.rand(7, 3) < 0.5}):
+        assert flops(lambda x, given=sequences: module(x, **given), x) == expected
+
+
+def test_links_count_the_wider_inputs():
+    """By hand: with skip links, the second layer reads 8 + 5 features; residual links make sums, not products."""
+    x = torch.randn(7, 3, 5)
+    forward = 2 * 21 * 32 * (5 + 8 + (8 + 5) + 8)
+    backward = 2 * forward - 2 * 21 * 32 * 5 - 2 * (2 * 3 * 32 * 8)
+    for device in ("cpu", "meta"):
+        assert flops(StackedLSTM(5, 8, 2, link="skip", device=device), x.to(device)) == (forward, backward)
+    assert flops(StackedLSTM(5, 8, 2, link="residual"), x) == flops(StackedLSTM(5, 8, 2), x)
+
+
 def test_modules_are_told_apart():
     model = convert_lstm(nn.ModuleDict({"a": nn.LSTM(5, 8), "b": nn.LSTM(5, 8, 2)}))
     x = torch.randn(7, 3, 5)

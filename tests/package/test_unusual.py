@@ -294,7 +294,12 @@ REFUSED = [  # made with, then set, error, what it says
     ({"bias": False}, {"bias": True}, RuntimeError, "bias=True.*ask for bias_ih_l0"),
     ({}, {"bidirectional": True}, RuntimeError, "bidirectional=True.*ask for weight_ih_l0_reverse"),
     ({"num_layers": 2}, {"bidirectional": True, "num_layers": 1}, RuntimeError, "ask for weight_ih_l0_reverse"),
-    ({"num_layers": 2, "bidirectional": True}, {"bidirectional": False}, ValueError, r"weight_ih_l1 should have shape \[20, 5\]"),
+    (
+        {"num_layers": 2, "bidirectional": True},
+        {"bidirectional": False},
+        RuntimeError,
+        "link='plain', bidirectional=False ask for a weight_ih_l1 of 5 columns, got: 10",
+    ),
     ({}, {"proj_size": 2}, RuntimeError, "proj_size=2 ask for weight_hr_l0"),
     ({"proj_size": 2}, {"proj_size": 3}, RuntimeError, "proj_size=3 asks for a weight_hh_l0 of as many columns, got: 2"),
     ({"proj_size": 2}, {"proj_size": 0}, RuntimeError, "hidden_size=5 asks for a weight_hh_l0 of as many columns, got: 2"),

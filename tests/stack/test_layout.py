@@ -9,7 +9,7 @@ from stacks import Stack, make_input, operator_arguments, widths
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from stacked_lstm_ext.layout import StateLayout, for_each_layer, reserve_numel, weights_of_stack
+from stacked_lstm_ext.layout import LINKS, StateLayout, for_each_layer, reserve_numel, weights_of_stack
 from stacked_lstm_ext.options import StackOptions
 
 ops = torch.ops.stacked_lstm_ext
@@ -50,6 +50,8 @@ def test_options_of_each_layer_reach_cpp():
     numbers = StackOptions(3, 5, 2, proj_size=2, dropout=0.5)
     assert (numbers.hidden_sizes, numbers.proj_sizes, numbers.output_sizes, numbers.dropouts) == ((5, 5), (2, 2), (2, 2), (0.5,))
     assert numbers.layouts == numbers.kept_layouts == (StateLayout((2, 2), 1), StateLayout((5, 5), 1))
+    widths = [StackOptions(3, (5, 6, 7), 3, proj_size=(0, 2, 0), bidirectional=True, link=link).output_width for link in LINKS]
+    assert widths == [14, 14, 28]
 
 
 @pytest.mark.parametrize("value, expected", [(3, (3, 3)), ((1, 2), (1, 2)), ((1, 2, 3), (1, 2)), (0.5, (0.5, 0.5))])
@@ -105,15 +107,30 @@ STACKS = [
     Stack((9,), steps=25, lengths=(25, 9, 1)),
     Stack((20, 4), bidirectional=True, steps=9, lengths=(9, 9, 8)),
     Stack((3, 5), batch=0),
+    Stack((5, 3), steps=9, batch=3, lengths=(2, 7, 1), padded=True),  # the reserve has rows for all of T·B
+    Stack((5, 3), (2, 0), steps=20, batch=2, lengths=(20, 20), padded=True, bidirectional=True),
+    *(
+        stack.but(link=link)
+        for link in ("residual", "skip")
+        for stack in (
+            Stack(6, layers=2),
+            Stack(5, layers=1, steps=9),
+            Stack((9, 17, 5, 3), (3, 3, 3, 0), bidirectional=True, steps=17),
+            Stack(7, layers=3, steps=9, lengths=(9, 2, 1)),
+            Stack(7, layers=4, steps=9, lengths=(2, 3, 1), padded=True, resets=0.5),
+            Stack(7, layers=3, batch=0),
+        )
+    ),
+    Stack((16, 3, 33), (0, 2, 0), link="skip", bidirectional=True),
 ]
 
 
 def promised(stack: Stack, dtype, saving, backend, states) -> int:
     module = stack.module(dtype)
     outputs, hidden = zip(*widths(module), strict=True)
-    rows = sum(stack.lengths) if stack.lengths else stack.steps * stack.batch
+    rows = sum(stack.lengths) if stack.lengths and not stack.padded else stack.steps * stack.batch
     sizes = hidden, outputs, module.bidirectional + 1
-    return reserve_numel(rows, stack.steps, stack.batch, *sizes, dtype, saving, backend, states=states)
+    return reserve_numel(rows, stack.steps, stack.batch, *sizes, dtype, saving, backend, states=states, link=stack.link)
 
 
 def ran(operator, arguments, keywords):
@@ -133,8 +150,10 @@ def test_the_reserve_has_the_promised_size_and_the_fakes_have_the_shapes_of_the_
         arguments, keywords = operator_arguments(stack, dtype, saving, backend)
         real, refusal = ran(operator, arguments, keywords)
         if real is None:
-            assert backend == "diagonal" and "width" in refusal
+            assert backend == "diagonal" and any(word in refusal for word in ("width", "links", "lengths", "resets"))
             continue
+        width = sum(pair[0] for pair in widths(stack.module(dtype))[0 if stack.link == "skip" else -1 :])
+        assert real[0].size(-1) == (1 + stack.bidirectional) * width
         assert real[-1].numel() == promised(stack, dtype, saving, backend, states), (backend, dtype)
         with FakeTensorMode(allow_non_fake_inputs=True):
             fake = operator(*arguments, **keywords)
@@ -153,6 +172,7 @@ def test_every_backend_but_the_cpu_s_keeps_the_same():
 
 
 REFUSED = [  # what is changed, the words: those of the fakes and of the operators
+    ({"link": "dense"}, "link should be one of plain, residual, skip, got: dense"),
     ({"proj_sizes": [0]}, "proj_size should have 2 entries, got: 1"),
     ({"dropouts": [0.5, 0.5]}, "dropout should have 1 entries, got: 2"),
 ]

@@ -53,6 +53,46 @@ def test_a_path_runs_what_it_says_and_refuses_the_rest_in_the_same_words(name, o
             torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
+SEQUENCES = [  # options of a stack of two layers, what a call has beside its input
+    ({"link": "residual"}, {}),
+    ({"link": "skip"}, {}),
+    ({}, {"lengths": [1, 3]}),
+    ({}, {"resets": torch.tensor([[0, 1], [1, 0], [0, 0]], dtype=torch.bool)}),
+    ({"bidirectional": True, "link": "skip"}, {"lengths": [3, 2], "resets": torch.ones(3, 2, dtype=torch.bool)}),
+]
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["call", "states"])
+@pytest.mark.parametrize(("options", "given"), SEQUENCES, ids=["-".join([*options, *given]) for options, given in SEQUENCES])
+def test_a_path_runs_links_lengths_and_resets_or_says_why_not(options, given, states):
+    sizes = {"input_size": 8, "hidden_size": 8, "num_layers": 2, **options}
+    module, x = StackedLSTM(**sizes), torch.randn(3, 2, 8)
+
+    def run():
+        return torch.utils._pytree.tree_leaves(tuple(module.states(x, **given) if states else module(x, **given)))
+
+    with backend("reference"):
+        expected = run()
+    for path in PATHS:
+        why_not = obstacle(path, StackOptions(**sizes), lengths="lengths" in given, resets="resets" in given)
+        assert not (why_not and path in ("reference", "cpu"))
+        with backend(path):
+            if why_not:
+                with pytest.raises((RuntimeError, ValueError), match=re.escape(why_not)):
+                    run()
+                continue
+            found = run()
+        assert last_run()["backend"] == path
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("link", ["residual", "skip"])
+def test_links_of_a_single_layer_are_no_obstacle(link):
+    for path in PATHS:
+        assert obstacle(path, StackOptions(8, 8, 1, link=link)) == obstacle(path, StackOptions(8, 8, 1))
+
+
 def test_the_table_of_the_docs_is_what_the_code_says():
     """To write it again: print(stacked_lstm_ext.plan.what_runs_where()), between the markers of docs/api.md."""
     text = (ROOT / "docs/api.md").read_text()
