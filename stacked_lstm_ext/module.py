@@ -123,10 +123,10 @@ class StackedLSTM(nn.RNNBase):
           copied only if the batch is not sorted by length, the longest first. Dropout masks are those of a packed batch. The
           kernels need lengths on the CPU: a tensor on a GPU costs one synchronisation a call. Not with a ``PackedSequence`` and
           not unbatched.
-        * **resets** (keyword): where sequences are cut, as reinforcement learning needs it at the start of an episode: a bool
+        * **resets** (keyword): where sequences are reset, as reinforcement learning needs it at the start of an episode: a bool
           tensor ``(T, N)``, ``(N, T)`` if ``batch_first``, ``(T,)`` unbatched, on the device of the input. True at step t puts
           zeros in the place of the states h and c that would cross between the steps t-1 and t, in both directions, and no
-          gradient crosses. At t = 0 that are h_0 and c_0 of the forward direction. A cut behind a sequence's end counts for
+          gradient crosses. At t = 0 that are h_0 and c_0 of the forward direction. A reset behind a sequence's end counts for
           nothing. Not with a ``PackedSequence``.
 
     Outputs:

@@ -455,7 +455,7 @@ def run_kernel(
         frozen: whether kept packed weights may be used without comparing them with the module's weights.
         states: whether to run ``forward_states`` instead, which has no fast path.
         lengths: of the sequences of a padded batch; int64 ``(B,)`` on the CPU.
-        resets: where they are cut; bool ``(T, B)``.
+        resets: where they are reset; bool ``(T, B)``.
 
     Returns:
         ``(output, h_n, c_n)``, with ``states`` ``(output, h_n, c_n, hidden, cell)``.

@@ -71,7 +71,7 @@ def lstm_reference(
         link: what a layer reads of the layers below: ``"plain"``, ``"residual"`` or ``"skip"``.
         lengths: ``None``, or, of a padded batch, how many steps each sequence has: int64 ``(B,)`` on the CPU, in any order.
             What is behind a sequence's end is not read, and results are zero there.
-        resets: ``None``, or, of a padded batch, bool ``(T, B)``: true cuts a sequence between the steps t-1 and t, so that no
+        resets: ``None``, or, of a padded batch, bool ``(T, B)``: true resets a sequence between the steps t-1 and t, so that no
             state crosses, in either direction; at t = 0 it puts zeros in the place of h_0 and c_0 of the forward direction.
 
     Returns:
@@ -146,7 +146,7 @@ def states_reference(
         rows = input.flatten(0, 1)
     else:
         rows = torch.cat([step[:size] for step, size in zip(in_order(input).unbind(0), sizes, strict=True)])
-    cuts = None if resets is None else in_order(resets).unbind(0)
+    resets_at = None if resets is None else in_order(resets).unbind(0)
 
     def result(rows: Tensor) -> Tensor:
         if batch_sizes is None and lengths is None:
@@ -177,7 +177,7 @@ def states_reference(
                 below = below + u
             u = torch.cat([below, x], dim=-1) if link == "skip" else below
         h, c = in_order(h), in_order(c)
-        runs = [_run_direction(u, sizes, h[d], c[d], named[layer][d], cuts, reverse=d == 1) for d in range(directions)]
+        runs = [_run_direction(u, sizes, h[d], c[d], named[layer][d], resets_at, reverse=d == 1) for d in range(directions)]
         all_h, all_c, last_h, last_c = zip(*runs, strict=True)
         hidden.append(torch.cat(all_h, dim=-1))
         cell.append(torch.cat(all_c, dim=-1))
@@ -200,14 +200,14 @@ def _run_direction(
     h_0: Tensor,
     c_0: Tensor,
     weights: Mapping[str, Tensor],
-    cuts: Sequence[Tensor] | None,
+    resets_at: Sequence[Tensor] | None,
     *,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One direction of one layer: ``rows`` (all steps) in; all h, all c, and the last h and c of every sequence, out.
 
     ``sizes`` (the sequences alive at each step) never grows with time. Forwards, sequences therefore leave at the end
-    of the batch; in reverse they join there, each from its own initial state. ``cuts[t]`` says which sequences are cut between
+    of the batch; in reverse they join there, each from its own initial state. ``resets_at[t]`` says which sequences are reset between
     the steps t-1 and t.
     """
     w_hh, b_hh, w_hr = weights["weight_hh"], weights.get("bias_hh"), weights.get("weight_hr")
@@ -224,10 +224,10 @@ def _run_direction(
             ended_h.append(h[sizes[t] :])
             ended_c.append(c[sizes[t] :])
             h, c = h[: sizes[t]], c[: sizes[t]]
-        if cuts is not None and not (reverse and t + 1 == len(sizes)):
-            # A selection, not a product: not even NaN crosses a cut. A sequence that joins at this step has crossed nothing.
-            cut = cuts[t + 1 if reverse else t][: h.size(0)].unsqueeze(-1)
-            h, c = h.masked_fill(cut, 0.0), c.masked_fill(cut, 0.0)
+        if resets_at is not None and not (reverse and t + 1 == len(sizes)):
+            # A selection, not a product: not even NaN crosses a reset. A sequence that joins at this step has crossed nothing.
+            reset = resets_at[t + 1 if reverse else t][: h.size(0)].unsqueeze(-1)
+            h, c = h.masked_fill(reset, 0.0), c.masked_fill(reset, 0.0)
         if sizes[t] > alive:
             h = torch.cat([h, h_0[alive : sizes[t]]])
             c = torch.cat([c, c_0[alive : sizes[t]]])

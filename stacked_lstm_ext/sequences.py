@@ -1,4 +1,4 @@
-"""What a call may say of its sequences: how long they are (``lengths``) and where they are cut (``resets``)."""
+"""What a call may say of its sequences: how long they are (``lengths``) and where they are reset (``resets``)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from stacked_lstm_ext.layout import StateLayout
 @dataclass(frozen=True)
 class Stack:
     """One stack and one batch; ``lengths`` makes the input a PackedSequence, which need not be sorted; if ``padded``, they are the
-    argument of that name of a call. ``resets``: the share of steps that are cut."""
+    argument of that name of a call. ``resets``: the share of steps that are reset."""
 
     hidden: int | tuple[int, ...]
     proj: int | tuple[int, ...] = 0
@@ -63,7 +63,7 @@ class Stack:
         )
 
     def sequences(self) -> dict:
-        """Where the sequences end and where they are cut, as ``results`` and ``truth`` take it."""
+        """Where the sequences end and where they are reset, as ``results`` and ``truth`` take it."""
         generator = torch.Generator().manual_seed(5)
         resets = torch.rand(self.steps, self.batch, generator=generator) < self.resets if self.resets else None
         return {"lengths": self.lengths, "resets": resets}

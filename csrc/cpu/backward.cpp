@@ -9,7 +9,7 @@ void BackwardWave<T>::LaneRun::run() {
   if (position_ >= w_.set_count_) w_.wait_everybody(position_ - w_.set_count_, &Progress::done, 1);
   pack();
   start();
-  if (!w_.call_.cuts.empty()) std::fill_n(scratch_.zeros, w_.widest_, T(0));
+  if (!w_.call_.resets.empty()) std::fill_n(scratch_.zeros, w_.widest_, T(0));
   for (int64_t chunk = 0; chunk < w_.chunks(); ++chunk) {  // counted from the end of the sequence
     w_.wait_for_input(position_, place_, chunk);
     const Range steps = w_.steps_of(w_.chunks() - 1 - chunk);
@@ -189,7 +189,7 @@ void BackwardWave<T>::LaneRun::recurrent_gradient(int64_t s) {
         .from_last = (s & 1) != 0,
     });
   }
-  for (const int64_t b : own_cuts_before(s + 1)) {  // no gradient crosses a cut
+  for (const int64_t b : own_resets_before(s + 1)) {  // no gradient crosses a reset
     T* dh = scratch_.dh + (b - sequences_.first) * ld_;
     std::fill(dh + columns_.first, dh + padded_end_, T(0));
   }
@@ -272,7 +272,7 @@ void BackwardWave<T>::LaneRun::step(int64_t s, const Range& steps) {
         .ldm = ldm_,
     });
   });
-  for (const int64_t b : own_cuts_before(s)) {
+  for (const int64_t b : own_resets_before(s)) {
     T* dc = buffers_.dc + b * padded_;
     std::fill(dc + units_.first, dc + units_.last, T(0));
   }

@@ -112,7 +112,7 @@ class BackwardWave : Wave<T> {
     T* dh;           // of a step
     T *gates, *c;    // of a stretch, [row][4·padded_hidden] and [row][padded_hidden]; only with recomputation
     void* operands;  // of any product
-    T* zeros;        // a state that was cut; only where sequences are cut
+    T* zeros;        // a state that was reset; only where sequences are
   };
   struct Rows {
     T* data;
@@ -162,7 +162,7 @@ class BackwardWave : Wave<T> {
            memory_->take<T>(call_.gradients.empty() ? 0 : kGradientScratch<T>), memory_->take<T>(shape_.batch * ld),
            memory_->take<T>(cells * 4), memory_->take<T>(cells),
            this->take_operands(memory_, product_rows_, std::max(4 * this->widest_hidden_, widest_), storage_),
-           memory_->take<T>(call_.cuts.empty() ? 0 : widest_)});
+           memory_->take<T>(call_.resets.empty() ? 0 : widest_)});
     }
   }
 
@@ -305,16 +305,16 @@ class BackwardWave : Wave<T> {
     }
     // Calls f(row, rows, c) for the rows of step s; c is their state before the step. Sequences that start at step s
     // have it from c_0.
-    // Where a sequence is cut before step s, c is zero.
+    // Where a sequence is reset before step s, c is zero.
     template <typename F>
     void with_c_before(int64_t s, F&& f) const {
       const int64_t n = rows_at(s), before = std::min(rows_at(s - 1), n);
       const auto rows_from = [&](int64_t row, int64_t last, const T* c) {
-        for (const int64_t b : cuts_before(s).within(sequences_.first + row, sequences_.first + last)) {
-          const int64_t cut = b - sequences_.first;
-          if (row < cut) f(row, cut - row, c);
-          f(cut, 1, static_cast<const T*>(scratch_.zeros));
-          c += (cut + 1 - row) * padded_, row = cut + 1;
+        for (const int64_t b : resets_before(s).within(sequences_.first + row, sequences_.first + last)) {
+          const int64_t reset = b - sequences_.first;
+          if (row < reset) f(row, reset - row, c);
+          f(reset, 1, static_cast<const T*>(scratch_.zeros));
+          c += (reset + 1 - row) * padded_, row = reset + 1;
         }
         if (row < last) f(row, last - row, c);
       };
@@ -322,12 +322,14 @@ class BackwardWave : Wave<T> {
       if (before < n) rows_from(before, n, buffers_.c_0 + (sequences_.first + before) * padded_);
     }
 
-    // The sequences that are cut before step s.
-    Cuts::List cuts_before(int64_t s) const {
+    // The sequences that are reset before step s.
+    ResetLists::List resets_before(int64_t s) const {
       const int64_t all = w_.shape_.steps;
-      return s < 0 || s >= all ? Cuts::List{} : w_.call_.cuts.at(boundary_before(w_.shape_, index_, time(s)));
+      return s < 0 || s >= all ? ResetLists::List{} : w_.call_.resets.at(boundary_before(w_.shape_, index_, time(s)));
     }
-    Cuts::List own_cuts_before(int64_t s) const { return cuts_before(s).within(sequences_.first, sequences_.last); }
+    ResetLists::List own_resets_before(int64_t s) const {
+      return resets_before(s).within(sequences_.first, sequences_.last);
+    }
 
     // Recomputes the stretch whose last step is s.
     void recompute(int64_t s);
@@ -338,7 +340,7 @@ class BackwardWave : Wave<T> {
     int64_t copy_x(const Range& steps, T* out, int64_t ldo) const {
       return w_.copy_input(w_.call_.input, w_.call_.links, w_.below(layer_index_), index_, sequences_, steps, out, ldo);
     }
-    // Copies, for each row of `steps`, h of the step before; h_0 where the sequence starts, zeros where it is cut.
+    // Copies, for each row of `steps`, h of the step before; h_0 where the sequence starts, zeros where it is reset.
     int64_t copy_h_before(const Range& sequences, const Range& steps, T* out, int64_t ldo) const {
       const StackShape& shape = w_.shape_;
       const LayerRows<const T> h = w_.output_of(layer_index_);
@@ -347,7 +349,7 @@ class BackwardWave : Wave<T> {
           index_, sequences, steps, out_,
           [&](int64_t t, int64_t b) {
             const int64_t before = t + back;
-            if (w_.call_.cuts.at(boundary_before(shape, index_, t)).has(b))
+            if (w_.call_.resets.at(boundary_before(shape, index_, t)).has(b))
               return static_cast<const T*>(scratch_.zeros);
             const bool first = before < 0 || before >= shape.steps || b >= shape.active(before);
             return first ? w_.call_.h_0 + h_at_ + b * out_ : h.row(shape, before, b) + direction_ * out_;

@@ -54,7 +54,7 @@ struct ForwardCall {
   const T* h_0;                         // states: see stack/state_layout.h
   const T* c_0;
   Links links;
-  Cuts cuts;
+  ResetLists resets;
   Keeping keeping;
   T* output;  // (rows of the caller, columns of the output)
   T* h_n;
@@ -74,7 +74,7 @@ struct BackwardCall {
   const T* h_0;
   const T* c_0;
   Links links;
-  Cuts cuts;
+  ResetLists resets;
   Keeping keeping;
   const T* output;
   const T* reserve;

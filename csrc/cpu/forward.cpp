@@ -198,9 +198,9 @@ class ForwardWave : Wave<T> {
     const int64_t offset = direction * out;  // the lane's first column in a row of all directions
     // What is stored after a step's hand-over, so that no worker of this lane waits for it.
     const bool stores_late = output.data && (projects || slices > 1);
-    // Puts zeros in the place of what the step at time t reads of the sequences that are cut before it.
-    const auto cut = [&](int64_t t, T* h_before) {
-      for (const int64_t b : call_.cuts.at(boundary_before(shape_, index, t)).within(first, first + count)) {
+    // Puts zeros in the place of what the step at time t reads of the sequences that are reset before it.
+    const auto reset = [&](int64_t t, T* h_before) {
+      for (const int64_t b : call_.resets.at(boundary_before(shape_, index, t)).within(first, first + count)) {
         T *row = h_before + (b - first) * buffers.ldh, *cell = c + (b - first) * padded;
         std::fill(row + columns.first, row + columns.last, T(0));
         std::fill(cell + units.first, cell + units.last, T(0));
@@ -225,7 +225,7 @@ class ForwardWave : Wave<T> {
       Base::copy_columns(c_0 + b * hidden, c + b * padded, units);
     }
     start(0, this->rows_at(index, sequences, 0), 0);
-    if (shape_.steps > 0) cut(shape_.time(index, 0), h[0]);
+    if (shape_.steps > 0) reset(shape_.time(index, 0), h[0]);
     publish(steps_done, 1);
 
     for (int64_t chunk = 0; chunk < this->chunks(); ++chunk) {
@@ -327,12 +327,12 @@ class ForwardWave : Wave<T> {
             for (int64_t j = columns.first; j < columns.last; ++j) row[offset + j] += input[j];
           }
         };
-        // The next step reads zeros where it is cut from this one. What this one has left is stored before that.
-        const bool cuts =
-            s + 1 < shape_.steps && !call_.cuts.at(boundary_before(shape_, index, shape_.time(index, s + 1))).empty();
-        if (cuts) store(), cut(shape_.time(index, s + 1), to);
+        // The next step reads zeros where it is reset. What this one has left is stored before that.
+        const bool resets =
+            s + 1 < shape_.steps && !call_.resets.at(boundary_before(shape_, index, shape_.time(index, s + 1))).empty();
+        if (resets) store(), reset(shape_.time(index, s + 1), to);
         publish(steps_done, (s + 1) * hand_overs + 1);
-        if (!cuts) store();
+        if (!resets) store();
         copied += n * lda;
       }
       publish(this->own(position, place).chunks, chunk + 1);

@@ -102,9 +102,9 @@ void BackwardWave<T>::LaneRun::recurrent_weight_gradient(const LaneGradients<T>&
                                                          const GradientBlockRows& gradient_block) {
   const StackShape& shape = w_.shape_;
   const Range times = times_of(gradient_block_);
-  // Where a sequence is cut, h of the step before does not count.
-  const bool cut = w_.call_.cuts.any(times.first + direction_, times.last + direction_);
-  if (!shape.packed() && gradient_block_.first > 0 && !cut) {
+  // Where a sequence is reset, h of the step before does not count.
+  const bool reset = w_.call_.resets.any(times.first + direction_, times.last + direction_);
+  if (!shape.packed() && gradient_block_.first > 0 && !reset) {
     const LayerRows<const T> h = w_.output_of(layer_index_);
     const T* const first = h.row(shape, times.first + (direction_ ? 1 : -1), 0) + direction_ * out_;
     add_product(g.weight_hh, out_, units, gradient_block, first, h.stride);

@@ -26,13 +26,13 @@ namespace stacked_lstm::gates {
 
 // ---- What a kernel is given -----------------------------------------------------------------------------------------
 
-// The rows of a cell whose sequences are cut before its step (stack/resets.h): h and c of the step before are zero for them.
-// The kernels select zeros in the place of what they read, so not even NaN crosses a cut.
-struct RowCuts {
-  const uint8_t* cut = nullptr;  // of each row, 0 or 1; null: no row is cut
-  int64_t rows = 0;              // the rows behind them begin at this step, and are not cut whatever `cut` has there
+// The rows of a cell whose sequences are reset before its step (stack/resets.h): h and c of the step before are zero for them.
+// The kernels select zeros in the place of what they read, so not even NaN crosses a reset.
+struct RowResets {
+  const uint8_t* reset = nullptr;  // of each row, 0 or 1; null: no row is reset
+  int64_t rows = 0;  // the rows behind them begin at this step, and are not reset whatever `reset` has there
 
-  STACKED_LSTM_HOST_DEVICE bool at(int64_t row) const { return cut && row < rows && cut[row]; }
+  STACKED_LSTM_HOST_DEVICE bool at(int64_t row) const { return reset && row < rows && reset[row]; }
 };
 
 template <typename T>
@@ -49,7 +49,7 @@ struct ForwardCell {
   A* saved_gates;           // rows of 4·saved_stride: the activations; or null
   int64_t rows;
   Element element;
-  RowCuts cuts = {};
+  RowResets resets = {};
   // With residual links, rows of output_stride. Both may be one place: a thread reads an element before it writes it.
   const T* below = nullptr;  // what the layer has read, as a term of `above`; or null
   T* sum = nullptr;          // `above` once more, the `below` of the layer above; or null
@@ -85,12 +85,12 @@ struct BackwardCell {
   const T* c_0;             // (B, H): for the other rows, whose first step this is
   const T* grad_cell;       // rows of gates_stride / 4: dL/dc of this step, from the loss; or null
   A* grad_c;                // (rows, H): in and out
-  T* grad_gates;            // (rows, 4H); zero for the rows that are cut: nothing flows to the step before
+  T* grad_gates;            // (rows, 4H); zero for the rows that are reset: nothing flows to the step before
   T* all_grad_gates;        // rows of gates_stride: of all rows as they are, beside those of all other steps
   T* cell_h;                // (rows, H): o·tanh(c), for the gradient of W_hr; or null
   int64_t rows;
   int64_t continued;
-  RowCuts cuts = {};
+  RowResets resets = {};
 };
 
 template <typename T>
@@ -112,7 +112,7 @@ struct CopyCell {
   int64_t carried;
   bool masked;  // by dropout
   Element element;
-  RowCuts cuts = {};         // these rows become zero
+  RowResets resets = {};     // these rows become zero
   const T* below = nullptr;  // rows of target_stride, as in ForwardCell: added, behind the mask; or null
   T* sum = nullptr;          // rows of target_stride: once more; or null
 };
@@ -164,16 +164,16 @@ inline constexpr int kPack = 16 / sizeof(Accumulator<T>);
 
 // ---- The four kernels, V units of one row at a time -----------------------------------------------------------------
 
-// W_ih·x + W_hh·h + b of a ForwardCell or a BackwardCell. `cut`: h is zero.
+// W_ih·x + W_hh·h + b of a ForwardCell or a BackwardCell. `reset`: h is zero.
 template <typename CellArguments, int V, typename A>
 STACKED_LSTM_HOST_DEVICE void preactivations(const CellArguments& cell, int64_t hidden, int64_t row, int64_t unit,
-                                             bool cut, A (&a)[4][V]) {
+                                             bool reset, A (&a)[4][V]) {
   STACKED_LSTM_UNROLL
   for (int gate = 0; gate < 4; ++gate) {
     const int64_t at = (4 * row + gate) * hidden + unit;
     const Pack<A, V> input = load<V>(cell.input_part + at);
     Pack<A, V> recurrent = load<V>(cell.recurrent_part + at);
-    if (cut) recurrent = {};
+    if (reset) recurrent = {};
     STACKED_LSTM_UNROLL
     for (int n = 0; n < V; ++n) a[gate][n] = input.element[n] + recurrent.element[n];
     if (cell.bias) {
@@ -195,12 +195,12 @@ STACKED_LSTM_HOST_DEVICE void forward_units(const CellSizes& sizes, const Forwar
                                             int64_t unit) {
   using A = Accumulator<T>;
   const int64_t hidden = sizes.width;
-  const bool cut = cell.cuts.at(row);
+  const bool reset = cell.resets.at(row);
   A a[4][V];
-  preactivations(cell, hidden, row, unit, cut, a);
+  preactivations(cell, hidden, row, unit, reset, a);
 
   Pack<A, V> c = load<V>(cell.c + row * hidden + unit);
-  if (cut) c = {};
+  if (reset) c = {};
   A h[V];
   Pack<A, V> gates[4];
   STACKED_LSTM_UNROLL
@@ -278,7 +278,7 @@ STACKED_LSTM_HOST_DEVICE void backward_units(const CellSizes& sizes, const Backw
                                              int64_t unit) {
   using A = Accumulator<T>;
   const int64_t hidden = sizes.width;
-  const bool cut = cell.cuts.at(row);
+  const bool reset = cell.resets.at(row);
   A dh[V];
   collect(sizes, cell.incoming, row, unit, dh);
 
@@ -291,7 +291,7 @@ STACKED_LSTM_HOST_DEVICE void backward_units(const CellSizes& sizes, const Backw
       for (int n = 0; n < V; ++n) y[gate][n] = saved.element[n];
     }
   } else {
-    preactivations(cell, hidden, row, unit, cut, y);
+    preactivations(cell, hidden, row, unit, reset, y);
   }
   // dc is complete before c is read. In the other order, nvcc takes 8 registers more for 16-bit numbers.
   Pack<A, V> dc = load<V>(cell.grad_c + row * hidden + unit);
@@ -311,7 +311,7 @@ STACKED_LSTM_HOST_DEVICE void backward_units(const CellSizes& sizes, const Backw
     STACKED_LSTM_UNROLL
     for (int n = 0; n < V; ++n) c_before[n] = widen(before.element[n]);
   }
-  if (cut) {
+  if (reset) {
     STACKED_LSTM_UNROLL
     for (int n = 0; n < V; ++n) c_before[n] = 0;
   }
@@ -329,13 +329,13 @@ STACKED_LSTM_HOST_DEVICE void backward_units(const CellSizes& sizes, const Backw
     h[n] = cell.cell_h ? Cell::template output<Maths>(gates, c.element[n]) : A(0);
   }
 
-  if (cut) dc = {};
+  if (reset) dc = {};
   store(cell.grad_c + row * hidden + unit, dc);
   STACKED_LSTM_UNROLL
   for (int gate = 0; gate < 4; ++gate) {
     Pack<T, V> narrow_grad = narrow_all<T>(grad[gate]);
     store(cell.all_grad_gates + row * sizes.gates_stride + gate * hidden + unit, narrow_grad);
-    if (cut) narrow_grad = {};
+    if (reset) narrow_grad = {};
     store(cell.grad_gates + (4 * row + gate) * hidden + unit, narrow_grad);
   }
   if (cell.cell_h) store(cell.cell_h + row * hidden + unit, narrow_all<T>(h));
@@ -355,7 +355,7 @@ template <int V, typename T>
 STACKED_LSTM_HOST_DEVICE void copy_units(const CellSizes& sizes, const CopyCell<T>& cell, int64_t row, int64_t unit) {
   Pack<T, V> pack = row < cell.carried ? load<V>(cell.source + row * cell.source_stride + unit)
                                        : load<V>(cell.initial + row * sizes.width + unit);
-  if (cell.cuts.at(row)) pack = {};
+  if (cell.resets.at(row)) pack = {};
   const int64_t at = row * cell.target_stride + unit;
   if (cell.masked || cell.below) {
     Accumulator<T> x[V];

@@ -190,7 +190,7 @@ class DiagonalDriver {
     return {row, shape_.first_row(std::max(one, other) + 1) - row};
   }
 
-  gates::RowCuts cuts(int64_t lane, int64_t t) const { return cuts_before(shape_, resets_, lane, t); }
+  gates::RowResets resets(int64_t lane, int64_t t) const { return resets_before(shape_, resets_, lane, t); }
 
   gates::Element element(const RunShape& run, int64_t lane, int64_t t) const {
     return {t * batch_, run.column_of(lane), layer_of(lane), mask(layer_of(lane))};

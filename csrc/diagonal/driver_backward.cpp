@@ -399,7 +399,7 @@ class Backward : DiagonalDriver<T> {
                             ((directions_ == 2 ? 0 : n) * rows_ + row) * run.gates_stride() +
                             lane % directions_ * 4 * hidden;
       cell.rows = rows;
-      cell.cuts = Base::cuts(lane, t);
+      cell.resets = Base::resets(lane, t);
       cells_.push_back(cell);
     }
     const int64_t first = some.first - run.first;

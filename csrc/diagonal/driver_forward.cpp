@@ -199,7 +199,7 @@ class Forward : DiagonalDriver<T> {
       if (A* const saved = parts_.gates(lane)) cell.saved_gates = saved + 4 * row * run.padded;
       cell.rows = rows;
       cell.element = Base::element(run, lane, t);
-      cell.cuts = Base::cuts(lane, t);
+      cell.resets = Base::resets(lane, t);
 
       T* const h = data<T>(run.h) + n * batch_ * run.output;
       T* const output = output_row(run, lane, row);

@@ -40,7 +40,7 @@ struct Call {
   bool stores_bf16;  // the CPU kernels store packed weights as bfloat16
   const StackShape& shape;
   bool states = false;    // every layer's h and c of all steps are results
-  OptionalTensor resets;  // bool (T, B), contiguous; true cuts a sequence: see stack/resets.h
+  OptionalTensor resets;  // bool (T, B), contiguous; see stack/resets.h
 
   // Whether the reserve of a forward pass keeps h and c of all layers.
   bool keeps_states() const { return saving != Saving::none || states; }

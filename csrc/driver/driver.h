@@ -241,15 +241,15 @@ inline const uint8_t* resets_of(const Call& call) {
   return call.resets ? static_cast<const uint8_t*>(call.resets->const_data_ptr()) : nullptr;
 }
 
-// The rows that are cut before a lane's step at time t.
-inline gates::RowCuts cuts_before(const StackShape& shape, const uint8_t* resets, int64_t lane, int64_t t) {
+// The rows that are reset before a lane's step at time t.
+inline gates::RowResets resets_before(const StackShape& shape, const uint8_t* resets, int64_t lane, int64_t t) {
   const int64_t boundary = boundary_before(shape, lane, t);
   if (!resets || boundary >= shape.steps) return {};
   return {resets + boundary * shape.batch, shape.active(boundary)};
 }
 
-// Calls add(cell) for each copy that is needed to make h(t-1) of every row of a lane, zero where a sequence is cut before t. `h`: where the lane's direction
-// begins in its layer's output; `h_0`, `target`: (B, output) and (rows, output) of the lane.
+// Calls add(cell) for each copy that is needed to make h(t-1) of every row of a lane, zero where a sequence is reset before t.
+// `h`: where the lane's direction begins in its layer's output; `h_0`, `target`: (B, output) and (rows, output) of the lane.
 template <typename T, typename Add>
 void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const T* h_0, T* target, Add&& add,
                         const uint8_t* resets = nullptr, int64_t h_stride = 0) {
@@ -259,10 +259,10 @@ void copies_of_previous(const StackShape& shape, int64_t lane, const T* h, const
     const int64_t row = shape.first_row(t), rows = steps > 1 ? steps * shape.batch : shape.active(t);
     const int64_t continued = continued_rows(shape, lane, t), before = reverse ? t + 1 : t - 1;
     const T* const source = continued > 0 ? h + shape.first_row(before) * stride : nullptr;
-    gates::RowCuts cuts = cuts_before(shape, resets, lane, t);
-    if (steps > 1) cuts.rows = rows;
+    gates::RowResets of_rows = resets_before(shape, resets, lane, t);
+    if (steps > 1) of_rows.rows = rows;
     add(gates::CopyCell<T>{
-        source, stride, h_0, target + row * output, output, rows, steps > 1 ? rows : continued, false, {}, cuts});
+        source, stride, h_0, target + row * output, output, rows, steps > 1 ? rows : continued, false, {}, of_rows});
   };
   // Steps all of whose rows continue: of a forward lane from the second step on, of a reverse lane from the first step on.
   const int64_t together = shape.packed() ? 0 : complete_steps(shape) - 1, first = reverse ? 0 : 1;

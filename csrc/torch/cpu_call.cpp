@@ -72,7 +72,7 @@ StackShape packed_inside(const StackShape& shape) {
   return inside;
 }
 
-Cuts cuts_of(const Call& call) {
+ResetLists resets_of(const Call& call) {
   if (!call.resets) return {};
   return {reinterpret_cast<const uint8_t*>(call.resets->const_data_ptr<bool>()), call.shape};
 }
@@ -172,7 +172,7 @@ Results run_forward(const Call& call) {
   Operands<T> operands(type);
   ForwardCall<T> kernel;
   kernel.shape = packed_inside(shape);
-  kernel.cuts = cuts_of(call);
+  kernel.resets = resets_of(call);
   kernel.input = operands.rows(call.input, call.packed);
   const cpu::Storage storage = call.stores_bf16 ? cpu::Storage::bf16 : cpu::Storage::same;
   const bool may_keep = call.saving == Saving::none;  // training changes the weights at every step
@@ -234,7 +234,7 @@ Gradients run_backward(const Call& call, const Kept& kept, const IncomingGradien
   Operands<T> operands(type);
   BackwardCall<T> kernel;
   kernel.shape = packed_inside(shape);
-  kernel.cuts = cuts_of(call);
+  kernel.resets = resets_of(call);
   kernel.input = operands.rows(call.input, call.packed);
   kernel.weights = operands.weights(call);
   kernel.h_0 = operands.take(call.h_0);

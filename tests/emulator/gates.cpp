@@ -573,9 +573,9 @@ struct Setup {
   int misaligned = -1;       // number of a buffer that begins one element later, if the kernel has it
   unsigned absent = 0;
   Share carried = Share::some, continued = Share::some;
-  Share cut = Share::all;  // of the rows, which can be cut; a third of them is
-  bool in_place = false;   // residual links: the sum is stored in the place of what it is made of
-  int64_t h_more = 16;     // a row that keeps h is so much longer than one of the layer's output
+  Share reset = Share::all;  // of the rows, which can be reset; a third of them is
+  bool in_place = false;     // residual links: the sum is stored in the place of what it is made of
+  int64_t h_more = 16;       // a row that keeps h is so much longer than one of the layer's output
   double rate = 0.3;
   int64_t seed = 0x0123456789ABCDEF;
   Real largest = 2;  // of the inputs
@@ -593,7 +593,7 @@ struct Setup {
     if (absent) words += ", absent " + std::to_string(absent);
     words += ", carried " + std::to_string(static_cast<int>(carried));
     words += ", continued " + std::to_string(static_cast<int>(continued)) + ", rate " + text(rate);
-    words += ", cut " + std::to_string(static_cast<int>(cut)) + (in_place ? ", in place" : "");
+    words += ", reset " + std::to_string(static_cast<int>(reset)) + (in_place ? ", in place" : "");
     if (h_more != 16) words += ", rows of h + " + std::to_string(h_more);
     if (largest != 2) words += ", inputs up to " + text(largest);
     if (special >= 0) words += ", " + text(special_value) + " in buffer " + std::to_string(special);
@@ -623,14 +623,14 @@ class Maker {
     return make<T>(wanted, plane, role, -setup.largest, setup.largest);
   }
 
-  // Which rows are cut. Those behind the last that can be are marked, too.
-  std::vector<uint8_t> cuts() {
+  // Which rows are reset. Those behind the last that can be are marked, too.
+  std::vector<uint8_t> resets() {
     if (!setup.has(kCuts)) return {};
-    std::vector<uint8_t> cut(static_cast<size_t>(rows()), 1);
-    for (int64_t row = 0; row < cuts_rows(); ++row) cut[static_cast<size_t>(row)] = random_.bits() % 3 == 0;
-    return cut;
+    std::vector<uint8_t> reset(static_cast<size_t>(rows()), 1);
+    for (int64_t row = 0; row < resettable_rows(); ++row) reset[static_cast<size_t>(row)] = random_.bits() % 3 == 0;
+    return reset;
   }
-  int64_t cuts_rows() const { return share_of(setup.cut, rows()); }
+  int64_t resettable_rows() const { return share_of(setup.reset, rows()); }
 
   int64_t rows() const { return setup.rows[static_cast<size_t>(cell)]; }
   // `count` vectors of the width in a row of its own, or in one of a wider tensor.
@@ -683,12 +683,12 @@ Bounded<A> masked(const Setup& setup, const gates::Element& element, int64_t row
   return x * (keeps ? Bounded<A>::rounded(scale, 0) : Bounded<A>{0, 0});
 }
 
-// The rows that are cut.
-struct CutsTest {
-  explicit CutsTest(Maker& m) : marks(m.cuts()), rows(m.cuts_rows()) {}
+// The rows that are reset.
+struct ResetsTest {
+  explicit ResetsTest(Maker& m) : marks(m.resets()), rows(m.resettable_rows()) {}
 
-  gates::RowCuts given() const { return {marks.empty() ? nullptr : marks.data(), rows}; }
-  bool cut(int64_t row) const { return !marks.empty() && row < rows && marks[static_cast<size_t>(row)] == 1; }
+  gates::RowResets given() const { return {marks.empty() ? nullptr : marks.data(), rows}; }
+  bool reset(int64_t row) const { return !marks.empty() && row < rows && marks[static_cast<size_t>(row)] == 1; }
 
   const std::vector<uint8_t> marks;
   const int64_t rows;
@@ -771,10 +771,10 @@ struct ForwardTest {
         saved_c(m.make<A>(m.setup.has(kSavedC), m.in_reserve(), Role::output)),
         saved_gates(m.make<A>(m.setup.has(kSavedGates), m.in_reserve(4), Role::output)),
         sums(m, m.setup.has(kAbove), m.in_output()),
-        cuts(m),
+        resets(m),
         cell{input_part.get(), recurrent_part.get(), bias.get(),       c.get(),           h.get(),
              output.get(),     above.get(),          saved_c.get(),    saved_gates.get(), m.rows(),
-             element,          cuts.given(),         sums.below.get(), sums.sum_given()} {}
+             element,          resets.given(),       sums.below.get(), sums.sum_given()} {}
 
   template <typename Visit>
   void each_buffer(const Visit& visit) {
@@ -788,11 +788,11 @@ struct ForwardTest {
     for (int64_t gate = 0; gate < 4; ++gate) {
       Bounded<A>& sum = a[static_cast<size_t>(gate)];
       sum = exact(input_part, 4 * row + gate, unit);
-      if (!cuts.cut(row)) sum = sum + exact(recurrent_part, 4 * row + gate, unit);
+      if (!resets.reset(row)) sum = sum + exact(recurrent_part, 4 * row + gate, unit);
       if (bias) sum = sum + exact(bias, gate, unit);
     }
     const CellState<A> y = gates_of(a);
-    const Bounded<A> c_next = y.f * (cuts.cut(row) ? Bounded<A>{} : exact(c, row, unit)) + y.i * y.g;
+    const Bounded<A> c_next = y.f * (resets.reset(row) ? Bounded<A>{} : exact(c, row, unit)) + y.i * y.g;
     compare(c, row, unit, c_next, "c", complain);
     compare(h, row, unit, y.o * hyperbolic_tangent(c_next), "h", complain);
     if (output) compare_bits(output, row, unit, h.at(row, unit), "output", complain);
@@ -817,7 +817,7 @@ struct ForwardTest {
   Buffer<T> h, output, above;
   Buffer<A> saved_c, saved_gates;
   SumsTest<T> sums;
-  CutsTest cuts;
+  ResetsTest resets;
   Cell cell;
 };
 
@@ -908,11 +908,11 @@ struct BackwardTest {
         all_grad_gates(
             m.make<T>(true, {m.rows(), 4 * m.setup.width, gates_stride(m.setup), m.setup.first_row}, Role::output)),
         cell_h(m.make<T>(m.setup.has(kCellH), m.dense(), Role::output)),
-        cuts(m),
+        resets(m),
         cell{in.incoming(),   gates.get(),  input_part.get(), recurrent_part.get(),
              bias.get(),      c.get(),      c_before.get(),   c_0.get(),
              grad_cell.get(), grad_c.get(), grad_gates.get(), all_grad_gates.get(),
-             cell_h.get(),    m.rows(),     continued,        cuts.given()} {}
+             cell_h.get(),    m.rows(),     continued,        resets.given()} {}
 
   static int64_t gates_stride(const Setup& setup) { return setup.directions * 4 * setup.width + setup.pad; }
   static Plane in_gradients(const Maker& m) {
@@ -936,24 +936,24 @@ struct BackwardTest {
     for (int64_t gate = 0; gate < 4; ++gate) {
       Bounded<A>& sum = a[static_cast<size_t>(gate)];
       sum = exact(gates ? gates : input_part, 4 * row + gate, unit);
-      if (!gates && !cuts.cut(row)) sum = sum + exact(recurrent_part, 4 * row + gate, unit);
+      if (!gates && !resets.reset(row)) sum = sum + exact(recurrent_part, 4 * row + gate, unit);
       if (!gates && bias) sum = sum + exact(bias, gate, unit);
     }
     const CellState<A> y = gates ? CellState<A>{a[0], a[1], a[2], a[3]} : gates_of(a);
     Bounded<A> before = row < continued ? exact(c_before, row, unit) : Bounded<A>{real(c_0.at(row, unit)), 0};
-    if (cuts.cut(row)) before = {};
+    if (resets.reset(row)) before = {};
     in.check_passed_on(row, unit, complain);
     const Bounded<A> dh = in.sum(row, unit), after = exact(c, row, unit);
     Bounded<A> dc = exact(grad_c, row, unit);
     if (grad_cell) dc = dc + Bounded<A>{real(grad_cell.at(row, unit)), 0};
     const CellGradient<A> d = gradient_of(y, before, after, dh, dc);
-    compare(grad_c, row, unit, cuts.cut(row) ? Bounded<A>{} : d.c, "grad_c", complain);
+    compare(grad_c, row, unit, resets.reset(row) ? Bounded<A>{} : d.c, "grad_c", complain);
     static constexpr const char* kNames[] = {"grad of i", "grad of f", "grad of g", "grad of o"};
     for (int64_t gate = 0; gate < 4; ++gate) {
       const T mine = all_grad_gates.at(row, gate * in.setup.width + unit);
       compare(all_grad_gates, row, gate * in.setup.width + unit, d.a[static_cast<size_t>(gate)], kNames[gate],
               complain);
-      compare_bits(grad_gates, 4 * row + gate, unit, cuts.cut(row) ? T{} : mine, "grad_gates", complain);
+      compare_bits(grad_gates, 4 * row + gate, unit, resets.reset(row) ? T{} : mine, "grad_gates", complain);
     }
     if (cell_h) compare(cell_h, row, unit, y.o * hyperbolic_tangent(after), "cell_h", complain);
   }
@@ -964,7 +964,7 @@ struct BackwardTest {
   Buffer<T> c_0, grad_cell;
   Buffer<A> grad_c;
   Buffer<T> grad_gates, all_grad_gates, cell_h;
-  CutsTest cuts;
+  ResetsTest resets;
   Cell cell;
 };
 
@@ -1012,10 +1012,11 @@ struct CopyTest {
         initial(m.make<T>(carried < m.rows(), m.dense(), Role::input)),
         target(m.make<T>(true, m.in_reserve(), Role::output)),
         sums(m, true, m.in_reserve()),
-        cuts(m),
-        cell{source.get(), m.in_output().stride, initial.get(), target.get(), m.in_reserve().stride, m.rows(),
-             carried,      setup.has(kMask),     element,       cuts.given(), sums.below.get(),      sums.sum_given()} {
-  }
+        resets(m),
+        cell{source.get(),   m.in_output().stride,  initial.get(),
+             target.get(),   m.in_reserve().stride, m.rows(),
+             carried,        setup.has(kMask),      element,
+             resets.given(), sums.below.get(),      sums.sum_given()} {}
 
   template <typename Visit>
   void each_buffer(const Visit& visit) {
@@ -1023,7 +1024,7 @@ struct CopyTest {
   }
 
   void check(int64_t row, int64_t unit, const Complain& complain) const {
-    const T from = cuts.cut(row) ? T{} : row < carried ? source.at(row, unit) : initial.at(row, unit);
+    const T from = resets.reset(row) ? T{} : row < carried ? source.at(row, unit) : initial.at(row, unit);
     Bounded<A> x{real(from), 0};
     if (setup.has(kMask)) x = masked(setup, element, row, unit, x);
     sums.check(target, row, unit, x, setup.has(kMask) ? nullptr : &from, "target", complain);
@@ -1034,7 +1035,7 @@ struct CopyTest {
   int64_t carried;
   Buffer<T> source, initial, target;
   SumsTest<T> sums;
-  CutsTest cuts;
+  ResetsTest resets;
   Cell cell;
 };
 
@@ -1085,9 +1086,10 @@ void run(const Setup& setup) {
   for (int64_t n = 0; n < cells; ++n) {
     const std::string of = " of cell " + std::to_string(n);
     tests[static_cast<size_t>(n)]->each_buffer([&](const char* name, const auto& buffer) { buffer.lend(name + of); });
-    if constexpr (requires { tests[0]->cuts; }) {
-      const CutsTest& cuts = tests[static_cast<size_t>(n)]->cuts;
-      emulator::lend("cuts" + of, cuts.given().cut, static_cast<int64_t>(cuts.marks.size()), emulator::Access::read);
+    if constexpr (requires { tests[0]->resets; }) {
+      const ResetsTest& resets = tests[static_cast<size_t>(n)]->resets;
+      emulator::lend("resets" + of, resets.given().reset, static_cast<int64_t>(resets.marks.size()),
+                     emulator::Access::read);
     }
   }
   emulator::lend("seed", setup.has(kMask) ? &setup.seed : nullptr, 1, emulator::Access::read);
@@ -1171,14 +1173,14 @@ void options_part() {
         if (absent == 0 || absent == kMask) run<CopyTest, T>(setup);
         if (absent & kSavedC) continue;  // no pointer of these kernels
         setup.continued = static_cast<Share>((static_cast<unsigned>(carried) + absent / 64) % 3);
-        setup.cut = static_cast<Share>((static_cast<unsigned>(carried) + absent / 16) % 3);
+        setup.reset = static_cast<Share>((static_cast<unsigned>(carried) + absent / 16) % 3);
         run<BackwardTest, T>(setup);
       }
     }
     for (const Share carried : {Share::none, Share::some, Share::all}) {
       for (const Share continued : {Share::none, Share::some, Share::all}) {
         Setup setup;
-        setup.width = width, setup.carried = carried, setup.continued = setup.cut = continued;
+        setup.width = width, setup.carried = carried, setup.continued = setup.reset = continued;
         setup.rows = {4, 1, 0, 3};
         run_all<T>(setup);
       }

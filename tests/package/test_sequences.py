@@ -1,4 +1,4 @@
-"""``lengths``, ``resets``, ``step(reset=)`` and ``return_sequences``: where sequences end, where they are cut, and what comes out."""
+"""``lengths``, ``resets``, ``step(reset=)`` and ``return_sequences``: where sequences end, where they are reset, and what comes out."""
 
 import copy
 import io

@@ -179,8 +179,8 @@ struct Problem {
       lane_gradients.push_back({gradients[n].data(), gradients[n + 1].data(), gradients[n + 2].data(),
                                 gradients[n + 3].data(), gradients[n + 4].data()});
     }
-    const Cuts cuts(resets.empty() ? nullptr : resets.data(), shape);
-    cpu::forward(ForwardCall<T>{shape, x, lane_weights, h_0.data(), c_0.data(), links, cuts, keeping, output.data(),
+    const ResetLists lists(resets.empty() ? nullptr : resets.data(), shape);
+    cpu::forward(ForwardCall<T>{shape, x, lane_weights, h_0.data(), c_0.data(), links, lists, keeping, output.data(),
                                 h_n.data(), c_n.data(), reserve.data(), bf16_weights},
                  workers, platform);
     std::vector<cpu::Bytes> sources;
@@ -197,7 +197,7 @@ struct Problem {
                                   h_0.data(),
                                   c_0.data(),
                                   links,
-                                  cuts,
+                                  lists,
                                   {},
                                   again.data(),
                                   h.data(),
@@ -206,7 +206,7 @@ struct Problem {
                                   bf16_weights},
                    workers, platform, &packed);
     }
-    if (shape.directions == 1 && !shape.packed() && cuts.empty() && links.rates == PerLayer<double>()) {
+    if (shape.directions == 1 && !shape.packed() && lists.empty() && links.rates == PerLayer<double>()) {
       stepped.assign(output.size(), nan);
       take_steps(packed, pool == Pool::one_thread ? 1 : workers.threads, platform);
     }
@@ -231,7 +231,7 @@ struct Problem {
                                   h_0.data(),
                                   c_0.data(),
                                   links,
-                                  cuts,
+                                  lists,
                                   keeping,
                                   output.data(),
                                   reserve.data(),
