@@ -427,7 +427,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     if (sends) sums_of.expect(number + receives);
     cells.prepare(s);
     if (receives) sums_of.receive(number++, cell_place, sums, s);
-    if (lane.reverse && block.packed()) cells.settle_begun(sums);
+    if (lane.reverse && block.ragged()) cells.settle_begun(sums);
     T* grad_gates = shared.grad_gates + s % 2 * kStepGates;
     cells.update(sums, grad_gates);
     // Makes the dgates(s) that each thread has written to shared memory visible to all threads. Also: all threads have
@@ -477,6 +477,7 @@ std::string backward_misfit(const BackwardArguments<typename C::T>& arguments) {
     return "steps " + number(s.first_step) + " to " + number(s.last_step) + " of " + number(s.steps) +
            ", in chunks of " + number(cut.chunk_steps);
   }
+  if (s.packed && !s.rows_before) return "a packed batch without its rows";
   if (std::string error = blocks_misfit(cut); !error.empty()) return error;
   const int most_units = kMaxWarps * C::kMTiles * 16;
   if (s.hidden < 1 || s.hidden > cut.units() || cut.units() > most_units) {
@@ -502,7 +503,7 @@ std::string backward_misfit(const BackwardArguments<typename C::T>& arguments) {
     if (!lane.weight_hh || !lane.c || !lane.grad_gates || (!lane.gates && !lane.preactivations)) {
       return where + "weights, c, gates or their gradients are not there";
     }
-    const bool keeps_h = lane.reverse && s.first_row;
+    const bool keeps_h = lane.reverse && s.rows_before;
     if (resumes && (!lane.carried_c || (keeps_h && !lane.carried_h)))
       return where + "nothing carried to step " + number(s.last_step);
     if (pauses && (!lane.carry_c || (keeps_h && !lane.carry_h)))

@@ -133,7 +133,7 @@ struct BackwardBlock {
         first_unit(p.rank * C::kGroups * kGroupUnits),
         tiles((a.cut.blocks * C::kGroups + 1) / 2) {}
 
-  __device__ __forceinline__ bool packed() const { return sizes.first_row != nullptr; }
+  __device__ __forceinline__ bool ragged() const { return sizes.rows_before != nullptr; }
   __device__ __forceinline__ int time(int step) const { return time_of(sizes, lane.reverse, step); }
   // How many sequences of the batch group have this step of the lane; 0 beyond its ends.
   __device__ __forceinline__ int active(int step) const {

@@ -25,6 +25,7 @@ class Forward : PersistentDriver<T> {
 
   Results run() {
     result_.output = at::empty(call_.output_sizes(), storage_);
+    if (shape_.has_lengths()) result_.output.zero_();  // no launch writes the padding
     result_.h_n = at::empty(call_.h_0.sizes(), storage_);
     result_.c_n = at::empty(call_.c_0.sizes(), storage_);
     result_.reserve = make_reserve<T>(call_);

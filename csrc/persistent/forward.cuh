@@ -148,8 +148,8 @@ __device__ __forceinline__ void copy_x(const LaunchSizes& sizes, const ForwardLa
   const int warps = static_cast<int>(blockDim.x) / kWarpThreads, columns = steps * Tiles * kTileColumns;
   const int quarters = pieces * 4, k_0 = first_piece * kPieceElements<T>;
   // Rows are x_row_stride apart. In a batch that is not packed, steps are x_step_stride apart.
-  const bool fits = quarters_fit(lane.x, lane.x_row_stride, lane.inputs) &&
-                    (sizes.first_row || lane.x_step_stride % kQuarter<T> == 0);
+  const bool fits =
+      quarters_fit(lane.x, lane.x_row_stride, lane.inputs) && (sizes.packed || lane.x_step_stride % kQuarter<T> == 0);
   for (int first = place.warp; first < columns; first += kAtOnce * warps) {
     const T* row[kAtOnce];
     int depth[kAtOnce];
@@ -160,8 +160,8 @@ __device__ __forceinline__ void copy_x(const LaunchSizes& sizes, const ForwardLa
       if (at >= columns) continue;
       const int t = time_of(sizes, lane.reverse, s + at / (Tiles * kTileColumns));
       if (column >= sequences.active(t)) continue;
-      row[n] += sizes.first_row ? (sequences.row(t) + column) * lane.x_row_stride
-                                : t * lane.x_step_stride + (sequences.first + column) * lane.x_row_stride;
+      row[n] += sizes.packed ? (sequences.row(t) + column) * lane.x_row_stride
+                             : t * lane.x_step_stride + (sequences.first + column) * lane.x_row_stride;
       depth[n] = lane.inputs;
     }
     for (int quarter = place.warp_lane; quarter < quarters; quarter += kWarpThreads) {
@@ -537,8 +537,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   peers.start();
   const int saves = in_register((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0) |
                                 (has_reader ? kChunks : 0));
-  // The row of column 0 at this step, and the distance to its row at the next step. In a packed batch the row is read
-  // again every step.
+  // The row of column 0 at this step, and the distance to its row at the next step. In a ragged batch the row is
+  // computed again every step.
   int64_t row = sequences.row(time_of(sizes, lane.reverse, 0));
   const int row_step = kept(lane.reverse ? -sizes.batch : sizes.batch);
   Meeting<T, Tiles> meeting(cut, place, warp, shared);
@@ -581,7 +581,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     const bool sends = s + 1 < sizes.steps;  // no block needs the last h: a push could meet a block that has exited
     if (sends) peers.expect(s);
     int active = columns;
-    if (sizes.first_row) {
+    if (sizes.rows_before) {
       const int t = time_of(sizes, lane.reverse, s);
       row = sequences.row(t);
       if (columns > 0) active = sequences.active(t);
@@ -638,6 +638,7 @@ std::string forward_misfit(const ForwardArguments<T>& arguments, const Instance&
   }
   if (s.lanes < 1 || s.lanes > kMaxLanes) return number(s.lanes) + " lanes: a launch takes 1 to " + number(kMaxLanes);
   if (s.steps < 1 || cut.chunk_steps < 1) return "no steps, or chunks of none";
+  if (s.packed && !s.rows_before) return "a packed batch without its rows";
   if (s.batch < 1 || s.batch_groups < 1 || s.batch_groups > s.batch) {
     return number(s.batch_groups) + " groups of a batch of " + number(s.batch);
   }
@@ -671,7 +672,7 @@ std::string forward_misfit(const ForwardArguments<T>& arguments, const Instance&
     const ForwardLane<T>& below = arguments.lane[lane.below];
     if (!arguments.chunks_done) return who + " has to wait for another one, and there are no counters";
     if (lane.reverse != below.reverse) return who + " goes the other way round than the one below";
-    const bool rows = lane.x_row_stride == s.h_stride && (s.first_row || lane.x_step_stride == s.batch * s.h_stride);
+    const bool rows = lane.x_row_stride == s.h_stride && (s.packed || lane.x_step_stride == s.batch * s.h_stride);
     if (lane.x != (below.above ? below.above : below.h) || lane.inputs != s.hidden || !rows) {
       return who + "'s x is not what lane " + number(lane.below) + " writes";
     }

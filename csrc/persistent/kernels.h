@@ -9,7 +9,8 @@
 //   a batch group   the sequences batch·g/batch_groups … batch·(g+1)/batch_groups - 1, at most 8·batch_tiles
 //
 // Rows, steps and lanes are those of stack.h: step t has the sequences 0 … active(t) - 1, and a reverse lane takes the
-// steps from T-1 down. Step number s of a lane is time s, or T-1-s in a reverse lane.
+// steps from T-1 down. Step number s of a lane is time s, or T-1-s in a reverse lane. A row that no sequence has, in the
+// padding of a batch with lengths, is neither read nor written.
 //
 // The template parameter T is the element type of the tensors: bfloat16, float16 or float. Sums, gates and c are float;
 // h is rounded to T once a step. Weights are read once a launch, in torch's own layout. There is no packed copy, so no
@@ -112,13 +113,16 @@ struct LaunchSizes {
   int batch;       // B, of all batch groups
   int hidden;      // H, of every lane of the launch
   int lanes;
-  int batch_groups;          // of the batch
-  int first_batch_group;     // of this launch
-  int copies;                // batch groups of this launch
-  int64_t h_stride;          // of a row of a layer's output, and of `above`: D·H
-  int64_t saved_stride;      // of a row of c in the reserve; a row of gates has four times as much
-  int64_t gates_stride;      // backward: of a row of gate gradients: D·4H
-  const int64_t* first_row;  // (T + 1), on the device, for a packed batch; else null, and row (t, b) is t·B + b
+  int batch_groups;       // of the batch
+  int first_batch_group;  // of this launch
+  int copies;             // batch groups of this launch
+  int64_t h_stride;       // of a row of a layer's output, and of `above`: D·H
+  int64_t saved_stride;   // of a row of c in the reserve; a row of gates has four times as much
+  int64_t gates_stride;   // backward: of a row of gate gradients: D·4H
+  // (T + 1), on the device: how many sequences all steps before step t have together, in a packed batch and in one with
+  // lengths. Null: every step has all sequences.
+  const int64_t* rows_before;
+  int packed;  // row (t, b) is rows_before[t] + b; else it is t·B + b, also with lengths
 
   // batch · batch_group / batch_groups, computed in 32 bits: on a GPU a division of 64 bits is a function call. Correct
   // for up to 65536 batch groups.
@@ -149,7 +153,7 @@ struct ForwardLane {
   const T* weight_hh;  // (4H, H)
   const T* bias_ih;    // (4H), or null
   const T* bias_hh;
-  const T* x;  // row (t, b): x + t·x_step_stride + b·x_row_stride; packed: x + (first_row[t] + b)·x_row_stride
+  const T* x;  // row (t, b): x + t·x_step_stride + b·x_row_stride; packed: x + (rows_before[t] + b)·x_row_stride
   int64_t x_step_stride, x_row_stride;
   T* h;                // (rows, ·) of h_stride
   T* above;            // h as the layer above sees it, masked by dropout: rows of h_stride; or null

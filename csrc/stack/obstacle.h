@@ -25,7 +25,7 @@ inline std::string obstacle(Path path, const StackOptions& options, ElementType 
   if (options.link != LinkKind::plain && options.num_layers > 1) {
     return "it has no " + std::string(kLinkNames[static_cast<int>(options.link)]) + " links";
   }
-  if (parts.lengths) return "it knows no lengths";
+  if (parts.lengths && path != Path::persistent) return "it knows no lengths";
   if (parts.resets) return "it knows no resets";
   if (path != Path::persistent) return "";
   if (type == ElementType::float64) return "it computes in float32, and these tensors are float64";

@@ -358,9 +358,9 @@ EQUIVALENT: list[Equivalent] = [
         function="forward",
         kind="guard",
         change="always true",
-        code="sizes.first_row",
+        code="sizes.rows_before",
         reason="the same row once more",
-        near="if (sizes.first_row) {",
+        near="if (sizes.rows_before) {",
     ),
     Equivalent(
         file="csrc/persistent/forward.cuh",

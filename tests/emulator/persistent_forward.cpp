@@ -77,6 +77,7 @@ enum : unsigned {
   kMasked = 1024,   // dropout between layers
   kCopied = 2048,   // `above` without a mask
   kShifted = 4096,  // pointers that stand on no more than an element
+  kPadded = 8192,   // lengths, and rows for all sequences at every step
   kInitial = kH0 | kC0,
   kBias = kBiasIh | kBiasHh,
   kSaves = kSaveC | kSaveGates,
@@ -94,7 +95,7 @@ struct Case {
   unsigned options = kAll;
   Way way = kForward;
   int batch_groups = 1, copies = 1;
-  std::vector<int> lengths = {};  // packed: of each sequence, falling
+  std::vector<int> lengths = {};  // of each sequence, falling: of a packed batch, or, kPadded, of a padded one
 
   bool has(unsigned option) const { return (options & option) != 0; }
   int directions() const { return way == kBoth ? 2 : 1; }
@@ -184,6 +185,30 @@ const std::vector<Case> kCases = {
     {"packed_exact", kF32,  kExact, kCluster, 2,           1, 1, 1, 3, 2, 2, 6, 4, 17, 20,
      kAll | kMasked, kBoth, 1,      1,        {6, 5, 2, 1}},
     {"packed_tf32", kF32, kTensor, kL2, 2, 1, 1, 1, 3, 2, 2, 6, 4, 17, 20, kAll, kReverse, 1, 1, {6, 5, 2, 1}},
+    {"lengths", kBf16, kTensor, kCluster,     2, 1, 1, 1, 3, 2, 2, 7, 5, 17, 20, kAll | kPadded | kMasked,
+     kBoth,     1,     1,       falling(7, 5)},
+    {"lengths_strided", kBf16, kTensor, kL2,          2, 1, 1, 1, 3, 3, 2, 5, 4, 24, 20, kAll | kPadded | kStrided,
+     kForward,          1,     1,       falling(5, 4)},
+    {"lengths_groups",
+     kF32,
+     kTensor,
+     kL2,
+     2,
+     1,
+     1,
+     1,
+     3,
+     2,
+     2,
+     6,
+     11,
+     17,
+     20,
+     kAll | kPadded,
+     kReverse,
+     2,
+     2,
+     {6, 6, 6, 6, 6, 4, 3, 3, 1, 1, 1}},
     {"thirty", kBf16, kTensor, kCluster, 2, 1, 1, 1, 2, 2, 30, 5, 2, 3, 11, kAll | kMasked},
     {"l2_thirty", kBf16, kTensor, kL2, 2, 1, 1, 1, 1, 2, 30, 5, 2, 3, 7, kAll | kMasked},
     {"l2_most_lanes", kBf16, kTensor, kL2, 2, 1, 1, 1, 2, 1, 32, 3, 2, 3, 9, kBias},
@@ -277,10 +302,14 @@ struct Stack {
     x_width = c.inputs + (c.has(kStrided) ? 8 : 0);
     saved_stride = (c.hidden + 15) / 16 * 16;
     h_stride = int64_t{directions} * c.hidden;
-    const int64_t rows = first_row.back(), state = int64_t{c.batch} * c.hidden, units = c.hidden;
+    const int64_t rows = packed() ? first_row.back() : int64_t{c.steps} * c.batch, state = int64_t{c.batch} * c.hidden,
+                  units = c.hidden;
     x = Guarded<T>(rows * x_width + shift());
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int k = 0; k < c.inputs; ++k) x[shift() + row * x_width + k] = narrow<T>(uniform(1));
+    for (int t = 0; t < c.steps; ++t) {
+      for (int b = 0; b < c.batch && t < length(b); ++b) {
+        const int64_t from = shift() + (c.has(kStrided) ? int64_t{b} * c.steps + t : row(t, b)) * x_width;
+        for (int k = 0; k < c.inputs; ++k) x[from + k] = narrow<T>(uniform(1));
+      }
     }
     const bool masks = c.has(kMasked) || c.has(kCopied);
     const float bound = 1.5f / std::sqrt(static_cast<float>(c.hidden));
@@ -306,7 +335,7 @@ struct Stack {
     sizes.steps = sizes.last_step = c.steps, sizes.batch = c.batch, sizes.hidden = c.hidden, sizes.lanes = c.lanes();
     sizes.batch_groups = c.batch_groups, sizes.copies = c.copies;
     sizes.h_stride = h_stride, sizes.saved_stride = saved_stride;
-    sizes.first_row = packed() ? first_row.data() : nullptr;
+    sizes.rows_before = ragged() ? first_row.data() : nullptr, sizes.packed = packed();
     for (int n = c.lanes(); n < kMaxLanes; ++n) arguments.lane[n].inputs = 1 << 20;  // no lane of this launch
     for (int n = 0; n < c.lanes(); ++n) {
       const int layer = n / directions, direction = n % directions;
@@ -341,9 +370,10 @@ struct Stack {
     }
   }
 
-  int length(int b) const { return packed() ? c.lengths[count_of(b)] : c.steps; }
-  bool packed() const { return !c.lengths.empty(); }
-  int64_t row(int t, int b) const { return first_row[count_of(t)] + b; }
+  int length(int b) const { return ragged() ? c.lengths[count_of(b)] : c.steps; }
+  bool ragged() const { return !c.lengths.empty(); }
+  bool packed() const { return ragged() && !c.has(kPadded); }
+  int64_t row(int t, int b) const { return (packed() ? first_row[count_of(t)] : int64_t{t} * c.batch) + b; }
 
   static void fill(Guarded<T>& values, float bound) {
     for (int64_t n = 0; n < values.size(); ++n) values[n] = narrow<T>(uniform(bound));
@@ -371,7 +401,7 @@ struct Stack {
       lend("saved_c" + of, m.saved_c, read_write), lend("saved_gates" + of, m.saved_gates, read_write);
     }
     lend("chunks_done", chunks_done, read_write), lend("words", words, read_write);
-    if (packed()) lend("first_row", first_row, read);
+    if (ragged()) lend("rows_before", first_row, read);
     if (c.has(kMasked)) emulator::lend("seed", &seed, 1, read);
   }
 
@@ -517,6 +547,16 @@ struct Stack {
         }
       }
     }
+    for (int t = length(b); t < c.steps && !packed(); ++t) {
+      const int64_t at = row(t, b);
+      if (h[count_of(layer)].untouched(shift() + at * h_stride + lane.h_column, hidden) &&
+          m.saved_c.untouched(at * saved_stride, saved_stride) &&
+          m.saved_gates.untouched(4 * at * saved_stride, 4 * saved_stride)) {
+        continue;
+      }
+      return "wrong numbers: the padding of lane " + std::to_string(number) + " was written at time " +
+             std::to_string(t);
+    }
     const bool asked = (c.has(kSaveC) || m.saved_c.untouched()) && (c.has(kSaveGates) || m.saved_gates.untouched()) &&
                        (c.has(kHn) || m.h_n.untouched()) && (c.has(kCn) || m.c_n.untouched());
     return asked ? ""
@@ -527,6 +567,11 @@ struct Stack {
   std::string judge_above() {
     for (int layer = 0; layer + 1 < c.layers && (c.has(kMasked) || c.has(kCopied)); ++layer) {
       for (int b = 0; b < c.batch; ++b) {
+        for (int t = length(b); t < c.steps && !packed(); ++t) {
+          if (!above[count_of(layer)].untouched(row(t, b) * h_stride, h_stride)) {
+            return "wrong numbers: the padding of what the layer above sees was written at time " + std::to_string(t);
+          }
+        }
         for (int t = 0; t < length(b); ++t) {
           std::vector<float> expected(count_of(h_stride));
           const int64_t from = row(t, b) * h_stride;
@@ -605,6 +650,7 @@ std::string refusals() {
       refused("ragged", kFailed, "0 lanes: a launch takes 1 to 32", [](Arguments& a, Device&) { a.sizes.lanes = 0; }),
       refused("ragged", kFailed, "33 lanes: a launch takes 1 to 32", [](Arguments& a, Device&) { a.sizes.lanes = 33; }),
       refused("ragged", kFailed, "no steps", [](Arguments& a, Device&) { a.sizes.steps = 0; }),
+      refused("ragged", kFailed, "a packed batch without its rows", [](Arguments& a, Device&) { a.sizes.packed = 1; }),
       refused("ragged", kFailed, "chunks of none", [](Arguments& a, Device&) { a.cut.chunk_steps = 0; }),
       refused("ragged", kFailed, "1 groups of a batch of 0", [](Arguments& a, Device&) { a.sizes.batch = 0; }),
       refused("ragged", kFailed, "0 groups of a batch", [](Arguments& a, Device&) { a.sizes.batch_groups = 0; }),

@@ -68,6 +68,7 @@ std::string misfit(const Arguments& a, const Instance* instances, int count) {
     if (s.first_sequence(group + 1) - s.first_sequence(group) > cut.columns()) return "a batch group is too wide";
   }
   if (s.first_step < 0 || s.first_step >= s.last_step || s.last_step > s.steps) return "steps out of range";
+  if (s.packed && !s.rows_before) return "a packed batch without its rows";
   if (!a.chunks_done) return "no counters";
   for (int64_t n = 0; n < int64_t{s.copies} * s.lanes * cut.blocks; ++n) {
     if (a.chunks_done[n] != 0) return "counters that are not zero";
@@ -86,8 +87,10 @@ struct Steps {
   int reverse;
 
   int time(int step) const { return reverse ? s.steps - 1 - step : step; }
-  int64_t first_row(int t) const { return s.first_row ? s.first_row[t] : int64_t{t} * s.batch; }
-  int active(int t) const { return static_cast<int>(first_row(t + 1) - first_row(t)); }
+  int64_t first_row(int t) const { return s.packed ? s.rows_before[t] : int64_t{t} * s.batch; }
+  int active(int t) const {
+    return s.rows_before ? static_cast<int>(s.rows_before[t + 1] - s.rows_before[t]) : s.batch;
+  }
   bool has(int step, int b) const { return step >= 0 && step < s.steps && b < active(time(step)); }
   int64_t row(int step, int b) const { return first_row(time(step)) + b; }
 };
@@ -164,7 +167,7 @@ void forward_lane(const ForwardArguments<T>& a, const ForwardLane<T>& l) {
       if (!steps.has(step, b)) continue;
       const int t = steps.time(step);
       const int64_t row = steps.row(step, b);
-      const T* from = s.first_row ? l.x + row * l.x_row_stride : l.x + t * l.x_step_stride + b * l.x_row_stride;
+      const T* from = s.packed ? l.x + row * l.x_row_stride : l.x + t * l.x_step_stride + b * l.x_row_stride;
       for (int k = 0; k < inputs; ++k) x[k] = operand(a.cut, from[k]);
       for (int k = 0; k < hidden; ++k) h_before[k] = operand(a.cut, h[k]);
       for (int j = 0; j < hidden; ++j) {
