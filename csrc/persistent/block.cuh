@@ -74,10 +74,12 @@ struct TwoAddresses {
 // The sequences of a batch group: `count` of them, from `first` on. Column b of the block is sequence first + b.
 struct Sequences {
   const int64_t* rows_before;
+  const uint8_t* resets;
   int packed, batch, first, count;
 
   __device__ __forceinline__ Sequences(const LaunchSizes& sizes, int copy)
       : rows_before(sizes.rows_before),
+        resets(sizes.resets),
         packed(sizes.packed),
         batch(sizes.batch),
         first(sizes.first_sequence(sizes.first_batch_group + copy)),
@@ -92,6 +94,13 @@ struct Sequences {
   // The row of column 0 at time t, if the column is active then.
   __device__ __forceinline__ int64_t row(int t) const {
     return (packed ? load_readonly(rows_before + t) : int64_t{t} * batch) + first;
+  }
+  // Whether column `column` is cut before step number s of a lane: see stack/resets.h. Call it only if there are resets.
+  // What stands behind a sequence's end is no cut. A reverse lane, which begins there, has not crossed anything yet.
+  __device__ __forceinline__ bool cut_before(const LaunchSizes& sizes, bool reverse, int s, int column) const {
+    const int boundary = reverse ? sizes.steps - s : s;
+    return boundary < sizes.steps && column < active(boundary) &&
+           load_readonly(resets + (int64_t{boundary} * batch + first + column)) != 0;
   }
 };
 

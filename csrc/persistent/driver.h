@@ -137,6 +137,7 @@ class PersistentDriver {
     s.gates_stride = sizes.gates_stride;
     s.rows_before = const_data<int64_t>(rows_before_);
     s.packed = shape_.packed();
+    if (call_.resets) s.resets = reinterpret_cast<const uint8_t*>(const_data<bool>(*call_.resets));
     arguments.watchdog = data<Watchdog>(watchdog_);
   }
 

@@ -323,7 +323,7 @@ class Backward : PersistentDriver<T> {
     return parts_.h_rows(layer);
   }
 
-  // h(t-1) of every row of a lane: (rows, H).
+  // h(t-1) of every row of a lane, zero where the sequence is cut: (rows, H).
   Tensor previous_of(int64_t lane) const {
     const int64_t layer = lane / directions_, hidden = hidden_of(layer);
     const Tensor previous = at::empty({rows_, hidden}, storage_);
@@ -332,16 +332,23 @@ class Backward : PersistentDriver<T> {
                        const_data<T>(h_0_) + states_.h(lane), data<T>(previous),
                        [&](const gates::CopyCell<T>& cell) { copies.add(cell); });
     copies.flush();
-    if (shape_.has_lengths()) {
-      const Tensor steps = previous.view({shape_.steps, batch_, hidden});
-      if (lane % directions_ != 0 && shape_.steps > 1) {
-        // A reverse lane begins a sequence at the sequence's own last step, behind which there is padding.
-        const Tensor some = steps.narrow(0, 0, shape_.steps - 1);
-        const Tensor initial = h_0_.flatten().narrow(0, states_.h(lane), batch_ * hidden).view({1, batch_, hidden});
-        some.copy_(at::where(padding_.narrow(0, 1, shape_.steps - 1), initial, some));
-      }
-      clear_padding(previous);
+    if (shape_.packed()) return previous;
+    const int64_t later = shape_.steps - 1;  // steps behind the first
+    const Tensor steps = previous.view({shape_.steps, batch_, hidden});
+    const bool reverse = lane % directions_ != 0;
+    if (shape_.has_lengths() && reverse) {
+      // A reverse lane begins a sequence at the sequence's own last step, behind which there is padding.
+      const Tensor some = steps.narrow(0, 0, later);
+      const Tensor initial = h_0_.flatten().narrow(0, states_.h(lane), batch_ * hidden).view({1, batch_, hidden});
+      some.copy_(at::where(padding_.narrow(0, 1, later), initial, some));
     }
+    if (call_.resets) {  // see stack/resets.h
+      const Tensor cuts = call_.resets->narrow(0, reverse ? 1 : 0, reverse ? later : shape_.steps).unsqueeze(2);
+      const bool ends = reverse && shape_.has_lengths();  // an entry behind a sequence's end is no cut
+      steps.narrow(0, 0, cuts.size(0))
+          .masked_fill_(ends ? cuts.logical_and(padding_.narrow(0, 1, later).logical_not()) : cuts, 0);
+    }
+    clear_padding(previous);
     return previous;
   }
 

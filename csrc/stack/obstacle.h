@@ -26,7 +26,7 @@ inline std::string obstacle(Path path, const StackOptions& options, ElementType 
     return "it has no " + std::string(kLinkNames[static_cast<int>(options.link)]) + " links";
   }
   if (parts.lengths && path != Path::persistent) return "it knows no lengths";
-  if (parts.resets) return "it knows no resets";
+  if (parts.resets && path != Path::persistent) return "it knows no resets";
   if (path != Path::persistent) return "";
   if (type == ElementType::float64) return "it computes in float32, and these tensors are float64";
   for (int64_t k = 0; k < options.num_layers; ++k) {

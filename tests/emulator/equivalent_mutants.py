@@ -172,7 +172,7 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/exchange.cuh",
-        function="send",
+        function="send_columns",
         kind="bound",
         change="off by one",
         code="n < kTileColumns * Tiles * kGroupWords",
@@ -180,7 +180,7 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/exchange.cuh",
-        function="send",
+        function="send_columns",
         kind="guard",
         change="off by one",
         code="word / kGroupWords >= share",
@@ -206,7 +206,7 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/exchange.cuh",
-        function="send",
+        function="send_columns",
         kind="guard",
         change="always false",
         code="waiting.given_up()",
@@ -215,7 +215,7 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/exchange.cuh",
-        function="send",
+        function="send_columns",
         kind="guard",
         change="always false",
         code="word / kGroupWords >= share",
@@ -358,9 +358,9 @@ EQUIVALENT: list[Equivalent] = [
         function="forward",
         kind="guard",
         change="always true",
-        code="sizes.rows_before",
+        code="saves & kRagged",
         reason="the same row once more",
-        near="if (sizes.rows_before) {",
+        near="if (saves & kRagged) {",
     ),
     Equivalent(
         file="csrc/persistent/forward.cuh",
@@ -657,8 +657,8 @@ EQUIVALENT: list[Equivalent] = [
         function="backward",
         kind="guard",
         change="always true",
-        code="block.packed()",
-        reason="without packed sequences all begin at the first step",
+        code="block.ragged()",
+        reason="sequences that all have all steps begin at the first one",
         near="settle_begun",
     ),
     Equivalent(

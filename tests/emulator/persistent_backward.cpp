@@ -90,6 +90,7 @@ enum : unsigned {
   kTopFirst = 8192,    // lane 0 is the top one, instead of the last
   kCell = 16384,       // grad_cell
   kPadded = 32768,     // lengths, and rows for all sequences at every step
+  kResets = 65536,     // sequences are cut
   kAll = kInitial | kOutput | kLast | kFirst | kShared,
 };
 enum class Number { bf16, f16, f32 };
@@ -155,8 +156,14 @@ const std::vector<Case> kCases = {
      3},
     {"states_only", bf16, kTensor, 1, 4, 1, kCluster, 3, 4, 3, 65, 3, 2, kCell | kFirst | kRecompute, 3},
     {"lengths", bf16, kTensor, 1, 4, 1, kCluster, 2, 7, 5, 40, 2, 3, kAll | kPadded | kAbove | kDropout | kCell, 2},
-    {"lengths_both", f32, kTensor, 1, 4, 2, kL2, 2, 5, 13, 17, 2, 2,
+    {"lengths_both", f32, kTensor, 1, 4, 2, kCluster, 2, 5, 13, 17, 2, 2,
      kAll | kBoth | kPadded | kAbove | kDropout | kRecompute | kBias, 2, 2, 1},
+    {"resets", bf16, kTensor, 1, 4, 1, kCluster, 2, 9, 5, 40, 2, 3, kAll | kResets | kDropout | kRecompute, 2},
+    {"resets_one", bf16, kTensor, 1, 4, 1, kCluster, 1, 1, 2, 33, 2, 4, kAll | kResets},
+    {"resets_both", f32, kExact, 2, 2, 1, kL2, 2, 6, 5, 17, 3, 2, kAll | kBoth | kPadded | kResets | kAbove | kCell, 1},
+    {"resets_cells", bf16, kTensor, 2, 4, 4, kCluster, 2, 4, 29, 200, 7, 2, kAll | kPadded | kResets, 3},
+    {"resets_inside", bf16, kTensor, 1, 4, 1, kL2, 2, 6, 5, 29, 1, 2, kAll | kResets | kReverse, 4},
+    {"resets_shares", f32, kTensor, 8, 2, 1, kL2, 2, 4, 5, 77, 10, 2, kAll | kResets, 2},
     {"l2_768", bf16, kTensor, 6, 2, 1, kL2, 1, 2, 3, 768, 48, 2, kAll & ~kShared},
 };
 
@@ -222,6 +229,7 @@ struct Stack {
   int64_t rows;
   std::vector<int> lengths;
   std::vector<int64_t> first_row;
+  std::vector<uint8_t> resets;
   int64_t seed = 987654321;
   // Every link has a rate of its own.
   static Dropout dropout(int layer) { return {0.4 + 0.1 * (layer % 3), 987654321}; }
@@ -252,6 +260,10 @@ struct Stack {
     s.saved_stride = (c.hidden + 15) / 16 * 16;
     s.gates_stride = int64_t{directions} * 4 * c.hidden;
     s.rows_before = has(kPacked | kPadded) ? first_row.data() : nullptr, s.packed = has(kPacked);
+    for (int t = 0; t < c.steps && has(kResets); ++t) {
+      for (int b = 0; b < c.batch; ++b) resets.push_back(t >= lengths[count(b)] || uniform(0, 1) < 0.4f);
+    }
+    s.resets = has(kResets) ? resets.data() : nullptr;
     Cut& cut = arguments.cut;
     cut.product = c.product, cut.exchange = c.exchange;
     cut.batch_tiles = c.batch_tiles, cut.pieces = c.pieces, cut.unit_tiles = c.unit_tiles;
@@ -341,6 +353,7 @@ struct Stack {
     }
     lend("chunks_done", chunks_done, read_write), lend("words", words, read_write);
     if (has(kPacked | kPadded)) lend("rows_before", first_row, read);
+    if (has(kResets)) lend("resets", resets, read);
     if (has(kDropout)) emulator::lend("seed", &seed, 1, read);
   }
 
@@ -407,6 +420,12 @@ struct Stack {
     return (has(kPadded) ? int64_t{t} * c.batch : first_row[count(t)]) + b;
   }
 
+  // Whether the sequence is cut before this step of a lane, which it has: see csrc/stack/resets.h.
+  bool cut(const BackwardLane<T>& lane, int step, int b) const {
+    const int boundary = lane.reverse ? c.steps - step : step;
+    return has(kResets) && boundary < lengths[count(b)] && resets[count(boundary * c.batch + b)];
+  }
+
   // Σ over gate rows of weight[row][unit] · dgates[row].
   double transposed(const T* weight, const T* dgates, int unit) const {
     const bool tf32 = std::is_same_v<T, float> && c.product == kTensor;
@@ -464,7 +483,9 @@ struct Stack {
             }
             dh = above;
             if (lane.grad_output) dh += widen(lane.grad_output[at * arguments.sizes.h_stride + j]);
-            if (after >= 0) {
+            if (after >= 0 && cut(lane, s + 1, b)) {
+              dc = 0;
+            } else if (after >= 0) {
               dh += transposed(lane.weight_hh, lane.grad_gates + after * stride, j);
             } else if (has(kLast)) {
               dh += widen(m.grad_h_n[b * hidden + j]);
@@ -479,7 +500,8 @@ struct Stack {
               y[g] = g == 2 ? std::tanh(y[g]) : 1 / (1 + std::exp(-y[g]));
             }
             const double c_next = m.c[at * saved + j], tanh_c = std::tanh(c_next);
-            const double c_before = before >= 0     ? m.c[before * saved + j]
+            const double c_before = cut(lane, s, b) ? 0
+                                    : before >= 0   ? m.c[before * saved + j]
                                     : has(kInitial) ? widen(m.c_0[b * hidden + j])
                                                     : 0;
             dc += dh * y[3] * (1 - tanh_c * tanh_c);
@@ -494,7 +516,9 @@ struct Stack {
             after = at;
           }
           if (!has(kFirst)) continue;
-          const double dh_0 = transposed(lane.weight_hh, lane.grad_gates + after * stride, j);
+          const bool cut_off = !lane.reverse && cut(lane, 0, b);
+          if (cut_off) dc = 0;
+          const double dh_0 = cut_off ? 0 : transposed(lane.weight_hh, lane.grad_gates + after * stride, j);
           std::string error = wrong("grad_h_0", -1, widen(m.grad_h_0[b * hidden + j]), dh_0, std::fabs(dh_0));
           if (error.empty()) error = wrong("grad_c_0", -1, widen(m.grad_c_0[b * hidden + j]), dc, std::fabs(dc));
           if (!error.empty()) return error;
@@ -564,6 +588,7 @@ std::string refusals() {
   };
   float carried = 0;
   int64_t rows_before = 0;
+  const uint8_t no_resets = 0;
   const std::string errors[] = {
       refused(cluster, Outcome::refused, "4 (in clusters of 2) have to be resident at once, the device holds 2",
               [](Arguments&, Device& d) { d.cluster_slots = 1; }),
@@ -579,6 +604,8 @@ std::string refusals() {
       fails("steps -1 to 2 of 2", [](Arguments& a) { a.sizes.first_step = -1; }),
       fails("steps 0 to 3 of 2", [](Arguments& a) { a.sizes.last_step = 3; }),
       fails("a packed batch without its rows", [](Arguments& a) { a.sizes.packed = 1; }),
+      refused(named("packed"), Outcome::failed, "resets of a packed batch",
+              [&](Arguments& a, Device&) { a.sizes.resets = &no_resets; }),
       fails("in chunks of 0", [](Arguments& a) { a.cut.chunk_steps = 0; }),
       fails("0 blocks of a lane: a cluster has 2 to 16", [](Arguments& a) { a.cut.blocks = 0; }),
       fails("1 blocks of a lane: a cluster has 2 to 16, since a cluster of one block has no peers",

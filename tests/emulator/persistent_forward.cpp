@@ -78,6 +78,7 @@ enum : unsigned {
   kCopied = 2048,   // `above` without a mask
   kShifted = 4096,  // pointers that stand on no more than an element
   kPadded = 8192,   // lengths, and rows for all sequences at every step
+  kResets = 16384,  // sequences are cut
   kInitial = kH0 | kC0,
   kBias = kBiasIh | kBiasHh,
   kSaves = kSaveC | kSaveGates,
@@ -209,6 +210,34 @@ const std::vector<Case> kCases = {
      2,
      2,
      {6, 6, 6, 6, 6, 4, 3, 3, 1, 1, 1}},
+    {"resets", kBf16, kTensor, kCluster, 2, 1, 1, 1, 3, 3, 2, 9, 5, 17, 20, kAll | kResets | kMasked, kBoth},
+    {"resets_one", kBf16, kTensor, kCluster, 2, 1, 1, 1, 2, 4, 1, 1, 2, 1, 9, kAll | kResets},
+    {"resets_eight",           kBf16,    kTensor, kCluster, 2,        1, 1, 1, 8, 2, 2, 4, 3, 3, 60,
+     kAll | kResets | kPadded, kReverse, 1,       1,        {4, 4, 2}},
+    {"resets_most", kBf16, kTensor, kCluster, 2, 4, 1, 2, 16, 2, 1, 3, 8, 17, 256, kSaves | kResets},  // most pushes
+    {"resets_batch", kF32, kTensor, kCluster, 2, 3, 4, 1, 12, 2, 2, 4, 27, 20, 96, kAll | kResets},
+    {"resets_groups",
+     kBf16,
+     kTensor,
+     kL2,
+     2,
+     1,
+     1,
+     1,
+     3,
+     2,
+     2,
+     8,
+     13,
+     17,
+     20,
+     kAll | kPadded | kResets,
+     kBoth,
+     2,
+     2,
+     {8, 8, 8, 8, 8, 7, 5, 3, 3, 2, 1, 1, 1}},
+    {"l2_resets", kBf16, kTensor, kL2, 2, 2, 2, 3, 4, 3, 2, 5, 13, 64, 96, kBias | kInitial | kResets},
+    {"inside_resets", kF32, kExact, kL2, 2, 1, 1, 3, 1, 2, 2, 6, 5, 7, 24, kAll | kResets},
     {"thirty", kBf16, kTensor, kCluster, 2, 1, 1, 1, 2, 2, 30, 5, 2, 3, 11, kAll | kMasked},
     {"l2_thirty", kBf16, kTensor, kL2, 2, 1, 1, 1, 1, 2, 30, 5, 2, 3, 7, kAll | kMasked},
     {"l2_most_lanes", kBf16, kTensor, kL2, 2, 1, 1, 1, 2, 1, 32, 3, 2, 3, 9, kBias},
@@ -278,6 +307,7 @@ struct Stack {
   const Case& c;
   ForwardArguments<T> arguments = {};
   std::vector<int64_t> first_row;
+  std::vector<uint8_t> resets;
   int64_t x_width, saved_stride, h_stride;
   Guarded<T> x;
   std::vector<Guarded<T>> h, above;  // a layer each
@@ -335,6 +365,10 @@ struct Stack {
     sizes.steps = sizes.last_step = c.steps, sizes.batch = c.batch, sizes.hidden = c.hidden, sizes.lanes = c.lanes();
     sizes.batch_groups = c.batch_groups, sizes.copies = c.copies;
     sizes.h_stride = h_stride, sizes.saved_stride = saved_stride;
+    for (int t = 0; t < c.steps && c.has(kResets); ++t) {
+      for (int b = 0; b < c.batch; ++b) resets.push_back(t >= length(b) || uniform(1) < -0.2f);
+    }
+    sizes.resets = c.has(kResets) ? resets.data() : nullptr;
     sizes.rows_before = ragged() ? first_row.data() : nullptr, sizes.packed = packed();
     for (int n = c.lanes(); n < kMaxLanes; ++n) arguments.lane[n].inputs = 1 << 20;  // no lane of this launch
     for (int n = 0; n < c.lanes(); ++n) {
@@ -402,6 +436,7 @@ struct Stack {
     }
     lend("chunks_done", chunks_done, read_write), lend("words", words, read_write);
     if (ragged()) lend("rows_before", first_row, read);
+    if (c.has(kResets)) lend("resets", resets, read);
     if (c.has(kMasked)) emulator::lend("seed", &seed, 1, read);
   }
 
@@ -493,6 +528,10 @@ struct Stack {
     for (int s = 0; s < length(b); ++s) {
       const int t = lane.reverse ? length(b) - 1 - s : s;
       const int64_t at = row(t, b);
+      const int boundary = lane.reverse ? t + 1 : t;  // see csrc/stack/resets.h
+      if (c.has(kResets) && boundary < length(b) && resets[count_of(boundary * c.batch + b)]) {
+        for (std::vector<double>* values : {&cell, &before, &of_cell}) values->assign(count_of(hidden), 0.0);
+      }
       const T* row_x =
           packed() ? lane.x + at * lane.x_row_stride : lane.x + t * lane.x_step_stride + b * lane.x_row_stride;
       for (int j = 0; j < hidden; ++j) {
@@ -651,6 +690,11 @@ std::string refusals() {
       refused("ragged", kFailed, "33 lanes: a launch takes 1 to 32", [](Arguments& a, Device&) { a.sizes.lanes = 33; }),
       refused("ragged", kFailed, "no steps", [](Arguments& a, Device&) { a.sizes.steps = 0; }),
       refused("ragged", kFailed, "a packed batch without its rows", [](Arguments& a, Device&) { a.sizes.packed = 1; }),
+      refused("packed", kFailed, "resets of a packed batch",
+              [](Arguments& a, Device&) {
+                static const uint8_t none = 0;
+                a.sizes.resets = &none;
+              }),
       refused("ragged", kFailed, "chunks of none", [](Arguments& a, Device&) { a.cut.chunk_steps = 0; }),
       refused("ragged", kFailed, "1 groups of a batch of 0", [](Arguments& a, Device&) { a.sizes.batch = 0; }),
       refused("ragged", kFailed, "0 groups of a batch", [](Arguments& a, Device&) { a.sizes.batch_groups = 0; }),

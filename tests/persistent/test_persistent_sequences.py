@@ -1,4 +1,4 @@
-"""Lengths on the persistent path: the driver, with the plain kernels of ``persistent_host.cpp``, against the definition."""
+"""Lengths and resets on the persistent path: the driver, with the plain kernels of ``persistent_host.cpp``, against the definition."""
 
 import contextlib
 
@@ -124,3 +124,54 @@ def test_a_call_with_lengths_has_the_same_bits_again_the_reserve_too(saving):
     arguments, keywords = case.arguments(torch.float32, saving)
     one, other = (torch.ops.stacked_lstm_ext.forward(*arguments, **keywords) for _ in range(2))
     assert_same_bits(dict(enumerate(one)), dict(enumerate(other)))
+
+
+@pytest.mark.parametrize("kind, saving", KINDS)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidir"])
+@pytest.mark.parametrize("lengths", [None, ENDS_EARLY, UNSORTED], ids=str)
+@pytest.mark.parametrize("resets", [0.3, 1.0])
+def test_resets_match_float64(resets, lengths, bidirectional, kind, saving):
+    check(Sequences(lengths=lengths, bidirectional=bidirectional, rates=(0.3, 0.1), resets=resets), kind, saving)
+
+
+@pytest.mark.parametrize("saving", ["full", "recompute"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidir"])
+@pytest.mark.parametrize("hidden, steps, lengths", [*WIDTHS, ((5, 5), 1, (1,))])
+def test_resets_of_stacks_of_many_sizes_match_float64(hidden, steps, lengths, bidirectional, saving):
+    check(Sequences(hidden, steps, 3, lengths, len(lengths), bidirectional, resets=0.5), saving=saving)
+
+
+@pytest.mark.parametrize("saving", ["full", "recompute"])
+@pytest.mark.parametrize("lengths", [None, FALLING], ids=["", "lengths"])
+@pytest.mark.parametrize("forward, backward", CUTS + CUTS_OF_BOTH, ids=range(len(CUTS + CUTS_OF_BOTH)))
+def test_resets_match_float64_however_a_stack_is_cut_up(forward, backward, lengths, saving):
+    both = (forward, backward) in CUTS_OF_BOTH
+    with cut_up(forward, backward):
+        check(Sequences(lengths=lengths, bidirectional=both, rates=(0.3, 0.0), resets=0.4), saving=saving)
+
+
+@pytest.mark.parametrize("saving", ["full", "recompute"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidir"])
+def test_states_and_their_gradients_with_resets_match_float64(bidirectional, saving):
+    check(Sequences(lengths=FALLING, bidirectional=bidirectional, rates=(0.3, 0.0), resets=0.4, states=True), saving=saving)
+
+
+@pytest.mark.parametrize("saving", ["full", "recompute"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidir"])
+def test_resets_that_are_all_false_change_no_bit(bidirectional, saving):
+    case = Sequences(bidirectional=bidirectional, rates=(0.3, 0.1))
+    arguments, keywords = case.arguments(torch.float32, saving)
+    without, _ = case.run(arguments, keywords)
+    with_resets, _ = case.run(arguments, {**keywords, "resets": torch.zeros(case.steps, case.batch, dtype=torch.bool)})
+    assert_same_bits(with_resets, without)
+
+
+def test_a_nan_does_not_cross_a_cut():
+    case = Sequences((9, 9), steps=6)
+    arguments, keywords = case.arguments(torch.float32, "full")
+    keywords["resets"] = torch.zeros(6, case.batch, dtype=torch.bool)
+    keywords["resets"][3, 1] = True
+    arguments[0][:3, 1] = torch.nan
+    output, h_n, c_n, _ = torch.ops.stacked_lstm_ext.forward(*arguments, **keywords)
+    assert output[:3, 1].isnan().all() and output[:, [0, 2, 3, 4, 5]].isfinite().all()
+    assert all(value.isfinite().all() for value in (output[3:], h_n, c_n))
