@@ -517,11 +517,21 @@ __device__ __forceinline__ void store_above(const ForwardArguments<T>& arguments
       const gates::Element element = {int64_t{t} * sizes.batch, first + unit, lane.layer, lane.mask};
       gates::apply_mask(x, numbering, element, sequences.first + column, 0);
     }
-    T* to = lane.above + (row + column) * sizes.h_stride + warp.first_unit + unit;
+    const int64_t at = (row + column) * sizes.h_stride + warp.first_unit + unit;
+    const auto exists = [&](int i) {
+      return unit + i >= 0 && unit + i < kGroupUnits && warp.first_unit + unit + i < sizes.hidden;
+    };
+    if (lane.residual) {
+      // A lane below may have written it in this launch. It is part of x of this step, whose chunk the block has
+      // acquired.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (exists(i)) x[i] += widen(load_l2(lane.residual + at + i));
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (unit + i >= 0 && unit + i < kGroupUnits && warp.first_unit + unit + i < sizes.hidden)
-        stored(to + i) = narrow<T>(x[i]);
+      if (exists(i)) stored(lane.above + at + i) = narrow<T>(x[i]);
     }
   }
 }
@@ -709,6 +719,7 @@ std::string forward_misfit(const ForwardArguments<T>& arguments, const Instance&
   for (int n = 0; n < s.lanes; ++n) {
     const ForwardLane<T>& lane = arguments.lane[n];
     const std::string who = "lane " + number(n);
+    if (lane.residual && !lane.above) return who + " adds its input to nothing";
     if (lane.inputs < 1) return who + " has " + number(lane.inputs) + " inputs";
     if (lane.below < -1 || lane.below >= n) {
       return who + " is above lane " + number(lane.below) + ": lanes stand in the order in which they feed each other";

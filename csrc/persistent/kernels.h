@@ -159,6 +159,7 @@ struct ForwardLane {
   int64_t x_step_stride, x_row_stride;
   T* h;                // (rows, ·) of h_stride
   T* above;            // h as the layer above sees it, masked by dropout: rows of h_stride; or null
+  const T* residual;   // rows of h_stride, added to `above`, behind the mask: the lane's part of its own x; or null
   const T* h_0;        // (B, H); or null: zeros
   const T* c_0;        // (B, H); or null: zeros
   T* h_n;              // (B, H), or null: h after each sequence's own last step

@@ -72,13 +72,14 @@ enum : unsigned {
   kSaveGates = 32,
   kHn = 64,
   kCn = 128,
-  kShared = 256,    // W_ih in shared memory
-  kStrided = 512,   // x is batch-first, with gaps between its rows
-  kMasked = 1024,   // dropout between layers
-  kCopied = 2048,   // `above` without a mask
-  kShifted = 4096,  // pointers that stand on no more than an element
-  kPadded = 8192,   // lengths, and rows for all sequences at every step
-  kResets = 16384,  // sequences are cut
+  kShared = 256,      // W_ih in shared memory
+  kStrided = 512,     // x is batch-first, with gaps between its rows
+  kMasked = 1024,     // dropout between layers
+  kCopied = 2048,     // `above` without a mask
+  kShifted = 4096,    // pointers that stand on no more than an element
+  kPadded = 8192,     // lengths, and rows for all sequences at every step
+  kResets = 16384,    // sequences are cut
+  kResidual = 32768,  // lanes of the upper layers add their x to what the layer above sees
   kInitial = kH0 | kC0,
   kBias = kBiasIh | kBiasHh,
   kSaves = kSaveC | kSaveGates,
@@ -238,6 +239,11 @@ const std::vector<Case> kCases = {
      {8, 8, 8, 8, 8, 7, 5, 3, 3, 2, 1, 1, 1}},
     {"l2_resets", kBf16, kTensor, kL2, 2, 2, 2, 3, 4, 3, 2, 5, 13, 64, 96, kBias | kInitial | kResets},
     {"inside_resets", kF32, kExact, kL2, 2, 1, 1, 3, 1, 2, 2, 6, 5, 7, 24, kAll | kResets},
+    {"residual", kBf16, kTensor, kCluster,     2, 1, 1, 1, 3, 3, 4, 7, 5, 17, 21, kAll | kMasked | kPadded | kResidual,
+     kForward,   1,     1,       falling(7, 5)},
+    {"residual_l2", kF32, kTensor, kL2, 2, 1, 1, 1, 3, 2, 3, 5, 3, 7, 20, kAll | kResidual | kShifted, kReverse},
+    {"residual_packed", kBf16, kTensor, kL2,          2, 1, 1, 1, 3, 2, 3, 6, 9, 7, 20, kAll | kMasked | kResidual,
+     kForward,          2,     2,       falling(6, 9)},
     {"thirty", kBf16, kTensor, kCluster, 2, 1, 1, 1, 2, 2, 30, 5, 2, 3, 11, kAll | kMasked},
     {"l2_thirty", kBf16, kTensor, kL2, 2, 1, 1, 1, 1, 2, 30, 5, 2, 3, 7, kAll | kMasked},
     {"l2_most_lanes", kBf16, kTensor, kL2, 2, 1, 1, 1, 2, 1, 32, 3, 2, 3, 9, kBias},
@@ -342,10 +348,11 @@ struct Stack {
       }
     }
     const bool masks = c.has(kMasked) || c.has(kCopied);
+    const auto has_above = [&](int layer) { return c.has(kResidual) || (masks && layer + 1 < c.layers); };
     const float bound = 1.5f / std::sqrt(static_cast<float>(c.hidden));
     for (int layer = 0; layer < c.layers; ++layer) {
       h.emplace_back(rows * h_stride + shift());
-      above.emplace_back(masks && layer + 1 < c.layers ? rows * h_stride : 0);
+      above.emplace_back(has_above(layer) ? rows * h_stride : 0);
       for (int direction = 0; direction < directions; ++direction) {
         const int64_t inputs = layer == 0 ? c.inputs : c.hidden;
         lanes.push_back({Guarded<T>(4 * units * inputs + shift()), Guarded<T>(4 * units * units + shift()),
@@ -381,7 +388,7 @@ struct Stack {
       lane.bias_ih = c.has(kBiasIh) ? m.bias_ih.data() : nullptr;
       lane.bias_hh = c.has(kBiasHh) ? m.bias_hh.data() : nullptr;
       lane.h = h[count_of(layer)].data() + shift() + column;
-      lane.above = masks && layer + 1 < c.layers ? above[count_of(layer)].data() + column : nullptr;
+      lane.above = has_above(layer) ? above[count_of(layer)].data() + column : nullptr;
       lane.h_0 = c.has(kH0) ? m.h_0.data() : nullptr;
       lane.c_0 = c.has(kC0) ? m.c_0.data() : nullptr;
       lane.h_n = c.has(kHn) ? m.h_n.data() : nullptr;
@@ -400,6 +407,7 @@ struct Stack {
         lane.below = n - directions, lane.inputs = c.hidden;
         lane.x = under.above ? under.above : under.h;
         lane.x_step_stride = c.batch * h_stride, lane.x_row_stride = h_stride;
+        if (c.has(kResidual)) lane.residual = lane.x + column;
       }
     }
   }
@@ -604,7 +612,8 @@ struct Stack {
 
   // h as the layer above sees it: the same mask, to the bit, as the CPU's.
   std::string judge_above() {
-    for (int layer = 0; layer + 1 < c.layers && (c.has(kMasked) || c.has(kCopied)); ++layer) {
+    for (int layer = 0; layer < c.layers; ++layer) {
+      if (above[count_of(layer)].size() == 0) continue;
       for (int b = 0; b < c.batch; ++b) {
         for (int t = length(b); t < c.steps && !packed(); ++t) {
           if (!above[count_of(layer)].untouched(row(t, b) * h_stride, h_stride)) {
@@ -616,6 +625,10 @@ struct Stack {
           const int64_t from = row(t, b) * h_stride;
           for (int64_t j = 0; j < h_stride; ++j) expected[count_of(j)] = widen(h[count_of(layer)][shift() + from + j]);
           if (c.has(kMasked)) dropout(layer).apply(expected.data(), h_stride, int64_t{t} * c.batch + b, layer);
+          const bool adds = c.has(kResidual) && layer > 0;
+          for (int64_t j = 0; j < h_stride && adds; ++j) {
+            expected[count_of(j)] += widen(above[count_of(layer - 1)][from + j]);
+          }
           for (int64_t j = 0; j < h_stride; ++j) {
             const T wanted = narrow<T>(expected[count_of(j)]);
             if (std::memcmp(&above[count_of(layer)][from + j], &wanted, sizeof(T)) == 0) continue;
@@ -721,6 +734,8 @@ std::string refusals() {
       refused("ragged", kFailed, "hidden 20, units 72, K 64", [](Arguments& a, Device&) { a.cut.blocks = 9; }),
       refused("l2_ragged", kFailed, "without words", [](Arguments& a, Device&) { a.words = nullptr; }),
       refused("ragged", kFailed, "lane 1 has 0 inputs", [](Arguments& a, Device&) { a.lane[1].inputs = 0; }),
+      refused("ragged", kFailed, "lane 1 adds its input to nothing",
+              [](Arguments& a, Device&) { a.lane[1].residual = a.lane[1].x; }),
       refused("ragged", kFailed, "lane 1 is above lane -2", [](Arguments& a, Device&) { a.lane[1].below = -2; }),
       refused("ragged", kFailed, "lane 1 is above lane 1", [](Arguments& a, Device&) { a.lane[1].below = 1; }),
       refused("ragged", kFailed, "no counters", [](Arguments& a, Device&) { a.chunks_done = nullptr; }),

@@ -200,7 +200,8 @@ void forward_lane(const ForwardArguments<T>& a, const ForwardLane<T>& l) {
         l.h[row * s.h_stride + j] = h[j];
         if (l.above) {
           const double kept = mask_of(l.mask, s, l.layer, l.h_column + j, t, b);
-          l.above[row * s.h_stride + j] = narrow<T>(static_cast<float>(widen(h[j]) * kept));
+          const double added = l.residual ? widen(l.residual[row * s.h_stride + j]) : 0.0;
+          l.above[row * s.h_stride + j] = narrow<T>(static_cast<float>(widen(h[j]) * kept + added));
         }
       }
     }
@@ -234,7 +235,10 @@ Outcome forward(const ForwardArguments<T>& a, void*) {
       if (l.x_row_stride != s.h_stride || l.x_step_stride != s.batch * s.h_stride) return failed("strides of h");
     }
     if (l.h_column != (l.reverse ? s.hidden : 0)) return failed("the column of a direction");
-    if (l.above && !l.mask.seed) return failed("a mask without a seed");
+    if (l.above && !l.mask.seed && !l.residual) return failed("a mask without a seed");
+    if (l.residual &&
+        (!l.above || l.residual != l.x + l.h_column || l.inputs != s.h_stride || l.x_row_stride != s.h_stride))
+      return failed("a residual that is not the lane's part of its input");
   }
   const Outcome outcome = outcome_of(a);
   if (outcome.kind != Outcome::ok) return outcome;

@@ -29,7 +29,7 @@ GROUPS = [
     ["one", "two", "deep", "ragged", "forty", "wide", "full", "odd", "three", "largest", "eight"],
     ["l2", "inside", "not_inside"],
     ["exact", "tf32", "reverse", "both", "copies", "rounds", "masked", "copied", "strided", "shifted", "packed", "thirty"],
-    ["lengths", "resets"],
+    ["lengths", "resets", "residual"],
 ]
 
 
