@@ -135,7 +135,15 @@ def _use_persistent_kernels(table: int, watchdog: bool = False) -> None:
     """Let the persistent kernels of the ``persistent::PersistentTable`` at this address run on CPU tensors; 0: none run. With
     ``watchdog``, these kernels report a wait that took too long."""
 
-def obstacle(path: str, options: StackOptions, dtype: str, lengths: bool = False, resets: bool = False) -> str:
+def obstacle(
+    path: str,
+    options: StackOptions,
+    dtype: str,
+    lengths: bool = False,
+    resets: bool = False,
+    states: bool = False,
+    trains: bool = False,
+) -> str:
     """Why ``"cpu"``, ``"diagonal"`` or ``"persistent"`` cannot run a call of a stack with these options, in words; empty if it can. See
     ``plan.obstacle``."""
 

@@ -274,7 +274,7 @@ __device__ __forceinline__ uint64_t clock_nanoseconds() {
 }
 
 // ------------------------------------------------------------------------------------------------------- cache hints
-// Each is one access of 2, 4, 8 or 16 bytes of global memory, aligned to its size. None of them orders other accesses.
+// Each is one access of 1, 2, 4, 8 or 16 bytes of global memory, aligned to its size. None of them orders other accesses.
 // A block may read what another block writes only after an acquire (or a fence) of its own, of scope cluster or wider,
 // and never by load_readonly. The emulator checks this for accesses through these functions. A plain `*p` is the same
 // instruction as load_ordinary(p) or stored(p), but the emulator does not see it.
@@ -283,6 +283,10 @@ namespace primitives_detail {
 
 template <int Bytes>
 struct RawWord;
+template <>
+struct RawWord<1> {
+  using type = unsigned char;
+};
 template <>
 struct RawWord<2> {
   using type = unsigned short;

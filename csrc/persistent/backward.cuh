@@ -14,6 +14,9 @@
 // keeps these sums. The accumulators of dh(s-1) start from them. So one exchange adds up both, and a block waits for,
 // and reads from, only the block of the same rank in the lane above.
 //
+// Where a sequence is cut before step s, its dgates(s) are zeros in shared memory, so that only the lane above adds to
+// dh(s-1). Memory gets the true ones.
+//
 // Sums are sent in patches of 8 units by 8 columns of the batch: half of the units of a tile that a warp has
 // multiplied. Rows r and r + 8 of a tile are the units 2r and 2r + 1, which are neighbours in the memory that weights
 // are loaded from.
@@ -27,6 +30,15 @@
 #include "backward_sums.cuh"
 
 namespace stacked_lstm::cuda::persistent {
+
+// What a thread needs to know of its launch at every step, in one register.
+enum Flags : int {
+  kOver = 1,     // a lane of this launch is above this lane
+  kReader = 2,   // a lane below in this launch reads this lane's dgates
+  kUnusual = 4,  // settle_begun() or cut() has something to do
+  kExtras = 8,   // prepare() has
+  kCut = 16,     // the sequence of the thread's column is cut before this step
+};
 
 // ---- A thread's cells -----------------------------------------------------------------------------------------------
 
@@ -131,8 +143,8 @@ class BackwardCells {
     }
   }
 
-  // Computes all of step s that does not need its dh.
-  __device__ __forceinline__ void prepare(int s) {
+  // Computes all of step s that does not need its dh. kExtras: if the bit is set, what few calls have is computed, too.
+  __device__ __forceinline__ void prepare(int s, int flags) {
     const BackwardLane<T>& lane = block_.lane;
     const bool ends = active_ && !was_active_;  // step s is the sequence's last: it has no step s+1
 #pragma unroll
@@ -156,7 +168,13 @@ class BackwardCells {
       if (ends && lane.grad_h_n) incoming_[n] += widen(load_ordinary(lane.grad_h_n + state(n)));
       if (ends) dc_[n] = lane.grad_c_n ? widen(load_ordinary(lane.grad_c_n + state(n))) : 0;
     }
-    if (lane.grad_cell) add_cell_gradients(s);
+    if (flags & kExtras) {
+      if (lane.grad_cell) add_cell_gradients(s);
+      if (flags & kCut) {
+#pragma unroll
+        for (int n = 0; n < kCells; ++n) slope_[n].f = 0;  // the step saw c(s-1) = 0
+      }
+    }
   }
 
   // When dh has come: computes dgates(s), writes them to shared memory for the products, and keeps them for store().
@@ -178,6 +196,30 @@ class BackwardCells {
         }
       }
     }
+  }
+
+  // Call it after update(). If the sequence is cut before step s, zeroes what would go on to step s-1: dc, and dgates(s) in
+  // shared memory, where only the lane's own product reads them. store() writes the true ones. Returns the flags with
+  // kCut of step s-1: that is loaded here, long before prepare() needs it.
+  __device__ __forceinline__ int cut(int s, T* grad_gates, int flags) {
+    if (flags & kCut) {
+#pragma unroll
+      for (int n = 0; n < kCells; ++n) {
+        if (!cells_.has(n)) continue;
+        dc_[n] = 0;
+        const int unit = cells_.unit_of(n) - block_.first_unit;
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) {
+          if (cells_.first_share)
+            grad_gates[quarter_at<C>(cells_.column, unit / kQuarter<T>, gate) + unit % kQuarter<T>] = T{};
+        }
+      }
+    }
+    return s > 0 ? with_cut(s - 1, flags) : flags;
+  }
+  // The flags with kCut of step s.
+  __device__ __forceinline__ int with_cut(int s, int flags) const {
+    return block_.cut_before(s, cells_.column) ? flags | kCut : flags & ~kCut;
   }
 
   // A reverse lane's sequences have different first steps. If step s+1 was the sequence's first step, the current dh
@@ -366,11 +408,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   }
   bool has_reader = false;  // a lane below in this launch reads this lane's dgates
   for (int n = 0; n < sizes.lanes; ++n) has_reader |= arguments.lane[n].over == place.lane;
-  // From here on both are in one register.
-  enum Neighbours : int { kOver = 1, kReader = 2 };
-  const int neighbours = in_register((lane.over >= 0 ? kOver : 0) | (has_reader ? kReader : 0));
-  const auto over = [&] { return (neighbours & kOver) != 0; };
-  const auto read = [&] { return (neighbours & kReader) != 0; };
+  const bool begins_late = lane.reverse && block.ragged();  // some sequences do
+  int flags =
+      in_register((lane.over >= 0 ? kOver : 0) | (has_reader ? kReader : 0) |
+                  (begins_late || sizes.resets ? kUnusual : 0) | (lane.grad_cell || sizes.resets ? kExtras : 0));
+  const auto over = [&] { return (flags & kOver) != 0; };
+  const auto read = [&] { return (flags & kReader) != 0; };
 
   const int last = sizes.last_step, first = sizes.first_step, chunk_steps = arguments.cut.chunk_steps;
   constexpr int kStepGates = C::kColumns * C::kPitch;              // elements of dgates of a step
@@ -419,17 +462,24 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     if (over()) project_next(last);
   }
   cells.prefetch(last - 1);
+  if (sizes.resets) flags = cells.with_cut(last - 1, flags);
 
   for (int s = last - 1; s >= first; --s) {
     // Hazard: every exchange that is sent has to be received. So dh(first-1) is sent only if grad_h_0 is wanted.
     const bool receives = s + 1 < last || over() || resumes, sends = s > first || (s == 0 && lane.grad_h_0);
     CellSums<C> sums = {};
     if (sends) sums_of.expect(number + receives);
-    cells.prepare(s);
+    cells.prepare(s, flags);
     if (receives) sums_of.receive(number++, cell_place, sums, s);
-    if (lane.reverse && block.packed()) cells.settle_begun(sums);
     T* grad_gates = shared.grad_gates + s % 2 * kStepGates;
-    cells.update(sums, grad_gates);
+    // Two copies of update(), so that other calls have one branch here, and not two.
+    if (flags & kUnusual) {
+      if (lane.reverse && block.ragged()) cells.settle_begun(sums);
+      cells.update(sums, grad_gates);
+      if (sizes.resets) flags = cells.cut(s, grad_gates, flags);
+    } else {
+      cells.update(sums, grad_gates);
+    }
     // Makes the dgates(s) that each thread has written to shared memory visible to all threads. Also: all threads have
     // read the sums of dh(s), so this block may send its sums of dh(s-1), after which its peers may write over those of
     // dh(s). And all threads have written dgates(s+1) to memory, which publish_chunks releases.
@@ -477,6 +527,8 @@ std::string backward_misfit(const BackwardArguments<typename C::T>& arguments) {
     return "steps " + number(s.first_step) + " to " + number(s.last_step) + " of " + number(s.steps) +
            ", in chunks of " + number(cut.chunk_steps);
   }
+  if (s.packed && !s.rows_before) return "a packed batch without its rows";
+  if (s.packed && s.resets) return "resets of a packed batch";
   if (std::string error = blocks_misfit(cut); !error.empty()) return error;
   const int most_units = kMaxWarps * C::kMTiles * 16;
   if (s.hidden < 1 || s.hidden > cut.units() || cut.units() > most_units) {
@@ -502,7 +554,7 @@ std::string backward_misfit(const BackwardArguments<typename C::T>& arguments) {
     if (!lane.weight_hh || !lane.c || !lane.grad_gates || (!lane.gates && !lane.preactivations)) {
       return where + "weights, c, gates or their gradients are not there";
     }
-    const bool keeps_h = lane.reverse && s.first_row;
+    const bool keeps_h = lane.reverse && s.rows_before;
     if (resumes && (!lane.carried_c || (keeps_h && !lane.carried_h)))
       return where + "nothing carried to step " + number(s.last_step);
     if (pauses && (!lane.carry_c || (keeps_h && !lane.carry_h)))

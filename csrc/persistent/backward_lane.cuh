@@ -133,8 +133,12 @@ struct BackwardBlock {
         first_unit(p.rank * C::kGroups * kGroupUnits),
         tiles((a.cut.blocks * C::kGroups + 1) / 2) {}
 
-  __device__ __forceinline__ bool packed() const { return sizes.first_row != nullptr; }
+  __device__ __forceinline__ bool ragged() const { return sizes.rows_before != nullptr; }
   __device__ __forceinline__ int time(int step) const { return time_of(sizes, lane.reverse, step); }
+  // Whether the sequence of a column is cut before this step of the lane.
+  __device__ __forceinline__ bool cut_before(int step, int column) const {
+    return sizes.resets && sequences.cut_before(sizes, lane.reverse, step, column);
+  }
   // How many sequences of the batch group have this step of the lane; 0 beyond its ends.
   __device__ __forceinline__ int active(int step) const {
     return step < 0 || step >= sizes.steps ? 0 : sequences.active(time(step));
@@ -143,7 +147,7 @@ struct BackwardBlock {
 
 // Copies the dgates of step `step` of a lane, of this block's units, from memory to `to`, as the rows of K that
 // products read; zeros if there is no such row or unit. kLater: they are not there before copy_async_wait and a
-// barrier.
+// barrier. Else they are for the lane's own recurrence: zeros also where the sequence is cut before this step.
 template <bool kLater, class C, typename T = typename C::T>
 __device__ __forceinline__ void copy_dgates(const BackwardBlock<C>& block, const T* grad_gates, int step, T* to) {
   constexpr int kItems = C::kColumns * C::kPieces * 4;
@@ -154,7 +158,8 @@ __device__ __forceinline__ void copy_dgates(const BackwardBlock<C>& block, const
   for (int item = block.place.thread; item < kItems; item += C::kThreads) {
     const int quarter = item % 4, piece = item / 4 % C::kPieces, column = item / 4 / C::kPieces;
     const int unit = block.first_unit + piece * kQuarter<T>;
-    const bool there = column < active && unit < sizes.hidden;
+    bool there = column < active && unit < sizes.hidden;
+    if constexpr (!kLater) there = there && !block.cut_before(step, column);
     const T* from = grad_gates + (there ? (row + column) * sizes.gates_stride + int64_t{quarter} * sizes.hidden : 0);
     T* at = to + quarter_at<C>(column, piece, quarter);
     if (kLater && fits) {

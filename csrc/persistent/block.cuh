@@ -73,24 +73,34 @@ struct TwoAddresses {
 
 // The sequences of a batch group: `count` of them, from `first` on. Column b of the block is sequence first + b.
 struct Sequences {
-  const int64_t* first_row;
-  int batch, first, count;
+  const int64_t* rows_before;
+  const uint8_t* resets;
+  int packed, batch, first, count;
 
   __device__ __forceinline__ Sequences(const LaunchSizes& sizes, int copy)
-      : first_row(sizes.first_row),
+      : rows_before(sizes.rows_before),
+        resets(sizes.resets),
+        packed(sizes.packed),
         batch(sizes.batch),
         first(sizes.first_sequence(sizes.first_batch_group + copy)),
         count(sizes.first_sequence(sizes.first_batch_group + copy + 1) - first) {}
 
   // Columns 0 … active(t) - 1 have a step t; if active(t) <= 0, no column has. (Sequences are sorted by length.)
   __device__ __forceinline__ int active(int t) const {
-    if (!first_row) return count;
-    const auto all = static_cast<int>(load_readonly(first_row + t + 1) - load_readonly(first_row + t));
+    if (!rows_before) return count;
+    const auto all = static_cast<int>(load_readonly(rows_before + t + 1) - load_readonly(rows_before + t));
     return all - first < count ? all - first : count;
   }
   // The row of column 0 at time t, if the column is active then.
   __device__ __forceinline__ int64_t row(int t) const {
-    return (first_row ? load_readonly(first_row + t) : int64_t{t} * batch) + first;
+    return (packed ? load_readonly(rows_before + t) : int64_t{t} * batch) + first;
+  }
+  // Whether column `column` is cut before step number s of a lane: see stack/resets.h. Call it only if there are resets.
+  // What stands behind a sequence's end is no cut. A reverse lane, which begins there, has not crossed anything yet.
+  __device__ __forceinline__ bool cut_before(const LaunchSizes& sizes, bool reverse, int s, int column) const {
+    const int boundary = reverse ? sizes.steps - s : s;
+    return boundary < sizes.steps && column < active(boundary) &&
+           load_readonly(resets + (int64_t{boundary} * batch + first + column)) != 0;
   }
 };
 

@@ -51,6 +51,9 @@ LaneCost predict_step(const Model& m, const Cut& cut, int64_t inputs, Home w_ih,
     const double reduce = cut.splits > 1 ? costs.reduce + costs.reduce_words * (cut.splits - 1) * batch_tiles : 0;
     cost.gates = m.cycles_us(activations * gate_warps + costs.gate_latency + reduce);
     in_memory = m.ask.keeps_c() ? bytes + 4 + (m.ask.saving == Saving::full ? 16 : 0) : 0;
+    // A residual link: the warp reads its part of x once more, and writes the sum beside h. The latency of L2 passes while
+    // the blocks exchange h.
+    if (m.shape.link == LinkKind::residual && m.shape.depth() > 1) in_memory += 2 * bytes;
     if (in_memory > 0) cost.saves = m.cycles_us(costs.save * gate_warps);
   }
   // Memory may be slower than all blocks together. Memory works beside the rest of the step: only what takes longer

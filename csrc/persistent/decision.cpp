@@ -96,8 +96,8 @@ Product product_for(at::ScalarType type) {
 // Why the kernels cannot run this, if that is known without a plan, or "".
 std::string known_obstacle(const Question& q) {
   const auto number = [](int64_t n) { return std::to_string(n); };
-  if (std::string why = obstacle(Path::persistent, q.options, element_type(q.type), {q.shape.has_lengths(), q.resets});
-      !why.empty()) {
+  const CallParts parts{q.shape.has_lengths(), q.resets, q.states, q.saving != Saving::none};
+  if (std::string why = obstacle(Path::persistent, q.options, element_type(q.type), parts); !why.empty()) {
     return why;
   }
   if (q.shape.batch == 0) return "the batch is empty";

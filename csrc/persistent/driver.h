@@ -54,18 +54,19 @@ auto with_storage(at::ScalarType type, Run&& run) {
   return run(float{});
 }
 
-// first_row of all steps and of T, on the device of `input`; undefined if the batch is not packed.
+// LaunchSizes::rows_before, on the device of `input`; undefined if every step has all sequences.
 //
 // Hazard: a copy from the host reads its source when the stream reaches the copy, and in a CUDA graph again at every
 // replay. The source may be gone by then. So the numbers are passed as arguments of a kernel, which are read when the
 // kernel is queued or captured.
 inline Tensor rows_on_device(const StackShape& shape, const Tensor& input) {
-  if (!shape.packed()) return {};
+  if (!shape.ragged()) return {};
   const at::Device device = input.device();
-  const auto count = static_cast<int64_t>(shape.packed_rows.size());
+  std::vector<int64_t> before{0};
+  for (int64_t t = 0; t < shape.steps; ++t) before.push_back(before.back() + shape.active(t));
+  const auto count = static_cast<int64_t>(before.size());
   const Tensor rows = at::empty({count}, input.options().dtype(at::kLong));
-  const std::string error =
-      gate_kernels(device).numbers(shape.packed_rows.data(), count, data<int64_t>(rows), stream_for(device));
+  const std::string error = gate_kernels(device).numbers(before.data(), count, data<int64_t>(rows), stream_for(device));
   TORCH_CHECK(error.empty(), "stacked_lstm_ext: a kernel could not be launched on ", device, ": ", error);
   return rows;
 }
@@ -88,7 +89,7 @@ class PersistentDriver {
         rows_(call.shape.rows()),
         states_(call.shape),
         places_(call.shape, call.options.bias),
-        first_rows_(rows_on_device(call.shape, call.input)) {
+        rows_before_(rows_on_device(call.shape, call.input)) {
     for (const Tensor& weight : call.weights) weights_.push_back(weight.contiguous());
     if (watchdog_on(call.input.device())) {
       watchdog_ = at::empty({static_cast<int64_t>(sizeof(Watchdog))}, call.input.options().dtype(at::kByte)).zero_();
@@ -134,7 +135,9 @@ class PersistentDriver {
     s.h_stride = sizes.output_stride;
     s.saved_stride = sizes.saved_stride;
     s.gates_stride = sizes.gates_stride;
-    s.first_row = const_data<int64_t>(first_rows_);
+    s.rows_before = const_data<int64_t>(rows_before_);
+    s.packed = shape_.packed();
+    if (call_.resets) s.resets = reinterpret_cast<const uint8_t*>(const_data<bool>(*call_.resets));
     arguments.watchdog = data<Watchdog>(watchdog_);
   }
 
@@ -198,7 +201,7 @@ class PersistentDriver {
   const int64_t directions_, depth_, batch_, rows_;
   const StateLayout states_;
   const WeightPlaces places_;
-  const Tensor first_rows_;
+  const Tensor rows_before_;
   std::vector<Tensor> weights_;
   Tensor watchdog_;
 

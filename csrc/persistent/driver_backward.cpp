@@ -1,6 +1,7 @@
 // csrc/persistent/driver_backward.cpp: the backward pass of the persistent kernels' driver. See driver.h.
+#include <ATen/ops/arange.h>
 #include <ATen/ops/sum.h>
-
+#include <ATen/ops/where.h>
 #include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -104,6 +105,7 @@ class Backward : PersistentDriver<T> {
   using Base::plan_;
   using Base::products_;
   using Base::rows_;
+  using Base::rows_before_;
   using Base::shape_;
   using Base::states_;
   using Base::storage_;
@@ -127,7 +129,12 @@ class Backward : PersistentDriver<T> {
         input_grad_(input_grad),
         weight_grad_(weight_grad),
         recompute_(call.saving == Saving::recompute),
-        beside_(call.input.device()) {}
+        beside_(call.input.device()) {
+    if (shape_.has_lengths()) {
+      const Tensor exist = rows_before_.narrow(0, 1, shape_.steps).sub(rows_before_.narrow(0, 0, shape_.steps));
+      padding_ = at::arange(batch_, rows_before_.options()).ge(exist.unsqueeze(1)).unsqueeze(2);
+    }
+  }
 
   Gradients run() {
     result_.h_0 = at::empty(call_.h_0.sizes(), storage_);
@@ -147,6 +154,7 @@ class Backward : PersistentDriver<T> {
     first_layer_ = pass.first_layer;
     const int64_t hidden = hidden_of(first_layer_);  // of all layers of the pass
     grad_gates_ = at::empty({layers, rows_, directions_ * 4 * hidden}, storage_);
+    if (shape_.has_lengths()) grad_gates_.zero_();  // products read all rows, and no launch writes those of the padding
     const bool segments = pass.segment_steps < shape_.steps;
     Tensor carried = segments ? at::empty({2, lanes, batch_, hidden}, floats_) : Tensor();
     // What the products read: inputs_ of the pass's layers, previous_ of its lanes.
@@ -215,8 +223,12 @@ class Backward : PersistentDriver<T> {
       products_.multiply(grad_above_, lowest, single(Base::input_weights(first_layer_)));
     } else if (input_grad_) {
       result_.input = at::empty(call_.input.sizes(), storage_);
-      products_.multiply_and_round(single(result_.input.view({rows_, call_.input.size(-1)})), lowest,
-                                   single(Base::input_weights(0)));
+      const Tensor rows = callers_rows(result_.input);
+      products_.multiply_and_round(single(rows), lowest, single(Base::input_weights(0)));
+      if (shape_.has_lengths()) {
+        clear_padding(rows);  // a weight may be infinite: then the product has NaN there
+        result_.input.narrow(0, shape_.steps, shape_.padded_steps - shape_.steps).zero_();
+      }
     }
     if (!weight_grad_ || beside) return;
     for (int64_t lane = first_layer_ * directions_; lane < first_layer_ * directions_ + lanes; ++lane) {
@@ -228,6 +240,16 @@ class Backward : PersistentDriver<T> {
       previous = Tensor();  // the next lane needs neither this nor the inputs of layers below its own
       if (layer > 0) inputs_[layer - 1] = Tensor();
     }
+  }
+
+  // The rows of one of the caller's sequences of vectors, which has no gaps, up to the last step that a sequence has.
+  Tensor callers_rows(const Tensor& sequences) const {
+    return sequences.view({shape_.all_rows(), sequences.size(-1)}).narrow(0, 0, rows_);
+  }
+
+  // With lengths, zeroes the rows of the padding: products over all rows read them, and 0 · NaN is NaN.
+  void clear_padding(const Tensor& rows) const {
+    if (shape_.has_lengths()) rows.view({shape_.steps, batch_, rows.size(-1)}).masked_fill_(padding_, 0);
   }
 
   // The tensors that are given, one for each layer; undefined where none is given.
@@ -297,11 +319,11 @@ class Backward : PersistentDriver<T> {
 
   // h of a layer, all rows: (rows, D·H).
   Tensor h_of(int64_t layer) const {
-    if (layer + 1 == depth_) return top_.view({rows_, width_of(layer)});
+    if (layer + 1 == depth_) return callers_rows(top_);
     return parts_.h_rows(layer);
   }
 
-  // h(t-1) of every row of a lane: (rows, H).
+  // h(t-1) of every row of a lane, zero where the sequence is cut: (rows, H).
   Tensor previous_of(int64_t lane) const {
     const int64_t layer = lane / directions_, hidden = hidden_of(layer);
     const Tensor previous = at::empty({rows_, hidden}, storage_);
@@ -310,12 +332,34 @@ class Backward : PersistentDriver<T> {
                        const_data<T>(h_0_) + states_.h(lane), data<T>(previous),
                        [&](const gates::CopyCell<T>& cell) { copies.add(cell); });
     copies.flush();
+    if (shape_.packed()) return previous;
+    const int64_t later = shape_.steps - 1;  // steps behind the first
+    const Tensor steps = previous.view({shape_.steps, batch_, hidden});
+    const bool reverse = lane % directions_ != 0;
+    if (shape_.has_lengths() && reverse) {
+      // A reverse lane begins a sequence at the sequence's own last step, behind which there is padding.
+      const Tensor some = steps.narrow(0, 0, later);
+      const Tensor initial = h_0_.flatten().narrow(0, states_.h(lane), batch_ * hidden).view({1, batch_, hidden});
+      some.copy_(at::where(padding_.narrow(0, 1, later), initial, some));
+    }
+    if (call_.resets) {  // see stack/resets.h
+      const Tensor cuts = call_.resets->narrow(0, reverse ? 1 : 0, reverse ? later : shape_.steps).unsqueeze(2);
+      const bool ends = reverse && shape_.has_lengths();  // an entry behind a sequence's end is no cut
+      steps.narrow(0, 0, cuts.size(0))
+          .masked_fill_(ends ? cuts.logical_and(padding_.narrow(0, 1, later).logical_not()) : cuts, 0);
+    }
+    clear_padding(previous);
     return previous;
   }
 
   // What a layer reads, all rows: (rows, input).
   Tensor input_of(int64_t layer) const {
-    if (layer == 0) return call_.input.reshape({rows_, call_.input.size(-1)}).contiguous();
+    if (layer == 0) {
+      const int64_t width = call_.input.size(-1);
+      if (!shape_.has_lengths()) return call_.input.reshape({rows_, width}).contiguous();
+      // What is in the padding may be NaN: the products get a copy without it.
+      return call_.input.narrow(0, 0, shape_.steps).masked_fill(padding_, 0).reshape({rows_, width}).contiguous();
+    }
     const Tensor h = h_of(layer - 1);
     const gates::Mask mask = mask_of(call_, layer - 1);
     if (!mask.seed) return h;
@@ -376,6 +420,7 @@ class Backward : PersistentDriver<T> {
       grad_cell_;  // of each layer: the caller's gradients of its h and c, all steps
   const Tensor h_0_, c_0_;
   const bool input_grad_, weight_grad_, recompute_;
+  Tensor padding_;  // with lengths: which rows no sequence has, (steps, B, 1)
   Gradients result_;
   int64_t first_layer_ = 0;                // of the pass
   Tensor grad_gates_;                      // (layers of the pass, rows, D·4H)

@@ -25,6 +25,7 @@ class Forward : PersistentDriver<T> {
 
   Results run() {
     result_.output = at::empty(call_.output_sizes(), storage_);
+    if (shape_.has_lengths()) result_.output.zero_();  // no launch writes the padding
     result_.h_n = at::empty(call_.h_0.sizes(), storage_);
     result_.c_n = at::empty(call_.c_0.sizes(), storage_);
     result_.reserve = make_reserve<T>(call_);
@@ -52,10 +53,15 @@ class Forward : PersistentDriver<T> {
     std::vector<Tensor> kept;  // until the launches are queued; then later work of the stream may write over them
     Tensor above;              // what the layer above reads
     for (int64_t layer = pass.first_layer; layer < pass.last_layer; ++layer) {
-      const Tensor h = output_of(layer);
+      const Tensor h = h_of(layer);
       above = h;
       const gates::Mask mask = mask_of(call_, layer);
-      if (mask.seed) above = at::empty({rows_, width}, storage_);
+      const bool residual = shape_.link == LinkKind::residual && layer > 0;
+      if (residual && layer + 1 == depth_) {
+        above = result_.output;
+      } else if (residual || mask.seed) {
+        above = at::empty({rows_, width}, storage_);
+      }
       for (int64_t direction = 0; direction < directions_; ++direction) {
         const int64_t lane = layer * directions_ + direction, number = lane - pass.first_layer * directions_;
         ForwardLane<T>& l = arguments.lane[number];
@@ -69,6 +75,7 @@ class Forward : PersistentDriver<T> {
         l.h_column = Base::column_of(lane);
         l.h = data<T>(h) + l.h_column;
         l.above = above.is_same(h) ? nullptr : data<T>(above) + l.h_column;
+        if (residual) l.residual = source.x + l.h_column;
         l.h_0 = const_data<T>(h_0_) + states_.h(lane);
         l.c_0 = const_data<T>(c_0_) + states_.c(lane);
         l.h_n = data<T>(result_.h_n) + states_.h(lane);
@@ -97,8 +104,8 @@ class Forward : PersistentDriver<T> {
   Source rows_of(const Tensor& all, int64_t width) const { return {const_data<T>(all), batch_ * width, width}; }
 
   // Where h of a layer goes: to the caller, to the reserve for backward, or only to the layer above.
-  Tensor output_of(int64_t layer) const {
-    if (layer + 1 == depth_) return result_.output;
+  Tensor h_of(int64_t layer) const {
+    if (layer + 1 == depth_ && (shape_.link == LinkKind::plain || depth_ == 1)) return result_.output;
     return call_.keeps_states() ? parts_.h_rows(layer) : at::empty({rows_, width_of(layer)}, storage_);
   }
 

@@ -7,9 +7,13 @@
 //   expect(s)                 by all warps, at the start of a step that will send
 //   receive(s)                by all warps; then this thread may read h(s-1) of the whole lane in h[s mod 2]. h(-1) is
 //                             there from the start
-//   send(s, outgoing, share)  by a group's warp of split 0, after all of its threads have written their h(s) to
+//   send(s, outgoing, share, is_cut)
+//                             by a group's warp of split 0, after all of its threads have written their h(s) to
 //                             `outgoing`. `share` is this thread's share(), or 0 at the last step, whose h no
-//                             block needs
+//                             block needs. If some sequences are cut behind this step, `share` is ~share() in all
+//                             threads of the warp: then zeros are sent for the columns for which is_cut(column) is
+//                             true. So a step without cuts executes no instruction for them: it compares the same
+//                             numbers
 //   next()                    by all threads, after each step
 //   finish()                  once, by all threads
 //
@@ -103,7 +107,8 @@ class ClusterExchange : ExchangeBase<T> {
     waiting.for_phase(barrier_of(s), static_cast<uint32_t>(s) / 2 % 2, s);
   }
 
-  __device__ __forceinline__ void send(int s, const T* outgoing, int share) const {
+  template <typename IsCut>
+  __device__ __forceinline__ void send(int s, const T* outgoing, int share, IsCut is_cut) const {
     if (waiting.given_up()) return;
     const uint32_t barrier = barrier_of(s + 1);
     auto to = static_cast<uint32_t>(to_.at);
@@ -113,20 +118,23 @@ class ClusterExchange : ExchangeBase<T> {
       if (first > 0) to += static_cast<uint32_t>(kShare / kColumnWords * this->pitch * static_cast<int>(sizeof(T)));
       const uint4 value =
           operands<T, product>(reinterpret_cast<const uint4*>(outgoing)[first + place.warp_lane % kShare]);
-      const auto push = [&](int n) {
+      const auto push = [&](int n, const uint4& value) {
         const auto rank = static_cast<uint32_t>(first_peer_ + n * kSenders);
         store_async(peer_address(to, rank), value, peer_address(barrier, rank));
       };
       // The usual numbers of blocks take no branch for each peer.
       if (share == kMostPushes) {
 #pragma unroll
-        for (int n = 0; n < kMostPushes; ++n) push(n);
+        for (int n = 0; n < kMostPushes; ++n) push(n, value);
       } else if (share == kMostPushes / 2) {
 #pragma unroll
-        for (int n = 0; n < kMostPushes / 2; ++n) push(n);
+        for (int n = 0; n < kMostPushes / 2; ++n) push(n, value);
       } else {
+        const bool zeros = share < 0 && is_cut(column_ + first / kColumnWords);
+        const uint4 sent = zeros ? uint4{0, 0, 0, 0} : value;
+        const int pushes = share < 0 ? ~share : share;
 #pragma unroll 1
-        for (int n = 0; n < share; ++n) push(n);
+        for (int n = 0; n < pushes; ++n) push(n, sent);
       }
     }
   }
@@ -228,7 +236,22 @@ class L2Exchange : ExchangeBase<T> {
   // This thread sends its words of all columns that a sequence has.
   __device__ __forceinline__ int share() const { return columns; }
 
-  __device__ __forceinline__ void send(int s, const T* outgoing, int share) const {
+  template <typename IsCut>
+  __device__ __forceinline__ void send(int s, const T* outgoing, int share, IsCut is_cut) const {
+    send_columns(s, outgoing, share, [](int) { return false; });
+    if (share < 0) send_columns(s, outgoing, ~share, is_cut);
+  }
+
+  __device__ __forceinline__ void next() { to_ += to_other_, to_other_ = -to_other_; }
+
+  __device__ __forceinline__ void finish() const {}
+
+ private:
+  __device__ __forceinline__ bool inside() const { return kMayBeInside && cut.blocks == 1; }
+
+  // Sends this thread's words of the first `share` columns.
+  template <typename IsCut>
+  __device__ __forceinline__ void send_columns(int s, const T* outgoing, int share, IsCut is_cut) const {
     if (waiting.given_up()) return;  // its h means nothing
     uint64_t* to = to_;
 #pragma unroll
@@ -243,6 +266,7 @@ class L2Exchange : ExchangeBase<T> {
       } else {
         value = *reinterpret_cast<const uint32_t*>(mine);
       }
+      if (is_cut(word / kGroupWords)) value = 0;
       if (inside()) {
         const int column = (s + 1) % 2 * kTileColumns * Tiles + word / kGroupWords;
         *reinterpret_cast<uint32_t*>(this->h + column * pitch + this->unit + word % kGroupWords * kElements) = value;
@@ -251,13 +275,6 @@ class L2Exchange : ExchangeBase<T> {
       }
     }
   }
-
-  __device__ __forceinline__ void next() { to_ += to_other_, to_other_ = -to_other_; }
-
-  __device__ __forceinline__ void finish() const {}
-
- private:
-  __device__ __forceinline__ bool inside() const { return kMayBeInside && cut.blocks == 1; }
 };
 
 template <typename T, Product product, Exchange exchange, int Pieces, int Tiles>

@@ -19,6 +19,9 @@
 // W_ih·x is computed for a few steps together. Each block reads the x of these steps once, into shared memory. Each
 // group reads W_ih once, from shared memory or L2. A warp's recurrent sums start from the result.
 //
+// Where a sequence is cut behind step t, a block sends zeros in the place of h(t) and zeroes c when it has saved it: the
+// peers that receive h(t) do nothing for a cut. All else, also what the lane above reads, is the true h(t).
+//
 // Between lanes: h of every step has its own place in memory, so that no block waits for readers. A block that has
 // written a chunk writes the number of its chunks to its own counter; a block of the lane above waits for the counters
 // of all blocks.
@@ -64,6 +67,7 @@ struct ForwardShared {
       : layout(l), bytes(&dynamic_shared<unsigned char>()) {}
 
   __device__ __forceinline__ T* h() const { return reinterpret_cast<T*>(bytes); }
+  __device__ __forceinline__ uint32_t* cuts() const { return reinterpret_cast<uint32_t*>(bytes + layout.cuts); }
   __device__ __forceinline__ float4* partial() const { return reinterpret_cast<float4*>(bytes + layout.partial); }
   __device__ __forceinline__ T* outgoing() const { return reinterpret_cast<T*>(bytes + layout.outgoing); }
   __device__ __forceinline__ float4* projected() const { return reinterpret_cast<float4*>(bytes + layout.projected); }
@@ -104,7 +108,8 @@ __device__ __forceinline__ void fill_shared(const ForwardArguments<T>& arguments
   for (int column = 0; column < cut.columns(); ++column) {
     T* first = shared.h() + column * pitch;
     T* second = first + cut.columns() * pitch;
-    const bool initial = lane.h_0 && column < sequences.count;
+    const bool cut = arguments.sizes.resets && sequences.cut_before(arguments.sizes, lane.reverse, 0, column);
+    const bool initial = lane.h_0 && column < sequences.count && !cut;
     const T* h_0 = lane.h_0 + int64_t{sequences.first + column} * hidden;
     for (int unit = place.thread; unit < pitch; unit += threads) {
       first[unit] = initial && unit < hidden ? operand<product>(load_ordinary(h_0 + unit)) : T{0};
@@ -148,8 +153,8 @@ __device__ __forceinline__ void copy_x(const LaunchSizes& sizes, const ForwardLa
   const int warps = static_cast<int>(blockDim.x) / kWarpThreads, columns = steps * Tiles * kTileColumns;
   const int quarters = pieces * 4, k_0 = first_piece * kPieceElements<T>;
   // Rows are x_row_stride apart. In a batch that is not packed, steps are x_step_stride apart.
-  const bool fits = quarters_fit(lane.x, lane.x_row_stride, lane.inputs) &&
-                    (sizes.first_row || lane.x_step_stride % kQuarter<T> == 0);
+  const bool fits =
+      quarters_fit(lane.x, lane.x_row_stride, lane.inputs) && (sizes.packed || lane.x_step_stride % kQuarter<T> == 0);
   for (int first = place.warp; first < columns; first += kAtOnce * warps) {
     const T* row[kAtOnce];
     int depth[kAtOnce];
@@ -160,8 +165,8 @@ __device__ __forceinline__ void copy_x(const LaunchSizes& sizes, const ForwardLa
       if (at >= columns) continue;
       const int t = time_of(sizes, lane.reverse, s + at / (Tiles * kTileColumns));
       if (column >= sequences.active(t)) continue;
-      row[n] += sizes.first_row ? (sequences.row(t) + column) * lane.x_row_stride
-                                : t * lane.x_step_stride + (sequences.first + column) * lane.x_row_stride;
+      row[n] += sizes.packed ? (sequences.row(t) + column) * lane.x_row_stride
+                             : t * lane.x_step_stride + (sequences.first + column) * lane.x_row_stride;
       depth[n] = lane.inputs;
     }
     for (int quarter = place.warp_lane; quarter < quarters; quarter += kWarpThreads) {
@@ -239,13 +244,23 @@ __device__ __forceinline__ void project_tiles(const ForwardArguments<T>& argumen
   }
 }
 
-// Computes the input's share of the steps s … s + steps - 1. All threads call it behind a block barrier, after which no
-// thread reads the x of the steps before. A thread itself writes the sums that it will start from, so they need no
+// Computes the input's share of the steps s … s + steps - 1, and finds the cuts behind them. All threads call it behind a
+// block barrier, after which no thread reads the x, or the cuts, of the steps before. A thread itself writes the sums that it will start from, so they need no
 // barrier.
 template <typename T, Product product, int Tiles>
 __device__ __forceinline__ void project(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
                                         const ThreadPlace& place, const GroupWarp& warp, const Sequences& sequences,
                                         const ForwardShared<T>& shared, int s, int steps) {
+  // The cuts behind these steps: a warp has a thread for each projected column.
+  static_assert(kProjectedTiles * kTileColumns == kWarpThreads);
+  const bool finds_cuts = arguments.sizes.resets && place.warp == 0;
+  bool cut = false;
+  if (finds_cuts) {
+    constexpr int kColumns = Tiles * kTileColumns;
+    const int after = s + place.warp_lane / kColumns + 1;
+    cut = place.warp_lane < steps * kColumns && after < arguments.sizes.steps &&
+          sequences.cut_before(arguments.sizes, lane.reverse, after, place.warp_lane % kColumns);
+  }
   float bias[4] = {};
   if (warp.split == 0) load_bias(bias, lane, arguments.sizes.hidden, warp.unit);
   const int all = shared.layout.input_pieces, tiles = steps * Tiles;
@@ -253,7 +268,11 @@ __device__ __forceinline__ void project(const ForwardArguments<T>& arguments, co
     const int pieces = all - first_piece < kCopiedPieces ? all - first_piece : kCopiedPieces;
     if (first_piece > 0) block_barrier();  // all warps have read the previous pieces, which are overwritten next
     copy_x<T, product, Tiles>(arguments.sizes, lane, place, sequences, shared, s, steps, first_piece, pieces);
-    block_barrier();  // makes the x that each thread has copied visible to all warps
+    if (finds_cuts && first_piece == 0) {
+      const uint32_t cuts = ballot(kFullWarp, cut);
+      if (place.warp_lane == 0) *shared.cuts() = cuts;
+    }
+    block_barrier();  // makes the x that each thread has copied, and the cuts, visible to all warps
     if (product == Product::tensor && tiles == kProjectedTiles) {
       project_tiles<T, product, kProjectedTiles>(arguments, lane, place, warp, shared, bias, 0, first_piece, pieces);
     } else {
@@ -366,7 +385,8 @@ __device__ __forceinline__ T* outgoing_h(const Cut& cut, const GroupWarp& warp, 
 }
 
 // What a lane writes besides h; kChunks: a lane above it in this launch reads its chunks.
-enum Saves : int { kC = 1, kGates = 2, kAbove = 4, kChunks = 8 };
+// Further bits: kRagged, steps may have fewer sequences than the batch; kCuts, sequences may be cut.
+enum Saves : int { kC = 1, kGates = 2, kAbove = 4, kChunks = 8, kRagged = 16, kCuts = 32 };
 
 // The cells of a thread of split 0: [batch tile][0 or 1].
 template <typename T, int Tiles>
@@ -395,11 +415,13 @@ struct Cells {
   static __device__ __forceinline__ int offset(int n, int j) { return (n * kTileColumns + j) * kGroupUnits; }
 
   // Loads the states (B, hidden) before the first step: c, and h, which goes to `before` as the outgoing h(-1).
-  __device__ __forceinline__ void load(const ForwardLane<T>& lane, const GroupWarp& warp, const Sequences& sequences,
-                                       int columns, int hidden, T* before) {
+  __device__ __forceinline__ void load(const LaunchSizes& sizes, const ForwardLane<T>& lane, const GroupWarp& warp,
+                                       const Sequences& sequences, int columns, T* before) {
+    const int hidden = sizes.hidden;
 #pragma unroll
     for (int n = 0; n < Tiles * 2; ++n) c[n / 2][n % 2] = 0, before[place_of(warp) + offset(n / 2, n % 2)] = T{0};
     for_each(warp, columns, [&](int n, int j, int column) {
+      if (sizes.resets && sequences.cut_before(sizes, lane.reverse, 0, column)) return;
       const int64_t at = int64_t{sequences.first + column} * hidden + warp.unit;
       if (lane.h_0) before[place_of(warp) + offset(n, j)] = load_ordinary(lane.h_0 + at);
       if (lane.c_0) c[n][j] = widen(load_ordinary(lane.c_0 + at));
@@ -453,6 +475,14 @@ struct Cells {
     });
   }
 
+  // Zeroes c of the columns that are cut behind this step.
+  template <typename IsCut>
+  __device__ __forceinline__ void cut(const GroupWarp& warp, IsCut is_cut) {
+    for_each(warp, kTileColumns * Tiles, [&](int n, int j, int column) {
+      if (is_cut(column)) c[n][j] = 0;
+    });
+  }
+
   // Writes the states after the last step, whose h is `outgoing`.
   __device__ __forceinline__ void store_last(const ForwardLane<T>& lane, const GroupWarp& warp,
                                              const Sequences& sequences, int columns, int hidden,
@@ -487,11 +517,21 @@ __device__ __forceinline__ void store_above(const ForwardArguments<T>& arguments
       const gates::Element element = {int64_t{t} * sizes.batch, first + unit, lane.layer, lane.mask};
       gates::apply_mask(x, numbering, element, sequences.first + column, 0);
     }
-    T* to = lane.above + (row + column) * sizes.h_stride + warp.first_unit + unit;
+    const int64_t at = (row + column) * sizes.h_stride + warp.first_unit + unit;
+    const auto exists = [&](int i) {
+      return unit + i >= 0 && unit + i < kGroupUnits && warp.first_unit + unit + i < sizes.hidden;
+    };
+    if (lane.residual) {
+      // A lane below may have written it in this launch. It is part of x of this step, whose chunk the block has
+      // acquired.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (exists(i)) x[i] += widen(load_l2(lane.residual + at + i));
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (unit + i >= 0 && unit + i < kGroupUnits && warp.first_unit + unit + i < sizes.hidden)
-        stored(to + i) = narrow<T>(x[i]);
+      if (exists(i)) stored(lane.above + at + i) = narrow<T>(x[i]);
     }
   }
 }
@@ -531,14 +571,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   }
   Cells<T, Tiles> cells;
   if (warp.split == 0) {
-    cells.load(lane, warp, sequences, columns, sizes.hidden, outgoing_h<T, Tiles>(cut, warp, shared, -1));
+    cells.load(sizes, lane, warp, sequences, columns, outgoing_h<T, Tiles>(cut, warp, shared, -1));
   }
   fill_shared<T, product>(arguments, lane, place, sequences, shared);
   peers.start();
-  const int saves = in_register((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0) |
-                                (has_reader ? kChunks : 0));
-  // The row of column 0 at this step, and the distance to its row at the next step. In a packed batch the row is read
-  // again every step.
+  const int saves =
+      in_register((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0) |
+                  (has_reader ? kChunks : 0) | (sizes.rows_before ? kRagged : 0) | (sizes.resets ? kCuts : 0));
+  // The row of column 0 at this step, and the distance to its row at the next step. In a ragged batch the row is
+  // computed again every step.
   int64_t row = sequences.row(time_of(sizes, lane.reverse, 0));
   const int row_step = kept(lane.reverse ? -sizes.batch : sizes.batch);
   Meeting<T, Tiles> meeting(cut, place, warp, shared);
@@ -580,15 +621,25 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
 
     const bool sends = s + 1 < sizes.steps;  // no block needs the last h: a push could meet a block that has exited
     if (sends) peers.expect(s);
-    int active = columns;
-    if (sizes.first_row) {
-      const int t = time_of(sizes, lane.reverse, s);
-      row = sequences.row(t);
-      if (columns > 0) active = sequences.active(t);
+    int active = columns, share_here = sends ? share : 0;
+    // Bits of the cuts behind this step, from bit 0 on. They are read from shared memory where they are needed, and so
+    // take no registers: most calls have none.
+    const auto cuts = [&] {
+      constexpr int kColumns = Tiles * kTileColumns;
+      return *shared.cuts() >> (s - projected_from) * kColumns & ~0u >> (32 - kColumns);
+    };
+    const auto is_cut = [&](int column) { return (cuts() >> column & 1u) != 0; };
+    if (saves & (kRagged | kCuts)) {
+      if (saves & kRagged) {
+        const int t = time_of(sizes, lane.reverse, s);
+        row = sequences.row(t);
+        if (columns > 0) active = sequences.active(t);
+      }
+      if ((saves & kCuts) && cuts() != 0) share_here = ~share_here;
     }
     GateSums<Tiles> d;
     load_projected<T, Tiles>(d, place, shared, (s - projected_from) * Tiles);
-    const int share_here = kept(sends ? share : 0);
+    share_here = kept(share_here);
     peers.receive(s);
     multiply_own<T, product>(d, weights, reinterpret_cast<const T*>(shared.bytes + h_at.at), h_pitch, place.warp_lane);
     if (meeting.gathers()) {
@@ -604,11 +655,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     // split there is no meeting: then this barrier also makes sure that all threads have read h(s-1) before the warp
     // sends h(s). h(s-2), over which h(s) is written, was read before the warp met here in the previous step.
     warp_barrier();
-    peers.send(s, outgoing, share_here);
+    peers.send(s, outgoing, share_here, is_cut);
     cells.store(sizes, lane, warp, row, active, saves);
-    if (saves & kAbove) {
-      const int t = time_of(sizes, lane.reverse, s);
-      store_above<T, Tiles>(arguments, lane, place, warp, sequences, row, t, sequences.active(t), outgoing);
+    if (saves & (kAbove | kCuts)) {
+      if (saves & kAbove) {
+        const int t = time_of(sizes, lane.reverse, s);
+        store_above<T, Tiles>(arguments, lane, place, warp, sequences, row, t, sequences.active(t), outgoing);
+      }
+      if (saves & kCuts) cells.cut(warp, is_cut);
     }
     row += kept(row_step);  // it is extended to 64 bits here, which takes no register between the steps
   }
@@ -638,6 +692,8 @@ std::string forward_misfit(const ForwardArguments<T>& arguments, const Instance&
   }
   if (s.lanes < 1 || s.lanes > kMaxLanes) return number(s.lanes) + " lanes: a launch takes 1 to " + number(kMaxLanes);
   if (s.steps < 1 || cut.chunk_steps < 1) return "no steps, or chunks of none";
+  if (s.packed && !s.rows_before) return "a packed batch without its rows";
+  if (s.packed && s.resets) return "resets of a packed batch";
   if (s.batch < 1 || s.batch_groups < 1 || s.batch_groups > s.batch) {
     return number(s.batch_groups) + " groups of a batch of " + number(s.batch);
   }
@@ -663,6 +719,7 @@ std::string forward_misfit(const ForwardArguments<T>& arguments, const Instance&
   for (int n = 0; n < s.lanes; ++n) {
     const ForwardLane<T>& lane = arguments.lane[n];
     const std::string who = "lane " + number(n);
+    if (lane.residual && !lane.above) return who + " adds its input to nothing";
     if (lane.inputs < 1) return who + " has " + number(lane.inputs) + " inputs";
     if (lane.below < -1 || lane.below >= n) {
       return who + " is above lane " + number(lane.below) + ": lanes stand in the order in which they feed each other";
@@ -671,7 +728,7 @@ std::string forward_misfit(const ForwardArguments<T>& arguments, const Instance&
     const ForwardLane<T>& below = arguments.lane[lane.below];
     if (!arguments.chunks_done) return who + " has to wait for another one, and there are no counters";
     if (lane.reverse != below.reverse) return who + " goes the other way round than the one below";
-    const bool rows = lane.x_row_stride == s.h_stride && (s.first_row || lane.x_step_stride == s.batch * s.h_stride);
+    const bool rows = lane.x_row_stride == s.h_stride && (s.packed || lane.x_step_stride == s.batch * s.h_stride);
     if (lane.x != (below.above ? below.above : below.h) || lane.inputs != s.hidden || !rows) {
       return who + "'s x is not what lane " + number(lane.below) + " writes";
     }

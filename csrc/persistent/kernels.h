@@ -9,7 +9,8 @@
 //   a batch group   the sequences batch·g/batch_groups … batch·(g+1)/batch_groups - 1, at most 8·batch_tiles
 //
 // Rows, steps and lanes are those of stack.h: step t has the sequences 0 … active(t) - 1, and a reverse lane takes the
-// steps from T-1 down. Step number s of a lane is time s, or T-1-s in a reverse lane.
+// steps from T-1 down. Step number s of a lane is time s, or T-1-s in a reverse lane. A row that no sequence has, in the
+// padding of a batch with lengths, is neither read nor written.
 //
 // The template parameter T is the element type of the tensors: bfloat16, float16 or float. Sums, gates and c are float;
 // h is rounded to T once a step. Weights are read once a launch, in torch's own layout. There is no packed copy, so no
@@ -112,13 +113,18 @@ struct LaunchSizes {
   int batch;       // B, of all batch groups
   int hidden;      // H, of every lane of the launch
   int lanes;
-  int batch_groups;          // of the batch
-  int first_batch_group;     // of this launch
-  int copies;                // batch groups of this launch
-  int64_t h_stride;          // of a row of a layer's output, and of `above`: D·H
-  int64_t saved_stride;      // of a row of c in the reserve; a row of gates has four times as much
-  int64_t gates_stride;      // backward: of a row of gate gradients: D·4H
-  const int64_t* first_row;  // (T + 1), on the device, for a packed batch; else null, and row (t, b) is t·B + b
+  int batch_groups;       // of the batch
+  int first_batch_group;  // of this launch
+  int copies;             // batch groups of this launch
+  int64_t h_stride;       // of a row of a layer's output, and of `above`: D·H
+  int64_t saved_stride;   // of a row of c in the reserve; a row of gates has four times as much
+  int64_t gates_stride;   // backward: of a row of gate gradients: D·4H
+  // (T + 1), on the device: how many sequences all steps before step t have together, in a packed batch and in one with
+  // lengths. Null: every step has all sequences.
+  const int64_t* rows_before;
+  // (T, B), on the device, 0 or 1: where sequences are cut, as stack/resets.h says. Null: nowhere. Not with a packed batch.
+  const uint8_t* resets;
+  int packed;  // row (t, b) is rows_before[t] + b; else it is t·B + b, also with lengths
 
   // batch · batch_group / batch_groups, computed in 32 bits: on a GPU a division of 64 bits is a function call. Correct
   // for up to 65536 batch groups.
@@ -149,10 +155,11 @@ struct ForwardLane {
   const T* weight_hh;  // (4H, H)
   const T* bias_ih;    // (4H), or null
   const T* bias_hh;
-  const T* x;  // row (t, b): x + t·x_step_stride + b·x_row_stride; packed: x + (first_row[t] + b)·x_row_stride
+  const T* x;  // row (t, b): x + t·x_step_stride + b·x_row_stride; packed: x + (rows_before[t] + b)·x_row_stride
   int64_t x_step_stride, x_row_stride;
   T* h;                // (rows, ·) of h_stride
   T* above;            // h as the layer above sees it, masked by dropout: rows of h_stride; or null
+  const T* residual;   // rows of h_stride, added to `above`, behind the mask: the lane's part of its own x; or null
   const T* h_0;        // (B, H); or null: zeros
   const T* c_0;        // (B, H); or null: zeros
   T* h_n;              // (B, H), or null: h after each sequence's own last step
@@ -177,6 +184,9 @@ struct ForwardArguments {
   ForwardLane<T> lane[kMaxLanes];
 };
 
+// Where a sequence is cut before step s, no gradient of h or c goes from s to s-1: W_hhᵀ·dgates(s) and dc are zero there,
+// and step s sees c(s-1) = 0.
+//
 // Backward. dh(s) of a lane = grad_output + mask ∘ (grad_above, or the lane above's W_ihᵀ·dgates(s))
 //                             + W_hhᵀ·dgates(s+1), or grad_h_n if the sequence has no step s+1.
 //           dc(s)           = grad_cell + dc(s+1)·f(s+1), or grad_c_n if the sequence has no step s+1,
@@ -196,7 +206,8 @@ struct BackwardLane {
   const T* c_0;       // (B, H); or null: zeros
   const T* grad_h_n;  // (B, H), or null
   const T* grad_c_n;
-  // (B, H): what an earlier launch left, if last_step < T. carried_c is dc, as step last_step left it. carried_h is dh,
+  // (B, H): what an earlier launch left, if last_step < T. carried_c is dc, as step last_step left it: behind a cut, zero.
+  // carried_h is dh,
   // and is needed only for sequences of a reverse lane that begin after step last_step: an earlier launch has done all
   // of their steps. For other sequences this launch computes W_hhᵀ·dgates again, from grad_gates of step last_step. So
   // several launches of some steps each leave the same bits as one launch.
@@ -288,6 +299,7 @@ struct ForwardLayout {
   int input_pieces;       // of a row of W_ih and of x
   int x_pitch;            // elements from a column of copied x to the next
   uint32_t arrived;       // 2 mbarriers
+  uint32_t cuts;          // a bit for each projected column: its sequence is cut behind this step
   uint32_t partial;    // [step mod 2][group][split - 1][batch tile][gate tile][warp lane] of 4 sums, over the split's K
   uint32_t outgoing;   // [step mod 2][group][column][8 units]: h before it is sent and stored
   uint32_t projected;  // [warp][projected tile][gate tile][warp lane] of 4 accumulators: W_ih·x + b, over the warp's K
@@ -302,7 +314,8 @@ struct ForwardLayout {
     x_pitch = row_pieces(input_pieces < kCopiedPieces ? input_pieces : kCopiedPieces) * kPieceElements<T>;
     const int element = static_cast<int>(sizeof(T));
     arrived = size(2 * cut.columns() * h_pitch * element);
-    partial = arrived + 16;
+    cuts = arrived + 16;
+    partial = cuts + 16;
     outgoing = partial + size(2 * cut.groups * (cut.splits - 1) * cut.batch_tiles * 2 * kTileBytes);
     projected = outgoing + size(2 * cut.groups * cut.columns() * kGroupUnits * element);
     x = projected + size(cut.groups * cut.splits * kProjectedTiles * 2 * kTileBytes);

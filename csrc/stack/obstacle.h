@@ -18,16 +18,19 @@ enum class ElementType : uint8_t { float32, float64, bfloat16, float16 };
 // What a call may have beside its tensors and options.
 struct CallParts {
   bool lengths = false, resets = false;
+  bool states = false;  // every layer's h and c are results
+  bool trains = false;  // a backward pass will follow
 };
 
 // One sentence about a call of a stack with these options, without the full stop; "" if the path can run it.
 inline std::string obstacle(Path path, const StackOptions& options, ElementType type, const CallParts& parts = {}) {
   if (path != Path::persistent) return "";
   if (options.link != LinkKind::plain && options.num_layers > 1) {
-    return "it has no " + std::string(kLinkNames[static_cast<int>(options.link)]) + " links";
+    const std::string links = std::string(kLinkNames[static_cast<int>(options.link)]) + " links";
+    if (options.link == LinkKind::skip) return "it has no " + links;
+    if (parts.trains) return "its backward pass has no " + links;
+    if (parts.states) return "it has no states of a stack with " + links;
   }
-  if (parts.lengths) return "it knows no lengths";
-  if (parts.resets) return "it knows no resets";
   if (type == ElementType::float64) return "it computes in float32, and these tensors are float64";
   for (int64_t k = 0; k < options.num_layers; ++k) {
     if (options.proj_size[k] == 0) continue;

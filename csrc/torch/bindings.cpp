@@ -485,13 +485,15 @@ PYBIND11_MODULE(_C, m) {
   // Why a path cannot run a stack with these options, or "".
   m.def(
       "obstacle",
-      [](const std::string& path, const StackOptions& options, const std::string& dtype, bool lengths, bool resets) {
+      [](const std::string& path, const StackOptions& options, const std::string& dtype, bool lengths, bool resets,
+         bool states, bool trains) {
         TORCH_CHECK_VALUE(path == "cpu" || path == "diagonal" || path == "persistent",
                           "path should be one of cpu, diagonal, persistent, got: ", path);
         const Path named = path == "cpu" ? Path::cpu : path == "diagonal" ? Path::diagonal : Path::persistent;
-        return obstacle(named, options, element_type(dtype_named(dtype)), {lengths, resets});
+        return obstacle(named, options, element_type(dtype_named(dtype)), {lengths, resets, states, trains});
       },
-      py::arg("path"), py::arg("options"), py::arg("dtype"), py::arg("lengths") = false, py::arg("resets") = false);
+      py::arg("path"), py::arg("options"), py::arg("dtype"), py::arg("lengths") = false, py::arg("resets") = false,
+      py::arg("states") = false, py::arg("trains") = false);
   m.def("force_persistent_device", [](const py::object& device) {
     persistent::force_device(device.is_none() ? std::nullopt : std::optional(persistent::device_of(device)));
   });

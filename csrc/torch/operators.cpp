@@ -41,8 +41,9 @@ std::shared_ptr<const persistent::Decision> persistent_decision(Backend kind, co
 
 // ValueError if the path that is to run a call cannot run it.
 void check_path(Path path, const Call& call) {
-  const std::string why = obstacle(path, call.options, element_type(call.input.scalar_type()),
-                                   {call.shape.has_lengths(), call.resets.has_value()});
+  const std::string why =
+      obstacle(path, call.options, element_type(call.input.scalar_type()),
+               {call.shape.has_lengths(), call.resets.has_value(), call.states, call.saving != Saving::none});
   TORCH_CHECK_VALUE(why.empty(), "backend ", path == Path::cpu ? "cpu" : "diagonal", " cannot run this call: ", why);
 }
 

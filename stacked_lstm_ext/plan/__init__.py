@@ -136,6 +136,8 @@ def obstacle(
     transform: str = "",
     lengths: bool = False,
     resets: bool = False,
+    states: bool = False,
+    trains: bool = False,
 ) -> str:
     """Why a path cannot run a stack, in one sentence without the full stop; empty if it can.
 
@@ -151,6 +153,8 @@ def obstacle(
         transform: the transform of the call that no kernel can follow, in words; empty for an ordinary call.
         lengths: whether the call has lengths.
         resets: whether it has resets.
+        states: whether every layer's h and c are its results.
+        trains: whether a backward pass will follow.
     """
     if path not in BACKENDS[1:]:
         raise ValueError(f"path should be one of {', '.join(map(repr, BACKENDS[1:]))}, got {path!r}")
@@ -166,7 +170,9 @@ def obstacle(
         why_not = f"it works on CPU tensors, and these are on {device}" if path == "cpu" else gpu_obstacle(device)
         if why_not:
             return why_not
-    return "" if options is None else _C.obstacle(path, options.native, str(dtype).removeprefix("torch."), lengths, resets)
+    if options is None:
+        return ""
+    return _C.obstacle(path, options.native, str(dtype).removeprefix("torch."), lengths, resets, states, trains)
 
 
 class Example(NamedTuple):
@@ -176,7 +182,7 @@ class Example(NamedTuple):
         name: in Markdown.
         options: of the stack.
         dtype: of the tensors.
-        parts: what the call has beside its input: ``lengths``, ``resets``.
+        parts: what the call has beside its input, ``lengths`` or ``resets``; ``states`` for a call of that method.
     """
 
     name: str
@@ -198,7 +204,7 @@ EXAMPLES = (
     Example("bfloat16", dtype=torch.bfloat16),
     Example("float16", dtype=torch.float16),
     Example("float64", dtype=torch.float64),
-    Example("`states()`"),
+    Example("`states()`", parts=("states",)),
     Example("`lengths`", parts=("lengths",)),
     Example("`resets`", parts=("resets",)),
 )
@@ -210,14 +216,19 @@ def what_runs_where() -> str:
     lines = ["| " + " | ".join(("", *paths)) + " |", "| --- " * (len(paths) + 1) + "|"]
     for example in EXAMPLES:
         stack = StackOptions(**{"input_size": 8, "hidden_size": 8, "num_layers": 2, **example.options})
-        lengths, resets = ("lengths" in example.parts, "resets" in example.parts)
-        cells = [_cell(obstacle(path, stack, dtype=example.dtype, lengths=lengths, resets=resets)) for path in paths]
+        cells = [_cell(path, stack, example) for path in paths]
         lines.append("| " + " | ".join((example.name, *cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(why_not: str) -> str:
-    return f"no: {why_not}" if why_not else "✓"
+def _cell(path: str, stack: StackOptions, example: Example) -> str:
+    lengths, resets, states = (part in example.parts for part in ("lengths", "resets", "states"))
+    inference, training = (
+        obstacle(path, stack, dtype=example.dtype, lengths=lengths, resets=resets, states=states, trains=trains) for trains in (False, True)
+    )
+    if inference:
+        return f"no: {inference}"
+    return f"✓ in inference; no: {training}" if training else "✓"
 
 
 def runs_on_cpu() -> bool:

@@ -117,7 +117,7 @@ __forceinline__ T modify(T* to, const char* what, Location at, Modify modify) {
 // One access of global memory, as caches.h sees it: after the access itself.
 template <typename T>
 __forceinline__ T load_piece(const T* from, decltype(&emulator::read_global) read, const char* what, Location at) {
-  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
   emulator::check_aligned(from, sizeof(T), what, at);
   const T value = *from;
   read(from, sizeof(T), what, at);

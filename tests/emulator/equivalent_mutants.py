@@ -184,7 +184,7 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/exchange.cuh",
-        function="send",
+        function="send_columns",
         kind="bound",
         change="off by one",
         code="n < kTileColumns * Tiles * kGroupWords",
@@ -192,7 +192,7 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/exchange.cuh",
-        function="send",
+        function="send_columns",
         kind="guard",
         change="off by one",
         code="word / kGroupWords >= share",
@@ -218,7 +218,7 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/exchange.cuh",
-        function="send",
+        function="send_columns",
         kind="guard",
         change="always false",
         code="waiting.given_up()",
@@ -227,7 +227,7 @@ EQUIVALENT: list[Equivalent] = [
     ),
     Equivalent(
         file="csrc/persistent/exchange.cuh",
-        function="send",
+        function="send_columns",
         kind="guard",
         change="always false",
         code="word / kGroupWords >= share",
@@ -370,9 +370,9 @@ EQUIVALENT: list[Equivalent] = [
         function="forward",
         kind="guard",
         change="always true",
-        code="sizes.first_row",
+        code="saves & kRagged",
         reason="the same row once more",
-        near="if (sizes.first_row) {",
+        near="if (saves & kRagged) {",
     ),
     Equivalent(
         file="csrc/persistent/forward.cuh",
@@ -669,8 +669,8 @@ EQUIVALENT: list[Equivalent] = [
         function="backward",
         kind="guard",
         change="always true",
-        code="block.packed()",
-        reason="without packed sequences all begin at the first step",
+        code="block.ragged()",
+        reason="sequences that all have all steps begin at the first one",
         near="settle_begun",
     ),
     Equivalent(

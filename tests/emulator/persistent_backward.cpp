@@ -57,6 +57,11 @@ class Guarded {
       if (n % stride < width) data()[n] = narrow<T>(uniform(low, high));
     }
   }
+  // Makes elements NaN again.
+  void forget(int64_t first, int64_t elements) {
+    std::memset(static_cast<void*>(data() + first), 0xFF, count(elements) * sizeof(T));
+  }
+  bool untouched(int64_t first, int64_t elements) const { return all_set(zone_ + count(first), count(elements)); }
   std::string bytes() { return {reinterpret_cast<const char*>(data()), size() * sizeof(T)}; }
 
  private:
@@ -84,6 +89,8 @@ enum : unsigned {
   kMisaligned = 4096,  // weights and gradients at odd addresses, as far as their type allows
   kTopFirst = 8192,    // lane 0 is the top one, instead of the last
   kCell = 16384,       // grad_cell
+  kPadded = 32768,     // lengths, and rows for all sequences at every step
+  kResets = 65536,     // sequences are cut
   kAll = kInitial | kOutput | kLast | kFirst | kShared,
 };
 enum class Number { bf16, f16, f32 };
@@ -148,6 +155,15 @@ const std::vector<Case> kCases = {
     {"states_last", f16, kTensor, 2, 4, 1, kCluster, 2, 4, 5, 65, 3, 3, (kAll | kCell | kPacked) & ~(kLast | kInitial),
      3},
     {"states_only", bf16, kTensor, 1, 4, 1, kCluster, 3, 4, 3, 65, 3, 2, kCell | kFirst | kRecompute, 3},
+    {"lengths", bf16, kTensor, 1, 4, 1, kCluster, 2, 7, 5, 40, 2, 3, kAll | kPadded | kAbove | kDropout | kCell, 2},
+    {"lengths_both", f32, kTensor, 1, 4, 2, kCluster, 2, 5, 13, 17, 2, 2,
+     kAll | kBoth | kPadded | kAbove | kDropout | kRecompute | kBias, 2, 2, 1},
+    {"resets", bf16, kTensor, 1, 4, 1, kCluster, 2, 9, 5, 40, 2, 3, kAll | kResets | kDropout | kRecompute, 2},
+    {"resets_one", bf16, kTensor, 1, 4, 1, kCluster, 1, 1, 2, 33, 2, 4, kAll | kResets},
+    {"resets_both", f32, kExact, 2, 2, 1, kL2, 2, 6, 5, 17, 3, 2, kAll | kBoth | kPadded | kResets | kAbove | kCell, 1},
+    {"resets_cells", bf16, kTensor, 2, 4, 4, kCluster, 2, 4, 29, 200, 7, 2, kAll | kPadded | kResets, 3},
+    {"resets_inside", bf16, kTensor, 1, 4, 1, kL2, 2, 6, 5, 29, 1, 2, kAll | kResets | kReverse, 4},
+    {"resets_shares", f32, kTensor, 8, 2, 1, kL2, 2, 4, 5, 77, 10, 2, kAll | kResets, 2},
     {"l2_768", bf16, kTensor, 6, 2, 1, kL2, 1, 2, 3, 768, 48, 2, kAll & ~kShared},
 };
 
@@ -213,6 +229,7 @@ struct Stack {
   int64_t rows;
   std::vector<int> lengths;
   std::vector<int64_t> first_row;
+  std::vector<uint8_t> resets;
   int64_t seed = 987654321;
   // Every link has a rate of its own.
   static Dropout dropout(int layer) { return {0.4 + 0.1 * (layer % 3), 987654321}; }
@@ -226,14 +243,14 @@ struct Stack {
   explicit Stack(const Case& with) : c(with), directions(has(kBoth) ? 2 : 1) {
     generator.seed(static_cast<unsigned>(c.hidden * 7 + c.lanes));
     for (int b = 0; b < c.batch; ++b) {
-      lengths.push_back(has(kPacked) ? std::max(1, c.steps - b * (c.steps + 1) / c.batch) : c.steps);
+      lengths.push_back(has(kPacked | kPadded) ? std::max(1, c.steps - b * (c.steps + 1) / c.batch) : c.steps);
     }
     first_row.push_back(0);
     for (int t = 0; t < c.steps; ++t) {
       const auto active = std::count_if(lengths.begin(), lengths.end(), [&](int length) { return length > t; });
       first_row.push_back(first_row.back() + active);
     }
-    rows = first_row.back();
+    rows = has(kPadded) ? int64_t{c.steps} * c.batch : first_row.back();
 
     LaunchSizes& s = arguments.sizes;
     s.steps = s.last_step = c.steps;
@@ -242,7 +259,11 @@ struct Stack {
     s.h_stride = int64_t{directions} * c.hidden;
     s.saved_stride = (c.hidden + 15) / 16 * 16;
     s.gates_stride = int64_t{directions} * 4 * c.hidden;
-    s.first_row = has(kPacked) ? first_row.data() : nullptr;
+    s.rows_before = has(kPacked | kPadded) ? first_row.data() : nullptr, s.packed = has(kPacked);
+    for (int t = 0; t < c.steps && has(kResets); ++t) {
+      for (int b = 0; b < c.batch; ++b) resets.push_back(t >= lengths[count(b)] || uniform(0, 1) < 0.4f);
+    }
+    s.resets = has(kResets) ? resets.data() : nullptr;
     Cut& cut = arguments.cut;
     cut.product = c.product, cut.exchange = c.exchange;
     cut.batch_tiles = c.batch_tiles, cut.pieces = c.pieces, cut.unit_tiles = c.unit_tiles;
@@ -267,6 +288,15 @@ struct Stack {
       m.gates.fill(0.05f, 0.95f, hidden, s.saved_stride), m.preactivations.fill(-2, 2);
       m.c.fill(-1.5f, 1.5f, hidden, s.saved_stride);
       m.grad_cell.fill(-1, 1);  // the last: without it, everything else is the same
+      for (int b = 0; b < c.batch && has(kPadded); ++b) {
+        for (int t = lengths[count(b)]; t < c.steps; ++t) {
+          const int64_t at = int64_t{t} * c.batch + b;
+          m.grad_output.forget(at * s.h_stride, s.h_stride), m.grad_cell.forget(at * s.h_stride, s.h_stride);
+          m.grad_above.forget(at * s.h_stride, s.h_stride), m.c.forget(at * s.saved_stride, s.saved_stride);
+          m.gates.forget(4 * at * s.saved_stride, 4 * s.saved_stride);
+          m.preactivations.forget(at * 4 * hidden, 4 * hidden);
+        }
+      }
     }
     for (int n = 0; n < c.lanes; ++n) {
       Memory& m = lanes[count(n)];
@@ -322,7 +352,8 @@ struct Stack {
       lend("grad_h_0" + of, m.grad_h_0, read_write), lend("grad_c_0" + of, m.grad_c_0, read_write);
     }
     lend("chunks_done", chunks_done, read_write), lend("words", words, read_write);
-    if (has(kPacked)) lend("first_row", first_row, read);
+    if (has(kPacked | kPadded)) lend("rows_before", first_row, read);
+    if (has(kResets)) lend("resets", resets, read);
     if (has(kDropout)) emulator::lend("seed", &seed, 1, read);
   }
 
@@ -345,7 +376,7 @@ struct Stack {
           BackwardLane<T>& lane = now.lane[n];
           if (last < c.steps) lane.carried_c = m.carry_c.data();
           if (first > 0) lane.carry_c = m.carry_c.data();
-          if (has(kPacked) && lane.reverse) {  // dh is carried only from and to where sequences begin
+          if (has(kPacked | kPadded) && lane.reverse) {  // dh is carried only from and to where sequences begin
             if (last < c.steps) lane.carried_h = m.carry_h.data();
             if (first > 0) lane.carry_h = m.carry_h.data();
           }
@@ -385,7 +416,14 @@ struct Stack {
   // Row of the batch at a step of a lane; -1: the sequence has no such step.
   int64_t row(const BackwardLane<T>& lane, int step, int b) const {
     const int t = lane.reverse ? c.steps - 1 - step : step;
-    return step >= 0 && step < c.steps && t < lengths[count(b)] ? first_row[count(t)] + b : -1;
+    if (step < 0 || step >= c.steps || t >= lengths[count(b)]) return -1;
+    return (has(kPadded) ? int64_t{t} * c.batch : first_row[count(t)]) + b;
+  }
+
+  // Whether the sequence is cut before this step of a lane, which it has: see csrc/stack/resets.h.
+  bool cut(const BackwardLane<T>& lane, int step, int b) const {
+    const int boundary = lane.reverse ? c.steps - step : step;
+    return has(kResets) && boundary < lengths[count(b)] && resets[count(boundary * c.batch + b)];
   }
 
   // Σ over gate rows of weight[row][unit] · dgates[row].
@@ -415,6 +453,10 @@ struct Stack {
         return "wrong numbers: an output of lane " + number(n) + " that nobody asked for was written";
       }
       for (int b = 0; b < c.batch; ++b) {
+        for (int t = lengths[count(b)]; t < c.steps && has(kPadded); ++t) {
+          const int64_t first = lane.grad_gates - grad_gates.data() + (int64_t{t} * c.batch + b) * stride;
+          if (!grad_gates.untouched(first, 4 * hidden)) return "wrong numbers: the padding of dgates was written";
+        }
         for (int j = 0; j < c.hidden; ++j) {
           const auto wrong = [&](const char* what, int step, double got, double expected, double size) -> std::string {
             if (std::fabs(got - expected) <= unit * std::fabs(expected) + fp32 * (1 + size)) return "";
@@ -441,7 +483,9 @@ struct Stack {
             }
             dh = above;
             if (lane.grad_output) dh += widen(lane.grad_output[at * arguments.sizes.h_stride + j]);
-            if (after >= 0) {
+            if (after >= 0 && cut(lane, s + 1, b)) {
+              dc = 0;
+            } else if (after >= 0) {
               dh += transposed(lane.weight_hh, lane.grad_gates + after * stride, j);
             } else if (has(kLast)) {
               dh += widen(m.grad_h_n[b * hidden + j]);
@@ -456,7 +500,8 @@ struct Stack {
               y[g] = g == 2 ? std::tanh(y[g]) : 1 / (1 + std::exp(-y[g]));
             }
             const double c_next = m.c[at * saved + j], tanh_c = std::tanh(c_next);
-            const double c_before = before >= 0     ? m.c[before * saved + j]
+            const double c_before = cut(lane, s, b) ? 0
+                                    : before >= 0   ? m.c[before * saved + j]
                                     : has(kInitial) ? widen(m.c_0[b * hidden + j])
                                                     : 0;
             dc += dh * y[3] * (1 - tanh_c * tanh_c);
@@ -471,7 +516,9 @@ struct Stack {
             after = at;
           }
           if (!has(kFirst)) continue;
-          const double dh_0 = transposed(lane.weight_hh, lane.grad_gates + after * stride, j);
+          const bool cut_off = !lane.reverse && cut(lane, 0, b);
+          if (cut_off) dc = 0;
+          const double dh_0 = cut_off ? 0 : transposed(lane.weight_hh, lane.grad_gates + after * stride, j);
           std::string error = wrong("grad_h_0", -1, widen(m.grad_h_0[b * hidden + j]), dh_0, std::fabs(dh_0));
           if (error.empty()) error = wrong("grad_c_0", -1, widen(m.grad_c_0[b * hidden + j]), dc, std::fabs(dc));
           if (!error.empty()) return error;
@@ -540,7 +587,8 @@ std::string refusals() {
     return refused(cluster, Outcome::failed, piece, [&](Arguments& a, Device&) { change(a); });
   };
   float carried = 0;
-  int64_t first_row = 0;
+  int64_t rows_before = 0;
+  const uint8_t no_resets = 0;
   const std::string errors[] = {
       refused(cluster, Outcome::refused, "4 (in clusters of 2) have to be resident at once, the device holds 2",
               [](Arguments&, Device& d) { d.cluster_slots = 1; }),
@@ -555,6 +603,9 @@ std::string refusals() {
       fails("steps 2 to 2 of 2", [](Arguments& a) { a.sizes.first_step = 2; }),
       fails("steps -1 to 2 of 2", [](Arguments& a) { a.sizes.first_step = -1; }),
       fails("steps 0 to 3 of 2", [](Arguments& a) { a.sizes.last_step = 3; }),
+      fails("a packed batch without its rows", [](Arguments& a) { a.sizes.packed = 1; }),
+      refused(named("packed"), Outcome::failed, "resets of a packed batch",
+              [&](Arguments& a, Device&) { a.sizes.resets = &no_resets; }),
       fails("in chunks of 0", [](Arguments& a) { a.cut.chunk_steps = 0; }),
       fails("0 blocks of a lane: a cluster has 2 to 16", [](Arguments& a) { a.cut.blocks = 0; }),
       fails("1 blocks of a lane: a cluster has 2 to 16, since a cluster of one block has no peers",
@@ -578,12 +629,12 @@ std::string refusals() {
       fails("lane 0: nowhere to carry step 1", [](Arguments& a) { a.sizes.first_step = 1; }),
       fails("lane 0: nothing carried to step 1",
             [&](Arguments& a) {
-              a.sizes.last_step = 1, a.sizes.first_row = &first_row;
+              a.sizes.last_step = 1, a.sizes.rows_before = &rows_before;
               for (int n = 0; n < 2; ++n) a.lane[n].carried_c = &carried, a.lane[n].reverse = 1;
             }),
       fails("lane 0: nowhere to carry step 1",
             [&](Arguments& a) {
-              a.sizes.first_step = 1, a.sizes.first_row = &first_row;
+              a.sizes.first_step = 1, a.sizes.rows_before = &rows_before;
               for (int n = 0; n < 2; ++n) a.lane[n].carry_c = &carried, a.lane[n].reverse = 1;
             }),
       fails("lane 0: no such lane above it: 2", [](Arguments& a) { a.lane[0].over = 2; }),

@@ -72,11 +72,14 @@ enum : unsigned {
   kSaveGates = 32,
   kHn = 64,
   kCn = 128,
-  kShared = 256,    // W_ih in shared memory
-  kStrided = 512,   // x is batch-first, with gaps between its rows
-  kMasked = 1024,   // dropout between layers
-  kCopied = 2048,   // `above` without a mask
-  kShifted = 4096,  // pointers that stand on no more than an element
+  kShared = 256,      // W_ih in shared memory
+  kStrided = 512,     // x is batch-first, with gaps between its rows
+  kMasked = 1024,     // dropout between layers
+  kCopied = 2048,     // `above` without a mask
+  kShifted = 4096,    // pointers that stand on no more than an element
+  kPadded = 8192,     // lengths, and rows for all sequences at every step
+  kResets = 16384,    // sequences are cut
+  kResidual = 32768,  // lanes of the upper layers add their x to what the layer above sees
   kInitial = kH0 | kC0,
   kBias = kBiasIh | kBiasHh,
   kSaves = kSaveC | kSaveGates,
@@ -94,7 +97,7 @@ struct Case {
   unsigned options = kAll;
   Way way = kForward;
   int batch_groups = 1, copies = 1;
-  std::vector<int> lengths = {};  // packed: of each sequence, falling
+  std::vector<int> lengths = {};  // of each sequence, falling: of a packed batch, or, kPadded, of a padded one
 
   bool has(unsigned option) const { return (options & option) != 0; }
   int directions() const { return way == kBoth ? 2 : 1; }
@@ -184,6 +187,63 @@ const std::vector<Case> kCases = {
     {"packed_exact", kF32,  kExact, kCluster, 2,           1, 1, 1, 3, 2, 2, 6, 4, 17, 20,
      kAll | kMasked, kBoth, 1,      1,        {6, 5, 2, 1}},
     {"packed_tf32", kF32, kTensor, kL2, 2, 1, 1, 1, 3, 2, 2, 6, 4, 17, 20, kAll, kReverse, 1, 1, {6, 5, 2, 1}},
+    {"lengths", kBf16, kTensor, kCluster,     2, 1, 1, 1, 3, 2, 2, 7, 5, 17, 20, kAll | kPadded | kMasked,
+     kBoth,     1,     1,       falling(7, 5)},
+    {"lengths_strided", kBf16, kTensor, kL2,          2, 1, 1, 1, 3, 3, 2, 5, 4, 24, 20, kAll | kPadded | kStrided,
+     kForward,          1,     1,       falling(5, 4)},
+    {"lengths_groups",
+     kF32,
+     kTensor,
+     kL2,
+     2,
+     1,
+     1,
+     1,
+     3,
+     2,
+     2,
+     6,
+     11,
+     17,
+     20,
+     kAll | kPadded,
+     kReverse,
+     2,
+     2,
+     {6, 6, 6, 6, 6, 4, 3, 3, 1, 1, 1}},
+    {"resets", kBf16, kTensor, kCluster, 2, 1, 1, 1, 3, 3, 2, 9, 5, 17, 20, kAll | kResets | kMasked, kBoth},
+    {"resets_one", kBf16, kTensor, kCluster, 2, 1, 1, 1, 2, 4, 1, 1, 2, 1, 9, kAll | kResets},
+    {"resets_eight",           kBf16,    kTensor, kCluster, 2,        1, 1, 1, 8, 2, 2, 4, 3, 3, 60,
+     kAll | kResets | kPadded, kReverse, 1,       1,        {4, 4, 2}},
+    {"resets_most", kBf16, kTensor, kCluster, 2, 4, 1, 2, 16, 2, 1, 3, 8, 17, 256, kSaves | kResets},  // most pushes
+    {"resets_batch", kF32, kTensor, kCluster, 2, 3, 4, 1, 12, 2, 2, 4, 27, 20, 96, kAll | kResets},
+    {"resets_groups",
+     kBf16,
+     kTensor,
+     kL2,
+     2,
+     1,
+     1,
+     1,
+     3,
+     2,
+     2,
+     8,
+     13,
+     17,
+     20,
+     kAll | kPadded | kResets,
+     kBoth,
+     2,
+     2,
+     {8, 8, 8, 8, 8, 7, 5, 3, 3, 2, 1, 1, 1}},
+    {"l2_resets", kBf16, kTensor, kL2, 2, 2, 2, 3, 4, 3, 2, 5, 13, 64, 96, kBias | kInitial | kResets},
+    {"inside_resets", kF32, kExact, kL2, 2, 1, 1, 3, 1, 2, 2, 6, 5, 7, 24, kAll | kResets},
+    {"residual", kBf16, kTensor, kCluster,     2, 1, 1, 1, 3, 3, 4, 7, 5, 17, 21, kAll | kMasked | kPadded | kResidual,
+     kForward,   1,     1,       falling(7, 5)},
+    {"residual_l2", kF32, kTensor, kL2, 2, 1, 1, 1, 3, 2, 3, 5, 3, 7, 20, kAll | kResidual | kShifted, kReverse},
+    {"residual_packed", kBf16, kTensor, kL2,          2, 1, 1, 1, 3, 2, 3, 6, 9, 7, 20, kAll | kMasked | kResidual,
+     kForward,          2,     2,       falling(6, 9)},
     {"thirty", kBf16, kTensor, kCluster, 2, 1, 1, 1, 2, 2, 30, 5, 2, 3, 11, kAll | kMasked},
     {"l2_thirty", kBf16, kTensor, kL2, 2, 1, 1, 1, 1, 2, 30, 5, 2, 3, 7, kAll | kMasked},
     {"l2_most_lanes", kBf16, kTensor, kL2, 2, 1, 1, 1, 2, 1, 32, 3, 2, 3, 9, kBias},
@@ -253,6 +313,7 @@ struct Stack {
   const Case& c;
   ForwardArguments<T> arguments = {};
   std::vector<int64_t> first_row;
+  std::vector<uint8_t> resets;
   int64_t x_width, saved_stride, h_stride;
   Guarded<T> x;
   std::vector<Guarded<T>> h, above;  // a layer each
@@ -277,16 +338,21 @@ struct Stack {
     x_width = c.inputs + (c.has(kStrided) ? 8 : 0);
     saved_stride = (c.hidden + 15) / 16 * 16;
     h_stride = int64_t{directions} * c.hidden;
-    const int64_t rows = first_row.back(), state = int64_t{c.batch} * c.hidden, units = c.hidden;
+    const int64_t rows = packed() ? first_row.back() : int64_t{c.steps} * c.batch, state = int64_t{c.batch} * c.hidden,
+                  units = c.hidden;
     x = Guarded<T>(rows * x_width + shift());
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int k = 0; k < c.inputs; ++k) x[shift() + row * x_width + k] = narrow<T>(uniform(1));
+    for (int t = 0; t < c.steps; ++t) {
+      for (int b = 0; b < c.batch && t < length(b); ++b) {
+        const int64_t from = shift() + (c.has(kStrided) ? int64_t{b} * c.steps + t : row(t, b)) * x_width;
+        for (int k = 0; k < c.inputs; ++k) x[from + k] = narrow<T>(uniform(1));
+      }
     }
     const bool masks = c.has(kMasked) || c.has(kCopied);
+    const auto has_above = [&](int layer) { return c.has(kResidual) || (masks && layer + 1 < c.layers); };
     const float bound = 1.5f / std::sqrt(static_cast<float>(c.hidden));
     for (int layer = 0; layer < c.layers; ++layer) {
       h.emplace_back(rows * h_stride + shift());
-      above.emplace_back(masks && layer + 1 < c.layers ? rows * h_stride : 0);
+      above.emplace_back(has_above(layer) ? rows * h_stride : 0);
       for (int direction = 0; direction < directions; ++direction) {
         const int64_t inputs = layer == 0 ? c.inputs : c.hidden;
         lanes.push_back({Guarded<T>(4 * units * inputs + shift()), Guarded<T>(4 * units * units + shift()),
@@ -306,7 +372,11 @@ struct Stack {
     sizes.steps = sizes.last_step = c.steps, sizes.batch = c.batch, sizes.hidden = c.hidden, sizes.lanes = c.lanes();
     sizes.batch_groups = c.batch_groups, sizes.copies = c.copies;
     sizes.h_stride = h_stride, sizes.saved_stride = saved_stride;
-    sizes.first_row = packed() ? first_row.data() : nullptr;
+    for (int t = 0; t < c.steps && c.has(kResets); ++t) {
+      for (int b = 0; b < c.batch; ++b) resets.push_back(t >= length(b) || uniform(1) < -0.2f);
+    }
+    sizes.resets = c.has(kResets) ? resets.data() : nullptr;
+    sizes.rows_before = ragged() ? first_row.data() : nullptr, sizes.packed = packed();
     for (int n = c.lanes(); n < kMaxLanes; ++n) arguments.lane[n].inputs = 1 << 20;  // no lane of this launch
     for (int n = 0; n < c.lanes(); ++n) {
       const int layer = n / directions, direction = n % directions;
@@ -318,7 +388,7 @@ struct Stack {
       lane.bias_ih = c.has(kBiasIh) ? m.bias_ih.data() : nullptr;
       lane.bias_hh = c.has(kBiasHh) ? m.bias_hh.data() : nullptr;
       lane.h = h[count_of(layer)].data() + shift() + column;
-      lane.above = masks && layer + 1 < c.layers ? above[count_of(layer)].data() + column : nullptr;
+      lane.above = has_above(layer) ? above[count_of(layer)].data() + column : nullptr;
       lane.h_0 = c.has(kH0) ? m.h_0.data() : nullptr;
       lane.c_0 = c.has(kC0) ? m.c_0.data() : nullptr;
       lane.h_n = c.has(kHn) ? m.h_n.data() : nullptr;
@@ -337,13 +407,15 @@ struct Stack {
         lane.below = n - directions, lane.inputs = c.hidden;
         lane.x = under.above ? under.above : under.h;
         lane.x_step_stride = c.batch * h_stride, lane.x_row_stride = h_stride;
+        if (c.has(kResidual)) lane.residual = lane.x + column;
       }
     }
   }
 
-  int length(int b) const { return packed() ? c.lengths[count_of(b)] : c.steps; }
-  bool packed() const { return !c.lengths.empty(); }
-  int64_t row(int t, int b) const { return first_row[count_of(t)] + b; }
+  int length(int b) const { return ragged() ? c.lengths[count_of(b)] : c.steps; }
+  bool ragged() const { return !c.lengths.empty(); }
+  bool packed() const { return ragged() && !c.has(kPadded); }
+  int64_t row(int t, int b) const { return (packed() ? first_row[count_of(t)] : int64_t{t} * c.batch) + b; }
 
   static void fill(Guarded<T>& values, float bound) {
     for (int64_t n = 0; n < values.size(); ++n) values[n] = narrow<T>(uniform(bound));
@@ -371,7 +443,8 @@ struct Stack {
       lend("saved_c" + of, m.saved_c, read_write), lend("saved_gates" + of, m.saved_gates, read_write);
     }
     lend("chunks_done", chunks_done, read_write), lend("words", words, read_write);
-    if (packed()) lend("first_row", first_row, read);
+    if (ragged()) lend("rows_before", first_row, read);
+    if (c.has(kResets)) lend("resets", resets, read);
     if (c.has(kMasked)) emulator::lend("seed", &seed, 1, read);
   }
 
@@ -463,6 +536,10 @@ struct Stack {
     for (int s = 0; s < length(b); ++s) {
       const int t = lane.reverse ? length(b) - 1 - s : s;
       const int64_t at = row(t, b);
+      const int boundary = lane.reverse ? t + 1 : t;  // see csrc/stack/resets.h
+      if (c.has(kResets) && boundary < length(b) && resets[count_of(boundary * c.batch + b)]) {
+        for (std::vector<double>* values : {&cell, &before, &of_cell}) values->assign(count_of(hidden), 0.0);
+      }
       const T* row_x =
           packed() ? lane.x + at * lane.x_row_stride : lane.x + t * lane.x_step_stride + b * lane.x_row_stride;
       for (int j = 0; j < hidden; ++j) {
@@ -517,6 +594,16 @@ struct Stack {
         }
       }
     }
+    for (int t = length(b); t < c.steps && !packed(); ++t) {
+      const int64_t at = row(t, b);
+      if (h[count_of(layer)].untouched(shift() + at * h_stride + lane.h_column, hidden) &&
+          m.saved_c.untouched(at * saved_stride, saved_stride) &&
+          m.saved_gates.untouched(4 * at * saved_stride, 4 * saved_stride)) {
+        continue;
+      }
+      return "wrong numbers: the padding of lane " + std::to_string(number) + " was written at time " +
+             std::to_string(t);
+    }
     const bool asked = (c.has(kSaveC) || m.saved_c.untouched()) && (c.has(kSaveGates) || m.saved_gates.untouched()) &&
                        (c.has(kHn) || m.h_n.untouched()) && (c.has(kCn) || m.c_n.untouched());
     return asked ? ""
@@ -525,13 +612,23 @@ struct Stack {
 
   // h as the layer above sees it: the same mask, to the bit, as the CPU's.
   std::string judge_above() {
-    for (int layer = 0; layer + 1 < c.layers && (c.has(kMasked) || c.has(kCopied)); ++layer) {
+    for (int layer = 0; layer < c.layers; ++layer) {
+      if (above[count_of(layer)].size() == 0) continue;
       for (int b = 0; b < c.batch; ++b) {
+        for (int t = length(b); t < c.steps && !packed(); ++t) {
+          if (!above[count_of(layer)].untouched(row(t, b) * h_stride, h_stride)) {
+            return "wrong numbers: the padding of what the layer above sees was written at time " + std::to_string(t);
+          }
+        }
         for (int t = 0; t < length(b); ++t) {
           std::vector<float> expected(count_of(h_stride));
           const int64_t from = row(t, b) * h_stride;
           for (int64_t j = 0; j < h_stride; ++j) expected[count_of(j)] = widen(h[count_of(layer)][shift() + from + j]);
           if (c.has(kMasked)) dropout(layer).apply(expected.data(), h_stride, int64_t{t} * c.batch + b, layer);
+          const bool adds = c.has(kResidual) && layer > 0;
+          for (int64_t j = 0; j < h_stride && adds; ++j) {
+            expected[count_of(j)] += widen(above[count_of(layer - 1)][from + j]);
+          }
           for (int64_t j = 0; j < h_stride; ++j) {
             const T wanted = narrow<T>(expected[count_of(j)]);
             if (std::memcmp(&above[count_of(layer)][from + j], &wanted, sizeof(T)) == 0) continue;
@@ -605,6 +702,12 @@ std::string refusals() {
       refused("ragged", kFailed, "0 lanes: a launch takes 1 to 32", [](Arguments& a, Device&) { a.sizes.lanes = 0; }),
       refused("ragged", kFailed, "33 lanes: a launch takes 1 to 32", [](Arguments& a, Device&) { a.sizes.lanes = 33; }),
       refused("ragged", kFailed, "no steps", [](Arguments& a, Device&) { a.sizes.steps = 0; }),
+      refused("ragged", kFailed, "a packed batch without its rows", [](Arguments& a, Device&) { a.sizes.packed = 1; }),
+      refused("packed", kFailed, "resets of a packed batch",
+              [](Arguments& a, Device&) {
+                static const uint8_t none = 0;
+                a.sizes.resets = &none;
+              }),
       refused("ragged", kFailed, "chunks of none", [](Arguments& a, Device&) { a.cut.chunk_steps = 0; }),
       refused("ragged", kFailed, "1 groups of a batch of 0", [](Arguments& a, Device&) { a.sizes.batch = 0; }),
       refused("ragged", kFailed, "0 groups of a batch", [](Arguments& a, Device&) { a.sizes.batch_groups = 0; }),
@@ -631,6 +734,8 @@ std::string refusals() {
       refused("ragged", kFailed, "hidden 20, units 72, K 64", [](Arguments& a, Device&) { a.cut.blocks = 9; }),
       refused("l2_ragged", kFailed, "without words", [](Arguments& a, Device&) { a.words = nullptr; }),
       refused("ragged", kFailed, "lane 1 has 0 inputs", [](Arguments& a, Device&) { a.lane[1].inputs = 0; }),
+      refused("ragged", kFailed, "lane 1 adds its input to nothing",
+              [](Arguments& a, Device&) { a.lane[1].residual = a.lane[1].x; }),
       refused("ragged", kFailed, "lane 1 is above lane -2", [](Arguments& a, Device&) { a.lane[1].below = -2; }),
       refused("ragged", kFailed, "lane 1 is above lane 1", [](Arguments& a, Device&) { a.lane[1].below = 1; }),
       refused("ragged", kFailed, "no counters", [](Arguments& a, Device&) { a.chunks_done = nullptr; }),

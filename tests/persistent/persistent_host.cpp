@@ -68,6 +68,7 @@ std::string misfit(const Arguments& a, const Instance* instances, int count) {
     if (s.first_sequence(group + 1) - s.first_sequence(group) > cut.columns()) return "a batch group is too wide";
   }
   if (s.first_step < 0 || s.first_step >= s.last_step || s.last_step > s.steps) return "steps out of range";
+  if (s.packed && (!s.rows_before || s.resets)) return "a packed batch without its rows, or with resets";
   if (!a.chunks_done) return "no counters";
   for (int64_t n = 0; n < int64_t{s.copies} * s.lanes * cut.blocks; ++n) {
     if (a.chunks_done[n] != 0) return "counters that are not zero";
@@ -86,10 +87,17 @@ struct Steps {
   int reverse;
 
   int time(int step) const { return reverse ? s.steps - 1 - step : step; }
-  int64_t first_row(int t) const { return s.first_row ? s.first_row[t] : int64_t{t} * s.batch; }
-  int active(int t) const { return static_cast<int>(first_row(t + 1) - first_row(t)); }
+  int64_t first_row(int t) const { return s.packed ? s.rows_before[t] : int64_t{t} * s.batch; }
+  int active(int t) const {
+    return s.rows_before ? static_cast<int>(s.rows_before[t + 1] - s.rows_before[t]) : s.batch;
+  }
   bool has(int step, int b) const { return step >= 0 && step < s.steps && b < active(time(step)); }
   int64_t row(int step, int b) const { return first_row(time(step)) + b; }
+  // Whether a sequence is cut before this step, which it has.
+  bool cut(int step, int b) const {
+    const int boundary = reverse ? time(step) + 1 : time(step);  // see csrc/stack/resets.h
+    return s.resets && boundary < s.steps && b < active(boundary) && s.resets[int64_t{boundary} * s.batch + b];
+  }
 };
 
 // 0, or what is kept times its scale.
@@ -162,9 +170,10 @@ void forward_lane(const ForwardArguments<T>& a, const ForwardLane<T>& l) {
     }
     for (int step = 0; step < s.steps; ++step) {
       if (!steps.has(step, b)) continue;
+      if (steps.cut(step, b)) std::fill(h.begin(), h.end(), T{}), std::fill(c.begin(), c.end(), 0.0f);
       const int t = steps.time(step);
       const int64_t row = steps.row(step, b);
-      const T* from = s.first_row ? l.x + row * l.x_row_stride : l.x + t * l.x_step_stride + b * l.x_row_stride;
+      const T* from = s.packed ? l.x + row * l.x_row_stride : l.x + t * l.x_step_stride + b * l.x_row_stride;
       for (int k = 0; k < inputs; ++k) x[k] = operand(a.cut, from[k]);
       for (int k = 0; k < hidden; ++k) h_before[k] = operand(a.cut, h[k]);
       for (int j = 0; j < hidden; ++j) {
@@ -191,7 +200,8 @@ void forward_lane(const ForwardArguments<T>& a, const ForwardLane<T>& l) {
         l.h[row * s.h_stride + j] = h[j];
         if (l.above) {
           const double kept = mask_of(l.mask, s, l.layer, l.h_column + j, t, b);
-          l.above[row * s.h_stride + j] = narrow<T>(static_cast<float>(widen(h[j]) * kept));
+          const double added = l.residual ? widen(l.residual[row * s.h_stride + j]) : 0.0;
+          l.above[row * s.h_stride + j] = narrow<T>(static_cast<float>(widen(h[j]) * kept + added));
         }
       }
     }
@@ -225,7 +235,10 @@ Outcome forward(const ForwardArguments<T>& a, void*) {
       if (l.x_row_stride != s.h_stride || l.x_step_stride != s.batch * s.h_stride) return failed("strides of h");
     }
     if (l.h_column != (l.reverse ? s.hidden : 0)) return failed("the column of a direction");
-    if (l.above && !l.mask.seed) return failed("a mask without a seed");
+    if (l.above && !l.mask.seed && !l.residual) return failed("a mask without a seed");
+    if (l.residual &&
+        (!l.above || l.residual != l.x + l.h_column || l.inputs != s.h_stride || l.x_row_stride != s.h_stride))
+      return failed("a residual that is not the lane's part of its input");
   }
   const Outcome outcome = outcome_of(a);
   if (outcome.kind != Outcome::ok) return outcome;
@@ -291,7 +304,7 @@ void backward_lane(const BackwardArguments<T>& a, const BackwardLane<T>& l, cons
           dh += above * mask_of(l.mask, s, l.layer, l.h_column + j, t, b);
         }
         if (later) {  // from memory: of the launch before, too
-          dh += product(w_hh, l.grad_gates + steps.row(step + 1, b) * s.gates_stride, j);
+          if (!steps.cut(step + 1, b)) dh += product(w_hh, l.grad_gates + steps.row(step + 1, b) * s.gates_stride, j);
           if (step + 1 == s.last_step) dc[j] = l.carried_c[at + j];
         } else {
           dh += l.grad_h_n ? widen(l.grad_h_n[at + j]) : 0.0;
@@ -312,15 +325,17 @@ void backward_lane(const BackwardArguments<T>& a, const BackwardLane<T>& l, cons
           y = activate_gates<Maths>(Gates<double>{sum[0], sum[1], sum[2], sum[3]});
         }
         const double c = l.c[row * s.saved_stride + j];
-        const double before = !first  ? l.c[steps.row(step - 1, b) * s.saved_stride + j]
-                              : l.c_0 ? static_cast<double>(widen(l.c_0[at + j]))
-                                      : 0.0;
+        const double before = steps.cut(step, b) ? 0.0
+                              : !first           ? l.c[steps.row(step - 1, b) * s.saved_stride + j]
+                              : l.c_0            ? static_cast<double>(widen(l.c_0[at + j]))
+                                                 : 0.0;
         const Gates<double> d = LstmCell::backward<Maths>(y, before, c, dh, dc[j]);
         T* to = l.grad_gates + row * s.gates_stride + j;
         to[0] = narrow<T>(static_cast<float>(d.i));
         to[hidden] = narrow<T>(static_cast<float>(d.f));
         to[2 * hidden] = narrow<T>(static_cast<float>(d.g));
         to[3 * hidden] = narrow<T>(static_cast<float>(d.o));
+        if (steps.cut(step, b)) dc[j] = 0;
       }
     }
     // A sequence's own first step; a reverse lane may have had it in an earlier launch.
@@ -334,7 +349,8 @@ void backward_lane(const BackwardArguments<T>& a, const BackwardLane<T>& l, cons
         dh = l.carried_h[at + j];
         dcell = l.carried_c[at + j];
       } else if (begun) {
-        dh = product(w_hh, l.grad_gates + steps.row(sequence_begins, b) * s.gates_stride, j);
+        const T* dgates = l.grad_gates + steps.row(sequence_begins, b) * s.gates_stride;
+        dh = steps.cut(sequence_begins, b) ? 0 : product(w_hh, dgates, j);
       }
       if (s.first_step > 0) {
         l.carry_h[at + j] = static_cast<float>(dh);

@@ -36,6 +36,7 @@ from helpers import (
     upstream_gradients,
     with_saving,
 )
+from persistent_calls import kind_of, tolerance
 from persistent_host import host_kernels
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -78,29 +79,8 @@ def cut_up(forward=None, backward=None):
         _C.force_persistent_passes(True, None)
 
 
-@contextlib.contextmanager
-def kind_of(kind: str):
-    """A dtype; and, for float32, whether torch allows products to take TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
-    try:
-        yield torch.float32 if kind == "tf32" else getattr(torch, kind)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def persistent_arguments(case, dtype=torch.float32, saving="full", **kwargs):
     return forward_arguments(case, dtype, saving, backend="persistent", **kwargs)
-
-
-def tolerance(case: Case, kind: str, dropout=0.0) -> float:
-    """As `rounded_tolerance`, of whose rounded numbers there are as many here. TF32 rounds x and the weights beside."""
-    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
-    tol = case_tolerance(case, dtype)
-    rounding = 2.0**-10 if kind == "tf32" else torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0
-    rounded = 6 if kind == "tf32" else 4
-    tol += 4 * math.sqrt(rounded * 2) * rounding / 2 / math.sqrt(3) / 3
-    return tol / (1 - dropout) ** (case.layers - 1)
 
 
 def check(case: Case, kind: str, saving: str, dropout=0.0, expected=None) -> dict:

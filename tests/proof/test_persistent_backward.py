@@ -28,7 +28,7 @@ def succeeds(*arguments, sanitizer=None):
 
 GROUPS = [
     ["one", "alone", "two", "deep", "ragged", "ninety", "dropout", "half", "layer"],
-    ["packed", "reverse", "nothing", "both", "groups", "full"],
+    ["packed", "lengths", "resets", "reverse", "nothing", "both", "groups", "full"],
     ["tf32", "float", "l2", "inside", "not_inside", "states"],
 ]
 

@@ -8,8 +8,8 @@ import pytest
 KERNELS = [emulator.HERE / "persistent_forward_instances.cu", emulator.HERE / "fast_maths.cu"]
 CHECKS = [emulator.HERE / "persistent_forward.cpp"]
 # Small ones, of few kernels, in which every line of them and every way to wait is.
-CLUSTER = ["two_blocks", "two_steps", "ragged", "three_splits", "wide_batch", "both", "packed", "exact"]
-L2 = ["l2_one", "inside_wide", "l2_ragged", "rounds", "packed_groups", "packed_tf32"]
+CLUSTER = ["two_blocks", "two_steps", "ragged", "three_splits", "wide_batch", "both", "packed", "lengths", "resets", "exact"]
+L2 = ["l2_one", "inside_wide", "l2_ragged", "resets_groups", "rounds", "packed_groups", "packed_tf32"]
 
 
 @functools.cache
@@ -29,6 +29,7 @@ GROUPS = [
     ["one", "two", "deep", "ragged", "forty", "wide", "full", "odd", "three", "largest", "eight"],
     ["l2", "inside", "not_inside"],
     ["exact", "tf32", "reverse", "both", "copies", "rounds", "masked", "copied", "strided", "shifted", "packed", "thirty"],
+    ["lengths", "resets", "residual"],
 ]
 
 

@@ -1,5 +1,6 @@
 """plan.obstacle: which path runs which options. What it says is held to what calls do, and the table of docs/api.md to it."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -28,24 +29,24 @@ def test_a_path_runs_what_it_says_and_refuses_the_rest_in_the_same_words(name, o
     module = StackedLSTM(**sizes, dtype=dtype)
     x = torch.randn(3, 2, 8, dtype=dtype)
     values = {"lengths": torch.tensor([2, 3]), "resets": torch.tensor([[False, True], [True, False], [False, False]])}
-    given = {part: values[part] for part in parts}
+    given = {part: values[part] for part in parts if part in values}
 
     def run():
         torch.manual_seed(1)  # of the masks
-        return module.states(x) if "states" in name else module(x, **given)
+        return module.states(x) if "states" in parts else module(x, **given)
 
     def leaves(result):
         return [result] if isinstance(result, torch.Tensor) else [leaf for part in result for leaf in leaves(part)]
 
     with backend("reference"):
         expected = leaves(run())
-    for path in PATHS:
-        why_not = obstacle(path, StackOptions(**sizes), dtype=dtype, **dict.fromkeys(parts, True))
+    for path, trains in itertools.product(PATHS, (False, True)):
+        why_not = obstacle(path, StackOptions(**sizes), dtype=dtype, trains=trains, **dict.fromkeys(parts, True))
         if why_not:
-            with backend(path), pytest.raises(ValueError, match=re.escape(why_not)):
+            with torch.set_grad_enabled(trains), backend(path), pytest.raises(ValueError, match=re.escape(why_not)):
                 run()
             continue
-        with backend(path):
+        with torch.set_grad_enabled(trains), backend(path):
             found = leaves(run())
         assert last_run()["backend"] == path
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 and name != "`bf16_weights`" else 0.02
