@@ -214,15 +214,6 @@ EQUIVALENT: list[Equivalent] = [
         near="its h means nothing",
     ),
     Equivalent(
-        file="csrc/persistent/exchange.cuh",
-        function="send_columns",
-        kind="guard",
-        change="always false",
-        code="word / kGroupWords >= share",
-        reason="words that nobody waits for",
-        near="break",
-    ),
-    Equivalent(
         file="csrc/persistent/forward.cuh",
         function="forward",
         kind="guard",
