@@ -279,9 +279,11 @@ class Graph:
 
 
 def is_send(instruction: Instruction) -> bool:
-    """Whether it sends to another block: st.async, or a word of 64 bits through L2."""
+    """Whether it sends to another block: st.async, or a word of 64 bits through L2. Not what only sequences that are cut
+    send."""
     opcode = instruction.opcode
-    return opcode.startswith("STAS") or bool(re.fullmatch(r"STG\.E\.64\.STRONG\.GPU", opcode))
+    sends = opcode.startswith("STAS") or bool(re.fullmatch(r"STG\.E\.64\.STRONG\.GPU", opcode))
+    return sends and "send_cuts" not in functions_around(instruction)
 
 
 def is_wait(instruction: Instruction) -> bool:
