@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.results import BASELINE, OURS, Result, threads_text
+from benchmarks.results import BASELINE, MODES, OURS, Result, threads_text
 
 BUSY = 0.3  # share of disturbed rounds from which on a result is not worth keeping
 NOTHING = "–"  # in a cell that has no figure
@@ -209,6 +209,78 @@ def ladder_table(row: Result) -> Table:
     return table
 
 
+# What options cost: costs.py ------------------------------------------------------------------------------------------
+
+
+def standing(times: Result) -> str:
+    """Of a time that is given as a multiple of another: "within" its limit, "above" it, or "undecided", if the measurement
+    cannot tell; empty without a limit."""
+    if times.get("limit") is None:
+        return ""
+    if times["cost"] <= times["limit"]:
+        return "within"
+    return "above" if times["cost"] - times["margin"] > times["limit"] else "undecided"
+
+
+def cost_text(entry: Result | None) -> str:
+    """ "1.034 ±0.008": the cost and its margin; bold where it is above its limit."""
+    if not entry or "times" not in entry:
+        return wall(entry)
+    times = entry["times"]
+    text = f"{times['cost']:.3f} ±{times['margin']:.3f}"
+    return f"**{text}**" if standing(times) == "above" else text
+
+
+def costs_table(result: Result, group: str, mode: str) -> Table:
+    """The first contestant in ms, all others as multiples of its time."""
+    rows = select(result, mode, group=group)
+    contestants = names(rows)
+    table = Table(["shape", "threads", *contestants], title=f"{group}, {mode}, {result['dtype']}")
+    previous = ""
+    for row in rows:
+        entries = [cost_text(row["contestants"].get(name)) for name in contestants]
+        table.rows.append(["" if row["name"] == previous else row["name"], str(row["threads"]), *entries])
+        previous = row["name"]
+    return table
+
+
+def with_limit(result: Result) -> dict[str, list[tuple[Result, Result]]]:
+    """By the contestant's name, the rows in which its cost has a limit, and its ``times`` in each."""
+    found: dict[str, list[tuple[Result, Result]]] = {}
+    for row in result["rows"]:
+        for name, entry in row["contestants"].items():
+            if entry.get("times", {}).get("limit") is not None:
+                found.setdefault(name, []).append((row, entry["times"]))
+    return found
+
+
+def limits_table(result: Result) -> Table:
+    """What has a limit: the geometric mean of its cost by mode and threads, and in how many rows it is above."""
+    columns = [(mode, threads) for mode in MODES for threads in thread_counts(result)]
+    head = ["", "limit", *(mode + threads_text(threads) for mode, threads in columns), "rows", "above", "undecided"]
+    table = Table(head, title="costs that have a limit, geometric means")
+    for name, measured in with_limit(result).items():
+        means = [geometric_mean(t["cost"] for row, t in measured if (row["mode"], row["threads"]) == column) for column in columns]
+        stands = [standing(times) for _, times in measured]
+        limit = f"{measured[0][1]['limit']:.2f}"
+        shown = [NOTHING if mean is None else f"{mean:.3f}" for mean in means]
+        above = stands.count("above")
+        counts = [str(len(stands)), f"**{above}**" if above else "0", str(stands.count("undecided"))]
+        table.rows.append([name, limit, *shown, *counts])
+    return table
+
+
+def above_limit(result: Result) -> list[str]:
+    """A line for each cost that is above its limit."""
+    return [
+        f"ABOVE {times['limit']:.2f}  {name} on {row['name']}, {row['mode']}{threads_text(row['threads'])}: "
+        f"{times['cost']:.3f} ±{times['margin']:.3f}"
+        for name, measured in with_limit(result).items()
+        for row, times in measured
+        if standing(times) == "above"
+    ]
+
+
 # Remarks ------------------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +318,7 @@ def remarks(result: Result) -> list[str]:
     }
     if fallen:
         lines.append(f"Ours ran no kernel but the reference on {', '.join(sorted(fallen))}.")
-    if not result["limits"] and result["device"] == "cpu":
+    if not result["limits"] and result["device"] == "cpu" and result.get("suite") != "costs":
         lines.append("No physical limit: no C++ compiler was found to build the probe with.")
     skipped: dict[str, set[str]] = {}
     for row in result["rows"]:
