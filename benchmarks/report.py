@@ -281,6 +281,49 @@ def above_limit(result: Result) -> list[str]:
     ]
 
 
+# Random shapes: sweep.py ----------------------------------------------------------------------------------------------
+
+SLOWEST = 10
+AS_FAST = 0.97  # times as fast as nn.LSTM: below it, a shape is marked
+
+
+def compared(rows: Iterable[Result]) -> list[Result]:
+    """Rows in which ours and nn.LSTM were timed, the slowest of ours first."""
+    found = [row for row in rows if row["contestants"].get(OURS, {}).get("speedup")]
+    return sorted(found, key=lambda row: row["contestants"][OURS]["speedup"])
+
+
+def sweep_table(result: Result) -> Table:
+    """Means over the shapes by mode and threads, and over all."""
+    head = ["", "shapes", "geometric mean", "slowest", f"below {AS_FAST}"]
+    table = Table(head, title="times as fast as nn.LSTM", words=(0,))
+    parts = {mode + threads_text(threads): select(result, mode, threads) for mode in MODES for threads in thread_counts(result)}
+    for name, rows in {**parts, "all": result["rows"]}.items():
+        speedups = [row["contestants"][OURS]["speedup"] for row in compared(rows)]
+        if speedups:
+            below = sum(speedup < AS_FAST for speedup in speedups)
+            mean = f"{geometric_mean(speedups):.2f}×"
+            table.rows.append([name, str(len(speedups)), mean, f"{speedups[0]:.2f}×", f"**{below}**" if below else "0"])
+    return table
+
+
+def slowest_table(result: Result) -> Table:
+    """The shapes on which ours is the least ahead, and all on which it is behind, with shares of the physical limit."""
+    rows = compared(result["rows"])
+    behind = sum(row["contestants"][OURS]["speedup"] < AS_FAST for row in rows)
+    shown = rows[: max(SLOWEST, behind)]
+    head = ["slowest", "mode", "threads", OURS, BASELINE, "limit, ms", "share, ours", f"share, {BASELINE}", "times as fast"]
+    table = Table(head, words=(0, 1), title=f"the slowest {len(shown)} of {len(rows)}")
+    for row in shown:
+        ours, stock = row["contestants"][OURS], row["contestants"][BASELINE]
+        shares = [NOTHING if e["share_of_limit"] is None else f"{100 * e['share_of_limit']:.0f}%" for e in (ours, stock)]
+        speedup = f"{ours['speedup']:.2f}×"
+        speedup = f"**{speedup} <**" if ours["speedup"] < AS_FAST else speedup
+        times_of = [wall(ours), wall(stock), milliseconds(row.get("limit_ms") or None)]
+        table.rows.append([row["name"], row["mode"], str(row["threads"]), *times_of, *shares, speedup])
+    return table
+
+
 # Remarks ------------------------------------------------------------------------------------------------------------
 
 

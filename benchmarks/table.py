@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.table RESULT.json --readme README.md`` writes speed-ups over the grid between ``<!-- table:begin -->``
 and ``<!-- table:end -->``; with ``--docs docs/cpu.md``, what that page shows of such a result stands between markers named after
-its kind: ``shares`` of the limit over the grid, ``floors``, ``options``, ``streaming`` or ``costs``
+its kind: ``shares`` of the limit over the grid, ``floors``, ``options``, ``streaming``, ``costs`` or ``sweep``
 (``options-float64`` and so on in other dtypes). Only what the file holds is written, with its machine.
 """
 
@@ -29,6 +29,8 @@ from benchmarks.report import (
     names,
     select,
     size_text,
+    slowest_table,
+    sweep_table,
     thread_counts,
 )
 from benchmarks.results import BASELINE, MODES, OURS, Result, threads_text
@@ -139,12 +141,17 @@ def costs(result: Result) -> list[str]:
     return lines
 
 
+def sweep(result: Result) -> list[str]:
+    return [*sweep_table(result).markdown(), "", *slowest_table(result).markdown()]
+
+
 KINDS: dict[str, Callable[[Result], list[str]]] = {
     "shares": shares,
     "floors": floors,
     "options": options,
     "streaming": streaming,
     "costs": costs,
+    "sweep": sweep,
 }
 
 
@@ -218,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         result = results.load(given.result)
-        docs_only = result["suite"] in ("floors", "costs")
+        docs_only = result["suite"] in ("floors", "costs", "sweep")
         if result["suite"] != "floors" and disturbed_share(result) > BUSY:
             print("warning: the machine was busy; measure again before you publish this", file=sys.stderr)
         if given.docs:
