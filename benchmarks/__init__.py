@@ -14,6 +14,8 @@ table.py          the tables of the README and of docs/cpu.md
 plots.py          speed-up by shape, time against depth, share of the limit, the ladder
 ladder.py         python -m benchmarks.ladder: naive loop, fused gates, diagonal, persistent: what each rung gains
 floors.py         python -m benchmarks.floors: what the grid does not show
+costs.py          python -m benchmarks.costs: what options cost, and how it is done without them; today.py has those ways
+sweep.py          python -m benchmarks.sweep: ours beside nn.LSTM on random shapes
 gpu/              python -m benchmarks.gpu: everything on one GPU in eight minutes, with this timing, result and report
 """
 

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import Impossible, compare, limits, results, suite
 from benchmarks.cases import DTYPES, SUITES, Cell
 from benchmarks.contestants import Contestant, all_contestants
-from benchmarks.environment import choose_device, cores, describe, load
+from benchmarks.environment import choose_device, cores, describe
 from benchmarks.report import entry_text
 from benchmarks.results import MODES, Result
 from benchmarks.terminal import coloured, print_report
@@ -112,6 +112,7 @@ def measure(
     dtype = DTYPES[options.dtype]
     threads = sorted({cell.threads for cell in cells} - {0})
     started = time.perf_counter()
+    planned = {cell.key: cell.name for cell in cells}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("probing the machine", total=len(cells))
@@ -120,15 +121,7 @@ def measure(
             progress.update(task, description=f"{cell.name}: {doing}")
 
         def write(rows: list[Result]) -> None:
-            measured = {(row["group"], row["name"], row["mode"], row["threads"]) for row in rows}
-            result["rows"] = rows
-            result["left_out"] = [
-                c.name for c in cells if (c.case.group, c.case.name, c.mode, c.threads) not in measured
-            ]
-            result["failures"] = results.failures(rows)
-            result["seconds"] = round(time.perf_counter() - started, 1)
-            result["environment"]["load_after"] = load()
-            save()
+            suite.keep(result, rows, planned, started, save)
 
         def finished(row: Result) -> None:
             progress.advance(task)

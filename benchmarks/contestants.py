@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn.utils import skip_init
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import stacked_lstm_ext
-from benchmarks.cases import Case, Problem
+from benchmarks.cases import RESULTS, Case, Problem, named
 from benchmarks.results import Mode
 
 Tensors = dict[str, Tensor]  # output, h_n, c_n and, in training, "grad of …" by the name of what it is the gradient of
@@ -56,6 +56,16 @@ class Contestant:
         raise NotImplementedError
 
 
+def eps_of_a_loop(case: Case, mode: Mode, dtype: torch.dtype) -> float | None:
+    """Autograd adds up the weights' gradients of a loop's T steps in the dtype itself, and rounds T times.
+
+    If all steps give alike, the sum grows as √t and its roundings come to eps·√(T/24) (each at most eps/2, evenly
+    distributed). Twice that is allowed, beside the four eps of everybody.
+    """
+    eps = torch.finfo(dtype).eps
+    return eps * (1 + (case.steps / 24) ** 0.5 / 2) if mode == "training" else None
+
+
 class StackedLSTM(Contestant):
     """Ours, as a user calls it: the module, on the backend that is named ("auto" for the one it picks itself)."""
 
@@ -68,8 +78,8 @@ class StackedLSTM(Contestant):
     def obstacle(self, case: Case, mode: Mode, dtype: torch.dtype, device: torch.device) -> str | None:
         if self.backend == "auto":
             return None  # it runs everything; what it falls back to shows in the facts
-        sizes = (case.input_size, case.hidden_size, case.layers)
-        options: dict[str, Any] = {"proj_size": case.proj_size, "bidirectional": case.bidirectional}
+        sizes = (case.input_size, case.widths or case.hidden_size, case.layers)
+        options: dict[str, Any] = {"proj_size": case.proj_size, "bidirectional": case.bidirectional} | module_options(case)
         try:
             with stacked_lstm_ext.backend(self.backend):
                 module = skip_init(stacked_lstm_ext.StackedLSTM, *sizes, **options, device=device, dtype=dtype)
@@ -139,6 +149,8 @@ class TorchLSTM(Contestant):
     name = "nn.LSTM"
 
     def obstacle(self, case: Case, mode: Mode, dtype: torch.dtype, device: torch.device) -> str | None:
+        if not case.is_of_any_lstm:
+            return "has no such option"
         if device.type != "cuda":
             return None
         version = cudnn_version()
@@ -164,6 +176,8 @@ class OnnxRuntime(Contestant):
     def obstacle(self, case: Case, mode: Mode, dtype: torch.dtype, device: torch.device) -> str | None:
         if reason := missing("onnx", "onnxruntime"):
             return reason
+        if not case.is_of_any_lstm:
+            return "has no such option"
         if mode == "training":
             return "inference only"
         if device.type != "cpu":
@@ -360,6 +374,7 @@ def one_way_only(case: Case, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]
         ("second direction", case.bidirectional),
         ("projection", case.proj_size),
         ("single steps", case.streamed),
+        ("such option", not case.is_of_any_lstm),
     ):
         if asked:
             return f"no {option}"
@@ -375,39 +390,51 @@ def leaves(problem: Problem, mode: Mode) -> tuple[Any, Tensor, Tensor]:
     return problem.input.clone().requires_grad_(grad), h_0, c_0
 
 
+def module_options(case: Case) -> dict[str, Any]:
+    """Arguments of our constructor that nn.LSTM does not have; none that a case does not need."""
+    options = {"link": case.link} if case.link != "plain" else {}
+    return options | ({"return_sequences": False} if case.last_step else {})
+
+
+def call_options(problem: Problem) -> dict[str, Any]:
+    """Likewise, of a call."""
+    given = {"lengths": problem.lengths, "resets": problem.resets}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def prepare_function(
-    forward: Callable[[], tuple[Any, Tensor, Tensor]],
+    forward: Callable[[], tuple[Any, Any, Any] | dict[str, Any]],
     problem: Problem,
     mode: Mode,
     inputs: tuple[Any, Tensor, Tensor],
     parameters: list[nn.Parameter],
     weight_gradients: Callable[[], Tensors],
 ) -> Prepared:
-    """A forward pass as a step: alone in inference; with the backward pass, into fresh gradients, in training."""
+    """A forward pass as a step: alone in inference; with the backward pass, into fresh gradients, in training.
 
-    def flat(results: tuple[Any, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        output, h_n, c_n = results
-        return (output.data if isinstance(output, PackedSequence) else output), h_n, c_n
+    It returns output, h_n and c_n, or these and others by name.
+    """
+
+    def by_name(results: tuple[Any, Any, Any] | dict[str, Any]) -> Tensors:
+        return named(results if isinstance(results, dict) else dict(zip(RESULTS, results)))
 
     if mode == "inference":
-        return Prepared(
-            forward, lambda results: dict(zip(("output", "h_n", "c_n"), flat(results))), torch.inference_mode
-        )
+        return Prepared(forward, by_name, torch.inference_mode)
 
     x, h_0, c_0 = inputs
     sources = {"input": x.data if isinstance(x, PackedSequence) else x, "h_0": h_0, "c_0": c_0}
-    grads = (problem.grad_output, problem.grad_h_n, problem.grad_c_n)
+    grads = list(problem.incoming.values())
     stale = [*sources.values(), *parameters]
 
-    def step() -> tuple[Tensor, Tensor, Tensor]:
+    def step() -> Tensors:
         for tensor in stale:
             tensor.grad = None
-        results = flat(forward())
-        torch.autograd.backward(results, grads)
+        results = by_name(forward())
+        torch.autograd.backward([results[name] for name in problem.incoming], grads)
         return results
 
-    def tensors(results: tuple[Tensor, Tensor, Tensor]) -> Tensors:
-        outputs = {name: tensor.detach() for name, tensor in zip(("output", "h_n", "c_n"), results)}
+    def tensors(results: Tensors) -> Tensors:
+        outputs = {name: tensor.detach() for name, tensor in results.items()}
         gradients = {name: t.grad for name, t in sources.items()} | weight_gradients()
         return outputs | {f"grad of {name}": grad for name, grad in gradients.items() if grad is not None}
 
@@ -415,19 +442,29 @@ def prepare_function(
 
 
 def prepare_module(
-    module_type: type[nn.LSTM] | type[nn.Module], problem: Problem, mode: Mode, frozen: bool = False, **options: Any
+    module_type: type[nn.LSTM] | type[nn.Module],
+    problem: Problem,
+    mode: Mode,
+    frozen: bool = False,
+    given: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Prepared:
-    """A module with the interface of ``nn.LSTM``, given the problem's weights by ``state_dict``; ``frozen``: by ours alone."""
+    """A module with the interface of ``nn.LSTM``, given the problem's weights by ``state_dict``; ``frozen``: by ours alone.
+
+    Args:
+        given: arguments of its calls, beside those that the problem needs.
+        options: of its constructor, likewise.
+    """
     case = problem.case
     module = module_type(
         case.input_size,
-        case.hidden_size,
+        case.widths or case.hidden_size,
         case.layers,
         proj_size=case.proj_size,
         bidirectional=case.bidirectional,
         device=problem.device,
         dtype=problem.dtype,
-        **options,
+        **(module_options(case) | options),
     )
     module.load_state_dict(problem.weights)
     module.train(mode == "training")
@@ -446,16 +483,31 @@ def prepare_module(
             outputs.append(output)
         return torch.stack(outputs).view(case.steps, case.batch, case.output_size), *state
 
-    def whole() -> tuple[Any, Tensor, Tensor]:
-        output, (h_n, c_n) = module(x, (h_0, c_0))
+    arguments = {**call_options(problem), **(given or {})}
+
+    def state() -> tuple[Any, Any]:
+        return states_of_layers(problem, h_0, c_0) if case.widths else (h_0, c_0)
+
+    def whole() -> tuple[Any, Any, Any]:
+        output, (h_n, c_n) = module(x, state(), **arguments)
         return output, h_n, c_n
 
-    forward = streamed if case.streamed else whole
+    def everything() -> dict[str, Any]:
+        assert isinstance(module, stacked_lstm_ext.StackedLSTM)
+        return module.states(x, state(), **arguments)._asdict()
+
+    forward: Callable[[], Any] = streamed if case.streamed else everything if "hidden" in case.results else whole
 
     def gradients() -> Tensors:
         return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
     return prepare_function(forward, problem, mode, inputs, list(module.parameters()), gradients)
+
+
+def states_of_layers(problem: Problem, h_0: Tensor, c_0: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Initial states as one tensor for each layer."""
+    batch = problem.case.batch
+    return problem.h_layout.split(h_0, batch), problem.c_layout.split(c_0, batch)
 
 
 def prepare_layers(layer: Callable[..., tuple[Tensor, Tensor, Tensor]], problem: Problem, mode: Mode) -> Prepared:

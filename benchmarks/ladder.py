@@ -36,6 +36,7 @@ from benchmarks.contestants import (
     StackedLSTM,
     Tensors,
     TorchLSTM,
+    eps_of_a_loop,
     leaves,
     one_way_only,
     prepare_function,
@@ -64,13 +65,7 @@ class NaiveLoop(Contestant):
         return one_way_only(case, dtype, tuple(DTYPES.values()))
 
     def eps(self, case: Case, mode: Mode, dtype: torch.dtype) -> float | None:
-        """Autograd adds up the weights' gradients of T steps in the dtype itself, and rounds T times.
-
-        If all steps give alike, the sum grows as √t and its roundings come to eps·√(T/24) (each at most eps/2, evenly
-        distributed). Twice that is allowed, beside the four eps of everybody.
-        """
-        eps = torch.finfo(dtype).eps
-        return eps * (1 + (case.steps / 24) ** 0.5 / 2) if mode == "training" else None
+        return eps_of_a_loop(case, mode, dtype)
 
     def prepare(self, problem: Problem, mode: Mode, threads: int) -> Prepared:
         def layer(x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Any:

@@ -59,6 +59,7 @@ Probe = Callable[[float], Moment]  # in about so many seconds
 
 def limit_ms(case: Case, mode: Mode, dtype: torch.dtype, product_gflops: float, stream_gbs: float) -> float:
     """The bound for one cell, from the rates of all threads together."""
+    assert not case.widths, "layers of one width"
     products, streamed = product_gflops * 1e9, streamed_bytes(case, dtype) / (stream_gbs * 1e9)
     if case.streamed:  # a step has nothing to take W_ih together with
         forward = max((case.input_flops() + case.recurrent_flops()) / products, case.steps * streamed)

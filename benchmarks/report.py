@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.results import BASELINE, OURS, Result, threads_text
+from benchmarks.results import BASELINE, MODES, OURS, Result, threads_text
 
 BUSY = 0.3  # share of disturbed rounds from which on a result is not worth keeping
 NOTHING = "–"  # in a cell that has no figure
@@ -209,6 +209,121 @@ def ladder_table(row: Result) -> Table:
     return table
 
 
+# What options cost: costs.py ------------------------------------------------------------------------------------------
+
+
+def standing(times: Result) -> str:
+    """Of a time that is given as a multiple of another: "within" its limit, "above" it, or "undecided", if the measurement
+    cannot tell; empty without a limit."""
+    if times.get("limit") is None:
+        return ""
+    if times["cost"] <= times["limit"]:
+        return "within"
+    return "above" if times["cost"] - times["margin"] > times["limit"] else "undecided"
+
+
+def cost_text(entry: Result | None) -> str:
+    """ "1.034 ±0.008": the cost and its margin; bold where it is above its limit."""
+    if not entry or "times" not in entry:
+        return wall(entry)
+    times = entry["times"]
+    text = f"{times['cost']:.3f} ±{times['margin']:.3f}"
+    return f"**{text}**" if standing(times) == "above" else text
+
+
+def costs_table(result: Result, group: str, mode: str) -> Table:
+    """The first contestant in ms, all others as multiples of its time."""
+    rows = select(result, mode, group=group)
+    contestants = names(rows)
+    table = Table(["shape", "threads", *contestants], title=f"{group}, {mode}, {result['dtype']}")
+    previous = ""
+    for row in rows:
+        entries = [cost_text(row["contestants"].get(name)) for name in contestants]
+        table.rows.append(["" if row["name"] == previous else row["name"], str(row["threads"]), *entries])
+        previous = row["name"]
+    return table
+
+
+def with_limit(result: Result) -> dict[str, list[tuple[Result, Result]]]:
+    """By the contestant's name, the rows in which its cost has a limit, and its ``times`` in each."""
+    found: dict[str, list[tuple[Result, Result]]] = {}
+    for row in result["rows"]:
+        for name, entry in row["contestants"].items():
+            if entry.get("times", {}).get("limit") is not None:
+                found.setdefault(name, []).append((row, entry["times"]))
+    return found
+
+
+def limits_table(result: Result) -> Table:
+    """What has a limit: the geometric mean of its cost by mode and threads, and in how many rows it is above."""
+    columns = [(mode, threads) for mode in MODES for threads in thread_counts(result)]
+    head = ["", "limit", *(mode + threads_text(threads) for mode, threads in columns), "rows", "above", "undecided"]
+    table = Table(head, title="costs that have a limit, geometric means")
+    for name, measured in with_limit(result).items():
+        means = [geometric_mean(t["cost"] for row, t in measured if (row["mode"], row["threads"]) == column) for column in columns]
+        stands = [standing(times) for _, times in measured]
+        limit = f"{measured[0][1]['limit']:.2f}"
+        shown = [NOTHING if mean is None else f"{mean:.3f}" for mean in means]
+        above = stands.count("above")
+        counts = [str(len(stands)), f"**{above}**" if above else "0", str(stands.count("undecided"))]
+        table.rows.append([name, limit, *shown, *counts])
+    return table
+
+
+def above_limit(result: Result) -> list[str]:
+    """A line for each cost that is above its limit."""
+    return [
+        f"ABOVE {times['limit']:.2f}  {name} on {row['name']}, {row['mode']}{threads_text(row['threads'])}: "
+        f"{times['cost']:.3f} ±{times['margin']:.3f}"
+        for name, measured in with_limit(result).items()
+        for row, times in measured
+        if standing(times) == "above"
+    ]
+
+
+# Random shapes: sweep.py ----------------------------------------------------------------------------------------------
+
+SLOWEST = 10
+AS_FAST = 0.97  # times as fast as nn.LSTM: below it, a shape is marked
+
+
+def compared(rows: Iterable[Result]) -> list[Result]:
+    """Rows in which ours and nn.LSTM were timed, the slowest of ours first."""
+    found = [row for row in rows if row["contestants"].get(OURS, {}).get("speedup")]
+    return sorted(found, key=lambda row: row["contestants"][OURS]["speedup"])
+
+
+def sweep_table(result: Result) -> Table:
+    """Means over the shapes by mode and threads, and over all."""
+    head = ["", "shapes", "geometric mean", "slowest", f"below {AS_FAST}"]
+    table = Table(head, title="times as fast as nn.LSTM", words=(0,))
+    parts = {mode + threads_text(threads): select(result, mode, threads) for mode in MODES for threads in thread_counts(result)}
+    for name, rows in {**parts, "all": result["rows"]}.items():
+        speedups = [row["contestants"][OURS]["speedup"] for row in compared(rows)]
+        if speedups:
+            below = sum(speedup < AS_FAST for speedup in speedups)
+            mean = f"{geometric_mean(speedups):.2f}×"
+            table.rows.append([name, str(len(speedups)), mean, f"{speedups[0]:.2f}×", f"**{below}**" if below else "0"])
+    return table
+
+
+def slowest_table(result: Result) -> Table:
+    """The shapes on which ours is the least ahead, and all on which it is behind, with shares of the physical limit."""
+    rows = compared(result["rows"])
+    behind = sum(row["contestants"][OURS]["speedup"] < AS_FAST for row in rows)
+    shown = rows[: max(SLOWEST, behind)]
+    head = ["slowest", "mode", "threads", OURS, BASELINE, "limit, ms", "share, ours", f"share, {BASELINE}", "times as fast"]
+    table = Table(head, words=(0, 1), title=f"the slowest {len(shown)} of {len(rows)}")
+    for row in shown:
+        ours, stock = row["contestants"][OURS], row["contestants"][BASELINE]
+        shares = [NOTHING if e["share_of_limit"] is None else f"{100 * e['share_of_limit']:.0f}%" for e in (ours, stock)]
+        speedup = f"{ours['speedup']:.2f}×"
+        speedup = f"**{speedup} <**" if ours["speedup"] < AS_FAST else speedup
+        times_of = [wall(ours), wall(stock), milliseconds(row.get("limit_ms") or None)]
+        table.rows.append([row["name"], row["mode"], str(row["threads"]), *times_of, *shares, speedup])
+    return table
+
+
 # Remarks ------------------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +361,7 @@ def remarks(result: Result) -> list[str]:
     }
     if fallen:
         lines.append(f"Ours ran no kernel but the reference on {', '.join(sorted(fallen))}.")
-    if not result["limits"] and result["device"] == "cpu":
+    if not result["limits"] and result["device"] == "cpu" and result.get("suite") != "costs":
         lines.append("No physical limit: no C++ compiler was found to build the probe with.")
     skipped: dict[str, set[str]] = {}
     for row in result["rows"]:

@@ -113,6 +113,11 @@ def add_ratios(row: Result) -> None:
                 entry[name] = theirs / own if theirs else None
 
 
+def key(row: Result) -> tuple[str, str, str, int]:
+    """What tells a row from the others of its result."""
+    return row["group"], row["name"], row["mode"], row["threads"]
+
+
 def threads_text(threads: int, before: str = ", ") -> str:
     """ ", 2 threads"; empty on a GPU, where there is no such number."""
     return f"{before}{threads} thread{'s' * (threads != 1)}" if threads else ""

@@ -19,10 +19,11 @@ import torch
 
 from benchmarks.cases import Case, Cell, Problem
 from benchmarks.contestants import Contestant, Prepared
+from benchmarks.environment import load
 from benchmarks.gpu.timing import CallsOnGpu
 from benchmarks.limits import Machine, Probe
-from benchmarks.results import Mode, Result, add_ratios, raised
-from benchmarks.timing import LIMIT, Calls, Limit, Party, interleave, share_of_limit, summarise, summarise_limit
+from benchmarks.results import Mode, Result, add_ratios, failures, key, raised
+from benchmarks.timing import LIMIT, Calls, Limit, Party, interleave, ratio, share_of_limit, summarise, summarise_limit
 from benchmarks.verify import Verdict, reference, verify
 
 LONG_STEP_S = 1.0  # on the CPU, a step that is verified once, not twice
@@ -42,10 +43,27 @@ class Budget:
         return seconds
 
 
+def step_s(cell: Cell) -> float:
+    """Roughly the seconds of a step: at 100 GFLOP/s a thread."""
+    return cell.case.flops() * (3 if cell.mode == "training" else 1) / (1e11 * max(cell.threads, 1))
+
+
 def weight(cell: Cell) -> float:
-    """Roughly the seconds that a good measurement takes: a floor, and a dozen steps at 100 GFLOP/s a thread."""
-    flops = (cell.case.input_flops() + cell.case.recurrent_flops()) * (3 if cell.mode == "training" else 1)
-    return 1 + 12 * flops / (1e11 * max(cell.threads, 1))
+    """Roughly the seconds that a good measurement takes: a floor, and a dozen steps."""
+    return 1 + 12 * step_s(cell)
+
+
+def keep(
+    result: Result, rows: list[Result], planned: Mapping[tuple[str, str, str, int], str], started: float, save: Callable[[], None]
+) -> None:
+    """Put the rows that there are so far into the result, and save it. `planned`: names of all cells, by `results.key`."""
+    measured = set(map(key, rows))
+    result["rows"] = rows
+    result["left_out"] = [name for planned_key, name in planned.items() if planned_key not in measured]
+    result["failures"] = failures(rows)
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    result["environment"]["load_after"] = load()
+    save()
 
 
 def measure(
@@ -142,8 +160,12 @@ def race(
     seconds: float,
     threads: int,
     probe: Probe | None = None,
+    beside: str = "",
 ) -> tuple[dict[str, Result], Result]:
-    """Time the contestants, and probe the limit, in turns: what goes into the entries, and into the row; see timing.py."""
+    """Time the contestants, and probe the limit, in turns: what goes into the entries, and into the row; see timing.py.
+
+    `beside` names the contestant that the others' times are given as multiples of, in their entries' ``times``.
+    """
     settle = {contestant.name: contestant.settle_s for contestant in contestants} if threads > 1 else {}
     parties: dict[str, Party] = {}
     for name, one in prepared.items():
@@ -151,7 +173,11 @@ def race(
     if probe:
         parties[LIMIT] = Limit(probe, Contestant.settle_s if threads > 1 else 0.0)
     rounds = interleave(parties, seconds)
-    return {name: summarise(name, rounds) | share_of_limit(name, rounds) for name in prepared}, summarise_limit(rounds)
+    entries = {name: summarise(name, rounds) | share_of_limit(name, rounds) for name in prepared}
+    if beside in prepared:
+        for name in prepared.keys() - {beside}:
+            entries[name]["times"] = ratio(name, beside, rounds)
+    return entries, summarise_limit(rounds)
 
 
 def admit(

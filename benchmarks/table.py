@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.table RESULT.json --readme README.md`` writes speed-ups over the grid between ``<!-- table:begin -->``
 and ``<!-- table:end -->``; with ``--docs docs/cpu.md``, what that page shows of such a result stands between markers named after
-its kind: ``shares`` of the limit over the grid, ``floors``, ``options`` or ``streaming`` (``options-float64`` and so on in
-other dtypes). Only what the file holds is written, with its machine.
+its kind: ``shares`` of the limit over the grid, ``floors``, ``options``, ``streaming``, ``costs`` or ``sweep``
+(``options-float64`` and so on in other dtypes). Only what the file holds is written, with its machine.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from benchmarks.report import (
     BUSY,
     NOTHING,
     Table,
+    above_limit,
+    costs_table,
     disturbed_share,
     geometric_mean,
+    limits_table,
     machine,
     mean_speedup,
     milliseconds,
     names,
     select,
     size_text,
+    slowest_table,
+    sweep_table,
     thread_counts,
 )
 from benchmarks.results import BASELINE, MODES, OURS, Result, threads_text
@@ -123,11 +128,30 @@ def floors(result: Result) -> list[str]:
     return table.markdown()
 
 
+def costs(result: Result) -> list[str]:
+    """What options cost beside the stack without them, as means; then, shape by shape, how it is done without the options."""
+    lines = limits_table(result).markdown()
+    lines += ["", "Geometric means over the shapes. Above its limit:" if above_limit(result) else "No row is above its limit."]
+    lines += ["", *(f"- {line}" for line in above_limit(result))] if above_limit(result) else []
+    for group in dict.fromkeys(row["group"] for row in result["rows"] if row["group"] != "costs"):
+        for mode in MODES:
+            if select(result, mode, group=group):
+                each = costs_table(result, group, mode)
+                lines += ["", f"{each.title}:", "", *each.markdown()]
+    return lines
+
+
+def sweep(result: Result) -> list[str]:
+    return [*sweep_table(result).markdown(), "", *slowest_table(result).markdown()]
+
+
 KINDS: dict[str, Callable[[Result], list[str]]] = {
     "shares": shares,
     "floors": floors,
     "options": options,
     "streaming": streaming,
+    "costs": costs,
+    "sweep": sweep,
 }
 
 
@@ -201,8 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         result = results.load(given.result)
-        floors_only = result["suite"] == "floors"
-        if not floors_only and disturbed_share(result) > BUSY:
+        docs_only = result["suite"] in ("floors", "costs", "sweep")
+        if result["suite"] != "floors" and disturbed_share(result) > BUSY:
             print("warning: the machine was busy; measure again before you publish this", file=sys.stderr)
         if given.docs:
             name, table = for_docs(result, given.result)
@@ -210,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.readme:
             given.readme.write_text(put_into(given.readme.read_text(), markdown(result)))
         if not given.docs and not given.readme:
-            print(for_docs(result, given.result)[1] if floors_only else markdown(result))
+            print(for_docs(result, given.result)[1] if docs_only else markdown(result))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

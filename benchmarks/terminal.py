@@ -43,6 +43,11 @@ def print_report(result: Result, console: Console) -> None:
             console.print()
             show(mode_table(result, mode), console)
     console.print(LEGEND, style="dim")
+    print_end(result, console)
+
+
+def print_end(result: Result, console: Console) -> None:
+    """What qualifies the numbers, what was left out, and what was wrong."""
     for line in remarks(result):
         console.print(line, style="bold yellow" if line.startswith("BUSY") else "dim")
     for line in left_out(result):

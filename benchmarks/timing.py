@@ -194,6 +194,18 @@ def share_of_limit(name: str, rounds: list[Round]) -> dict[str, float | None]:
     return {"share_of_limit": found["median"], "share_spread": found["spread"]}
 
 
+def ratio(name: str, other: str, rounds: list[Round]) -> dict[str, Any]:
+    """How many times as long as another party one takes: the median, over the rounds that are kept, of the ratio of their medians.
+
+    ``margin`` is twice the standard error of that median, as it is for normally distributed ratios: half the distance of their
+    quartiles is 0.67 σ, and the error of the median of n is 1.25 σ/√n.
+    """
+    ratios = [statistics.median(one.taken[name]["wall"]) / statistics.median(one.taken[other]["wall"]) for one in kept(rounds)]
+    found = distribution(ratios)
+    margin = 2 * 1.25 / 0.67 * found["spread"] * found["median"] / math.sqrt(len(ratios))
+    return {"of": other, "ratio": found["median"], "spread": found["spread"], "margin": margin}
+
+
 def summarise_limit(rounds: list[Round]) -> dict[str, float | None]:
     """What a result row says of the limit: medians over the rounds that are kept; all None where nothing was probed."""
     moments = [one.taken[LIMIT] for one in kept(rounds) if LIMIT in one.taken]
