@@ -476,7 +476,7 @@ def test_the_last_step_shares_no_memory():
 # Derivatives and transforms
 # --------------------------------------------------------------------------------------------------------------------
 
-SMALL = Stack((3, 4), (2, 0), batch=3, steps=4, input_size=3, lengths=(2, 4, 1), padded=True, resets=0.4)
+SMALL = Stack((3, 4), (2, 0), batch=3, steps=4, input_size=3, lengths=(2, 4, 1), padded=True, resets=0.7)
 
 
 CHECKED = [
@@ -503,6 +503,28 @@ def test_gradcheck_and_gradgradcheck(stack, options):
     leaves = (x, *tree_leaves(hx), *(p.detach().requires_grad_() for p in module.parameters()))
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("stack, options", CHECKED, ids=["both", "resets", "last step"])
+def test_create_graph_gives_the_gradients_of_the_kernels(stack, options):
+    stack = stack.but(dropout=0.5)
+    module = stack.module(**options)
+    x, hx = make_input(stack, module)
+    sequences = {name: value for name, value in stack.sequences().items() if value is not None}
+    leaves, found = [x, *tree_leaves(hx), *module.parameters()], []
+    for create_graph in (False, True):
+        torch.manual_seed(5)
+        loss = sum(tensor.sin().sum() for tensor in tree_leaves(module(x, hx, **sequences)))
+        found.append(torch.autograd.grad(loss, leaves, create_graph=create_graph))
+    assert (last_run()["backend"], last_run()["pass"]) == ("reference", "backward")
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("stack", [*WITH_RESETS, SMALL], ids=str)
+def test_the_resets_of_these_cases_cut_something(stack):
+    inside = stack.sequences()["resets"] & ~padding_of(stack)
+    assert inside[1:].any() or stack.steps == 1
+    assert stack.steps == 1 or not inside.all() or stack.resets == 1
 
 
 def test_vmap_of_grad_and_jvp_match_a_loop():
