@@ -24,7 +24,8 @@ def as_lengths(lengths: Tensor | Sequence[int], batch: int, device: torch.device
     if not isinstance(lengths, Tensor):
         if isinstance(lengths, (str, bytes)) or not hasattr(lengths, "__len__"):
             raise TypeError(f"lengths should be a tensor or a sequence of integers, got: {type(lengths).__name__}")
-        for sequence, length in enumerate(lengths):
+        # torch.compile cannot trace the question, and numbers of a list may be symbols there.
+        for sequence, length in enumerate(() if torch.compiler.is_compiling() else lengths):
             if not hasattr(length, "__index__"):
                 raise TypeError(f"lengths should be integers, got: {length!r} for sequence {sequence}")
         lengths = torch.as_tensor(lengths if len(lengths) else torch.zeros(0, dtype=torch.int64))

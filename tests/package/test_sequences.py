@@ -476,7 +476,7 @@ def test_the_last_step_shares_no_memory():
 # Derivatives and transforms
 # --------------------------------------------------------------------------------------------------------------------
 
-SMALL = Stack((3, 4), (2, 0), batch=3, steps=4, input_size=3, lengths=(2, 4, 1), padded=True, resets=0.4)
+SMALL = Stack((3, 4), (2, 0), batch=3, steps=4, input_size=3, lengths=(2, 4, 1), padded=True, resets=0.7)
 
 
 CHECKED = [
@@ -503,6 +503,28 @@ def test_gradcheck_and_gradgradcheck(stack, options):
     leaves = (x, *tree_leaves(hx), *(p.detach().requires_grad_() for p in module.parameters()))
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("stack, options", CHECKED, ids=["both", "resets", "last step"])
+def test_create_graph_gives_the_gradients_of_the_kernels(stack, options):
+    stack = stack.but(dropout=0.5)
+    module = stack.module(**options)
+    x, hx = make_input(stack, module)
+    sequences = {name: value for name, value in stack.sequences().items() if value is not None}
+    leaves, found = [x, *tree_leaves(hx), *module.parameters()], []
+    for create_graph in (False, True):
+        torch.manual_seed(5)
+        loss = sum(tensor.sin().sum() for tensor in tree_leaves(module(x, hx, **sequences)))
+        found.append(torch.autograd.grad(loss, leaves, create_graph=create_graph))
+    assert (last_run()["backend"], last_run()["pass"]) == ("reference", "backward")
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("stack", [*WITH_RESETS, SMALL], ids=str)
+def test_the_resets_of_these_cases_cut_something(stack):
+    inside = stack.sequences()["resets"] & ~padding_of(stack)
+    assert inside[1:].any() or stack.steps == 1
+    assert stack.steps == 1 or not inside.all() or stack.resets == 1
 
 
 def test_vmap_of_grad_and_jvp_match_a_loop():
@@ -599,6 +621,11 @@ def test_lengths_resets_and_states_compile_one_by_one_too(fresh_dynamo):
         with torch.no_grad():
             found = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
             torch.testing.assert_close(tree_leaves(tuple(found)), tree_leaves(tuple(call(x))))
+    function = torch.compile(lambda x, lengths: module(x, lengths=lengths), fullgraph=True, backend="aot_eager")
+    for numbers in ([6, 2, 3, 1], [1, 1, 5, 6], (6, 6, 6, 6)):  # a list is compiled into the program, or its numbers become symbols
+        torch.testing.assert_close(function(x, numbers), module(x, lengths=numbers))
+    with pytest.raises(Exception, match=r"lengths should be integers, got: torch.float32"):
+        function(x, [1, 2.0, 3, 4])
     step = torch.compile(lambda x, hx, reset: module.step(x, hx, reset=reset), fullgraph=True, backend="aot_eager")
     hx = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
     torch.testing.assert_close(step(x[0], hx, resets[0]), module.step(x[0], hx, reset=resets[0]))
