@@ -624,7 +624,7 @@ def test_lengths_resets_and_states_compile_one_by_one_too(fresh_dynamo):
     function = torch.compile(lambda x, lengths: module(x, lengths=lengths), fullgraph=True, backend="aot_eager")
     for numbers in ([6, 2, 3, 1], [1, 1, 5, 6], (6, 6, 6, 6)):  # a list is compiled into the program, or its numbers become symbols
         torch.testing.assert_close(function(x, numbers), module(x, lengths=numbers))
-    with pytest.raises(Exception, match="lengths should be integers, got: torch.float32"):
+    with pytest.raises(Exception, match=r"lengths should be integers, got: torch.float32"):
         function(x, [1, 2.0, 3, 4])
     step = torch.compile(lambda x, hx, reset: module.step(x, hx, reset=reset), fullgraph=True, backend="aot_eager")
     hx = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
