@@ -532,8 +532,8 @@ class StackedLSTM(nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Any, Any]]:
-        if not self._call_way and not isinstance(input, PackedSequence) and not torch.compiler.is_compiling() and lengths is resets is None:
-            result = self._fast_call(input, hx)
+        if not self._call_way and not isinstance(input, PackedSequence) and not torch.compiler.is_compiling():
+            result = self._fast_call(input, hx, lengths, resets)
             if result is not None:
                 return result
         return self._full_call(input, hx, lengths, resets)
@@ -545,9 +545,8 @@ class StackedLSTM(nn.RNNBase):
         lengths: Tensor | Sequence[int] | None,
         resets: Tensor | None,
     ) -> tuple[Any, tuple[State, State]]:
-        plain = lengths is resets is None and not torch.compiler.is_compiling()
-        if plain and self._call_way == _FORMED and not isinstance(input, PackedSequence):
-            result = self._fast_call_in_form(input, hx)
+        if self._call_way == _FORMED and not isinstance(input, PackedSequence) and not torch.compiler.is_compiling():
+            result = self._fast_call_in_form(input, hx, lengths, resets)
             if result is not None:
                 return result
         given = self._given(input, hx, lengths, resets)
@@ -678,9 +677,10 @@ class StackedLSTM(nn.RNNBase):
             first = output[: given.batch] if given.batch_sizes is not None else output[0]
             forward, reverse = last.chunk(2, dim=-1)[0], first.chunk(2, dim=-1)[1]
             return torch.cat([forward, reverse], dim=-1)
+        if options.link != "skip" and h_n.dim() == 3 and not options.bidirectional:
+            return h_n[-1].clone()  # a result shares no memory with another
         layers = options.layouts[0].split(h_n, given.batch)
         used = layers if options.link == "skip" else layers[-1:]
-        # A copy in any case: a result shares no memory with another.
         return torch.cat([direction for layer in used for direction in layer.unbind(0)], dim=-1)
 
     def _states_in_form(self, h_n: Tensor, c_n: Tensor, given: Given) -> tuple[State, State]:
@@ -695,7 +695,13 @@ class StackedLSTM(nn.RNNBase):
             last = map_state(lambda part: part.squeeze(1), last[0]), map_state(lambda part: part.squeeze(1), last[1])
         return self.permute_hidden(last, None) if given.unusual else last
 
-    def _fast_call(self, input: Tensor, hx: Sequence[Any] | None) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    def _fast_call(
+        self,
+        input: Tensor,
+        hx: Sequence[Any] | None,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
         """The call by ``csrc/torch/eager.h``; ``None`` where that declines. It declines wrong calls, too: forward reports the error."""
         if not isinstance(input, Tensor) or input.dim() != 3 or self._dropout_in_effect() or not runs_on_cpu():
             return None
@@ -707,14 +713,22 @@ class StackedLSTM(nn.RNNBase):
             return None
         options = self._kept_options or self._stack_options()
         time_major = input.transpose(0, 1) if self.batch_first else input
-        result = ops.call(time_major, None, h_0, c_0, weights, None, options.native, 0.0, "cpu", self._frozen, None, None)
+        if lengths is not None and not isinstance(lengths, Tensor):
+            lengths = as_lengths(lengths, time_major.size(1), input.device)
+        if resets is not None and self.batch_first:
+            if not isinstance(resets, Tensor) or resets.dim() != 2:
+                return None
+            resets = resets.transpose(0, 1)
+        result = ops.call(time_major, None, h_0, c_0, weights, None, options.native, 0.0, "cpu", self._frozen, lengths, resets)
         if result is None:
             return None
         ops.drop_packed_with(self, weights[0])
         output, h_n, c_n = result
         return output.transpose(0, 1) if self.batch_first else output, (h_n, c_n)
 
-    def _fast_call_in_form(self, input: Tensor, hx: Sequence[Any] | None) -> tuple[Tensor, tuple[State, State]] | None:
+    def _fast_call_in_form(
+        self, input: Tensor, hx: Sequence[Any] | None, lengths: Tensor | Sequence[int] | None, resets: Tensor | None
+    ) -> tuple[Tensor, tuple[State, State]] | None:
         """:meth:`_fast_call` of a module whose states are tuples, or whose output is the last step."""
         if not isinstance(input, Tensor) or input.dim() != 3:
             return None
@@ -723,13 +737,15 @@ class StackedLSTM(nn.RNNBase):
         hidden = hx if hx is None or not self._by_layer else joined(hx, options, input, batch)
         if hx is not None and hidden is None:
             return None
-        result = self._fast_call(input, hidden)
+        if lengths is not None:
+            lengths = as_lengths(lengths, batch, input.device)
+        result = self._fast_call(input, hidden, lengths, resets)
         if result is None:
             return None
         output, (h_n, c_n) = result
         if not self.return_sequences:
             time_major = output.transpose(0, 1) if self.batch_first else output
-            output = self._last_step(time_major, h_n, Given(time_major, None, (h_n, c_n), batch, False))
+            output = self._last_step(time_major, h_n, Given(time_major, None, (h_n, c_n), batch, False, lengths=lengths))
         return output, split(h_n, c_n, options, hx, batch) if self._by_layer else (h_n, c_n)
 
     def step(

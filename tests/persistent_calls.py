@@ -92,8 +92,8 @@ class Sequences:
         if self.lengths:
             keywords["lengths"] = torch.tensor(self.lengths)
         if self.resets:
-            cuts = torch.rand(self.steps, self.batch, generator=generator) < self.resets
-            keywords["resets"] = cuts | self.padding()
+            where = torch.rand(self.steps, self.batch, generator=generator) < self.resets
+            keywords["resets"] = where | self.padding()
         return positional, keywords
 
     def run(self, arguments: list, keywords: dict, given=lambda name: True) -> tuple[dict, list]:

@@ -14,7 +14,7 @@
 // keeps these sums. The accumulators of dh(s-1) start from them. So one exchange adds up both, and a block waits for,
 // and reads from, only the block of the same rank in the lane above.
 //
-// Where a sequence is cut before step s, its dgates(s) are zeros in shared memory, so that only the lane above adds to
+// Where a sequence is reset before step s, its dgates(s) are zeros in shared memory, so that only the lane above adds to
 // dh(s-1). Memory gets the true ones.
 //
 // Sums are sent in patches of 8 units by 8 columns of the batch: half of the units of a tile that a warp has
@@ -35,9 +35,9 @@ namespace stacked_lstm::cuda::persistent {
 enum Flags : int {
   kOver = 1,     // a lane of this launch is above this lane
   kReader = 2,   // a lane below in this launch reads this lane's dgates
-  kUnusual = 4,  // settle_begun() or cut() has something to do
+  kUnusual = 4,  // settle_begun() or reset() has something to do
   kExtras = 8,   // prepare() has
-  kCut = 16,     // the sequence of the thread's column is cut before this step
+  kReset = 16,   // the sequence of the thread's column is reset before this step
 };
 
 // ---- A thread's cells -----------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class BackwardCells {
     }
     if (flags & kExtras) {
       if (lane.grad_cell) add_cell_gradients(s);
-      if (flags & kCut) {
+      if (flags & kReset) {
 #pragma unroll
         for (int n = 0; n < kCells; ++n) slope_[n].f = 0;  // the step saw c(s-1) = 0
       }
@@ -198,11 +198,11 @@ class BackwardCells {
     }
   }
 
-  // Call it after update(). If the sequence is cut before step s, zeroes what would go on to step s-1: dc, and dgates(s) in
+  // Call it after update(). If the sequence is reset before step s, zeroes what would go on to step s-1: dc, and dgates(s) in
   // shared memory, where only the lane's own product reads them. store() writes the true ones. Returns the flags with
-  // kCut of step s-1: that is loaded here, long before prepare() needs it.
-  __device__ __forceinline__ int cut(int s, T* grad_gates, int flags) {
-    if (flags & kCut) {
+  // kReset of step s-1: that is loaded here, long before prepare() needs it.
+  __device__ __forceinline__ int reset(int s, T* grad_gates, int flags) {
+    if (flags & kReset) {
 #pragma unroll
       for (int n = 0; n < kCells; ++n) {
         if (!cells_.has(n)) continue;
@@ -215,11 +215,11 @@ class BackwardCells {
         }
       }
     }
-    return s > 0 ? with_cut(s - 1, flags) : flags;
+    return s > 0 ? with_reset(s - 1, flags) : flags;
   }
-  // The flags with kCut of step s.
-  __device__ __forceinline__ int with_cut(int s, int flags) const {
-    return block_.cut_before(s, cells_.column) ? flags | kCut : flags & ~kCut;
+  // The flags with kReset of step s.
+  __device__ __forceinline__ int with_reset(int s, int flags) const {
+    return block_.reset_before(s, cells_.column) ? flags | kReset : flags & ~kReset;
   }
 
   // A reverse lane's sequences have different first steps. If step s+1 was the sequence's first step, the current dh
@@ -462,7 +462,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     if (over()) project_next(last);
   }
   cells.prefetch(last - 1);
-  if (sizes.resets) flags = cells.with_cut(last - 1, flags);
+  if (sizes.resets) flags = cells.with_reset(last - 1, flags);
 
   for (int s = last - 1; s >= first; --s) {
     // Hazard: every exchange that is sent has to be received. So dh(first-1) is sent only if grad_h_0 is wanted.
@@ -476,7 +476,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     if (flags & kUnusual) {
       if (lane.reverse && block.ragged()) cells.settle_begun(sums);
       cells.update(sums, grad_gates);
-      if (sizes.resets) flags = cells.cut(s, grad_gates, flags);
+      if (sizes.resets) flags = cells.reset(s, grad_gates, flags);
     } else {
       cells.update(sums, grad_gates);
     }

@@ -135,9 +135,9 @@ struct BackwardBlock {
 
   __device__ __forceinline__ bool ragged() const { return sizes.rows_before != nullptr; }
   __device__ __forceinline__ int time(int step) const { return time_of(sizes, lane.reverse, step); }
-  // Whether the sequence of a column is cut before this step of the lane.
-  __device__ __forceinline__ bool cut_before(int step, int column) const {
-    return sizes.resets && sequences.cut_before(sizes, lane.reverse, step, column);
+  // Whether the sequence of a column is reset before this step of the lane.
+  __device__ __forceinline__ bool reset_before(int step, int column) const {
+    return sizes.resets && sequences.reset_before(sizes, lane.reverse, step, column);
   }
   // How many sequences of the batch group have this step of the lane; 0 beyond its ends.
   __device__ __forceinline__ int active(int step) const {
@@ -147,7 +147,7 @@ struct BackwardBlock {
 
 // Copies the dgates of step `step` of a lane, of this block's units, from memory to `to`, as the rows of K that
 // products read; zeros if there is no such row or unit. kLater: they are not there before copy_async_wait and a
-// barrier. Else they are for the lane's own recurrence: zeros also where the sequence is cut before this step.
+// barrier. Else they are for the lane's own recurrence: zeros also where the sequence is reset before this step.
 template <bool kLater, class C, typename T = typename C::T>
 __device__ __forceinline__ void copy_dgates(const BackwardBlock<C>& block, const T* grad_gates, int step, T* to) {
   constexpr int kItems = C::kColumns * C::kPieces * 4;
@@ -159,7 +159,7 @@ __device__ __forceinline__ void copy_dgates(const BackwardBlock<C>& block, const
     const int quarter = item % 4, piece = item / 4 % C::kPieces, column = item / 4 / C::kPieces;
     const int unit = block.first_unit + piece * kQuarter<T>;
     bool there = column < active && unit < sizes.hidden;
-    if constexpr (!kLater) there = there && !block.cut_before(step, column);
+    if constexpr (!kLater) there = there && !block.reset_before(step, column);
     const T* from = grad_gates + (there ? (row + column) * sizes.gates_stride + int64_t{quarter} * sizes.hidden : 0);
     T* at = to + quarter_at<C>(column, piece, quarter);
     if (kLater && fits) {

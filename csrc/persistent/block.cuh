@@ -95,9 +95,9 @@ struct Sequences {
   __device__ __forceinline__ int64_t row(int t) const {
     return (packed ? load_readonly(rows_before + t) : int64_t{t} * batch) + first;
   }
-  // Whether column `column` is cut before step number s of a lane: see stack/resets.h. Call it only if there are resets.
+  // Whether column `column` is reset before step number s of a lane: see stack/resets.h. Call it only if there are resets.
   // What stands behind a sequence's end is no cut. A reverse lane, which begins there, has not crossed anything yet.
-  __device__ __forceinline__ bool cut_before(const LaunchSizes& sizes, bool reverse, int s, int column) const {
+  __device__ __forceinline__ bool reset_before(const LaunchSizes& sizes, bool reverse, int s, int column) const {
     const int boundary = reverse ? sizes.steps - s : s;
     return boundary < sizes.steps && column < active(boundary) &&
            load_readonly(resets + (int64_t{boundary} * batch + first + column)) != 0;

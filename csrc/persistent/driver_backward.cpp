@@ -323,7 +323,7 @@ class Backward : PersistentDriver<T> {
     return parts_.h_rows(layer);
   }
 
-  // h(t-1) of every row of a lane, zero where the sequence is cut: (rows, H).
+  // h(t-1) of every row of a lane, zero where the sequence is reset: (rows, H).
   Tensor previous_of(int64_t lane) const {
     const int64_t layer = lane / directions_, hidden = hidden_of(layer);
     const Tensor previous = at::empty({rows_, hidden}, storage_);
@@ -343,10 +343,10 @@ class Backward : PersistentDriver<T> {
       some.copy_(at::where(padding_.narrow(0, 1, later), initial, some));
     }
     if (call_.resets) {  // see stack/resets.h
-      const Tensor cuts = call_.resets->narrow(0, reverse ? 1 : 0, reverse ? later : shape_.steps).unsqueeze(2);
+      const Tensor resets = call_.resets->narrow(0, reverse ? 1 : 0, reverse ? later : shape_.steps).unsqueeze(2);
       const bool ends = reverse && shape_.has_lengths();  // an entry behind a sequence's end is no cut
-      steps.narrow(0, 0, cuts.size(0))
-          .masked_fill_(ends ? cuts.logical_and(padding_.narrow(0, 1, later).logical_not()) : cuts, 0);
+      steps.narrow(0, 0, resets.size(0))
+          .masked_fill_(ends ? resets.logical_and(padding_.narrow(0, 1, later).logical_not()) : resets, 0);
     }
     clear_padding(previous);
     return previous;

@@ -7,12 +7,12 @@
 //   expect(s)                 by all warps, at the start of a step that will send
 //   receive(s)                by all warps; then this thread may read h(s-1) of the whole lane in h[s mod 2]. h(-1) is
 //                             there from the start
-//   send(s, outgoing, share, is_cut)
+//   send(s, outgoing, share, is_reset)
 //                             by a group's warp of split 0, after all of its threads have written their h(s) to
 //                             `outgoing`. `share` is this thread's share(), or 0 at the last step, whose h no
-//                             block needs. If some sequences are cut behind this step, `share` is ~share() in all
-//                             threads of the warp: then zeros are sent for the columns for which is_cut(column) is
-//                             true. So a step without cuts executes no instruction for them: it compares the same
+//                             block needs. If some sequences are reset behind this step, `share` is ~share() in all
+//                             threads of the warp: then zeros are sent for the columns for which is_reset(column) is
+//                             true. So a step without resets executes no instruction for them: it compares the same
 //                             numbers
 //   next()                    by all threads, after each step
 //   finish()                  once, by all threads
@@ -107,8 +107,8 @@ class ClusterExchange : ExchangeBase<T> {
     waiting.for_phase(barrier_of(s), static_cast<uint32_t>(s) / 2 % 2, s);
   }
 
-  template <typename IsCut>
-  __device__ __forceinline__ void send(int s, const T* outgoing, int share, IsCut is_cut) const {
+  template <typename IsReset>
+  __device__ __forceinline__ void send(int s, const T* outgoing, int share, IsReset is_reset) const {
     if (waiting.given_up()) return;
     const uint32_t barrier = barrier_of(s + 1);
     auto to = static_cast<uint32_t>(to_.at);
@@ -130,7 +130,7 @@ class ClusterExchange : ExchangeBase<T> {
 #pragma unroll
         for (int n = 0; n < kMostPushes / 2; ++n) push(n, value);
       } else {
-        const bool zeros = share < 0 && is_cut(column_ + first / kColumnWords);
+        const bool zeros = share < 0 && is_reset(column_ + first / kColumnWords);
         const uint4 sent = zeros ? uint4{0, 0, 0, 0} : value;
         const int pushes = share < 0 ? ~share : share;
 #pragma unroll 1
@@ -236,10 +236,10 @@ class L2Exchange : ExchangeBase<T> {
   // This thread sends its words of all columns that a sequence has.
   __device__ __forceinline__ int share() const { return columns; }
 
-  template <typename IsCut>
-  __device__ __forceinline__ void send(int s, const T* outgoing, int share, IsCut is_cut) const {
+  template <typename IsReset>
+  __device__ __forceinline__ void send(int s, const T* outgoing, int share, IsReset is_reset) const {
     send_columns(s, outgoing, share, [](int) { return false; });
-    if (share < 0) send_cuts(s, outgoing, ~share, is_cut);
+    if (share < 0) send_resets(s, outgoing, ~share, is_reset);
   }
 
   __device__ __forceinline__ void next() { to_ += to_other_, to_other_ = -to_other_; }
@@ -249,16 +249,16 @@ class L2Exchange : ExchangeBase<T> {
  private:
   __device__ __forceinline__ bool inside() const { return kMayBeInside && cut.blocks == 1; }
 
-  // At a step behind which some sequences are cut. (tests/cuda_check tells its instructions by this name: a step without
-  // cuts passes them by.)
-  template <typename IsCut>
-  __device__ __forceinline__ void send_cuts(int s, const T* outgoing, int share, IsCut is_cut) const {
-    send_columns(s, outgoing, share, is_cut);
+  // At a step behind which some sequences are reset. (tests/cuda_check tells its instructions by this name: a step without
+  // resets passes them by.)
+  template <typename IsReset>
+  __device__ __forceinline__ void send_resets(int s, const T* outgoing, int share, IsReset is_reset) const {
+    send_columns(s, outgoing, share, is_reset);
   }
 
   // Sends this thread's words of the first `share` columns.
-  template <typename IsCut>
-  __device__ __forceinline__ void send_columns(int s, const T* outgoing, int share, IsCut is_cut) const {
+  template <typename IsReset>
+  __device__ __forceinline__ void send_columns(int s, const T* outgoing, int share, IsReset is_reset) const {
     if (waiting.given_up()) return;  // its h means nothing
     uint64_t* to = to_;
 #pragma unroll
@@ -273,7 +273,7 @@ class L2Exchange : ExchangeBase<T> {
       } else {
         value = *reinterpret_cast<const uint32_t*>(mine);
       }
-      if (is_cut(word / kGroupWords)) value = 0;
+      if (is_reset(word / kGroupWords)) value = 0;
       if (inside()) {
         const int column = (s + 1) % 2 * kTileColumns * Tiles + word / kGroupWords;
         *reinterpret_cast<uint32_t*>(this->h + column * pitch + this->unit + word % kGroupWords * kElements) = value;

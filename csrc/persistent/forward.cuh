@@ -19,8 +19,8 @@
 // W_ih·x is computed for a few steps together. Each block reads the x of these steps once, into shared memory. Each
 // group reads W_ih once, from shared memory or L2. A warp's recurrent sums start from the result.
 //
-// Where a sequence is cut behind step t, a block sends zeros in the place of h(t) and zeroes c when it has saved it: the
-// peers that receive h(t) do nothing for a cut. All else, also what the lane above reads, is the true h(t).
+// Where a sequence is reset behind step t, a block sends zeros in the place of h(t) and zeroes c when it has saved it: the
+// peers that receive h(t) do nothing for a reset. All else, also what the lane above reads, is the true h(t).
 //
 // Between lanes: h of every step has its own place in memory, so that no block waits for readers. A block that has
 // written a chunk writes the number of its chunks to its own counter; a block of the lane above waits for the counters
@@ -67,7 +67,7 @@ struct ForwardShared {
       : layout(l), bytes(&dynamic_shared<unsigned char>()) {}
 
   __device__ __forceinline__ T* h() const { return reinterpret_cast<T*>(bytes); }
-  __device__ __forceinline__ uint32_t* cuts() const { return reinterpret_cast<uint32_t*>(bytes + layout.cuts); }
+  __device__ __forceinline__ uint32_t* resets() const { return reinterpret_cast<uint32_t*>(bytes + layout.resets); }
   __device__ __forceinline__ float4* partial() const { return reinterpret_cast<float4*>(bytes + layout.partial); }
   __device__ __forceinline__ T* outgoing() const { return reinterpret_cast<T*>(bytes + layout.outgoing); }
   __device__ __forceinline__ float4* projected() const { return reinterpret_cast<float4*>(bytes + layout.projected); }
@@ -108,8 +108,8 @@ __device__ __forceinline__ void fill_shared(const ForwardArguments<T>& arguments
   for (int column = 0; column < cut.columns(); ++column) {
     T* first = shared.h() + column * pitch;
     T* second = first + cut.columns() * pitch;
-    const bool cut = arguments.sizes.resets && sequences.cut_before(arguments.sizes, lane.reverse, 0, column);
-    const bool initial = lane.h_0 && column < sequences.count && !cut;
+    const bool reset = arguments.sizes.resets && sequences.reset_before(arguments.sizes, lane.reverse, 0, column);
+    const bool initial = lane.h_0 && column < sequences.count && !reset;
     const T* h_0 = lane.h_0 + int64_t{sequences.first + column} * hidden;
     for (int unit = place.thread; unit < pitch; unit += threads) {
       first[unit] = initial && unit < hidden ? operand<product>(load_ordinary(h_0 + unit)) : T{0};
@@ -244,22 +244,22 @@ __device__ __forceinline__ void project_tiles(const ForwardArguments<T>& argumen
   }
 }
 
-// Computes the input's share of the steps s … s + steps - 1, and finds the cuts behind them. All threads call it behind a
-// block barrier, after which no thread reads the x, or the cuts, of the steps before. A thread itself writes the sums that it will start from, so they need no
-// barrier.
+// Computes the input's share of the steps s … s + steps - 1, and finds the resets behind them. All threads call it behind a
+// block barrier, after which no thread reads the x, or the resets, of the steps before. A thread itself writes the sums that
+// it will start from, so they need no barrier.
 template <typename T, Product product, int Tiles>
 __device__ __forceinline__ void project(const ForwardArguments<T>& arguments, const ForwardLane<T>& lane,
                                         const ThreadPlace& place, const GroupWarp& warp, const Sequences& sequences,
                                         const ForwardShared<T>& shared, int s, int steps) {
-  // The cuts behind these steps: a warp has a thread for each projected column.
+  // The resets behind these steps: a warp has a thread for each projected column.
   static_assert(kProjectedTiles * kTileColumns == kWarpThreads);
-  const bool finds_cuts = arguments.sizes.resets && place.warp == 0;
-  bool cut = false;
-  if (finds_cuts) {
+  const bool finds_resets = arguments.sizes.resets && place.warp == 0;
+  bool reset = false;
+  if (finds_resets) {
     constexpr int kColumns = Tiles * kTileColumns;
     const int after = s + place.warp_lane / kColumns + 1;
-    cut = place.warp_lane < steps * kColumns && after < arguments.sizes.steps &&
-          sequences.cut_before(arguments.sizes, lane.reverse, after, place.warp_lane % kColumns);
+    reset = place.warp_lane < steps * kColumns && after < arguments.sizes.steps &&
+            sequences.reset_before(arguments.sizes, lane.reverse, after, place.warp_lane % kColumns);
   }
   float bias[4] = {};
   if (warp.split == 0) load_bias(bias, lane, arguments.sizes.hidden, warp.unit);
@@ -268,11 +268,11 @@ __device__ __forceinline__ void project(const ForwardArguments<T>& arguments, co
     const int pieces = all - first_piece < kCopiedPieces ? all - first_piece : kCopiedPieces;
     if (first_piece > 0) block_barrier();  // all warps have read the previous pieces, which are overwritten next
     copy_x<T, product, Tiles>(arguments.sizes, lane, place, sequences, shared, s, steps, first_piece, pieces);
-    if (finds_cuts && first_piece == 0) {
-      const uint32_t cuts = ballot(kFullWarp, cut);
-      if (place.warp_lane == 0) *shared.cuts() = cuts;
+    if (finds_resets && first_piece == 0) {
+      const uint32_t resets = ballot(kFullWarp, reset);
+      if (place.warp_lane == 0) *shared.resets() = resets;
     }
-    block_barrier();  // makes the x that each thread has copied, and the cuts, visible to all warps
+    block_barrier();  // makes the x that each thread has copied, and the resets, visible to all warps
     if (product == Product::tensor && tiles == kProjectedTiles) {
       project_tiles<T, product, kProjectedTiles>(arguments, lane, place, warp, shared, bias, 0, first_piece, pieces);
     } else {
@@ -385,8 +385,8 @@ __device__ __forceinline__ T* outgoing_h(const Cut& cut, const GroupWarp& warp, 
 }
 
 // What a lane writes besides h; kChunks: a lane above it in this launch reads its chunks.
-// Further bits: kRagged, steps may have fewer sequences than the batch; kCuts, sequences may be cut.
-enum Saves : int { kC = 1, kGates = 2, kAbove = 4, kChunks = 8, kRagged = 16, kCuts = 32 };
+// Further bits: kRagged, steps may have fewer sequences than the batch; kResets, sequences may be reset.
+enum Saves : int { kC = 1, kGates = 2, kAbove = 4, kChunks = 8, kRagged = 16, kResets = 32 };
 
 // The cells of a thread of split 0: [batch tile][0 or 1].
 template <typename T, int Tiles>
@@ -421,7 +421,7 @@ struct Cells {
 #pragma unroll
     for (int n = 0; n < Tiles * 2; ++n) c[n / 2][n % 2] = 0, before[place_of(warp) + offset(n / 2, n % 2)] = T{0};
     for_each(warp, columns, [&](int n, int j, int column) {
-      if (sizes.resets && sequences.cut_before(sizes, lane.reverse, 0, column)) return;
+      if (sizes.resets && sequences.reset_before(sizes, lane.reverse, 0, column)) return;
       const int64_t at = int64_t{sequences.first + column} * hidden + warp.unit;
       if (lane.h_0) before[place_of(warp) + offset(n, j)] = load_ordinary(lane.h_0 + at);
       if (lane.c_0) c[n][j] = widen(load_ordinary(lane.c_0 + at));
@@ -475,11 +475,11 @@ struct Cells {
     });
   }
 
-  // Zeroes c of the columns that are cut behind this step.
-  template <typename IsCut>
-  __device__ __forceinline__ void cut(const GroupWarp& warp, IsCut is_cut) {
+  // Zeroes c of the columns that are reset behind this step.
+  template <typename IsReset>
+  __device__ __forceinline__ void reset(const GroupWarp& warp, IsReset is_reset) {
     for_each(warp, kTileColumns * Tiles, [&](int n, int j, int column) {
-      if (is_cut(column)) c[n][j] = 0;
+      if (is_reset(column)) c[n][j] = 0;
     });
   }
 
@@ -577,7 +577,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   peers.start();
   const int saves =
       in_register((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0) |
-                  (has_reader ? kChunks : 0) | (sizes.rows_before ? kRagged : 0) | (sizes.resets ? kCuts : 0));
+                  (has_reader ? kChunks : 0) | (sizes.rows_before ? kRagged : 0) | (sizes.resets ? kResets : 0));
   // The row of column 0 at this step, and the distance to its row at the next step. In a ragged batch the row is
   // computed again every step.
   int64_t row = sequences.row(time_of(sizes, lane.reverse, 0));
@@ -622,20 +622,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     const bool sends = s + 1 < sizes.steps;  // no block needs the last h: a push could meet a block that has exited
     if (sends) peers.expect(s);
     int active = columns, share_here = sends ? share : 0;
-    // Bits of the cuts behind this step, from bit 0 on. They are read from shared memory where they are needed, and so
+    // Bits of the resets behind this step, from bit 0 on. They are read from shared memory where they are needed, and so
     // take no registers: most calls have none.
-    const auto cuts = [&] {
+    const auto resets = [&] {
       constexpr int kColumns = Tiles * kTileColumns;
-      return *shared.cuts() >> (s - projected_from) * kColumns & ~0u >> (32 - kColumns);
+      return *shared.resets() >> (s - projected_from) * kColumns & ~0u >> (32 - kColumns);
     };
-    const auto is_cut = [&](int column) { return (cuts() >> column & 1u) != 0; };
-    if (saves & (kRagged | kCuts)) {
+    const auto is_reset = [&](int column) { return (resets() >> column & 1u) != 0; };
+    if (saves & (kRagged | kResets)) {
       if (saves & kRagged) {
         const int t = time_of(sizes, lane.reverse, s);
         row = sequences.row(t);
         if (columns > 0) active = sequences.active(t);
       }
-      if ((saves & kCuts) && cuts() != 0) share_here = ~share_here;
+      if ((saves & kResets) && resets() != 0) share_here = ~share_here;
     }
     GateSums<Tiles> d;
     load_projected<T, Tiles>(d, place, shared, (s - projected_from) * Tiles);
@@ -655,14 +655,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     // split there is no meeting: then this barrier also makes sure that all threads have read h(s-1) before the warp
     // sends h(s). h(s-2), over which h(s) is written, was read before the warp met here in the previous step.
     warp_barrier();
-    peers.send(s, outgoing, share_here, is_cut);
+    peers.send(s, outgoing, share_here, is_reset);
     cells.store(sizes, lane, warp, row, active, saves);
-    if (saves & (kAbove | kCuts)) {
+    if (saves & (kAbove | kResets)) {
       if (saves & kAbove) {
         const int t = time_of(sizes, lane.reverse, s);
         store_above<T, Tiles>(arguments, lane, place, warp, sequences, row, t, sequences.active(t), outgoing);
       }
-      if (saves & kCuts) cells.cut(warp, is_cut);
+      if (saves & kResets) cells.reset(warp, is_reset);
     }
     row += kept(row_step);  // it is extended to 64 bits here, which takes no register between the steps
   }

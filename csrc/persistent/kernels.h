@@ -122,7 +122,7 @@ struct LaunchSizes {
   // (T + 1), on the device: how many sequences all steps before step t have together, in a packed batch and in one with
   // lengths. Null: every step has all sequences.
   const int64_t* rows_before;
-  // (T, B), on the device, 0 or 1: where sequences are cut, as stack/resets.h says. Null: nowhere. Not with a packed batch.
+  // (T, B), on the device, 0 or 1: where sequences are reset, as stack/resets.h says. Null: nowhere. Not with a packed batch.
   const uint8_t* resets;
   int packed;  // row (t, b) is rows_before[t] + b; else it is t·B + b, also with lengths
 
@@ -184,7 +184,7 @@ struct ForwardArguments {
   ForwardLane<T> lane[kMaxLanes];
 };
 
-// Where a sequence is cut before step s, no gradient of h or c goes from s to s-1: W_hhᵀ·dgates(s) and dc are zero there,
+// Where a sequence is reset before step s, no gradient of h or c goes from s to s-1: W_hhᵀ·dgates(s) and dc are zero there,
 // and step s sees c(s-1) = 0.
 //
 // Backward. dh(s) of a lane = grad_output + mask ∘ (grad_above, or the lane above's W_ihᵀ·dgates(s))
@@ -206,7 +206,7 @@ struct BackwardLane {
   const T* c_0;       // (B, H); or null: zeros
   const T* grad_h_n;  // (B, H), or null
   const T* grad_c_n;
-  // (B, H): what an earlier launch left, if last_step < T. carried_c is dc, as step last_step left it: behind a cut, zero.
+  // (B, H): what an earlier launch left, if last_step < T. carried_c is dc, as step last_step left it: behind a reset, zero.
   // carried_h is dh,
   // and is needed only for sequences of a reverse lane that begin after step last_step: an earlier launch has done all
   // of their steps. For other sequences this launch computes W_hhᵀ·dgates again, from grad_gates of step last_step. So
@@ -299,7 +299,7 @@ struct ForwardLayout {
   int input_pieces;       // of a row of W_ih and of x
   int x_pitch;            // elements from a column of copied x to the next
   uint32_t arrived;       // 2 mbarriers
-  uint32_t cuts;          // a bit for each projected column: its sequence is cut behind this step
+  uint32_t resets;        // a bit for each projected column: its sequence is reset behind this step
   uint32_t partial;    // [step mod 2][group][split - 1][batch tile][gate tile][warp lane] of 4 sums, over the split's K
   uint32_t outgoing;   // [step mod 2][group][column][8 units]: h before it is sent and stored
   uint32_t projected;  // [warp][projected tile][gate tile][warp lane] of 4 accumulators: W_ih·x + b, over the warp's K
@@ -314,8 +314,8 @@ struct ForwardLayout {
     x_pitch = row_pieces(input_pieces < kCopiedPieces ? input_pieces : kCopiedPieces) * kPieceElements<T>;
     const int element = static_cast<int>(sizeof(T));
     arrived = size(2 * cut.columns() * h_pitch * element);
-    cuts = arrived + 16;
-    partial = cuts + 16;
+    resets = arrived + 16;
+    partial = resets + 16;
     outgoing = partial + size(2 * cut.groups * (cut.splits - 1) * cut.batch_tiles * 2 * kTileBytes);
     projected = outgoing + size(2 * cut.groups * cut.columns() * kGroupUnits * element);
     x = projected + size(cut.groups * cut.splits * kProjectedTiles * 2 * kTileBytes);

@@ -283,7 +283,7 @@ def is_send(instruction: Instruction) -> bool:
     send."""
     opcode = instruction.opcode
     sends = opcode.startswith("STAS") or bool(re.fullmatch(r"STG\.E\.64\.STRONG\.GPU", opcode))
-    return sends and "send_cuts" not in functions_around(instruction)
+    return sends and "send_resets" not in functions_around(instruction)
 
 
 def is_wait(instruction: Instruction) -> bool:

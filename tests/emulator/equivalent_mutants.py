@@ -371,7 +371,7 @@ EQUIVALENT: list[Equivalent] = [
         kind="guard",
         change="off by one",
         code="share < 0",
-        reason="a thread that sends nothing, with or without cuts",
+        reason="a thread that sends nothing, with or without resets",
     ),
     Equivalent(
         file="csrc/persistent/exchange.cuh",
@@ -379,15 +379,15 @@ EQUIVALENT: list[Equivalent] = [
         kind="guard",
         change="always true",
         code="share < 0",
-        reason="of no cuts: ~share is negative, and nothing is sent twice",
-        near="send_cuts",
+        reason="of no resets: ~share is negative, and nothing is sent twice",
+        near="send_resets",
     ),
     Equivalent(
         file="csrc/persistent/forward.cuh",
         function="forward",
         kind="guard",
         change="always true",
-        code="saves & (kRagged | kCuts)",
+        code="saves & (kRagged | kResets)",
         reason="each bit is asked for inside",
     ),
     Equivalent(
@@ -395,7 +395,7 @@ EQUIVALENT: list[Equivalent] = [
         function="forward",
         kind="guard",
         change="always true",
-        code="saves & (kAbove | kCuts)",
+        code="saves & (kAbove | kResets)",
         reason="each bit is asked for inside",
     ),
     Equivalent(
@@ -403,8 +403,8 @@ EQUIVALENT: list[Equivalent] = [
         function="forward",
         kind="guard",
         change="always true",
-        code="cuts() != 0",
-        reason="the way of a step with cuts, of which there are none: slower",
+        code="resets() != 0",
+        reason="the way of a step with resets, of which there are none: slower",
     ),
     Equivalent(
         file="csrc/persistent/backward.cuh",
@@ -444,7 +444,7 @@ EQUIVALENT: list[Equivalent] = [
         kind="guard",
         change="always true",
         code="sizes.resets",
-        reason="without resets cut_before() is false",
+        reason="without resets reset_before() is false",
     ),
     Equivalent(
         file="csrc/persistent/forward.cuh",

@@ -556,7 +556,7 @@ enum : unsigned {
   kCellH = 64,
   kMask = 128,
   kGradCell = 256,
-  kCuts = 512,
+  kResets = 512,
   kBelow = 1024,  // backward: passed
   kSum = 2048,
   kPassedOutput = 4096,
@@ -625,7 +625,7 @@ class Maker {
 
   // Which rows are reset. Those behind the last that can be are marked, too.
   std::vector<uint8_t> resets() {
-    if (!setup.has(kCuts)) return {};
+    if (!setup.has(kResets)) return {};
     std::vector<uint8_t> reset(static_cast<size_t>(rows()), 1);
     for (int64_t row = 0; row < resettable_rows(); ++row) reset[static_cast<size_t>(row)] = random_.bits() % 3 == 0;
     return reset;
@@ -1162,7 +1162,7 @@ void options_part() {
       Setup setup;
       // kGradCell goes by the number of the others: there it is with each two of them, in every combination, and not there.
       setup.width = width, setup.absent = absent | (std::popcount(absent) % 2 ? unsigned{kGradCell} : 0u);
-      setup.absent |= std::popcount(absent / 2) % 2 ? unsigned{kCuts} : 0u;
+      setup.absent |= std::popcount(absent / 2) % 2 ? unsigned{kResets} : 0u;
       setup.absent |= static_cast<unsigned>(values.bits() >> 32) & (kBelow | kSum | kPassedOutput);
       setup.in_place = values.bits() % 3 == 0;
       setup.rows = {4, 3};
@@ -1321,7 +1321,7 @@ void huge_part() {
   for (const int64_t width : {1, 3, 4}) {
     Setup setup;
     setup.width = width, setup.first_row = int64_t{1} << 31, setup.rows = {setup.first_row + 3};
-    setup.absent = kOutput | kAbove | kMask | kCuts | kBelow | kSum;
+    setup.absent = kOutput | kAbove | kMask | kResets | kBelow | kSum;
     setup.carried = setup.continued = Share::all;
     const int64_t packs = width == 4 && sizeof(T) <= 4 ? 1 : width == 4 ? 2 : width;
     const int64_t rows_a_block = 128 / static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(packs)));

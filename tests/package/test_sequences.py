@@ -965,8 +965,8 @@ def test_options_at_their_neutral_values_take_the_short_way_and_change_no_bit(op
     x = torch.randn(6, 6, 4, requires_grad=True)
     ways, attempt = [], StackedLSTM._fast_call
 
-    def watched(self, input, hx):
-        result = attempt(self, input, hx)
+    def watched(self, *arguments):
+        result = attempt(self, *arguments)
         ways.append(result is not None)
         return result
 
@@ -988,6 +988,22 @@ def test_options_at_their_neutral_values_take_the_short_way_and_change_no_bit(op
                 for module, arguments in zip(modules, ({}, {"reset": None}), strict=True)
             ]
         assert all(torch.equal(a, b) for a, b in zip(tree_leaves(steps[-2]), tree_leaves(steps[-1]), strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"hidden_size": (5, 3)}, {"return_sequences": False}], ids=str)
+def test_lengths_and_resets_take_the_short_way_too(options, monkeypatch):
+    """And give what the long way gives."""
+    module = StackedLSTM(**{"input_size": 4, "hidden_size": 5, "num_layers": 2, **options})
+    x, lengths, resets = torch.randn(6, 6, 4), [3, 6, 1, 2, 6, 5], torch.rand(6, 6) < 0.3
+    given = [{"lengths": lengths}, {"lengths": torch.tensor(lengths)}, {"resets": resets}, {"lengths": lengths, "resets": resets}]
+    with monkeypatch.context() as patched:
+        patched.setattr(StackedLSTM, "_given", lambda *_, **__: pytest.fail("the long way"))
+        short = [tree_leaves(module(x, **each)) for each in given]
+    with monkeypatch.context() as patched:
+        patched.setattr(StackedLSTM, "_fast_call", lambda *_: None)
+        long = [tree_leaves(module(x, **each)) for each in given]
+    for one, other in zip(short, long, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 @pytest.mark.parametrize("states", [False, True], ids=["call", "states"])

@@ -75,7 +75,8 @@ def test_a_path_runs_links_lengths_and_resets_or_says_why_not(options, given, st
     with backend("reference"):
         expected = run()
     for path in PATHS:
-        why_not = obstacle(path, StackOptions(**sizes), lengths="lengths" in given, resets="resets" in given)
+        parts = {"lengths": "lengths" in given, "resets": "resets" in given, "states": states, "trains": True}
+        why_not = obstacle(path, StackOptions(**sizes), **parts)
         assert not (why_not and path in ("reference", "cpu"))
         with backend(path):
             if why_not:
