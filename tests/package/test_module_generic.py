@@ -77,6 +77,8 @@ def test_the_signature_is_spelt_out_in_stock_s_order():
         "dtype": None,
         "recompute": False,
         "bf16_weights": False,
+        "link": "plain",
+        "return_sequences": True,
     }
     for name in ("recompute", "bf16_weights"):
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
