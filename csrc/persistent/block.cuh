@@ -96,7 +96,7 @@ struct Sequences {
     return (packed ? load_readonly(rows_before + t) : int64_t{t} * batch) + first;
   }
   // Whether column `column` is reset before step number s of a lane: see stack/resets.h. Call it only if there are resets.
-  // What stands behind a sequence's end is no cut. A reverse lane, which begins there, has not crossed anything yet.
+  // What stands behind a sequence's end is no reset. A reverse lane, which begins there, has not crossed anything yet.
   __device__ __forceinline__ bool reset_before(const LaunchSizes& sizes, bool reverse, int s, int column) const {
     const int boundary = reverse ? sizes.steps - s : s;
     return boundary < sizes.steps && column < active(boundary) &&

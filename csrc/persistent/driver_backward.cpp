@@ -344,7 +344,7 @@ class Backward : PersistentDriver<T> {
     }
     if (call_.resets) {  // see stack/resets.h
       const Tensor resets = call_.resets->narrow(0, reverse ? 1 : 0, reverse ? later : shape_.steps).unsqueeze(2);
-      const bool ends = reverse && shape_.has_lengths();  // an entry behind a sequence's end is no cut
+      const bool ends = reverse && shape_.has_lengths();  // an entry behind a sequence's end is no reset
       steps.narrow(0, 0, resets.size(0))
           .masked_fill_(ends ? resets.logical_and(padding_.narrow(0, 1, later).logical_not()) : resets, 0);
     }
