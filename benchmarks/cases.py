@@ -38,7 +38,7 @@ class Case:
     streamed: bool = False  # one call a step, the state carried over by the caller
     packed: bool = False  # sequences of random lengths in [1, steps], unsorted, as a PackedSequence
     padded: bool = False  # the same sequences as a padded batch, with `lengths`
-    resets: float | None = None  # the share of steps at which a sequence is cut
+    resets: float | None = None  # the share of steps at which a sequence is reset
     link: str = "plain"
     widths: tuple[int, ...] = ()  # the hidden size of each layer; the last one is hidden_size
     last_step: bool = False  # the output is the last step alone

@@ -147,7 +147,7 @@ class SplitAtResets(Contestant):
 
 
 class CellLoop(Contestant):
-    """A loop over the steps with an ``nn.LSTMCell`` for each layer, and states zeroed where a sequence is cut."""
+    """A loop over the steps with an ``nn.LSTMCell`` for each layer, and states zeroed where a sequence is reset."""
 
     name = "nn.LSTMCell, step by step"
 
