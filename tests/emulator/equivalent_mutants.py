@@ -258,7 +258,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the smaller of two numbers that are equal",
     ),
     Equivalent(
-        file="csrc/persistent/forward.cuh",
+        file="csrc/persistent/forward_input.cuh",
         function="project",
         kind="guard",
         change="off by one",
@@ -266,7 +266,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="the smaller of two numbers that are equal",
     ),
     Equivalent(
-        file="csrc/persistent/forward.cuh",
+        file="csrc/persistent/forward_input.cuh",
         function="project",
         kind="guard",
         change="always true",
@@ -274,7 +274,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="one barrier more",
     ),
     Equivalent(
-        file="csrc/persistent/forward.cuh",
+        file="csrc/persistent/forward_input.cuh",
         function="project",
         kind="guard",
         change="off by one",
@@ -282,7 +282,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="one barrier more",
     ),
     Equivalent(
-        file="csrc/persistent/forward.cuh",
+        file="csrc/persistent/forward_input.cuh",
         function="project",
         kind="guard",
         change="always true",
@@ -298,7 +298,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="fewer sequences than groups, which is refused with the same words",
     ),
     Equivalent(
-        file="csrc/persistent/forward.cuh",
+        file="csrc/persistent/forward_input.cuh",
         function="copy_x",
         kind="bound",
         change="off by one",
@@ -306,7 +306,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="one round more, in which the warp has no columns",
     ),
     Equivalent(
-        file="csrc/persistent/forward.cuh",
+        file="csrc/persistent/forward_input.cuh",
         function="project",
         kind="bound",
         change="off by one",
@@ -888,7 +888,7 @@ EQUIVALENT: list[Equivalent] = [
         reason="behind the acquire the L1 holds nothing older",
     ),
     Equivalent(
-        file="csrc/persistent/forward.cuh",
+        file="csrc/persistent/forward_input.cuh",
         function="fill_shared",
         kind="access",
         change="as constant",

@@ -89,7 +89,7 @@ TARGETS = [
     ),
     Target(
         name="persistent",
-        mutated=tuple(f"csrc/persistent/{part}.cuh" for part in ("block", "exchange", "products", "forward")),
+        mutated=tuple(f"csrc/persistent/{part}.cuh" for part in ("block", "exchange", "products", "forward_input", "forward")),
         sources=("tests/emulator/persistent_forward_instances.cu", "tests/emulator/fast_maths.cu", "tests/emulator/persistent_forward.cpp"),
         variants=tuple((name,) for name in PERSISTENT_CASES),
         plain=("--order", "random"),
