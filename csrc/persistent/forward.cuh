@@ -331,8 +331,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
   const int saves =
       in_register((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0) |
                   (has_reader ? kChunks : 0) | (sizes.rows_before ? kRagged : 0) | (sizes.resets ? kResets : 0));
-  // The row of column 0 at this step, and the distance to its row at the next step. In a ragged batch the row is
-  // computed again every step.
+  // The row of column 0 at this step, and the distance to its row at the next step. In a ragged batch the row is computed
+  // again every step; also where weights leave no registers to keep it between the steps.
+  constexpr bool kComputesRow = exchange == Exchange::l2 && Pieces == 8;
   int64_t row = sequences.row(time_of(sizes, lane.reverse, 0));
   const int row_step = kept(lane.reverse ? -sizes.batch : sizes.batch);
   Meeting<T, Tiles> meeting(cut, place, warp, shared);
@@ -385,7 +386,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     if (saves & (kRagged | kResets)) {
       if (saves & kRagged) {
         const int t = time_of(sizes, lane.reverse, s);
-        row = sequences.row(t);
+        if constexpr (!kComputesRow) row = sequences.row(t);
         if (columns > 0) active = sequences.active(t);
       }
       if ((saves & kResets) && resets() != 0) share_here = ~share_here;
@@ -409,6 +410,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
     // sends h(s). h(s-2), over which h(s) is written, was read before the warp met here in the previous step.
     warp_barrier();
     peers.send(s, outgoing, share_here, is_reset);
+    if constexpr (kComputesRow) row = sequences.row(time_of(sizes, lane.reverse, s));
     cells.store(sizes, lane, warp, row, active, saves);
     if (saves & (kAbove | kResets)) {
       if (saves & kAbove) {
@@ -417,7 +419,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
       }
       if (saves & kResets) cells.reset(warp, is_reset);
     }
-    row += kept(row_step);  // it is extended to 64 bits here, which takes no register between the steps
+    // It is extended to 64 bits here, which takes no register between the steps.
+    if constexpr (!kComputesRow) row += kept(row_step);
   }
   if (warp.split == 0) {
     cells.store_last(lane, warp, sequences, columns, sizes.hidden,

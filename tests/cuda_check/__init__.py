@@ -186,9 +186,10 @@ def read_sass(disassembly: str) -> dict[str, dict[str, int]]:
 
 def opcode_of(instruction: Mapping[str, Any]) -> str:
     """The opcode; BRA of a CALL that is none. On the architectures before sm_90 ptxas leaves some loops by a CALL within the
-    function, and has a slow path for shuffles and barriers of a warp whose lanes have parted, behind a branch."""
+    function, and has a slow path for shuffles, votes and barriers of a warp whose lanes have parted, behind a branch."""
     opcode, target = instruction["opcode"], instruction.get("operands", "")
-    if opcode.startswith("CALL") and re.fullmatch(r"0x[0-9a-f]+|\$__internal_\d+_\$__cuda_sm70_(warpsync|shflsync_\w+)", target):
+    slow_path = r"\$__internal_\d+_\$__cuda_sm70_(warpsync|votesync_\w+|shflsync_\w+)"
+    if opcode.startswith("CALL") and re.fullmatch(rf"0x[0-9a-f]+|{slow_path}", target):
         return "BRA"
     return str(opcode)
 

@@ -19,7 +19,7 @@ def gates(kernel: str, registers: int, loads: tuple[int, int], stores: tuple[int
 
     ``loads`` and ``stores``: how many packs of the accumulator's type, and of the storage type. An instance of one unit a
     thread has no wide access; the others have no narrow one, except that dropout's seed is a word of 64 bits, and the mark of a row
-    that may be cut (``marks``: how many are read) a byte.
+    that may be reset (``marks``: how many are read) a byte.
     """
     for element, bits in BITS.items():
         units = 2 if element == "double" else 4
@@ -140,7 +140,7 @@ MEANT = [
     # 64 registers leave room for 1024 threads on a multiprocessor, to hide the way to memory.
     *gates("gates_forward", 64, loads=(13, 1), stores=(5, 4), divides=True, marks=1),
     *gates("gates_backward", 64, loads=(22, 4), stores=(2, 8), divides=True, marks=1),
-    *gates("collect", 32, loads=(3, 3), stores=(1, 2), divides=False, marks=0),
+    *gates("collect", 40, loads=(3, 3), stores=(1, 2), divides=False, marks=0),
     *gates("copy_rows", 32, loads=(0, 2), stores=(0, 2), divides=False, marks=1),
     Meant("write_numbers", {"STG 64": 1}, {"LDG 64": 0}, registers=40),
     # benchmarks/primitives.cu: each measures the instruction that it is named after.
