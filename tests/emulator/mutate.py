@@ -63,6 +63,7 @@ PERSISTENT_CASES = ["two_blocks", "two_steps", "l2_one", "inside_one", "refusals
 PERSISTENT_CASES += ["exact", "copied", "rounds", "packed_groups", "ragged", "l2_ragged", "three_splits", "wide_batch"]
 PERSISTENT_CASES += ["wide_input", "capacity", "one_step", "deep", "both", "largest", "l2_most_lanes", "independence"]
 PERSISTENT_CASES += ["eight", "l2_eighty", "tf32_batch", "lengths_groups", "lengths_strided", "resets_groups", "resets_eight"]
+PERSISTENT_CASES += ["residual", "residual_packed"]
 PERSISTENT_BACKWARD_CASES = ["refusals", "two_steps", "l2_one", "alone", "dropout", "both", "tf32_odd", "float", "nothing_last"]
 PERSISTENT_BACKWARD_CASES += ["deep", "sixteen", "l2_seventeen", "inside_one", "states_one", "lengths_both", "resets_one"]
 PERSISTENT_BACKWARD_LARGE = ["packed", "reverse", "l2_float", "ninety_six", "ragged", "l2_ragged", "l2_batch"]  # in one order
