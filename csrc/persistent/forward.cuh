@@ -29,6 +29,7 @@
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "../cuda/launch.cuh"
 #include "exchange.cuh"
@@ -332,8 +333,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpThreads, 1)
       in_register((lane.saved_c ? kC : 0) | (lane.saved_gates ? kGates : 0) | (lane.above ? kAbove : 0) |
                   (has_reader ? kChunks : 0) | (sizes.rows_before ? kRagged : 0) | (sizes.resets ? kResets : 0));
   // The row of column 0 at this step, and the distance to its row at the next step. In a ragged batch the row is computed
-  // again every step; also where weights leave no registers to keep it between the steps.
-  constexpr bool kComputesRow = exchange == Exchange::l2 && Pieces == 8;
+  // again every step; also in the one kernel whose weights leave no registers to keep it between the steps.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr bool kComputesRow = std::is_same_v<T, float16> && exchange == Exchange::l2 && Pieces == 8;
+#else
+  constexpr bool kComputesRow = false;
+#endif
   int64_t row = sequences.row(time_of(sizes, lane.reverse, 0));
   const int row_step = kept(lane.reverse ? -sizes.batch : sizes.batch);
   Meeting<T, Tiles> meeting(cut, place, warp, shared);
