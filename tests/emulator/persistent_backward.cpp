@@ -162,6 +162,7 @@ const std::vector<Case> kCases = {
     {"resets_one", bf16, kTensor, 1, 4, 1, kCluster, 1, 1, 2, 33, 2, 4, kAll | kResets},
     {"resets_both", f32, kExact, 2, 2, 1, kL2, 2, 6, 5, 17, 3, 2, kAll | kBoth | kPadded | kResets | kAbove | kCell, 1},
     {"resets_cells", bf16, kTensor, 2, 4, 4, kCluster, 2, 4, 29, 200, 7, 2, kAll | kPadded | kResets, 3},
+    {"resets_float", f32, kExact, 2, 2, 1, kCluster, 1, 3, 3, 17, 3, 2, kAll | kResets},  // threads without a cell
     {"resets_inside", bf16, kTensor, 1, 4, 1, kL2, 2, 6, 5, 29, 1, 2, kAll | kResets | kReverse, 4},
     {"resets_shares", f32, kTensor, 8, 2, 1, kL2, 2, 4, 5, 77, 10, 2, kAll | kResets, 2},
     {"l2_768", bf16, kTensor, 6, 2, 1, kL2, 1, 2, 3, 768, 48, 2, kAll & ~kShared},
