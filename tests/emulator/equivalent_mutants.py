@@ -324,6 +324,14 @@ EQUIVALENT: list[Equivalent] = [
     Equivalent(
         file="csrc/persistent/forward.cuh",
         function="store_above",
+        kind="access",
+        change="ordinary",
+        code="load_l2(lane.residual + at + i)",
+        reason="the block has acquired the chunk that this is part of: the load past the L1 only leaves room there",
+    ),
+    Equivalent(
+        file="csrc/persistent/forward.cuh",
+        function="store_above",
         kind="bound",
         change="off by one",
         code="n < kTileColumns * Tiles * 3",
