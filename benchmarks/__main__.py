@@ -28,7 +28,7 @@ from benchmarks.contestants import Contestant, all_contestants
 from benchmarks.environment import choose_device, cores, describe
 from benchmarks.report import entry_text
 from benchmarks.results import MODES, Result
-from benchmarks.terminal import coloured, print_report
+from benchmarks.terminal import coloured, print_report, run_command
 
 # Of a suite's measurements, verification included; and of what is said about the machine, for each number of threads.
 SECONDS = {"quick": 120.0, "full": 1500.0, "options": 150.0, "streaming": 60.0, "smoke": 2.0}
@@ -178,14 +178,7 @@ def draw_plots(result: Result, folder: Path, console: Console) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    console = Console()
-    if not console.is_terminal:  # a log: no reason to fold tables
-        console = Console(width=140)
-    try:
-        return run(arguments_parser().parse_args(arguments), console)
-    except Impossible as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
-        return 2
+    return run_command(lambda console: run(arguments_parser().parse_args(arguments), console), width=140)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from benchmarks.contestants import Contestant, Prepared, StackedLSTM, plain, pre
 from benchmarks.environment import describe
 from benchmarks.report import above_limit, cost_text, costs_table, limits_table, select, wall
 from benchmarks.results import MODES, Mode, Result
-from benchmarks.terminal import coloured, print_end, show
+from benchmarks.terminal import coloured, print_end, run_command, show
 from benchmarks.today import CellLoop, OnePerLayer, PackAndPad, SplitAtResets
 from benchmarks.verify import reference
 from stacked_lstm_ext import StackedLSTM as Module
@@ -314,14 +314,7 @@ def print_costs(result: Result, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None, field: list[Race] | None = None) -> int:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    try:
-        return run(arguments_parser().parse_args(arguments), console, field)
-    except Impossible as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
-        return 2
+    return run_command(lambda console: run(arguments_parser().parse_args(arguments), console, field), width=200)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from benchmarks.contestants import StackedLSTM as Ours
 from benchmarks.environment import cores, describe
 from benchmarks.report import AS_FAST, entry_text, slowest_table, sweep_table
 from benchmarks.results import Mode, Result
-from benchmarks.terminal import coloured, print_end, show
+from benchmarks.terminal import coloured, print_end, run_command, show
 
 CPU = torch.device("cpu")
 CELL_S, REPEATED_S = 2.5, 10.0  # of a cell; of one that is asked for by name
@@ -148,14 +148,7 @@ def run(options: argparse.Namespace, console: Console, contestants: list[Contest
 
 
 def main(arguments: list[str] | None = None, contestants: list[Contestant] | None = None) -> int:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    try:
-        return run(arguments_parser().parse_args(arguments), console, contestants)
-    except Impossible as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
-        return 2
+    return run_command(lambda console: run(arguments_parser().parse_args(arguments), console, contestants), width=160)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as Drawn
 from rich.text import Text
 
+from benchmarks import Impossible
 from benchmarks.report import LEGEND, NOTHING, Table, left_out, mode_table, remarks, select
 from benchmarks.results import MODES, Result
 
@@ -34,6 +36,22 @@ def show(table: Table, console: Console) -> None:
             drawn.add_section()
         drawn.add_row(*map(coloured, cells))
     console.print(drawn)
+
+
+def run_command(command: Callable[[Console], int], width: int) -> int:
+    """What a program exits with: a command's status, or 2 if it asks for what cannot be done, which is said without a traceback.
+
+    Args:
+        width: of lines that go to a log, where there is no reason to fold tables.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=width)
+    try:
+        return command(console)
+    except Impossible as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        return 2
 
 
 def print_report(result: Result, console: Console) -> None:

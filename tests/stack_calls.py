@@ -3,6 +3,7 @@
 What is in the padding of a batch with lengths is NaN everywhere: in the input and in the gradients of the results.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,16 @@ from stacked_lstm_ext.reference import states_reference
 
 ops = torch.ops.stacked_lstm_ext
 SEED = 0x123456789ABCDEF
+
+
+@contextlib.contextmanager
+def chunks_of(steps):
+    """Diagonals in chunks of so many steps; ``None``: as planned."""
+    _C.force_diagonal_chunk(steps)
+    try:
+        yield
+    finally:
+        _C.force_diagonal_chunk(None)
 
 
 @dataclass(frozen=True)

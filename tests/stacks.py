@@ -198,18 +198,18 @@ def results(
     return _with_gradients(named, _leaves(module, x, hx), x.dtype) if gradients else {n: v.detach() for n, v in named.items()}
 
 
-def _lane(weights: dict, rows: Tensor, alive: Tensor, cut: Tensor, h: Tensor, c: Tensor, reverse: bool):
+def _lane(weights: dict, rows: Tensor, alive: Tensor, reset: Tensor, h: Tensor, c: Tensor, reverse: bool):
     """One direction of one layer, by what an nn.LSTM computes with, one step at a time: all h, all c (zero where no sequence is), the last.
 
-    ``cut[t]`` says of each sequence whether no state may cross from step t-1 to step t, or back.
+    ``reset[t]`` says of each sequence whether no state may cross from step t-1 to step t, or back.
     """
     flat, has_biases = list(weights.values()), "bias_ih_l0" in weights
     all_h, all_c = {}, {}
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
         if not reverse:
-            h, c = h.masked_fill(cut[t] & alive[t], 0), c.masked_fill(cut[t] & alive[t], 0)
-        elif t + 1 < len(rows):  # a sequence that ends here comes from its initial state, which nothing cuts
-            h, c = h.masked_fill(cut[t + 1] & alive[t + 1], 0), c.masked_fill(cut[t + 1] & alive[t + 1], 0)
+            h, c = h.masked_fill(reset[t] & alive[t], 0), c.masked_fill(reset[t] & alive[t], 0)
+        elif t + 1 < len(rows):  # a sequence that ends here comes from its initial state, which nothing resets
+            h, c = h.masked_fill(reset[t + 1] & alive[t + 1], 0), c.masked_fill(reset[t + 1] & alive[t + 1], 0)
         # What nn.LSTM calls: layers, dropout, training, bidirectional, batch_first.
         _, new_h, new_c = torch.lstm(rows[t][None], (h[None], c[None]), flat, has_biases, 1, 0.0, False, False, False)
         h, c = torch.where(alive[t], new_h[0], h), torch.where(alive[t], new_c[0], c)
@@ -228,7 +228,7 @@ def truth(module: StackedLSTM, x: Tensor, hx=None, lengths=None, *, resets=None,
     mask_seed = int(torch.randint(0, 2**63 - 1, (1,))) if any(rates) else 0
     ends = torch.tensor(lengths or [steps] * batch)
     alive = (torch.arange(steps)[:, None] < ends)[..., None]
-    cut = torch.zeros_like(alive) if resets is None else resets[..., None]
+    reset = torch.zeros_like(alive) if resets is None else resets[..., None]
     places = (-ends).argsort(stable=True).argsort()  # of each sequence in the batch sorted by length, which masks are drawn for
     zeros = [[x.new_zeros(len(directions(module)), batch, pair[n]) for pair in widths(module)] for n in (0, 1)]
     h_0, c_0 = zeros if hx is None else (by_layer(state, module) for state in hx)
@@ -245,7 +245,7 @@ def truth(module: StackedLSTM, x: Tensor, hx=None, lengths=None, *, resets=None,
         for d, suffix in enumerate(directions(module)):
             kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
             own = {f"{kind}_l0": weights[name] for kind in kinds if (name := f"{kind}_l{k}{suffix}") in weights}
-            lanes.append(_lane(own, rows, alive, cut, h_0[k][d], c_0[k][d], d == 1))
+            lanes.append(_lane(own, rows, alive, reset, h_0[k][d], c_0[k][d], d == 1))
         all_h, all_c, h, c = zip(*lanes, strict=True)
         hidden.append(torch.cat(all_h, -1))
         cell.append(torch.cat(all_c, -1))

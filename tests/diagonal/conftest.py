@@ -14,6 +14,14 @@ def _one_thread():
 
 
 @pytest.fixture
+def unwritten_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def emulated():
     """The real CUDA kernels, on the emulator, take the place of the host's."""
     library = gate_library()

@@ -4,7 +4,6 @@ The truth is stock ``nn.LSTM`` in float64, as everywhere. For the 16-bit dtypes 
 but rounded wherever the schedule rounds (``rounded_truth``).
 """
 
-import contextlib
 import dataclasses
 import functools
 
@@ -34,6 +33,7 @@ from helpers import (
     upstream_gradients,
     with_saving,
 )
+from stack_calls import chunks_of
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from stacked_lstm_ext import _C, StackedLSTM, backend
@@ -46,15 +46,6 @@ SAVING = ["full", "recompute"]
 # --------------------------------------------------------------------------------------------------------------------
 # Chunks, tolerances
 # --------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def chunks_of(steps):
-    _C.force_diagonal_chunk(steps)
-    try:
-        yield
-    finally:
-        _C.force_diagonal_chunk(None)
 
 
 def diagonal_arguments(case, dtype=torch.float64, saving="full", **kwargs):

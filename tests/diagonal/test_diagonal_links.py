@@ -1,33 +1,16 @@
 """Residual and skip links in the diagonal schedule, on the CPU: every result and gradient against the reference in float64."""
 
-import contextlib
 
 import pytest
 import torch
 from emulated_gates import gate_library
 from helpers import DTYPES, assert_matches, assert_same_bits
-from stack_calls import Call, arguments_of, ops, run_call, truth_of
+from stack_calls import Call, arguments_of, chunks_of, ops, run_call, truth_of
 
 from stacked_lstm_ext import _C
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 SAVING = ["full", "recompute"]
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def chunks_of(steps):
-    _C.force_diagonal_chunk(steps)
-    try:
-        yield
-    finally:
-        _C.force_diagonal_chunk(None)
 
 
 FOUR = {"hidden": (6,) * 4, "proj": (0,) * 4, "dropout": (0.3, 0.0, 0.2)}

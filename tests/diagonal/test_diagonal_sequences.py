@@ -3,34 +3,17 @@
 Padding is full of NaN (tests/stack_calls.py), and so is memory that was not written.
 """
 
-import contextlib
 
 import pytest
 import torch
 from emulated_gates import gate_library
 from helpers import DTYPES, assert_matches, assert_same_bits
-from stack_calls import Call, arguments_of, ops, run_call, truth_of, upstream_of
+from stack_calls import Call, arguments_of, chunks_of, ops, run_call, truth_of, upstream_of
 
 from stacked_lstm_ext import _C
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 SAVING = ["full", "recompute"]
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def chunks_of(steps):
-    _C.force_diagonal_chunk(steps)
-    try:
-        yield
-    finally:
-        _C.force_diagonal_chunk(None)
 
 
 ONE = {"proj": (0,), "dropout": ()}

@@ -90,7 +90,7 @@ enum : unsigned {
   kTopFirst = 8192,    // lane 0 is the top one, instead of the last
   kCell = 16384,       // grad_cell
   kPadded = 32768,     // lengths, and rows for all sequences at every step
-  kResets = 65536,     // sequences are cut
+  kResets = 65536,     // sequences are reset
   kAll = kInitial | kOutput | kLast | kFirst | kShared,
 };
 enum class Number { bf16, f16, f32 };
@@ -421,8 +421,8 @@ struct Stack {
     return (has(kPadded) ? int64_t{t} * c.batch : first_row[count(t)]) + b;
   }
 
-  // Whether the sequence is cut before this step of a lane, which it has: see csrc/stack/resets.h.
-  bool cut(const BackwardLane<T>& lane, int step, int b) const {
+  // Whether the sequence is reset before this step of a lane, which it has: see csrc/stack/resets.h.
+  bool reset(const BackwardLane<T>& lane, int step, int b) const {
     const int boundary = lane.reverse ? c.steps - step : step;
     return has(kResets) && boundary < lengths[count(b)] && resets[count(boundary * c.batch + b)];
   }
@@ -484,7 +484,7 @@ struct Stack {
             }
             dh = above;
             if (lane.grad_output) dh += widen(lane.grad_output[at * arguments.sizes.h_stride + j]);
-            if (after >= 0 && cut(lane, s + 1, b)) {
+            if (after >= 0 && reset(lane, s + 1, b)) {
               dc = 0;
             } else if (after >= 0) {
               dh += transposed(lane.weight_hh, lane.grad_gates + after * stride, j);
@@ -501,10 +501,10 @@ struct Stack {
               y[g] = g == 2 ? std::tanh(y[g]) : 1 / (1 + std::exp(-y[g]));
             }
             const double c_next = m.c[at * saved + j], tanh_c = std::tanh(c_next);
-            const double c_before = cut(lane, s, b) ? 0
-                                    : before >= 0   ? m.c[before * saved + j]
-                                    : has(kInitial) ? widen(m.c_0[b * hidden + j])
-                                                    : 0;
+            const double c_before = reset(lane, s, b) ? 0
+                                    : before >= 0     ? m.c[before * saved + j]
+                                    : has(kInitial)   ? widen(m.c_0[b * hidden + j])
+                                                      : 0;
             dc += dh * y[3] * (1 - tanh_c * tanh_c);
             const double expected[4] = {dc * y[2] * y[0] * (1 - y[0]), dc * c_before * y[1] * (1 - y[1]),
                                         dc * y[0] * (1 - y[2] * y[2]), dh * tanh_c * y[3] * (1 - y[3])};
@@ -517,9 +517,9 @@ struct Stack {
             after = at;
           }
           if (!has(kFirst)) continue;
-          const bool cut_off = !lane.reverse && cut(lane, 0, b);
-          if (cut_off) dc = 0;
-          const double dh_0 = cut_off ? 0 : transposed(lane.weight_hh, lane.grad_gates + after * stride, j);
+          const bool reset_at_once = !lane.reverse && reset(lane, 0, b);
+          if (reset_at_once) dc = 0;
+          const double dh_0 = reset_at_once ? 0 : transposed(lane.weight_hh, lane.grad_gates + after * stride, j);
           std::string error = wrong("grad_h_0", -1, widen(m.grad_h_0[b * hidden + j]), dh_0, std::fabs(dh_0));
           if (error.empty()) error = wrong("grad_c_0", -1, widen(m.grad_c_0[b * hidden + j]), dc, std::fabs(dc));
           if (!error.empty()) return error;

@@ -78,7 +78,7 @@ enum : unsigned {
   kCopied = 2048,     // `above` without a mask
   kShifted = 4096,    // pointers that stand on no more than an element
   kPadded = 8192,     // lengths, and rows for all sequences at every step
-  kResets = 16384,    // sequences are cut
+  kResets = 16384,    // sequences are reset
   kResidual = 32768,  // lanes of the upper layers add their x to what the layer above sees
   kInitial = kH0 | kC0,
   kBias = kBiasIh | kBiasHh,

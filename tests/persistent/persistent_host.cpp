@@ -93,8 +93,8 @@ struct Steps {
   }
   bool has(int step, int b) const { return step >= 0 && step < s.steps && b < active(time(step)); }
   int64_t row(int step, int b) const { return first_row(time(step)) + b; }
-  // Whether a sequence is cut before this step, which it has.
-  bool cut(int step, int b) const {
+  // Whether a sequence is reset before this step, which it has.
+  bool reset(int step, int b) const {
     const int boundary = reverse ? time(step) + 1 : time(step);  // see csrc/stack/resets.h
     return s.resets && boundary < s.steps && b < active(boundary) && s.resets[int64_t{boundary} * s.batch + b];
   }
@@ -170,7 +170,7 @@ void forward_lane(const ForwardArguments<T>& a, const ForwardLane<T>& l) {
     }
     for (int step = 0; step < s.steps; ++step) {
       if (!steps.has(step, b)) continue;
-      if (steps.cut(step, b)) std::fill(h.begin(), h.end(), T{}), std::fill(c.begin(), c.end(), 0.0f);
+      if (steps.reset(step, b)) std::fill(h.begin(), h.end(), T{}), std::fill(c.begin(), c.end(), 0.0f);
       const int t = steps.time(step);
       const int64_t row = steps.row(step, b);
       const T* from = s.packed ? l.x + row * l.x_row_stride : l.x + t * l.x_step_stride + b * l.x_row_stride;
@@ -304,7 +304,7 @@ void backward_lane(const BackwardArguments<T>& a, const BackwardLane<T>& l, cons
           dh += above * mask_of(l.mask, s, l.layer, l.h_column + j, t, b);
         }
         if (later) {  // from memory: of the launch before, too
-          if (!steps.cut(step + 1, b)) dh += product(w_hh, l.grad_gates + steps.row(step + 1, b) * s.gates_stride, j);
+          if (!steps.reset(step + 1, b)) dh += product(w_hh, l.grad_gates + steps.row(step + 1, b) * s.gates_stride, j);
           if (step + 1 == s.last_step) dc[j] = l.carried_c[at + j];
         } else {
           dh += l.grad_h_n ? widen(l.grad_h_n[at + j]) : 0.0;
@@ -325,17 +325,17 @@ void backward_lane(const BackwardArguments<T>& a, const BackwardLane<T>& l, cons
           y = activate_gates<Maths>(Gates<double>{sum[0], sum[1], sum[2], sum[3]});
         }
         const double c = l.c[row * s.saved_stride + j];
-        const double before = steps.cut(step, b) ? 0.0
-                              : !first           ? l.c[steps.row(step - 1, b) * s.saved_stride + j]
-                              : l.c_0            ? static_cast<double>(widen(l.c_0[at + j]))
-                                                 : 0.0;
+        const double before = steps.reset(step, b) ? 0.0
+                              : !first             ? l.c[steps.row(step - 1, b) * s.saved_stride + j]
+                              : l.c_0              ? static_cast<double>(widen(l.c_0[at + j]))
+                                                   : 0.0;
         const Gates<double> d = LstmCell::backward<Maths>(y, before, c, dh, dc[j]);
         T* to = l.grad_gates + row * s.gates_stride + j;
         to[0] = narrow<T>(static_cast<float>(d.i));
         to[hidden] = narrow<T>(static_cast<float>(d.f));
         to[2 * hidden] = narrow<T>(static_cast<float>(d.g));
         to[3 * hidden] = narrow<T>(static_cast<float>(d.o));
-        if (steps.cut(step, b)) dc[j] = 0;
+        if (steps.reset(step, b)) dc[j] = 0;
       }
     }
     // A sequence's own first step; a reverse lane may have had it in an earlier launch.
@@ -350,7 +350,7 @@ void backward_lane(const BackwardArguments<T>& a, const BackwardLane<T>& l, cons
         dcell = l.carried_c[at + j];
       } else if (begun) {
         const T* dgates = l.grad_gates + steps.row(sequence_begins, b) * s.gates_stride;
-        dh = steps.cut(sequence_begins, b) ? 0 : product(w_hh, dgates, j);
+        dh = steps.reset(sequence_begins, b) ? 0 : product(w_hh, dgates, j);
       }
       if (s.first_step > 0) {
         l.carry_h[at + j] = static_cast<float>(dh);
