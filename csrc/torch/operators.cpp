@@ -74,6 +74,7 @@ Gradients run_backward(Backend kind, const Call& call, const Kept& kept, const I
   if (kind == Backend::cpu) return backward_cpu(call, kept, incoming, input_grad, weight_grad);
   diagonal::DiagonalCounts counts;
   Gradients gradients = diagonal::backward(call, kept, incoming, input_grad, weight_grad, counts);
+  if (input_grad) clear_padding(gradients.input, call.shape);  // a weight may be infinite: then a product has NaN there
   remember(counts, call, true);
   return gradients;
 }

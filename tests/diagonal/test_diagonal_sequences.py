@@ -10,7 +10,7 @@ from emulated_gates import gate_library
 from helpers import DTYPES, assert_matches, assert_same_bits
 from stack_calls import Call, arguments_of, chunks_of, ops, run_call, truth_of, upstream_of
 
-from stacked_lstm_ext import _C
+from stacked_lstm_ext import _C, StackedLSTM, backend
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 SAVING = ["full", "recompute"]
@@ -194,3 +194,13 @@ def test_resets_take_no_launch_and_no_product(call, saving):
             ops.forward(*arguments, **keywords)
             counts.append([_C.last_run()[name] for name in counted])
     assert counts[:4] == counts[4:]
+
+
+def test_an_infinite_weight_does_not_reach_the_gradient_of_the_padding():
+    lstm = StackedLSTM(3, 4)
+    with torch.no_grad():
+        lstm.weight_ih_l0[0, 0] = torch.inf
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    with backend("diagonal"):
+        lstm(x, lengths=[5, 2])[0].sum().backward()
+    assert not x.grad[2:, 1].any() and not x.grad[:2, 1].isfinite().all()
